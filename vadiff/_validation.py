@@ -1,0 +1,108 @@
+"""Checks of what a call is given: errors name the argument, what it got, what was expected and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import Coefficient, compute_dtype
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> Tensor:
+    """A tensor of the prediction's shape and device (target, noise)."""
+    _check_float(name, tensor)
+    if tensor.shape != prediction.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(prediction.shape)}: the prediction's"
+        )
+    _check_device(name, tensor, prediction)
+    _check_detached(name, tensor)
+    return tensor
+
+
+def check_prediction(name: str, prediction: Tensor) -> None:
+    """A non-empty float tensor with the batch in front."""
+    _check_float(name, prediction)
+    if prediction.dim() == 0 or prediction.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(prediction.shape)}, expected (B, ...) with at least one element per sample"
+        )
+
+
+def check_per_sample(
+    name: str,
+    tensor: Tensor,
+    prediction: Tensor,
+    dtype: torch.dtype | None = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """One value per sample, [B]; returned as contiguous `dtype`, or in the arithmetic of the prediction."""
+    _check_float(name, tensor)
+    samples = prediction.shape[0]
+    if tensor.dim() != 1 or tensor.shape[0] != samples:
+        advice = f" Use {name}.flatten()." if tensor.numel() == samples and tensor.dim() != 0 else ""
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, expected ({samples},): one value per sample.{advice}"
+        )
+    _check_device(name, tensor, prediction)
+    if not differentiable:
+        _check_detached(name, tensor)
+    return tensor.to(dtype or compute_dtype(prediction)).contiguous()
+
+
+def check_coefficients(
+    coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
+    noise: Tensor | None,
+    prediction: Tensor,
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """(a, b, c) of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
+    if coefficients is None:
+        coefficients = (1.0, -1.0, 0.0)
+    if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
+        got = f"{len(coefficients)} values" if isinstance(coefficients, (tuple, list)) else type(coefficients).__name__
+        raise ValueError(f"coefficients is {got}, expected (a, b, c) of the residual a*prediction + b*target + c*noise")
+    checked: list[Coefficient] = []
+    for name, value in zip("abc", coefficients, strict=True):
+        if isinstance(value, Tensor):
+            checked.append(check_per_sample(f"coefficients {name}", value, prediction))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            checked.append(float(value))
+        else:
+            raise TypeError(
+                f"coefficients {name} is a {type(value).__name__}, expected a number or a tensor of shape "
+                f"({prediction.shape[0]},)"
+            )
+    a, b, c = checked
+    unused = not isinstance(c, Tensor) and c == 0.0
+    if noise is not None and unused:
+        raise ValueError("noise is given, but its coefficient c is 0: pass coefficients=(a, b, c), or leave noise out")
+    if noise is None and not unused:
+        raise ValueError("coefficients has a c for the noise, but noise is None: pass noise=eps")
+    return a, b, c
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
+        )
+
+
+def _check_device(name: str, tensor: Tensor, prediction: Tensor) -> None:
+    if tensor.device != prediction.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, expected {prediction.device}: the prediction's device. "
+            f"Use {name}.to({str(prediction.device)!r})."
+        )
+
+
+def _check_detached(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but the loss is differentiated by the prediction and base_weight only. "
+            f"Use {name}.detach()."
+        )

@@ -1,0 +1,208 @@
+"""DiffusionLoss: the drop-in criterion."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, ops
+from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction
+from .reference import Bins, Coefficient, TableRule, log_weight_at
+from .statistics import LogSNRStatistics
+from .weighting import AdaptiveWeighting, Constant, Weighting, from_name
+
+REDUCTIONS = ("mean", "none")
+LOSSES = ("mse", "huber")
+
+
+class DiffusionLoss(nn.Module):
+    """Noise-level-aware denoising loss, to put in place of `F.mse_loss(prediction, target)`.
+
+    The loss is ``mean_i w(lambda_i) * u_i * v_i * ell_i`` with ``ell_i`` the mean over sample i's elements of the
+    squared (or Huber) residual ``r = a*prediction + b*target + c*noise``, u the base weight, v the sample weight and w
+    the weighting. In training mode with grad enabled, each call also folds the base losses ``g_i = u_i * ell_i`` into
+    running statistics per log-SNR bin. The weights of a batch come from the statistics before it, so the gradient is
+    that of a fixed-weight loss.
+
+    Args:
+        weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`.
+        bins: number K of log-SNR bins, 2 to 1024.
+        log_snr_range: (low, high) of the bins, natural log of alpha**2/sigma**2; values outside fall in the end bins.
+        half_life: samples per bin, on average, after which a sample counts half; `float("inf")` is plain Welford.
+        loss: "mse", or "huber" (`torch.nn.functional.huber_loss`'s definition).
+        huber_delta: where Huber's function turns from quadratic to linear.
+        backend: "auto", "reference" or "triton"; see `vadiff.backends`.
+        sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
+            must then call the criterion equally often.
+
+    Attributes:
+        statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
+        per_sample_loss: ell [B] of the last call, detached; None before the first.
+
+    Raises:
+        ValueError, TypeError: an argument out of bounds; the message names it.
+
+    Example:
+        >>> criterion = vadiff.DiffusionLoss()
+        >>> loss = criterion(prediction, target, vadiff.log_snr.from_sigma(sigma))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        weighting: str | Weighting = "variance_aware",
+        bins: int = 128,
+        log_snr_range: tuple[float, float] = (-16.0, 16.0),
+        half_life: float = 256.0,
+        loss: str = "mse",
+        huber_delta: float = 1.0,
+        backend: str = "auto",
+        sync: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weighting = from_name(weighting)
+        self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
+        if isinstance(huber_delta, bool) or not isinstance(huber_delta, (int, float)) or not 0 < huber_delta < math.inf:
+            raise ValueError(f"huber_delta is {huber_delta!r}, expected a positive finite number")
+        backends.check_name(backend)
+        self.loss = loss
+        self.huber_delta = float(huber_delta)
+        self.backend = backend
+        self.sync = bool(sync)
+        self.per_sample_loss: Tensor | None = None
+
+    def forward(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        log_snr: Tensor,
+        *,
+        noise: Tensor | None = None,
+        coefficients: tuple[Coefficient, Coefficient, Coefficient] | None = None,
+        base_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            prediction: what the network returned, [B, ...], float32, bfloat16, float16 or float64.
+            target: of the same shape: the ready-made target, or clean data x0 where `coefficients` say so. No gradient.
+            log_snr: natural log of alpha**2/sigma**2 per sample, [B]; +-inf is legal.
+            noise: eps [B, ...], where the residual has a term in it. No gradient.
+            coefficients: (a, b, c) of the residual, each a number or [B]; by default (1, -1, 0), prediction - target.
+                See `vadiff.process.coefficients`.
+            base_weight: u [B], the part of the objective that depends on the noise level (EDM's lambda(sigma), ...); it
+                enters the bins. Differentiable.
+            sample_weight: v [B], what is not part of the objective (1/p of a level sampler, mask share); it does not.
+            reduction: "mean" over the batch, or "none".
+
+        Returns:
+            The loss, a float32 scalar, or [B] for "none" (float64 for a float64 prediction). It and its gradient are
+            NaN where a sample has a NaN log-SNR or a non-finite loss or weight; such samples are not recorded, but
+            counted in `statistics.skipped`. Samples with u*v = 0 are left out.
+
+        Raises:
+            ValueError, TypeError: a bad argument; the message names it.
+            RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
+        """
+        check_prediction("prediction", prediction)
+        check_elements("target", target, prediction)
+        if noise is not None:
+            check_elements("noise", noise, prediction)
+        a, b, c = check_coefficients(coefficients, noise, prediction)
+        log_snr = check_per_sample("log_snr", log_snr, prediction, torch.float32)
+        if base_weight is not None:
+            base_weight = check_per_sample("base_weight", base_weight, prediction, differentiable=True)
+        if sample_weight is not None:
+            sample_weight = check_per_sample("sample_weight", sample_weight, prediction)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        self._check_state_device(prediction)
+        unread = not isinstance(b, Tensor) and b == 0.0  # the target need not be read
+        loss, ell = ops.diffusion_loss(
+            prediction, None if unread else target, noise, a, b, c, log_snr, base_weight, sample_weight,
+            self._fixed_weight(log_snr), *self._where(), self.huber_delta if self.loss == "huber" else 0.0,
+            reduction == "mean", self._records(), self.sync, self.backend,
+        )  # fmt: skip
+        self.per_sample_loss = ell
+        return loss
+
+    def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Record and weight a per-sample base loss computed elsewhere (masked, multi-term, of any kind).
+
+        Args:
+            loss_per_sample: g [B], the trainer's own objective per sample.
+            log_snr: [B], as in `forward`.
+            sample_weight: v [B], as in `forward`.
+
+        Returns:
+            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean.
+
+        Raises:
+            ValueError, TypeError: a bad argument; the message names it.
+        """
+        check_prediction("loss_per_sample", loss_per_sample)
+        loss_per_sample = check_per_sample("loss_per_sample", loss_per_sample, loss_per_sample, differentiable=True)
+        log_snr = check_per_sample("log_snr", log_snr, loss_per_sample, torch.float32)
+        if sample_weight is not None:
+            sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
+        self._check_state_device(loss_per_sample)
+        self.per_sample_loss = loss_per_sample.detach()
+        return ops.reweight(
+            loss_per_sample, log_snr, sample_weight, self._fixed_weight(log_snr), *self._where(),
+            self._records(), self.sync, self.backend,
+        )  # fmt: skip
+
+    @property
+    def bin_centers(self) -> Tensor:
+        """Log-SNR in the middle of each bin. [K] float32."""
+        bins = self.statistics.bins
+        centers = bins.low + (torch.arange(bins.size, dtype=torch.float64) + 0.5) * bins.width
+        return centers.float().to(self.statistics.state.device)
+
+    @property
+    def weights(self) -> Tensor:
+        """The weight w at the bin centres. [K] float32."""
+        if isinstance(self.weighting, AdaptiveWeighting):
+            return self.statistics.log_weights.view(torch.float32).exp()
+        return self.weighting(self.bin_centers)
+
+    def weight_at(self, log_snr: Tensor) -> Tensor:
+        """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN."""
+        log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
+        if isinstance(self.weighting, AdaptiveWeighting):
+            return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
+        return self.weighting(log_snr)
+
+    def extra_repr(self) -> str:
+        loss = f"huber, huber_delta={self.huber_delta:g}" if self.loss == "huber" else self.loss
+        return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "per_sample_loss": None}  # a copy starts without the last batch
+
+    def _records(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _fixed_weight(self, log_snr: Tensor) -> Tensor | None:
+        if isinstance(self.weighting, (AdaptiveWeighting, Constant)):
+            return None
+        return self.weighting(log_snr)
+
+    def _where(self) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
+        statistics = self.statistics
+        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else TableRule()
+        return statistics.state, statistics.log_weights, statistics.bins, statistics.half_life, rule
+
+    def _check_state_device(self, prediction: Tensor) -> None:
+        if self.statistics.state.device != prediction.device:
+            raise ValueError(
+                f"prediction is on {prediction.device}, but the criterion is on {self.statistics.state.device}. "
+                f"Use criterion.to({str(prediction.device)!r})."
+            )

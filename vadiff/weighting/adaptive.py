@@ -1,0 +1,76 @@
+"""Adaptive weightings: a table of ln w over log-SNR bins, rebuilt from the statistics after every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..reference import TableRule
+
+
+@dataclass(frozen=True)
+class AdaptiveWeighting:
+    """Weight by the inverse of a statistic s of the base loss in each bin, w = c * s**-strength.
+
+    Smoothed over neighbouring bins, shrunk towards 1 where few samples were seen, and scaled so that the expected loss
+    stays what it was: sum(m w mu) = sum(m mu). Nothing is learned and nothing needs a warm-up: bins gain confidence
+    as they fill.
+
+    Args:
+        strength: exponent; 0 is the trainer's own objective, 1 balances fully.
+        smoothing: width h of the local fit over neighbouring bins, in log-SNR units; 0 smooths nothing.
+        clip: largest factor between a bin's weight and the average one, before rescaling; `inf` for none.
+        prior: samples at which a bin's own evidence counts half.
+
+    Raises:
+        ValueError: an argument out of bounds.
+    """
+
+    strength: float = 1.0
+    smoothing: float = 0.5
+    clip: float = 10.0
+    prior: float = 32.0
+
+    statistic: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name, lowest, strict, finite in (
+            ("strength", -math.inf, True, True),
+            ("smoothing", 0.0, False, True),
+            ("clip", 1.0, False, False),
+            ("prior", 0.0, True, True),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            above = number and (value > lowest if strict else value >= lowest)
+            if not above or (finite and not math.isfinite(value)):
+                bound = "" if lowest == -math.inf else f" {'above' if strict else 'of at least'} {lowest:g}"
+                raise ValueError(f"{name} is {value!r}, expected a{' finite' if finite else ''} number{bound}")
+
+    @property
+    def rule(self) -> TableRule:
+        """What the kernels need to know."""
+        return TableRule(
+            self.statistic, float(self.strength), float(self.smoothing), float(self.clip), float(self.prior)
+        )
+
+
+class VarianceAware(AdaptiveWeighting):
+    """Weight by 1 / standard deviation of the base loss: every noise level ends up with equally noisy losses.
+
+    Whatever the parameterisation, since the base loss is the trainer's whole objective at that level. After the idea of
+    "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), with an estimator of the
+    variance; the formulas its authors ran contain none.
+    """
+
+    statistic: ClassVar[str] = "std"
+
+
+class LossLevel(AdaptiveWeighting):
+    """Weight by 1 / mean of the base loss: every noise level ends up with the same mean loss.
+
+    The closed form of what EDM2's learned uncertainty converges to (arXiv 2312.02696, equations 25 and 26).
+    """
+
+    statistic: ClassVar[str] = "mean"
