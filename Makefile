@@ -1,0 +1,47 @@
+# Every target creates .venv and installs what it needs first; `make help` lists them.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) (makes .venv)  JOBS=$(JOBS) (test processes)"
+
+install: $(STAMP)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
+
+# Published torchvision does not import beside a CPU-only torch ("operator torchvision::nms does not exist"), and
+# a torchvision that does not import breaks diffusers. 0.15.2 imports if its pin of an old torch is not obeyed; it
+# has no build for Python 3.12 and later: there diffusers works without torchvision, evaluation does not.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@echo 'Installing into .venv: minutes the first time'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,eval,report,test,dev]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null \
+		|| $(BIN)/pip install --quiet --no-deps torchvision==0.15.2 \
+		|| $(BIN)/pip uninstall --quiet --yes torchvision
+	touch $(STAMP)
+
+demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.png (4 minutes)
+	$(BIN)/vadiff demo --out runs/demo
+
+test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+bench: install  ## the benchmarks
+	$(BIN)/pytest benchmarks --benchmark-only -n 0
+
+lint: install  ## ruff (lint, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/mypy/vadiff && ln -sfn ../../../triton_kernels build/mypy/vadiff/triton_kernels
+	$(BIN)/mypy $(wildcard vadiff tests benchmarks) build/mypy/vadiff/triton_kernels
+
+clean:  ## remove build products and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	find vadiff triton_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
