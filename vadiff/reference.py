@@ -104,7 +104,7 @@ def per_sample_loss(r: Tensor, huber_delta: float) -> Tensor:
         e = torch.where(size <= huber_delta, 0.5 * r * r, huber_delta * (size - 0.5 * huber_delta))
     else:
         e = r * r
-    e = e.flatten(1)  # [B, D]
+    e = e.reshape(len(e), -1)  # [B, D]
     whole = e.shape[1] // BLOCK * BLOCK
     total = e[:, whole:].sum(1).double()  # [B]
     if whole:
@@ -151,7 +151,7 @@ def classify(
     log_weights: Tensor | None,
     bins: Bins,
 ) -> Samples:
-    """Weigh each sample and sort out the poisoned and the left out. `weight` None: look w up in the table; both None: 1.
+    """Weigh each sample and sort out the poisoned and the left out. `weight` None: from the table; both None: 1.
 
     Poisoned: NaN log-SNR, or non-finite ell, u, v or g. Left out: u*v = 0; its ell may be anything."""
     one = torch.ones_like(ell)

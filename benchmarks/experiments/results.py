@@ -1,0 +1,41 @@
+"""Where experiments leave their figures: one JSON file each, with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vadiff
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def write_results(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
+    """Write `figures` with device, versions, commit and date; returns where."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    commit = subprocess.run(
+        ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    content = {
+        "experiment": name,
+        "date": date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "vadiff": vadiff.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        **figures,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
