@@ -30,7 +30,7 @@ def classify_samples(
     sample_weight_ptr,
     weight_ptr,
     log_weights_ptr,
-    rows_ptr,  # [3, B] float32, out: ell, w*u*v, w*v*ell
+    rows_ptr,  # [3, B] float32, out: w*u*v, ell, w*v*ell
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     base_loss_ptr,  # [B] float64, out
     bin_ptr,  # [B] float64, out
@@ -80,8 +80,8 @@ def classify_samples(
         factor = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * u * v))
         slope = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * v * ell))
         weighted = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, factor * ell))
-        tl.store(rows_ptr + i, ell, mask=m)
-        tl.store(rows_ptr + samples + i, factor, mask=m)
+        tl.store(rows_ptr + samples + i, ell, mask=m)
+        tl.store(rows_ptr + i, factor, mask=m)
         tl.store(rows_ptr + 2 * samples + i, slope, mask=m)
         if out_ptr is not None:
             tl.store(out_ptr + i, weighted, mask=m)

@@ -34,7 +34,7 @@ from torch import Tensor
 BLOCK = 4096  # elements summed in float32 before float64 takes over
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
-ROW_LOSS, ROW_FACTOR, ROW_SLOPE = 0, 1, 2  # rows of the per-sample output [3, B]
+ROW_FACTOR, ROW_LOSS, ROW_SLOPE = 0, 1, 2  # rows of the per-sample output [3, B]
 
 Coefficient = float | Tensor  # a number, or one per sample [B]
 Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 1] of this rank -> [ranks, 4K + 1]
@@ -311,7 +311,7 @@ def diffusion_loss(
     update: bool,
     gather: Gather | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step. Returns the loss (scalar, or [B] if not `mean`), per-sample rows [3, B] (ell, w*u*v, w*v*ell), and the
+    """One step. Returns the loss (scalar, or [B] if not `mean`), per-sample rows [3, B] (w*u*v, ell, w*v*ell), and the
     gradient of the mean loss by `output` in its dtype and layout (empty unless `with_gradient`).
 
     With `update`, `state` and `log_weights` move in place, after the weights of this batch were read."""
@@ -319,7 +319,7 @@ def diffusion_loss(
     ell = per_sample_loss(r, huber_delta)
     table = log_weights if rule.statistic else None
     samples = classify(ell, log_snr, base_weight, sample_weight, weight, table, bins)
-    rows = torch.stack([ell, samples.factor, samples.slope])
+    rows = torch.stack([samples.factor, ell, samples.slope])
     loss = samples.weighted.mean(dtype=torch.float64).to(ell.dtype) if mean else samples.weighted
     gradient = output.new_empty(0)
     if with_gradient:

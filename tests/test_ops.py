@@ -1,0 +1,113 @@
+"""The operators as torch.library sees them: schemas, fake kernels, dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vadiff
+from vadiff import backends
+
+SAMPLES = 6
+STATE = (torch.zeros(4 * 8 + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), -8.0, 8.0, 256.0)
+RULE = ("std", 1.0, 0.5, 10.0, 32.0)
+
+
+def state(device: torch.device) -> tuple[Any, ...]:
+    return tuple(x.to(device, copy=True) if isinstance(x, Tensor) else x for x in STATE)
+
+
+def residual_arguments(device: torch.device, layout: str, dtype: torch.dtype, noise: bool) -> tuple[Any, ...]:
+    shape = (SAMPLES, 4, 5, 3)
+    output, target, eps = (torch.randn(shape, device=device) for _ in range(3))
+    if layout == "channels_last":
+        output = output.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    each = torch.rand(SAMPLES, device=device) if noise else None
+    return output.to(dtype), target, eps if noise else None, each, each, each, 1.0, -1.0, 0.0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [True, False])
+def test_the_loss_operator_passes_opcheck(
+    backend: str, device: torch.device, layout: str, dtype: torch.dtype, mean: bool
+):
+    log_snr = torch.linspace(-4, 4, SAMPLES, device=device)
+    u = torch.rand(SAMPLES, device=device) + 0.5
+    arguments = (
+        *residual_arguments(device, layout, dtype, noise=mean), log_snr, u, None, None, *state(device), *RULE,
+        0.0, mean, mean, True, True, backend,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.vadiff.diffusion_loss.default, arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_the_backward_operator_passes_opcheck(backend: str, device: torch.device, layout: str) -> None:
+    upstream = torch.ones((), device=device).expand(SAMPLES)
+    loss, rows = torch.rand(SAMPLES, device=device), torch.rand(3, SAMPLES, device=device)
+    arguments = (upstream, loss, rows, *residual_arguments(device, layout, torch.float16, noise=True), 0.5, backend)
+    torch.library.opcheck(torch.ops.vadiff.diffusion_loss_backward.default, arguments)
+
+
+def test_the_scaling_operators_pass_opcheck(backend: str, device: torch.device) -> None:
+    gradient, scalar = torch.randn(SAMPLES, 7, device=device), torch.full((), 3.0, device=device)
+    for operator in (torch.ops.vadiff.scale_gradient.default, torch.ops.vadiff.scale_gradient_.default):
+        torch.library.opcheck(operator, (gradient, scalar, scalar, backend))
+
+
+def test_the_reweight_operator_passes_opcheck(backend: str, device: torch.device) -> None:
+    loss, log_snr = torch.rand(SAMPLES, device=device), torch.linspace(-4, 4, SAMPLES, device=device)
+    arguments = (loss, log_snr, loss + 1, None, *state(device), *RULE, True, True, backend)
+    torch.library.opcheck(torch.ops.vadiff.reweight.default, arguments)
+
+
+def test_the_argument_wins_over_the_environment_variable_and_it_over_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    tensor = torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("VADIFF_BACKEND", "triton")
+    assert backends.select("auto", tensor).__name__ == "vadiff.triton_kernels"
+    assert backends.select("reference", tensor).__name__ == "vadiff.reference"
+    monkeypatch.setenv("VADIFF_BACKEND", "reference")
+    assert backends.select("auto", tensor).__name__ == "vadiff.reference"
+    assert backends.select("triton", tensor).__name__ == "vadiff.triton_kernels"
+    monkeypatch.setenv("VADIFF_BACKEND", "fast")
+    with pytest.raises(ValueError, match="VADIFF_BACKEND is 'fast', expected one of auto, reference, triton"):
+        vadiff.DiffusionLoss()(tensor, tensor, tensor)
+
+
+def test_an_explicit_backend_that_cannot_run_says_why_and_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VADIFF_BACKEND", raising=False)
+    double = torch.zeros(2, 3, dtype=torch.float64)
+    log_snr = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: float64"):
+        vadiff.DiffusionLoss(backend="triton")(double, double, log_snr)
+    assert vadiff.DiffusionLoss()(double, double, log_snr) == 0
+    monkeypatch.setattr(
+        backends, "_load_triton", lambda: "the Triton kernels did not load (gone). Install it with: ..."
+    )
+    with pytest.raises(RuntimeError, match="did not load"):
+        vadiff.DiffusionLoss(backend="triton")(double.float(), double.float(), log_snr)
+    assert backends.backend_report()["triton"][0] is False
+
+
+def test_importing_vadiff_brings_in_torch_and_numpy_only_and_changes_nothing() -> None:
+    import subprocess
+    import sys
+
+    program = """
+import os, sys
+import torch, numpy
+before, environment = set(sys.modules), dict(os.environ)
+import vadiff
+new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert new <= {"vadiff", "torch", "numpy"}, new
+assert not {name for name in sys.modules if name.startswith(("vadiff.triton_kernels", "vadiff.training"))}
+assert dict(os.environ) == environment
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
