@@ -43,10 +43,24 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+@functools.lru_cache(maxsize=256)
 def split_samples(samples: int, elements: int, programs: int) -> tuple[int, int]:
-    """(splits, chunk): into how many runs of `chunk` elements each sample is cut so that `programs` have work."""
-    wanted = max(1, min(-(-programs // samples), elements // (MIN_BLOCKS_PER_ITEM * BLOCK)))
-    chunk = -(-elements // (wanted * BLOCK)) * BLOCK
+    """(splits, chunk): into how many runs of `chunk` elements each sample is cut so that `programs` stay busy.
+
+    Items are dealt out in rounds; one item over a round would leave nearly all programs idle for another, so the
+    fewest rounds that are 95 % full are taken, or else the fullest of eight."""
+    finest = max(elements // (MIN_BLOCKS_PER_ITEM * BLOCK), 1)
+    best_busy, best = 0.0, 1
+    fewest = -(-samples // programs)
+    for rounds in range(fewest, fewest + 8):
+        splits = min(rounds * programs // samples, finest)
+        items = samples * splits
+        busy = items / (-(-items // programs) * programs)
+        if busy > best_busy:
+            best_busy, best = busy, splits
+        if busy >= 0.95 or splits == finest:
+            break
+    chunk = -(-elements // (best * BLOCK)) * BLOCK
     return -(-elements // chunk), chunk
 
 

@@ -86,6 +86,11 @@ def check_coefficients(
 def _check_float(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if name == "log_snr" and tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"log_snr has dtype {tensor.dtype}, expected float32: ln(alpha**2/sigma**2) per sample. "
+            "If these are timesteps, use vadiff.log_snr.from_alphas_cumprod(scheduler.alphas_cumprod, timesteps)."
+        )
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
