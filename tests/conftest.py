@@ -1,0 +1,103 @@
+"""One suite for every backend: fixtures `backend`, `device` and `make_criterion` stand in front of each test.
+
+A new backend is one more name in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: has to stand before that
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmul, see poisoned_memory
+
+BACKENDS = ["reference", "triton"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Infinities and NaN are data to a kernel; only the interpreter's numpy remarks on them."""
+    config.addinivalue_line("filterwarnings", r"ignore:.* encountered in:RuntimeWarning:triton\.runtime\.interpreter")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return usable(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    return device_of(backend)
+
+
+@pytest.fixture
+def interpreted(backend: str, device: torch.device) -> bool:
+    """Whether kernels run in Triton's interpreter: some 0.2 s for a small call, 10 ms more for each sample."""
+    return backend == "triton" and device.type == "cpu"
+
+
+@pytest.fixture
+def make_criterion(backend: str, device: torch.device) -> Callable[..., torch.nn.Module]:
+    """DiffusionLoss of the backend under test, on its device; 16 bins over (−8, 8) unless told otherwise."""
+    import vadiff
+
+    def make(weighting: object = "variance_aware", **options: object) -> torch.nn.Module:
+        settings = {"bins": 16, "log_snr_range": (-8.0, 8.0), "half_life": 256.0, **options}
+        return vadiff.DiffusionLoss(weighting, backend=backend, **settings).to(device)
+
+    return make
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin come filled with NaN, so that an element no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def usable(backend: str) -> str:
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if backend == "triton" and device_of(backend).type == "cpu":
+        _interpreter_rounds_like_a_gpu()
+    return backend
+
+
+@functools.cache
+def _interpreter_rounds_like_a_gpu() -> None:
+    """Triton's interpreter truncates float32 to bfloat16; hardware rounds to nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.from_numpy(np.array(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
