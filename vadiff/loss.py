@@ -123,7 +123,7 @@ class DiffusionLoss(nn.Module):
             sample_weight = check_per_sample("sample_weight", sample_weight, prediction)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-        self._check_state_device(prediction)
+        self._check_state_device(prediction, "prediction")
         unread = not isinstance(b, Tensor) and b == 0.0  # the target need not be read
         loss, ell = ops.diffusion_loss(
             prediction, None if unread else target, noise, a, b, c, log_snr, base_weight, sample_weight,
@@ -152,7 +152,7 @@ class DiffusionLoss(nn.Module):
         log_snr = check_per_sample("log_snr", log_snr, loss_per_sample, torch.float32)
         if sample_weight is not None:
             sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
-        self._check_state_device(loss_per_sample)
+        self._check_state_device(loss_per_sample, "loss_per_sample")
         self.per_sample_loss = loss_per_sample.detach()
         return ops.reweight(
             loss_per_sample, log_snr, sample_weight, self._fixed_weight(log_snr), *self._where(),
@@ -175,7 +175,9 @@ class DiffusionLoss(nn.Module):
 
     def weight_at(self, log_snr: Tensor) -> Tensor:
         """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN."""
+        check_prediction("log_snr", log_snr)
         log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
+        self._check_state_device(log_snr, "log_snr")
         if isinstance(self.weighting, AdaptiveWeighting):
             return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
         return self.weighting(log_snr)
@@ -200,9 +202,9 @@ class DiffusionLoss(nn.Module):
         rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else TableRule()
         return statistics.state, statistics.log_weights, statistics.bins, statistics.half_life, rule
 
-    def _check_state_device(self, prediction: Tensor) -> None:
-        if self.statistics.state.device != prediction.device:
+    def _check_state_device(self, tensor: Tensor, name: str) -> None:
+        if self.statistics.state.device != tensor.device:
             raise ValueError(
-                f"prediction is on {prediction.device}, but the criterion is on {self.statistics.state.device}. "
-                f"Use criterion.to({str(prediction.device)!r})."
+                f"{name} is on {tensor.device}, but the criterion is on {self.statistics.state.device}. "
+                f"Use criterion.to({str(tensor.device)!r})."
             )

@@ -200,10 +200,14 @@ def _gather(sync: bool) -> Gather | None:
     if not (sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
 
+    ranks = dist.get_world_size()
+    # all_gather_into_tensor, under the name it has since torch 2.13
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
     def gather(batch: Tensor) -> Tensor:
-        everyone = batch.new_empty(dist.get_world_size(), batch.numel())
-        dist.all_gather_into_tensor(everyone, batch)
-        return everyone
+        everyone = batch.new_empty(ranks * batch.numel())
+        all_gather(everyone, batch)
+        return everyone.view(ranks, -1)
 
     return gather
 
