@@ -181,7 +181,8 @@ class Oracle:
     def batch_statistics(self, per_sample: np.ndarray, log_snr: np.ndarray, u: np.ndarray, v: np.ndarray) -> Batch:
         """Two passes per bin over the samples that enter; poisoned ones are counted, u·v = 0 left out."""
         members: list[list[float]] = [[] for _ in range(self.bins)]
-        out = Batch(*(np.zeros(self.bins) for _ in range(4)), skipped=0)
+        zeros = np.zeros(self.bins)
+        out = Batch(zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy(), skipped=0)
         for i in range(len(per_sample)):
             with np.errstate(all="ignore"):
                 if u[i] * v[i] == 0:
@@ -265,7 +266,7 @@ class Oracle:
                 a[k] = min(max(a[k] - center, -limit), limit) * behind[k] / (behind[k] + self.prior)
         # 4. keep the expected loss
         with np.errstate(all="ignore"):
-            c = np.sum(self.mass * self.mean) / np.sum(self.mass * np.exp(a) * self.mean)
+            c = float(np.sum(self.mass * self.mean) / np.sum(self.mass * np.exp(a) * self.mean))
         if not (c > 0 and math.isfinite(c)):
             c = 1.0
         return a + math.log(c)

@@ -46,7 +46,7 @@ class Inputs:
 
     def as_numpy(self) -> dict:
         arguments = {name: value for name, value in self.arguments().items() if name != "coefficients"}
-        out = {name: numpy(value) for name, value in arguments.items()}
+        out: dict = {name: numpy(value) for name, value in arguments.items()}
         if self.coefficients is not None:
             out["coefficients"] = tuple(numpy(x) if torch.is_tensor(x) else x for x in self.coefficients)
         return out

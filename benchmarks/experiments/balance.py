@@ -155,9 +155,10 @@ def main() -> None:
             figures[f"{name}, {levels} levels"] = runs
             if worst > 1.5 or abs(preserved - 1) > 0.01:
                 failed.append(f"{name}, {levels} levels")
-    figures["lag"] = lag_in_training(arguments.steps)
-    lag = " ".join(f"{ratio:.3f}" for ratio in figures["lag"])
-    print(f"network in training, E[w g]/E[g] over each tenth of {arguments.steps} steps: {lag}")
+    lag = lag_in_training(arguments.steps)
+    figures["lag"] = lag
+    tenths = " ".join(f"{ratio:.3f}" for ratio in lag)
+    print(f"network in training, E[w g]/E[g] over each tenth of {arguments.steps} steps: {tenths}")
     print(f"written to {write_results('balance', figures, arguments.out)}")
     if failed:
         raise SystemExit(f"a bound does not hold: {', '.join(failed)} (std ratio <= 1.5, E[w g]/E[g] within 1 %)")

@@ -145,6 +145,7 @@ def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(dtype: torch.dtyp
         with torch.no_grad():
             for old, new in zip(static, fresh, strict=True):
                 old.copy_(new)
+        assert static[0].grad is not None
         static[0].grad.zero_()
         graph.replay()
         assert torch.equal(loss, step(eager, *fresh))
@@ -168,6 +169,7 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
     assert prediction.grad.count_nonzero() == 7
     prediction.grad = None
     criterion(prediction, target, torch.zeros(3, device="cuda")).backward()  # fused
+    assert prediction.grad is not None
     assert prediction.grad.count_nonzero() == 7
     assert (prediction.grad[2, -7:] != 0).all()
 
