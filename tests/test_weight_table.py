@@ -62,17 +62,16 @@ def test_table_follows_the_four_steps(make_criterion, rng, device, weighting, st
         np.testing.assert_allclose(numpy(criterion.weights), oracle.weights, rtol=RTOL)
 
 
-def test_smoothing_reaches_three_widths_and_the_third_included(make_criterion, device):
-    """Bins of width 1, h = 0.5, 1 and 5/3: the reach is 1, 3 and (5 exactly) 5 bins."""
-    for smoothing, reach in ((0.5, 1), (1.0, 3), (5 / 3, 5)):
-        criterion = make_criterion(LossLevel(smoothing=smoothing, prior=1e-9, clip=INF))
-        log_snr = [-7.5] * 4 + [7.5] * 4
-        feed(criterion, device, ([1.0] * 4 + [100.0] * 4, log_snr))
-        log_weight = np.log(numpy(criterion.weights))
-        np.testing.assert_allclose(log_weight[: reach + 1], log_weight[0], atol=1e-6)
-        np.testing.assert_allclose(log_weight[-reach - 1 :], log_weight[-1], atol=1e-6)
-        assert np.ptp(log_weight[reach + 1 : -reach - 1]) < 1e-6
-        assert log_weight[reach] - log_weight[reach + 1] > 1
+@pytest.mark.parametrize(("bins", "smoothing", "reach"), [(16, 0.5, 1), (16, 1.0, 3), (160, 0.7, 21)])
+def test_smoothing_reaches_three_widths_and_the_third_included(make_criterion, device, bins, smoothing, reach):
+    """3·0.7 / 0.1 is 20.999999999999996 in float64, and yet the 21st bin is at three widths."""
+    criterion = make_criterion(LossLevel(smoothing=smoothing, prior=1e-9, clip=INF), bins=bins)
+    feed(criterion, device, ([1.0] * 4 + [100.0] * 4, [-7.99] * 4 + [7.99] * 4))
+    log_weight = np.log(numpy(criterion.weights))
+    np.testing.assert_allclose(log_weight[: reach + 1], log_weight[0], atol=1e-6)
+    np.testing.assert_allclose(log_weight[-reach - 1 :], log_weight[-1], atol=1e-6)
+    assert np.ptp(log_weight[reach + 1 : -reach - 1]) < 1e-6
+    assert log_weight[reach] - log_weight[reach + 1] > 1
 
 
 @pytest.mark.parametrize("weighting", ["variance_aware", "loss_level"])
@@ -171,6 +170,17 @@ def test_constant_losses_carry_no_signal_for_spread_but_do_for_level(make_criter
             feed(criterion, device, (losses, log_snr))
         weights = criterion.weights
         assert (weights.max() > 2 * weights.min()) if varies else torch.equal(weights, torch.ones_like(weights))
+
+
+@pytest.mark.parametrize(("spread", "counts"), [(2.0**-23, False), (2.0**-17, True)])
+def test_a_spread_of_rounding_is_no_signal(make_criterion, rng, device, spread, counts):
+    """One in the last place of float32 is 1e-7 of the mean, under the 1e-6 that count."""
+    criterion = make_criterion(VarianceAware(prior=1.0))
+    losses = 1 + spread * (np.arange(200) % 2)
+    losses[:100] *= 1 + np.arange(100) % 3  # other bins, with a spread of their own
+    log_snr = np.repeat([-6.5, 6.5], 100)
+    feed(criterion, device, (losses, log_snr))
+    assert (criterion.weights.max() > 2 * criterion.weights.min()) == counts
 
 
 @pytest.mark.parametrize("weighting", ["variance_aware", "loss_level"])

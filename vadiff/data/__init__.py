@@ -1,0 +1,5 @@
+"""Data sets."""
+
+from .digits import Digits, load_digits
+
+__all__ = ["Digits", "load_digits"]
