@@ -347,6 +347,7 @@ def test_poisoned_sample_is_counted_shows_in_loss_and_gradient_and_leaves_statis
         assert grad[[0, 1, 3, 4]].isfinite().all()
         return
     assert loss.isnan()
+    assert grad.isnan().all()
 
     rng = np.random.default_rng(0)
     batch = {name: value[[0, 1, 3, 4]] for name, value in batch_of(rng, device, POISONS[poison]).items()}
@@ -357,6 +358,19 @@ def test_poisoned_sample_is_counted_shows_in_loss_and_gradient_and_leaves_statis
         got, expected = getattr(criterion.statistics, name), getattr(without.statistics, name)
         torch.testing.assert_close(got, expected, rtol=1e-14, atol=0, equal_nan=True)
     torch.testing.assert_close(criterion.weights, without.weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_scaler_sees_the_poison_in_every_dtype_and_for_the_learned_weight(make_criterion, device, dtype, keep):
+    prediction = torch.randn(3, 5).to(device, dtype).requires_grad_()
+    level = torch.ones(3, device=device, requires_grad=True)
+    log_snr = torch.tensor([0.0, NAN, 0.0], device=device)
+    loss = make_criterion()(prediction, torch.zeros(3, 5).to(device, dtype), log_snr, base_weight=level)
+    (loss * 1024).backward(retain_graph=keep)
+    assert loss.isnan()
+    assert prediction.grad.isnan().all()
+    assert level.grad.isnan().all()
 
 
 def test_base_loss_that_overflows_float32_does_not_poison_the_statistics(make_criterion, device):

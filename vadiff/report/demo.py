@@ -12,8 +12,7 @@ from ..training import TrainConfig, train
 from .figure import comparison_figure
 from .table import held_out_table
 
-# loss_level and variance_aware go together: the loss's standard deviation is nearly proportional to its mean, so a
-# picture of one alone would credit it with what both do.
+# loss_level and variance_aware go together: a picture of one alone would credit it with what both do.
 WEIGHTINGS = ("constant", "loss_level", "variance_aware")
 SAMPLES = 48
 
@@ -30,7 +29,7 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     """
     import_extra("matplotlib", "report")  # before minutes of training, not after
     started = time.monotonic()
-    print(f"Training a small U-Net on 8 × 8 handwritten digits, {len(WEIGHTINGS)} times {config.steps} steps.")
+    print(f"Training a small U-Net on handwritten digits, {len(WEIGHTINGS)} times {config.steps} steps.", flush=True)
     runs, samples = {}, {}
     for name in WEIGHTINGS:
         run = train(dataclasses.replace(config, weighting=name), out=out / name)

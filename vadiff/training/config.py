@@ -37,7 +37,7 @@ class TrainConfig:
     """
 
     weighting: str | Weighting = "variance_aware"
-    steps: int = 500
+    steps: int = 450
     batch_size: int = 64
     seed: int = 0
     data_seed: int | None = None
@@ -53,11 +53,11 @@ class TrainConfig:
     warmup: int = 50
     ema_decay: float = 0.99
     log_every: int = 20
-    held_out_draws: int = 4
+    held_out_draws: int = 2
 
     def __post_init__(self) -> None:
         from_name(self.weighting)
-        for name in ("steps", "batch_size", "log_every", "held_out_draws"):
+        for name in ("steps", "batch_size", "warmup", "log_every", "held_out_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "p_std"):

@@ -39,7 +39,7 @@ def held_out_loss(
     images: Tensor,
     *,
     log_snr_levels: tuple[float, ...] = LOG_SNR_LEVELS,
-    draws: int = 4,
+    draws: int = 2,
     seed: int = 0,
 ) -> HeldOutLoss:
     """EDM's loss of a denoiser on images, [N, C, H, W], with `draws` fixed noises per image and level."""
