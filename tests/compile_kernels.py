@@ -92,12 +92,12 @@ def call_everything(dtype: torch.dtype, shape: tuple[int, ...], k: int, statisti
     state, log_weights = torch.zeros(4 * k + 1, dtype=torch.int64), torch.zeros(k, dtype=torch.int32)
     bins, rule, log_snr = Bins(k, -16.0, 16.0), TableRule(statistic), torch.zeros(samples)
     statistics = (state, log_weights, bins, 256.0, rule)
-    loss, rows, gradient = triton_kernels.diffusion_loss(
+    loss, _, saved, gradient = triton_kernels.diffusion_loss(
         output, target, noise, a, b, c, log_snr, each, each, None, *statistics, 0.0, True, True, True, None
     )
-    triton_kernels.diffusion_loss_backward(loss, loss, rows, output, target, noise, a, b, c, 0.0)
-    triton_kernels.scale_gradient(gradient, loss, loss, gradient)
-    triton_kernels.scale_gradient(gradient, loss, loss, torch.empty_like(gradient))
+    triton_kernels.diffusion_loss_backward(loss, saved, output, target, noise, a, b, c, 0.0)
+    triton_kernels.scale_gradient(gradient, loss, saved, gradient)
+    triton_kernels.scale_gradient(gradient, loss, saved, torch.empty_like(gradient))
     triton_kernels.reweight(log_snr, log_snr, each, None, *statistics, True, None)
 
 

@@ -118,3 +118,35 @@ def test_eval_mode_is_traced_whole_and_records_nothing(make_criterion, device):
     criterion.train()
     step(*batch)
     assert criterion.statistics.count.sum() > 0
+
+
+def test_one_tensor_for_two_arguments_is_traced_whole(make_criterion, device):
+    criteria = [make_criterion(), make_criterion()]
+    torch.manual_seed(0)
+    x, u, log_snr = torch.randn(6, 5, device=device), torch.rand(6, device=device) + 0.5, torch.randn(6, device=device)
+
+    def run(criterion: torch.nn.Module, prediction: torch.Tensor) -> torch.Tensor:
+        return criterion(prediction, x, log_snr, noise=x, coefficients=(1.0, -1.0, 0.5), base_weight=u, sample_weight=u)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function, criterion in zip((run, compiled), criteria, strict=True):
+        for _ in range(2):
+            prediction = (2 * x).requires_grad_()
+            function(criterion, prediction).backward()
+        gradients.append(prediction.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert torch.equal(criteria[0].statistics.state, criteria[1].statistics.state)
+
+
+def test_a_learned_base_weight_gets_its_gradient_when_compiled(make_criterion, device):
+    x, log_snr = torch.randn(6, 5, device=device), torch.randn(6, device=device)
+    gradients = []
+    for compiler in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        criterion = make_criterion()
+        level = torch.zeros(6, device=device, requires_grad=True)
+        prediction = (2 * x).requires_grad_()
+        step = compiler(lambda p, u, criterion=criterion: criterion(p, x, log_snr, base_weight=u.exp()))
+        step(prediction, level).backward()
+        gradients.append((prediction.grad, level.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -437,3 +437,45 @@ def test_gradcheck_of_prediction_and_base_weight(loss, reduction):
         )
 
     assert torch.autograd.gradcheck(run, (inputs.prediction.requires_grad_(), base_weight))
+
+
+def test_a_tensor_whose_coefficient_is_a_plain_zero_is_not_read(make_criterion, device):
+    prediction, eps = torch.randn(4, 3, device=device), torch.randn(4, 3, device=device)
+    unread, log_snr = torch.full((4, 3), math.nan, device=device), torch.zeros(4, device=device)
+    criterion = make_criterion("constant")
+    loss = criterion(prediction, unread, log_snr, noise=eps, coefficients=(1.0, 0.0, -1.0))
+    torch.testing.assert_close(loss, F.mse_loss(prediction, eps))
+    loss = criterion(prediction, eps, log_snr, noise=unread, coefficients=(1.0, -1.0, 0.0))
+    torch.testing.assert_close(loss, F.mse_loss(prediction, eps))
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fused", "deferred"])
+def test_a_sample_left_out_has_no_gradient_though_its_weight_overflows(make_criterion, device, dtype):
+    prediction = torch.ones(2, 3, device=device, dtype=dtype, requires_grad=True)
+    big = torch.tensor([1e30, 1.0], device=device)
+    v = torch.tensor([0.0, 1.0], device=device)
+
+    class Huge(vadiff.weighting.FixedWeighting):
+        def __call__(self, log_snr: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1e30, 1.0], device=device)
+
+    criterion = make_criterion(Huge())
+    target = torch.zeros_like(prediction, requires_grad=False)
+    criterion(prediction, target, torch.zeros(2, device=device), base_weight=big, sample_weight=v).backward()
+    torch.testing.assert_close(
+        prediction.grad.float(), torch.tensor([[0.0] * 3, [1 / 3] * 3], device=device), rtol=1e-3, atol=0
+    )
+
+
+def test_a_weighting_of_another_shape_is_refused_and_an_expanded_one_read_right(make_criterion, device):
+    class Two(vadiff.weighting.FixedWeighting):
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            self.shape = shape
+
+        def __call__(self, log_snr: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(2.0, device=device).expand(self.shape)
+
+    x, y, log_snr = torch.randn(4, 3, device=device), torch.zeros(4, 3, device=device), torch.zeros(4, device=device)
+    torch.testing.assert_close(make_criterion(Two((4,)))(x, y, log_snr), 2 * F.mse_loss(x, y))
+    with pytest.raises(ValueError, match=r"weighting\(log_snr\) has shape \(1,\), expected \(4,\)"):
+        make_criterion(Two((1,)))(x, y, log_snr)

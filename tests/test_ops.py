@@ -49,15 +49,16 @@ def test_the_loss_operator_passes_opcheck(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_the_backward_operator_passes_opcheck(backend: str, device: torch.device, layout: str) -> None:
     upstream = torch.ones((), device=device).expand(SAMPLES)
-    loss, rows = torch.rand(SAMPLES, device=device), torch.rand(3, SAMPLES, device=device)
-    arguments = (upstream, loss, rows, *residual_arguments(device, layout, torch.float16, noise=True), 0.5, backend)
+    saved = torch.rand(2 * SAMPLES + 1, device=device)
+    arguments = (upstream, saved, *residual_arguments(device, layout, torch.float16, noise=True), 0.5, backend)
     torch.library.opcheck(torch.ops.vadiff.diffusion_loss_backward.default, arguments)
 
 
 def test_the_scaling_operators_pass_opcheck(backend: str, device: torch.device) -> None:
     gradient, scalar = torch.randn(SAMPLES, 7, device=device), torch.full((), 3.0, device=device)
+    saved = torch.rand(2 * SAMPLES + 1, device=device)
     for operator in (torch.ops.vadiff.scale_gradient.default, torch.ops.vadiff.scale_gradient_.default):
-        torch.library.opcheck(operator, (gradient, scalar, scalar, backend))
+        torch.library.opcheck(operator, (gradient, scalar, saved, backend))
 
 
 def test_the_reweight_operator_passes_opcheck(backend: str, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import vadiff
 from vadiff.weighting import LossLevel
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -190,3 +191,24 @@ def test_repr_says_what_the_criterion_is(make_criterion):
     text = repr(make_criterion(bins=50))
     assert "VarianceAware" in text
     assert "50" in text
+
+
+def test_state_that_was_cast_is_refused(make_criterion, device):
+    criterion = trained(make_criterion, device)
+    before = {name: value.clone() for name, value in criterion.state_dict().items()}
+    cast = {name: value.half() for name, value in before.items()}
+    with pytest.raises(RuntimeError, match=r"state has dtype torch.float16, expected torch.int64"):
+        criterion.load_state_dict(cast)
+    assert_same_bits(criterion.state_dict(), before)
+
+
+def test_a_criterion_made_on_the_meta_device_loads_or_starts_afresh(make_criterion, device):
+    saved = trained(make_criterion, device).state_dict()
+    settings = {"bins": 16, "log_snr_range": (-8.0, 8.0)}
+    with torch.device("meta"):
+        loaded, fresh = vadiff.DiffusionLoss(**settings), vadiff.DiffusionLoss(**settings)
+    loaded.load_state_dict(saved, assign=True)
+    assert_same_bits(loaded.state_dict(), saved)
+    fresh.to_empty(device=device)
+    fresh.statistics.reset_parameters()
+    assert_same_bits(fresh.state_dict(), make_criterion().state_dict())

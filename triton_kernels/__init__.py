@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import ROW_FACTOR, Bins, Coefficient, Gather, TableRule
+from ..reference import Bins, Coefficient, Gather, TableRule
 from . import rows as _rows
 from . import statistics as _statistics
 from .rows import BLOCK, backward_kernel, rows_kernel, scale_kernel
@@ -68,11 +68,17 @@ def _pointer_and_number(coefficient: Coefficient) -> tuple[Tensor | None, float]
     return (coefficient, 0.0) if isinstance(coefficient, Tensor) else (None, coefficient)
 
 
+def _power_of_2(n: int) -> int:
+    """The next power of two; Triton's own takes microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
 def _statistics_block(bins: int) -> int:
     """Samples per step of the [K, samples] comparison: 16 float64 values for each of 256 threads."""
-    return max(4096 // triton.next_power_of_2(bins), 4)
+    return max(4096 // _power_of_2(bins), 4)
 
 
+@functools.lru_cache(maxsize=64)
 def _update_meta(bins: Bins, half_life: float, rule: TableRule) -> tuple[dict[str, float | int], dict[str, object]]:
     """The scalar arguments and the constexprs that fold and table take, by name."""
     scalars: dict[str, float | int] = {
@@ -88,7 +94,7 @@ def _update_meta(bins: Bins, half_life: float, rule: TableRule) -> tuple[dict[st
     constants = {
         "STATISTIC": rule.statistic,
         "SMOOTH": rule.smoothing > 0,
-        "K": triton.next_power_of_2(bins.size),
+        "K": _power_of_2(bins.size),
         "num_warps": _statistics.NUM_WARPS,
         "maxnreg": 255,  # one program is alone on its multiprocessor: spilling a few bytes for occupancy gains nothing
     }
@@ -106,6 +112,7 @@ def _finish(
     workspace: Tensor,
     elements: int,
     splits: int,
+    ell: Tensor | None,
     loss: Tensor | None,
     bins: Bins,
     half_life: float,
@@ -113,40 +120,40 @@ def _finish(
     update: bool,
     gather: Gather | None,
 ) -> Tensor:
-    """Everything after the elements: returns the per-sample rows [3, B], writes `loss`, moves the state."""
+    """Everything after the elements: returns `saved` [2B + 1], writes `ell` and `loss`, moves the state."""
     samples = len(log_snr)
     tiles = -(-samples // TILE)
     mean = loss is not None and loss.dim() == 0
-    rows = torch.empty(3, samples, device=log_snr.device, dtype=torch.float32)
+    saved = torch.empty(2 * samples + 1, device=log_snr.device, dtype=torch.float32)
     vector = 4 * bins.size + 1
     fold_at_once = update and tiles == 1 and gather is None
     parts = workspace.new_empty(tiles, vector) if update and not fold_at_once else None
-    loss_parts = workspace.new_empty(tiles) if mean and tiles > 1 else None
+    loss_parts = workspace.new_empty(tiles) if tiles > 1 else None
     table = log_weights.view(torch.float32)
     scalars, constants = _update_meta(bins, half_life, rule)
-    split_block = triton.next_power_of_2(min(splits, 128)) if per_sample is None else 0
+    split_block = _power_of_2(min(splits, 128)) if per_sample is None else 0
     statistics_kernel[(tiles,)](
-        per_sample, log_snr, base_weight, sample_weight, weight, table, state, workspace, rows,
-        None if mean else loss, loss if mean and tiles == 1 else None, parts, loss_parts,
+        per_sample, log_snr, base_weight, sample_weight, weight, table, state, workspace, ell, saved,
+        None if mean else loss, loss if mean else None, parts, loss_parts,
         low=bins.low, inv_width=bins.inv_width, samples=samples, elements=elements, splits=splits, tile=TILE,
         LOOK_UP=bool(rule.statistic), FOLD=fold_at_once, SPLITS=split_block,
         SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(bins.size),
         **scalars, **constants,
     )  # fmt: skip
-    if tiles > 1 and (mean or update):
+    if tiles > 1:
         merged = workspace.new_empty(1, vector) if gather is not None and update else None
         fold_kernel[(1,)](
-            parts, loss_parts, loss if mean else None, merged, state, table, workspace, tiles, samples,
+            parts, loss_parts, loss if mean else None, saved, merged, state, table, workspace, tiles, samples,
             FOLD=update and gather is None, **scalars, **constants,
         )  # fmt: skip
         parts = merged
     if update and gather is not None:
         gathered = gather(parts[0])  # type: ignore[index]
         fold_kernel[(1,)](
-            gathered, None, None, None, state, table, workspace, len(gathered), samples,
+            gathered, None, None, None, None, state, table, workspace, len(gathered), samples,
             FOLD=True, **scalars, **constants,
         )  # fmt: skip
-    return rows
+    return saved
 
 
 def diffusion_loss(
@@ -170,7 +177,7 @@ def diffusion_loss(
     with_gradient: bool,
     update: bool,
     gather: Gather | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `vadiff.reference.diffusion_loss`."""
     samples = len(output)
     elements = output.numel() // samples
@@ -179,6 +186,7 @@ def diffusion_loss(
     workspace = torch.empty(samples * (splits + 2) + 2 * bins.size, device=output.device, dtype=torch.float64)
     gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
     loss = torch.empty(() if mean else (samples,), device=output.device, dtype=torch.float32)
+    ell = torch.empty(samples, device=output.device, dtype=torch.float32)
     (a_ptr, a), (b_ptr, b), (c_ptr, c) = (_pointer_and_number(x) for x in (a, b, c))
     with _on(output.device):
         rows_kernel[(min(samples * splits, programs),)](
@@ -188,17 +196,16 @@ def diffusion_loss(
             1.0 / output.numel(), samples, elements, splits, chunk,
             HUBER=huber_delta > 0, EVEN=elements % 16 == 0, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS,
         )  # fmt: skip
-        rows = _finish(
-            None, log_snr, base_weight, sample_weight, weight, state, log_weights, workspace, elements, splits, loss,
-            bins, half_life, rule, update, gather,
+        saved = _finish(
+            None, log_snr, base_weight, sample_weight, weight, state, log_weights, workspace, elements, splits, ell,
+            loss, bins, half_life, rule, update, gather,
         )  # fmt: skip
-    return loss, rows, gradient
+    return loss, ell, saved, gradient
 
 
 def diffusion_loss_backward(
     upstream: Tensor,
-    loss: Tensor,
-    rows: Tensor,
+    saved: Tensor,
     output: Tensor,
     target: Tensor | None,
     noise: Tensor | None,
@@ -214,18 +221,18 @@ def diffusion_loss_backward(
     splits, chunk = split_samples(samples, elements, programs)
     gradient = torch.empty_like(output)
     (a_ptr, a), (b_ptr, b), (c_ptr, c) = (_pointer_and_number(x) for x in (a, b, c))
-    scalar = loss.dim() == 0
+    mean = upstream.dim() == 0
     with _on(output.device):
         backward_kernel[(min(samples * splits, programs),)](
-            upstream, loss, rows[ROW_FACTOR], output, target, noise, a_ptr, b_ptr, c_ptr, a, b, c, gradient,
-            0 if scalar else upstream.stride(0), 0 if scalar else loss.stride(0), huber_delta,
-            1.0 / (output.numel() if scalar else elements), samples, elements, splits, chunk,
+            upstream, saved, output, target, noise, a_ptr, b_ptr, c_ptr, a, b, c, gradient,
+            0 if mean else upstream.stride(0), huber_delta, 1.0 / (output.numel() if mean else elements),
+            samples, elements, splits, chunk, MEAN=mean,
             HUBER=huber_delta > 0, EVEN=elements % 16 == 0, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS,
         )  # fmt: skip
     return gradient
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, loss: Tensor, out: Tensor) -> None:
+def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
     """See `vadiff.reference.scale_gradient`."""
     total = gradient.numel()
     grid = min(-(-total // BLOCK), _programs(gradient.device.index))
@@ -234,7 +241,8 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, loss: Tensor, out: Tensor
             gradient,
             out,
             upstream,
-            loss,
+            saved,
+            len(saved) // 2,
             total,
             INPLACE=out is gradient,
             BLOCK=BLOCK,
@@ -258,8 +266,8 @@ def reweight(
     """See `vadiff.reference.reweight`."""
     workspace = torch.empty(2 * len(loss) + 2 * bins.size, device=loss.device, dtype=torch.float64)
     with _on(loss.device):
-        rows = _finish(
-            loss, log_snr, None, sample_weight, weight, state, log_weights, workspace, 1, 0, None,
+        saved = _finish(
+            loss, log_snr, None, sample_weight, weight, state, log_weights, workspace, 1, 0, None, None,
             bins, half_life, rule, update, gather,
         )  # fmt: skip
-    return rows[ROW_FACTOR]
+    return saved[: len(loss)]

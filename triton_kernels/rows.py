@@ -12,6 +12,8 @@ import triton.language as tl
 
 BLOCK = 2048  # elements per step: 16 per thread, two 128-bit loads in bf16, four in float32; <= 4096 (sums are float32)
 NUM_WARPS = 4
+# Not compiled in: a last batch of another size must not wait for the compiler in the middle of a training.
+SIZES = ["samples", "elements", "splits", "chunk"]
 
 
 @triton.jit
@@ -23,8 +25,9 @@ def item_offsets(item, elements, splits, chunk, EVEN: tl.constexpr):
     sample = sample * long
     end = tl.minimum(start + chunk, elements)
     row = sample * elements
-    if EVEN:
+    if EVEN:  # what the compiler cannot know of arguments that it does not specialise on
         row = tl.multiple_of(row, 16)
+        end = tl.multiple_of(end, 16)
     return sample, tl.multiple_of(start, 16), end, row
 
 
@@ -65,6 +68,12 @@ def element_loss(r, huber_delta, HUBER: tl.constexpr):
     else:
         e = r * r
     return e
+
+
+@triton.jit
+def sum_of_four(e, BLOCK: tl.constexpr):
+    """Sums of four neighbours of e [BLOCK] in float32, as [BLOCK/4] float64."""
+    return tl.sum(tl.reshape(e, (BLOCK // 4, 4)), axis=1).to(tl.float64)
 
 
 @triton.jit
@@ -116,7 +125,7 @@ def load_weights(
     return w, u, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rows_kernel(
     output_ptr,  # [B, D] float32, bfloat16 or float16
     target_ptr,  # [B, D] likewise, or None
@@ -149,7 +158,8 @@ def rows_kernel(
 ):
     """Per-item sums of the element losses and, with `gradient_ptr`, the gradient: one pass over the data.
 
-    Sums are float32 within a block and float64 across blocks (DESIGN: error independent of the sample's size)."""
+    Four neighbours, which one thread holds, are summed in float32, everything else in float64: the error does not grow
+    with the sample, and no thread waits for another before the item's end."""
     for item in range(tl.program_id(0), samples * splits, tl.num_programs(0)):
         sample, start, end, row = item_offsets(item, elements, splits, chunk, EVEN)
         a_i = load_coefficient(a_ptr, a, sample)
@@ -162,30 +172,29 @@ def rows_kernel(
                 log_snr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, sample, sample >= 0,
                 low, inv_width, bins,
             )  # fmt: skip
-            factor = w * u * v * a_i * scale
-        total = tl.full((), 0.0, tl.float64)
+            factor = tl.where(u * v == 0.0, 0.0, w * u * v * a_i * scale)
+        total = tl.zeros((BLOCK // 4,), tl.float64)
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
             r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
-            total += tl.sum(element_loss(r, huber_delta, HUBER)).to(tl.float64)
             if gradient_ptr is not None:
                 store_gradient(gradient_ptr, factor, r, huber_delta, o, True, HUBER, False)
+            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
             r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
-            total += tl.sum(element_loss(r, huber_delta, HUBER)).to(tl.float64)
             if gradient_ptr is not None:
                 store_gradient(gradient_ptr, factor, r, huber_delta, row + o_tail, m, HUBER, True)
-        tl.store(partial_ptr + item, total)
+            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
+        tl.store(partial_ptr + item, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    upstream_ptr,  # scalar or [B] float32
-    loss_ptr,  # scalar or [B] float32: where it is NaN, so is the gradient
-    factor_ptr,  # [B] float32: w*u*v
+    upstream_ptr,  # scalar (MEAN) or [B] float32
+    saved_ptr,  # [2B + 1] float32: w*u*v, w*v*ell, mean loss
     output_ptr,  # [B, D]
     target_ptr,  # [B, D] or None
     noise_ptr,  # [B, D] or None
@@ -197,13 +206,13 @@ def backward_kernel(
     c,
     gradient_ptr,  # [B, D], out
     upstream_stride,
-    loss_stride,
     huber_delta,
     scale,  # 1/D, or 1/(B*D) for the mean loss
     samples,
     elements,
     splits,
     chunk,
+    MEAN: tl.constexpr,
     HUBER: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -215,9 +224,10 @@ def backward_kernel(
         b_i = load_coefficient(b_ptr, b, sample)
         c_i = load_coefficient(c_ptr, c, sample)
         upstream = tl.load(upstream_ptr + sample * upstream_stride).to(tl.float32)
-        loss = tl.load(loss_ptr + sample * loss_stride)
-        factor = tl.load(factor_ptr + sample) * upstream * a_i * scale
-        factor = tl.where(loss == loss, factor, loss)
+        factor = tl.load(saved_ptr + sample) * upstream * a_i * scale
+        if MEAN:
+            loss = tl.load(saved_ptr + 2 * samples)
+            factor = tl.where(loss == loss, factor, loss)
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
@@ -230,19 +240,20 @@ def backward_kernel(
             store_gradient(gradient_ptr, factor, r, huber_delta, row + o_tail, m, HUBER, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def scale_kernel(
     gradient_ptr,  # [N], in
     out_ptr,  # [N], out; may be gradient_ptr
     upstream_ptr,  # scalar float32
-    loss_ptr,  # scalar float32
+    saved_ptr,  # [2B + 1] float32: the last is the mean loss
+    samples,  # B
     total,  # N
     INPLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out = gradient * upstream, NaN if the loss is. In place and with upstream 1 there is nothing to do."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
-    loss = tl.load(loss_ptr)
+    loss = tl.load(saved_ptr + 2 * samples)
     upstream = tl.where(loss == loss, upstream, loss)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     last = total + first * 0

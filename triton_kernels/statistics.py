@@ -30,7 +30,8 @@ def classify_samples(
     sample_weight_ptr,
     weight_ptr,
     log_weights_ptr,
-    rows_ptr,  # [3, B] float32, out: w*u*v, ell, w*v*ell
+    per_sample_ptr,  # [B] float32 or None, out: ell
+    saved_ptr,  # [2B + 1] float32, out: w*u*v, w*v*ell
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     base_loss_ptr,  # [B] float64, out
     bin_ptr,  # [B] float64, out
@@ -80,9 +81,10 @@ def classify_samples(
         factor = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * u * v))
         slope = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * v * ell))
         weighted = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, factor * ell))
-        tl.store(rows_ptr + samples + i, ell, mask=m)
-        tl.store(rows_ptr + i, factor, mask=m)
-        tl.store(rows_ptr + 2 * samples + i, slope, mask=m)
+        if per_sample_ptr is not None:
+            tl.store(per_sample_ptr + i, ell, mask=m)
+        tl.store(saved_ptr + i, factor, mask=m)
+        tl.store(saved_ptr + samples + i, slope, mask=m)
         if out_ptr is not None:
             tl.store(out_ptr + i, weighted, mask=m)
         position = tl.floor((log_snr - low) * inv_width)
@@ -173,6 +175,7 @@ def fold_and_weigh(
     mean = tl.where(kept, mean, 0.0)
     m2 = tl.where(kept, m2, 0.0)
     mass = tl.where(kept, mass, 0.0)
+    tl.debug_barrier()  # with few bins several warps hold copies of a lane, and all have to have loaded
     tl.store(moments_ptr + k, n, mask=m_k)
     tl.store(moments_ptr + bins + k, mean, mask=m_k)
     tl.store(moments_ptr + 2 * bins + k, m2, mask=m_k)
@@ -247,7 +250,7 @@ def smooth(a_ptr, n_ptr, width, smoothing, radius, bins, K: tl.constexpr):
     return tl.where(reached, fit, 0.0), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["radius", "bins", "samples", "elements", "splits", "tile"])  # as in rows.py
 def statistics_kernel(
     loss_ptr,  # [B] float32 per-sample losses, or None: sums are in the workspace
     log_snr_ptr,  # [B] float32
@@ -257,9 +260,10 @@ def statistics_kernel(
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
     state_ptr,  # [4*bins + 1] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
-    rows_ptr,  # [3, B] float32, out
-    out_ptr,  # [B] float32 or None, out: per-sample weighted loss
-    mean_ptr,  # scalar float32 or None, out: mean weighted loss
+    per_sample_ptr,  # [B] float32 or None, out: ell
+    saved_ptr,  # [2B + 1] float32, out: w*u*v, w*v*ell and, with one tile, the mean of w*u*v*ell
+    out_ptr,  # [B] float32 or None, out: w*u*v*ell
+    mean_ptr,  # scalar float32 or None, out: its mean, with one tile
     parts_ptr,  # [tiles, 4*bins + 1] float64 or None, out: batch statistics of each tile
     loss_parts_ptr,  # [tiles] float64 or None, out: sum of the weighted losses of each tile
     low,
@@ -300,13 +304,14 @@ def statistics_kernel(
     else:
         source_ptr = loss_ptr
     total, poisoned = classify_samples(
-        source_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, table_ptr, rows_ptr, out_ptr,
+        source_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, table_ptr, per_sample_ptr,
+        saved_ptr, out_ptr,
         base_loss_ptr, bin_ptr, first, last, samples, elements, splits, low, inv_width, bins, SETTLE, SPLITS,
     )  # fmt: skip
-    if mean_ptr is not None:
-        tl.store(mean_ptr, (total / samples).to(tl.float32))
     if loss_parts_ptr is not None:
         tl.store(loss_parts_ptr + tl.program_id(0), total)
+    else:
+        store_mean(total, samples, mean_ptr, saved_ptr)
     if FOLD or parts_ptr is not None:
         tl.debug_barrier()  # lanes read each other's base losses and bins
         n, mean, m2, mass = batch_statistics(base_loss_ptr, bin_ptr, sample_weight_ptr, first, last, K, SAMPLES)
@@ -321,6 +326,15 @@ def statistics_kernel(
 
 
 @triton.jit
+def store_mean(total, samples, mean_ptr, saved_ptr):
+    """The mean loss, for the caller (if asked for) and, where nobody else writes, for the backward."""
+    mean = (total / samples).to(tl.float32)
+    tl.store(saved_ptr + 2 * samples, mean)
+    if mean_ptr is not None:
+        tl.store(mean_ptr, mean)
+
+
+@triton.jit
 def store_part(part_ptr, n, mean, m2, mass, poisoned, bins, K: tl.constexpr):
     """Batch statistics as one float64 vector [4*bins + 1]."""
     k = tl.arange(0, K)
@@ -332,11 +346,12 @@ def store_part(part_ptr, n, mean, m2, mass, poisoned, bins, K: tl.constexpr):
     tl.store(part_ptr + 4 * bins, poisoned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["radius", "bins", "samples", "parts"])
 def fold_kernel(
     parts_ptr,  # [parts, 4*bins + 1] float64 or None: batch statistics to merge, in order
     loss_parts_ptr,  # [parts] float64 or None
     mean_ptr,  # scalar float32 or None, out
+    saved_ptr,  # [2B + 1] float32 or None, out: the last is the mean loss
     merged_ptr,  # [4*bins + 1] float64 or None, out
     state_ptr,  # [4*bins + 1] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
@@ -361,7 +376,7 @@ def fold_kernel(
         total = tl.full((), 0.0, tl.float64)
         for part in range(0, parts):
             total += tl.load(loss_parts_ptr + part)
-        tl.store(mean_ptr, (total / samples).to(tl.float32))
+        store_mean(total, samples, mean_ptr, saved_ptr)
     if parts_ptr is not None:
         k = tl.arange(0, K)
         m_k = k < bins

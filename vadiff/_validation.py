@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from .reference import Coefficient, compute_dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> Tensor:
+def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> None:
     """A tensor of the prediction's shape and device (target, noise)."""
     _check_float(name, tensor)
     if tensor.shape != prediction.shape:
@@ -19,7 +21,6 @@ def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> Tensor:
         )
     _check_device(name, tensor, prediction)
     _check_detached(name, tensor)
-    return tensor
 
 
 def check_prediction(name: str, prediction: Tensor) -> None:
@@ -59,7 +60,9 @@ def check_coefficients(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """(a, b, c) of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
     if coefficients is None:
-        coefficients = (1.0, -1.0, 0.0)
+        if noise is not None:
+            raise ValueError("noise is given without coefficients: pass coefficients=(a, b, c), or leave noise out")
+        return 1.0, -1.0, 0.0
     if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
         got = f"{len(coefficients)} values" if isinstance(coefficients, (tuple, list)) else type(coefficients).__name__
         raise ValueError(f"coefficients is {got}, expected (a, b, c) of the residual a*prediction + b*target + c*noise")
@@ -67,7 +70,7 @@ def check_coefficients(
     for name, value in zip("abc", coefficients, strict=True):
         if isinstance(value, Tensor):
             checked.append(check_per_sample(f"coefficients {name}", value, prediction))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif is_number(value):
             checked.append(float(value))
         else:
             raise TypeError(
@@ -75,12 +78,14 @@ def check_coefficients(
                 f"({prediction.shape[0]},)"
             )
     a, b, c = checked
-    unused = not isinstance(c, Tensor) and c == 0.0
-    if noise is not None and unused:
-        raise ValueError("noise is given, but its coefficient c is 0: pass coefficients=(a, b, c), or leave noise out")
-    if noise is None and not unused:
+    if noise is None and (isinstance(c, Tensor) or c != 0.0):
         raise ValueError("coefficients has a c for the noise, but noise is None: pass noise=eps")
     return a, b, c
+
+
+def is_number(value: object) -> bool:
+    """A Python or NumPy real number, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

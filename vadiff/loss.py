@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, ops
-from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction
+from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
 from .reference import Bins, Coefficient, TableRule, log_weight_at
 from .statistics import LogSNRStatistics
 from .weighting import AdaptiveWeighting, Constant, Weighting, from_name
@@ -46,9 +46,12 @@ class DiffusionLoss(nn.Module):
         ValueError, TypeError: an argument out of bounds; the message names it.
 
     Example:
-        >>> criterion = vadiff.DiffusionLoss()
-        >>> loss = criterion(prediction, target, vadiff.log_snr.from_sigma(sigma))
-        >>> loss.backward()
+        >>> criterion = vadiff.DiffusionLoss("variance_aware")
+        >>> clean, sigma = torch.randn(8, 3, 32, 32), torch.rand(8) + 0.1
+        >>> denoised = (clean + 0.1 * torch.randn_like(clean)).requires_grad_()  # what a network returned
+        >>> criterion(denoised, clean, vadiff.log_snr.from_sigma(sigma)).backward()
+        >>> criterion.statistics.count.sum()
+        tensor(8., dtype=torch.float64)
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class DiffusionLoss(nn.Module):
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-        if isinstance(huber_delta, bool) or not isinstance(huber_delta, (int, float)) or not 0 < huber_delta < math.inf:
+        if not is_number(huber_delta) or not 0 < huber_delta < math.inf:
             raise ValueError(f"huber_delta is {huber_delta!r}, expected a positive finite number")
         backends.check_name(backend)
         self.loss = loss
@@ -124,9 +127,12 @@ class DiffusionLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
         self._check_state_device(prediction, "prediction")
-        unread = not isinstance(b, Tensor) and b == 0.0  # the target need not be read
+        x0, eps = (  # a tensor with a plain 0 in front is not read
+            None if coefficient == 0.0 and not isinstance(coefficient, Tensor) else tensor
+            for coefficient, tensor in ((b, target), (c, noise))
+        )
         loss, ell = ops.diffusion_loss(
-            prediction, None if unread else target, noise, a, b, c, log_snr, base_weight, sample_weight,
+            prediction, x0, eps, a, b, c, log_snr, base_weight, sample_weight,
             self._fixed_weight(log_snr), *self._where(), self.huber_delta if self.loss == "huber" else 0.0,
             reduction == "mean", self._records(), self.sync, self.backend,
         )  # fmt: skip
@@ -174,13 +180,17 @@ class DiffusionLoss(nn.Module):
         return self.weighting(self.bin_centers)
 
     def weight_at(self, log_snr: Tensor) -> Tensor:
-        """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN."""
+        """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN.
+
+        Raises:
+            ValueError, TypeError: log_snr is not [B] floats on the criterion's device.
+        """
         check_prediction("log_snr", log_snr)
         log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
         self._check_state_device(log_snr, "log_snr")
         if isinstance(self.weighting, AdaptiveWeighting):
             return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
-        return self.weighting(log_snr)
+        return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
 
     def extra_repr(self) -> str:
         loss = f"huber, huber_delta={self.huber_delta:g}" if self.loss == "huber" else self.loss
@@ -195,7 +205,7 @@ class DiffusionLoss(nn.Module):
     def _fixed_weight(self, log_snr: Tensor) -> Tensor | None:
         if isinstance(self.weighting, (AdaptiveWeighting, Constant)):
             return None
-        return self.weighting(log_snr)
+        return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
 
     def _where(self) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
         statistics = self.statistics

@@ -3,7 +3,7 @@
 Four operators in the namespace `vadiff`, opaque to the compiler, so that what Python decides (backend, environment,
 process group) is decided at call time:
 
-    diffusion_loss             one step: loss, per-sample rows [3, B], gradient of the mean loss; moves the statistics
+    diffusion_loss             one step: loss, ell, what a backward needs, gradient; moves the statistics
     diffusion_loss_backward    gradient from the saved inputs
     scale_gradient             gradient * upstream into a new tensor, or (scale_gradient_) in place
     reweight                   factors for a per-sample loss computed elsewhere; moves the statistics
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from . import backends
-from .reference import ROW_LOSS, ROW_SLOPE, Bins, Coefficient, Gather, TableRule, compute_dtype
+from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,20 +39,19 @@ _library = torch.library.Library("vadiff", "DEF")
 _library.define(
     f"diffusion_loss({_RESIDUAL}, Tensor log_snr, Tensor? base_weight, Tensor? sample_weight, Tensor? weight, "
     f"{_STATE}, {_RULE}, float huber_delta, bool mean, bool with_gradient, bool update, bool sync, str backend)"
-    " -> (Tensor loss, Tensor rows, Tensor gradient)",
+    " -> (Tensor loss, Tensor ell, Tensor saved, Tensor gradient)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    f"diffusion_loss_backward(Tensor upstream, Tensor loss, Tensor rows, {_RESIDUAL}, float huber_delta, str backend)"
-    " -> Tensor",
+    f"diffusion_loss_backward(Tensor upstream, Tensor saved, {_RESIDUAL}, float huber_delta, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "scale_gradient(Tensor gradient, Tensor upstream, Tensor loss, str backend) -> Tensor",
+    "scale_gradient(Tensor gradient, Tensor upstream, Tensor saved, str backend) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "scale_gradient_(Tensor(a!) gradient, Tensor upstream, Tensor loss, str backend) -> ()",
+    "scale_gradient_(Tensor(a!) gradient, Tensor upstream, Tensor saved, str backend) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -94,12 +93,12 @@ def _diffusion_loss(
     update: bool,
     sync: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if update or with_gradient:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if update:
         _refuse_inside_backward()
     output, target, noise = _one_layout(output, target, noise)
     rule = TableRule(statistic, strength, smoothing, clip, prior)
-    result: tuple[Tensor, Tensor, Tensor] = backends.select(backend, output).diffusion_loss(
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.select(backend, output).diffusion_loss(
         output, target, noise, _either(a_each, a), _either(b_each, b), _either(c_each, c), log_snr,
         base_weight, sample_weight, weight, state, log_weights, Bins(len(log_weights), low, high), half_life, rule,
         huber_delta, mean, with_gradient, update, _gather(sync),
@@ -109,8 +108,7 @@ def _diffusion_loss(
 
 def _diffusion_loss_backward(
     upstream: Tensor,
-    loss: Tensor,
-    rows: Tensor,
+    saved: Tensor,
     output: Tensor,
     target: Tensor | None,
     noise: Tensor | None,
@@ -125,20 +123,20 @@ def _diffusion_loss_backward(
 ) -> Tensor:
     output, target, noise = _one_layout(output, target, noise)
     result: Tensor = backends.select(backend, output).diffusion_loss_backward(
-        upstream, loss, rows, output, target, noise, _either(a_each, a), _either(b_each, b), _either(c_each, c),
+        upstream, saved, output, target, noise, _either(a_each, a), _either(b_each, b), _either(c_each, c),
         huber_delta,
     )  # fmt: skip
     return result
 
 
-def _scale_gradient(gradient: Tensor, upstream: Tensor, loss: Tensor, backend: str) -> Tensor:
+def _scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, backend: str) -> Tensor:
     out = torch.empty_like(gradient)
-    backends.select(backend, gradient).scale_gradient(gradient, upstream, loss, out)
+    backends.select(backend, gradient).scale_gradient(gradient, upstream, saved, out)
     return out
 
 
-def _scale_gradient_in_place(gradient: Tensor, upstream: Tensor, loss: Tensor, backend: str) -> None:
-    backends.select(backend, gradient).scale_gradient(gradient, upstream, loss, gradient)
+def _scale_gradient_in_place(gradient: Tensor, upstream: Tensor, saved: Tensor, backend: str) -> None:
+    backends.select(backend, gradient).scale_gradient(gradient, upstream, saved, gradient)
 
 
 def _reweight(
@@ -215,9 +213,8 @@ def _gather(sync: bool) -> Gather | None:
 def _refuse_inside_backward() -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "the criterion was called from inside a backward pass, where it would record the same batch twice and "
-            "scale the gradient wrongly. Activation checkpointing does this: put the criterion outside the "
-            "checkpointed function"
+            "the criterion was called from inside a backward pass, where it would record the same batch twice. "
+            "Activation checkpointing does this: put the criterion outside the checkpointed function"
         )
 
 
@@ -232,26 +229,26 @@ for _name, _run in {
 
 
 @torch.library.register_fake("vadiff::diffusion_loss")
-def _(output: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(output: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, with_gradient = args[-5], args[-4]
-    dtype = compute_dtype(output)
-    loss = output.new_empty(() if mean else (output.shape[0],), dtype=dtype)
-    rows = output.new_empty((3, output.shape[0]), dtype=dtype)
-    return loss, rows, _fake_gradient(output) if with_gradient else output.new_empty(0)
+    samples, dtype = output.shape[0], compute_dtype(output)
+    loss = output.new_empty(() if mean else (samples,), dtype=dtype)
+    ell, saved = output.new_empty(samples, dtype=dtype), output.new_empty(2 * samples + 1, dtype=dtype)
+    return loss, ell, saved, _fake_gradient(output) if with_gradient else output.new_empty(0)
 
 
 @torch.library.register_fake("vadiff::diffusion_loss_backward")
-def _(upstream: Tensor, loss: Tensor, rows: Tensor, output: Tensor, *args: Any) -> Tensor:
+def _(upstream: Tensor, saved: Tensor, output: Tensor, *args: Any) -> Tensor:
     return _fake_gradient(output)
 
 
 @torch.library.register_fake("vadiff::scale_gradient")
-def _(gradient: Tensor, upstream: Tensor, loss: Tensor, backend: str) -> Tensor:
+def _(gradient: Tensor, upstream: Tensor, saved: Tensor, backend: str) -> Tensor:
     return torch.empty_like(gradient)
 
 
 @torch.library.register_fake("vadiff::scale_gradient_")
-def _(gradient: Tensor, upstream: Tensor, loss: Tensor, backend: str) -> None:
+def _(gradient: Tensor, upstream: Tensor, saved: Tensor, backend: str) -> None:
     return None
 
 
@@ -268,42 +265,76 @@ def _fake_gradient(output: Tensor) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """Takes the operator's arguments in its order; differentiates by output (0) and base_weight (10)."""
+    """Differentiates by `output` and `base_weight`; `others` are the operator's remaining arguments in its order.
+
+    They come in a tuple because torch unwraps each argument in Python, and refuses to compile one tensor passed twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, rows, gradient = torch.ops.vadiff.diffusion_loss(*args)
-        ctx.fused = gradient.numel() > 0
-        ctx.residual, ctx.huber_delta, ctx.backend = args[6:9], args[23], args[-1]
-        ctx.needs = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
+    def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        target, noise, *coefficients, log_snr = others[:9]
+        output, target, noise = _one_layout(output, target, noise)
+        loss, ell, saved, gradient = torch.ops.vadiff.diffusion_loss(
+            output, target, noise, *coefficients, log_snr, base_weight, *others[9:]
+        )
+        ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
+        ctx.mark_non_differentiable(ell)
+        ctx.fused, ctx.mean = gradient.numel() > 0, loss.dim() == 0
+        ctx.numbers, ctx.huber_delta, ctx.backend = coefficients[3:], others[-6], others[-1]
+        # Never what is returned: `loss /= n` would spoil it.
         if ctx.fused:
-            ctx.save_for_backward(loss, rows, gradient)
-        elif ctx.needs[0]:
-            ctx.save_for_backward(loss, rows, *args[:6])
+            ctx.save_for_backward(saved, gradient)
+        elif ctx.needs_input_grad[0]:
+            ctx.save_for_backward(saved, output, target, noise, *coefficients[:3])
         else:
-            ctx.save_for_backward(loss, rows)
-        ctx.mark_non_differentiable(rows)
-        return loss, rows
+            ctx.save_for_backward(saved)
+        return loss, ell
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None
         by_output = by_base_weight = None
-        loss, rows, *saved = ctx.saved_tensors
-        if ctx.needs[0]:
+        saved, *inputs = ctx.saved_tensors
+        upstream = upstream.detach()
+        if ctx.needs_input_grad[0]:
             if not ctx.fused:
                 by_output = torch.ops.vadiff.diffusion_loss_backward(
-                    upstream, loss, rows, *saved, *ctx.residual, ctx.huber_delta, ctx.backend
+                    upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend
                 )
             elif _graph_is_kept():
-                by_output = torch.ops.vadiff.scale_gradient(saved[0], upstream, loss, ctx.backend)
+                by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)
             else:
-                by_output = saved[0]
-                torch.ops.vadiff.scale_gradient_(by_output, upstream, loss, ctx.backend)
-        if ctx.needs[1]:
-            scale = rows[ROW_SLOPE] / (rows.shape[1] if loss.dim() == 0 else 1)
-            by_base_weight = scale * torch.where(loss.isnan(), loss, upstream)
-        return by_output, *[None] * 9, by_base_weight, *[None] * 18
+                by_output = inputs[0]
+                torch.ops.vadiff.scale_gradient_(by_output, upstream, saved, ctx.backend)
+        if ctx.needs_input_grad[1]:
+            samples = saved.numel() // 2
+            by_base_weight = saved[samples : 2 * samples] * upstream
+            if ctx.mean:
+                by_base_weight = by_base_weight.masked_fill(saved[-1].isnan(), torch.nan) / samples
+        if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
+            by_output, by_base_weight = _not_differentiable(by_output), _not_differentiable(by_base_weight)
+        return by_output, by_base_weight, None
+
+
+def _not_differentiable(gradient: Tensor | None) -> Tensor | None:
+    """A gradient that raises when it is differentiated."""
+    if gradient is None:
+        return None
+    message = "the gradient of vadiff's loss cannot be differentiated a second time"
+    raising: Tensor = torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
+    return raising
+
+
+def _refuse_transforms() -> None:
+    """torch.func's transforms would see through the operator, and forward mode would return zeros."""
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    ):
+        raise RuntimeError(
+            "vadiff's loss has no rule for torch.func transforms and forward-mode differentiation: "
+            "use loss.backward() or torch.autograd.grad"
+        )
 
 
 def _graph_is_kept() -> bool:
@@ -341,6 +372,7 @@ def diffusion_loss(
     """Differentiable step on validated inputs: loss (scalar, or [B] if not `mean`) and per-sample ell [B].
 
     [B]-shaped inputs are float32 (float64 for float64 outputs; log_snr always float32)."""
+    _refuse_transforms()
     recorded = torch.is_grad_enabled() and (
         output.requires_grad or (base_weight is not None and base_weight.requires_grad)
     )
@@ -352,15 +384,15 @@ def diffusion_loss(
         and not torch.compiler.is_compiling()
     )
     (a_each, a), (b_each, b), (c_each, c) = _split(a), _split(b), _split(c)
-    arguments = (
-        output, target, noise, a_each, b_each, c_each, a, b, c, log_snr, base_weight, sample_weight, weight,
-        state, log_weights, bins.low, bins.high, half_life, *rule, huber_delta, mean, fused, update, sync, backend,
+    others = (
+        target, noise, a_each, b_each, c_each, a, b, c, log_snr, sample_weight, weight, state, log_weights,
+        bins.low, bins.high, half_life, *rule, huber_delta, mean, fused, update, sync, backend,
     )  # fmt: skip
     if recorded:
-        loss, rows = _Loss.apply(*arguments)
+        loss, ell = _Loss.apply(output, base_weight, others)
     else:
-        loss, rows, _ = torch.ops.vadiff.diffusion_loss(*arguments)
-    return loss, rows[ROW_LOSS]
+        loss, ell, _, _ = torch.ops.vadiff.diffusion_loss(output, *others[:9], base_weight, *others[9:])
+    return loss, ell
 
 
 def reweight(
@@ -378,6 +410,7 @@ def reweight(
     backend: str,
 ) -> Tensor:
     """w*v*loss [B] for a validated per-sample loss [B], differentiable by the loss; weights are detached."""
+    _refuse_transforms()
     factor = torch.ops.vadiff.reweight(
         loss.detach().contiguous(), log_snr, sample_weight, weight, state, log_weights, bins.low, bins.high, half_life,
         *rule, update, sync, backend,

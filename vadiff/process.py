@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .log_snr import from_flow_time, from_sigma
+from .reference import Coefficient
 
 __all__ = [
     "EDM",
@@ -30,9 +31,6 @@ __all__ = [
 ]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "edm")
-
-Coefficient = float | Tensor
-"""A number for the whole batch, or a tensor [B]."""
 
 
 class NoiseProcess(ABC):

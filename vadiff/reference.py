@@ -34,7 +34,6 @@ from torch import Tensor
 BLOCK = 4096  # elements summed in float32 before float64 takes over
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
-ROW_FACTOR, ROW_LOSS, ROW_SLOPE = 0, 1, 2  # rows of the per-sample output [3, B]
 
 Coefficient = float | Tensor  # a number, or one per sample [B]
 Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 1] of this rank -> [ranks, 4K + 1]
@@ -67,7 +66,7 @@ class TableRule(NamedTuple):
 
     def radius(self, bins: Bins) -> int:
         """Bins within three smoothing widths, to each side (the slack keeps exact multiples inside)."""
-        return min(int(3.0 * self.smoothing / bins.width + 1e-6), bins.size - 1)
+        return int(min(3.0 * self.smoothing / bins.width + 1e-6, bins.size - 1))
 
 
 # rows: one value per sample
@@ -310,29 +309,29 @@ def diffusion_loss(
     with_gradient: bool,
     update: bool,
     gather: Gather | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step. Returns the loss (scalar, or [B] if not `mean`), per-sample rows [3, B] (w*u*v, ell, w*v*ell), and the
-    gradient of the mean loss by `output` in its dtype and layout (empty unless `with_gradient`).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One step. Returns the loss (scalar, or [B] if not `mean`), ell [B], what a backward needs besides the inputs
+    [2B + 1] (w*u*v and w*v*ell of each sample, then the mean loss), and the gradient of the mean loss by `output` in
+    its dtype and layout (empty unless `with_gradient`).
 
     With `update`, `state` and `log_weights` move in place, after the weights of this batch were read."""
     r = residual(output, target, noise, a, b, c)
     ell = per_sample_loss(r, huber_delta)
     table = log_weights if rule.statistic else None
     samples = classify(ell, log_snr, base_weight, sample_weight, weight, table, bins)
-    rows = torch.stack([samples.factor, ell, samples.slope])
-    loss = samples.weighted.mean(dtype=torch.float64).to(ell.dtype) if mean else samples.weighted
+    mean_loss = samples.weighted.mean(dtype=torch.float64).to(ell.dtype)
+    saved = torch.cat([samples.factor, samples.slope, mean_loss[None]])
     gradient = output.new_empty(0)
     if with_gradient:
         gradient = _gradient(r, samples.factor, a, output, huber_delta, 1.0 / output.numel())
     if update:
         _update(samples, log_snr, sample_weight, state, log_weights, bins, half_life, rule, gather)
-    return loss, rows, gradient
+    return mean_loss if mean else samples.weighted, ell, saved, gradient
 
 
 def diffusion_loss_backward(
     upstream: Tensor,
-    loss: Tensor,
-    rows: Tensor,
+    saved: Tensor,
     output: Tensor,
     target: Tensor | None,
     noise: Tensor | None,
@@ -344,14 +343,16 @@ def diffusion_loss_backward(
     """Gradient by `output` from the saved inputs; `upstream` is a scalar (loss was the mean) or [B]. NaN where the
     loss is."""
     r = residual(output, target, noise, a, b, c)
-    upstream = upstream.to(r.dtype).where(~loss.isnan(), math.nan)
-    scale = (1 if loss.dim() == 0 else len(output)) / output.numel()
-    return _gradient(r, rows[ROW_FACTOR] * upstream, a, output, huber_delta, scale)
+    mean = upstream.dim() == 0
+    factor = saved[: len(output)] * upstream.to(r.dtype)
+    if mean:
+        factor = factor.masked_fill(saved[-1].isnan(), math.nan)
+    return _gradient(r, factor, a, output, huber_delta, (1 if mean else len(output)) / output.numel())
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, loss: Tensor, out: Tensor) -> None:
-    """out = gradient * upstream, NaN if the loss is; `out` may be `gradient` itself."""
-    out.copy_(gradient.to(compute_dtype(gradient)) * upstream.where(~loss.isnan(), math.nan))
+def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
+    """out = gradient * upstream, NaN if the mean loss is; `out` may be `gradient` itself."""
+    out.copy_(gradient.to(compute_dtype(gradient)) * upstream.masked_fill(saved[-1].isnan(), math.nan))
 
 
 def reweight(

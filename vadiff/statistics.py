@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._validation import is_number
 from .reference import Bins, variance
 
 
@@ -16,7 +18,7 @@ class LogSNRStatistics(nn.Module):
 
     The numbers are float64, kept in integer buffers so that `module.half()` and `.to(torch.bfloat16)` leave them alone;
     they move between devices, and into `state_dict`, like any buffer. `DiffusionLoss` updates them; reading returns
-    copies.
+    copies. They can be copied but not averaged: keep `use_buffers=False` in `AveragedModel` around a criterion.
 
     Args:
         bins: number K of equal-width intervals of log-SNR, 2 to 1024.
@@ -37,7 +39,7 @@ class LogSNRStatistics(nn.Module):
     ) -> None:
         super().__init__()
         self.bins = _checked_bins(bins, log_snr_range)
-        if isinstance(half_life, bool) or not isinstance(half_life, (int, float)) or not half_life > 0:
+        if not is_number(half_life) or not half_life > 0:
             raise ValueError(
                 f"half_life is {half_life!r}, expected a positive number of samples per bin "
                 f"(float('inf') forgets nothing)"
@@ -45,8 +47,8 @@ class LogSNRStatistics(nn.Module):
         self.half_life = float(half_life)
         self.register_buffer("state", torch.zeros(4 * self.bins.size + 1, dtype=torch.int64))
         self.register_buffer("log_weights", torch.zeros(self.bins.size, dtype=torch.int32))
-        limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64)
-        self.register_buffer("log_snr_range", limits.view(torch.int64))
+        self.register_buffer("log_snr_range", torch.zeros(2, dtype=torch.int64))
+        self.reset_parameters()
 
     def _moments(self) -> Tensor:
         return self.state[:-1].view(torch.float64).view(4, self.bins.size)
@@ -89,6 +91,12 @@ class LogSNRStatistics(nn.Module):
         self.state.zero_()
         self.log_weights.zero_()
 
+    def reset_parameters(self) -> None:
+        """Initialise the buffers, as after `to_empty` on a module made on the meta device."""
+        self.reset()
+        limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64, device="cpu")
+        self.log_snr_range.copy_(limits.view(torch.int64))
+
     def extra_repr(self) -> str:
         low, high = self.bins.low, self.bins.high
         return f"bins={self.bins.size}, log_snr_range=({low:g}, {high:g}), half_life={self.half_life:g}"
@@ -103,35 +111,46 @@ class LogSNRStatistics(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = state_dict.get(prefix + "state")
-        limits = state_dict.get(prefix + "log_snr_range")
-        if isinstance(found, Tensor) and found.shape != self.state.shape:
-            error_msgs.append(
-                f"{prefix}state holds statistics of {(found.numel() - 1) // 4} bins, expected {self.bins.size}: "
-                f"make the criterion with bins={(found.numel() - 1) // 4}, or start with fresh statistics"
-            )
-            return
-        if isinstance(limits, Tensor) and not torch.equal(limits.cpu(), self.log_snr_range.cpu()):
-            low, high = limits.cpu().view(torch.float64).tolist()
-            error_msgs.append(
-                f"{prefix}log_snr_range is ({low:g}, {high:g}), expected ({self.bins.low:g}, {self.bins.high:g}): "
-                f"make the criterion with log_snr_range=({low:g}, {high:g}), or start with fresh statistics"
-            )
-            return
+        for name, buffer in self.named_buffers(recurse=False):
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor):
+                trouble = self._misfit(name, found, buffer)
+                if trouble:
+                    error_msgs.append(f"{prefix}{name} {trouble}")
+                    return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def _misfit(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
+        """Why a saved buffer cannot be loaded."""
+        if found.dtype != buffer.dtype:
+            return f"has dtype {found.dtype}, expected {buffer.dtype}: the bits of the numbers, which a cast destroys"
+        if found.shape != buffer.shape:
+            bins = (found.numel() - 1) // 4 if name == "state" else found.numel()
+            return (
+                f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}, "
+                "or start with fresh statistics"
+            )
+        if name == "log_snr_range":
+            low, high = found.cpu().view(torch.float64).tolist()
+            if (low, high) != (self.bins.low, self.bins.high):
+                return (
+                    f"is ({low:g}, {high:g}), expected ({self.bins.low:g}, {self.bins.high:g}): make the criterion "
+                    f"with log_snr_range=({low:g}, {high:g}), or start with fresh statistics"
+                )
+        return None
+
 
 def _checked_bins(bins: int, log_snr_range: tuple[float, float]) -> Bins:
-    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= 1024:
+    if not (is_number(bins) and isinstance(bins, numbers.Integral) and 2 <= bins <= 1024):
         raise ValueError(f"bins is {bins!r}, expected an integer from 2 to 1024")
     try:
         low, high = (float(limit) for limit in log_snr_range)
     except (TypeError, ValueError):
         raise ValueError(f"log_snr_range is {log_snr_range!r}, expected two numbers (low, high) of log-SNR") from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not (low < high and math.isfinite(high - low) and high - low > 1e-6 * max(abs(low), abs(high))):
         raise ValueError(
             f"log_snr_range is ({low}, {high}), expected finite low < high: natural log of alpha**2/sigma**2"
         )
-    return Bins(bins, low, high)
+    return Bins(int(bins), low, high)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..reference import TableRule
@@ -31,10 +32,13 @@ class AdaptiveWeighting:
     smoothing: float = 0.5
     clip: float = 10.0
     prior: float = 32.0
+    rule: TableRule = field(init=False, repr=False, compare=False)  # what the kernels need to know
 
     statistic: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if type(self) is AdaptiveWeighting:
+            raise TypeError("AdaptiveWeighting has no statistic of its own: use VarianceAware or LossLevel")
         for name, lowest, strict, finite in (
             ("strength", -math.inf, True, True),
             ("smoothing", 0.0, False, True),
@@ -42,18 +46,13 @@ class AdaptiveWeighting:
             ("prior", 0.0, True, True),
         ):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             above = number and (value > lowest if strict else value >= lowest)
             if not above or (finite and not math.isfinite(value)):
                 bound = "" if lowest == -math.inf else f" {'above' if strict else 'of at least'} {lowest:g}"
                 raise ValueError(f"{name} is {value!r}, expected a{' finite' if finite else ''} number{bound}")
-
-    @property
-    def rule(self) -> TableRule:
-        """What the kernels need to know."""
-        return TableRule(
-            self.statistic, float(self.strength), float(self.smoothing), float(self.clip), float(self.prior)
-        )
+        numbers_given = (float(value) for value in (self.strength, self.smoothing, self.clip, self.prior))
+        object.__setattr__(self, "rule", TableRule(self.statistic, *numbers_given))
 
 
 class VarianceAware(AdaptiveWeighting):
