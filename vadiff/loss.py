@@ -128,7 +128,7 @@ class DiffusionLoss(nn.Module):
             raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
         self._check_state_device(prediction, "prediction")
         x0, eps = (  # a tensor with a plain 0 in front is not read
-            None if coefficient == 0.0 and not isinstance(coefficient, Tensor) else tensor
+            None if not isinstance(coefficient, Tensor) and coefficient == 0.0 else tensor
             for coefficient, tensor in ((b, target), (c, noise))
         )
         loss, ell = ops.diffusion_loss(
