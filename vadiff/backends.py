@@ -58,6 +58,11 @@ def backend_report() -> dict[str, tuple[bool, str]]:
         usable, remark = True, "interpreted (TRITON_INTERPRET=1): for tests, slow"
     elif torch.cuda.is_available():
         usable, remark = True, "CUDA tensors in float32, bfloat16 and float16"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        usable, remark = (
+            False,
+            "this torch is a build for CPUs; with an NVIDIA GPU, get the CUDA build from pytorch.org",
+        )
     else:
         usable, remark = False, "no CUDA device is visible to torch (torch.cuda.is_available() is False)"
     return {"reference": (True, "any device, plain PyTorch"), "triton": (usable, remark)}
