@@ -11,7 +11,7 @@ the same seed for all, then compares the variance-aware weights in bins with mor
 difference between two data seeds (how much the weights are worth knowing to), and the same four forms with u kept out
 of the bins (passed as sample_weight), which is what the contract's rule 2 forbids.
 
-    python benchmarks/experiments/parameterisations.py [--steps 400] [--out FILE.json]
+    python benchmarks/experiments/parameterisations.py [--steps 200] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def largest_ratio(runs: list[tuple[Tensor, Tensor]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/parameterisations.json)")
     arguments = parser.parse_args()
     runs = {}
