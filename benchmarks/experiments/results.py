@@ -16,17 +16,20 @@ import vadiff
 RESULTS = Path(__file__).parent.parent / "results"
 
 
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+COMMIT = _commit()  # of the code that runs: read when it is loaded, not when a long run ends
+
+
 def write_results(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
     """Write `figures` with device, versions, commit and date; returns where."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    commit = subprocess.run(
-        ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     content = {
         "experiment": name,
         "date": date.today().isoformat(),
@@ -34,7 +37,7 @@ def write_results(name: str, figures: dict[str, Any], path: Path | None = None) 
         "torch": torch.__version__,
         "vadiff": vadiff.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": COMMIT,
         **figures,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
