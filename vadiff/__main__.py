@@ -1,0 +1,7 @@
+"""`python -m vadiff`, for torchrun."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""The command `vadiff`: one module per command, imported for its arguments; what is heavy is imported when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from ..extras import MissingExtraError
+from . import demo, doctor, train
+
+# Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
+COMMANDS = (train, demo, doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None reads them from the shell.
+
+    Returns:
+        The exit status: 0, 1 where an optional package is missing, 130 when interrupted.
+
+    Raises:
+        SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MissingExtraError as error:
+        print(f"vadiff: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nvadiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vadiff",
+        description="Adaptive weighting of noise levels for diffusion and flow training.",
+        epilog="`vadiff COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"vadiff {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        subparser.set_defaults(run=command.run, parser=subparser)
+        command.add_arguments(subparser)
+    return parser
