@@ -81,14 +81,16 @@ void advise(void* data, int64_t bytes) {
 #endif
 }
 
-// Whether what is written will have left the caches before anybody reads it.
+// Whether what is written will have left the caches before anybody reads it. A virtual machine reports a cache that it shares
+// with others: no more than 32 MiB of it are counted on.
 bool outgrows_caches(int64_t bytes) {
   static const int64_t cache = [] {
     int64_t found = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     found = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
 #endif
-    return found > 0 ? found : int64_t(32) << 20;
+    const int64_t most = int64_t(32) << 20;
+    return found > 0 ? std::min(found, most) : most;
   }();
   return bytes > cache;
 }

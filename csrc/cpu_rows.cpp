@@ -12,17 +12,26 @@ namespace {
 
 constexpr int kTileElements = 1024;  // four buffers of it fit a first-level cache; below 4,096 as sums are float32
 
+// Bytes of a register.
+#if defined(__AVX512F__)
+#define VADIFF_VECTOR 64
+#elif defined(__AVX__)
+#define VADIFF_VECTOR 32
+#else
+#define VADIFF_VECTOR 16
+#endif
+
 template <class C>
 struct Vector;
 template <>
 struct Vector<float> {
-  typedef float Type __attribute__((vector_size(64)));
-  typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef float Type __attribute__((vector_size(VADIFF_VECTOR)));
+  typedef float Unaligned __attribute__((vector_size(VADIFF_VECTOR), aligned(4), may_alias));
 };
 template <>
 struct Vector<double> {
-  typedef double Type __attribute__((vector_size(64)));
-  typedef double Unaligned __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef double Type __attribute__((vector_size(VADIFF_VECTOR)));
+  typedef double Unaligned __attribute__((vector_size(VADIFF_VECTOR), aligned(8), may_alias));
 };
 
 // Residuals of one tile: r = a*F + b*x0 + c*eps.
@@ -36,7 +45,7 @@ template <class C, bool kTarget, bool kNoise, bool kHuber, bool kGradient>
 inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradient, int n) {
   typedef typename Vector<C>::Type V;
   typedef typename Vector<C>::Unaligned U;
-  constexpr int kLanes = 64 / sizeof(C);
+  constexpr int kLanes = VADIFF_VECTOR / sizeof(C);
   auto load = [](const C* p) { return V(*reinterpret_cast<const U*>(p)); };
   V zero = {}, a = zero + in.a, b = zero + in.b, c = zero + in.c, d = zero + delta, slope = zero + factor * (kHuber ? 1 : 2);
   auto one = [&](int i) {  // element losses of one vector
@@ -51,15 +60,17 @@ inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradi
     if (kGradient) *reinterpret_cast<U*>(gradient + i) = slope * clamped;
     return V(clamped * (r - C(0.5) * clamped));  // both pieces of Huber's function at once
   };
-  V even = zero, odd = zero;
+  V sums[4] = {zero, zero, zero, zero};  // a single chain of additions would wait for each
   int i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    even += one(i);
-    odd += one(i + kLanes);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    sums[0] += one(i);
+    sums[1] += one(i + kLanes);
+    sums[2] += one(i + 2 * kLanes);
+    sums[3] += one(i + 3 * kLanes);
   }
-  even += odd;
+  V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += double(even[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) total += double(sum[lane]);
   for (; i < n; ++i) {
     C r = in.a * in.f[i];
     if (kTarget) r += in.b * in.x[i];

@@ -60,7 +60,7 @@ def _inputs(
     (a_each, a), (b_each, b), (c_each, c) = _each_and_number(a), _each_and_number(b), _each_and_number(c)
     return _native.Inputs(
         *_address_and_dtype(output), *_address_and_dtype(target), *_address_and_dtype(noise), a_each, b_each, c_each,
-        a, b, c, huber_delta, output.numel() // len(output),
+        a, b, c, huber_delta, output.numel() // output.shape[0],
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def diffusion_loss(
     gather: Gather | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `vadiff.reference.diffusion_loss`."""
-    samples = len(output)
+    samples = output.shape[0]
     dtype, device = compute_dtype(output), output.device
     settings = _settings(bins, half_life, rule)
     gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
@@ -122,7 +122,7 @@ def diffusion_loss_backward(
     mean = upstream.dim() == 0
     _native.cpu_diffusion_loss_backward(
         _inputs(output, target, noise, a, b, c, huber_delta), upstream.data_ptr(), 0 if mean else upstream.stride(0),
-        mean, saved.data_ptr(), len(output), gradient.data_ptr(), torch.get_num_threads(),
+        mean, saved.data_ptr(), output.shape[0], gradient.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return gradient
 
@@ -131,7 +131,7 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tenso
     """See `vadiff.reference.scale_gradient`."""
     _native.cpu_scale_gradient(
         gradient.data_ptr(), out.data_ptr(), _DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
-        saved.data_ptr() + (len(saved) - 1) * saved.element_size(), torch.get_num_threads(),
+        saved.data_ptr() + (saved.shape[0] - 1) * saved.element_size(), torch.get_num_threads(),
     )  # fmt: skip
 
 
