@@ -31,16 +31,15 @@ struct Upstream {
   C scale;
 };
 
-// Sum of the item's element losses in this thread; writes the gradient, if any.
+// Sum of the losses of the elements [begin, end) in this thread; writes their gradient, if any. Which element is added where
+// depends on its place in the sample only, so that a sample's loss does not depend on its neighbours: samples that are not
+// whole vectors long, whose alignment changes from row to row, are read element by element.
 template <class C>
 __device__ double run_item(const RowsTask<C>& task, int64_t begin, int64_t end, C a, C b, C c, C factor) {
-  const bool aligned = (reinterpret_cast<uintptr_t>(task.output.data) | reinterpret_cast<uintptr_t>(task.target.data) |
-                        reinterpret_cast<uintptr_t>(task.noise.data) | reinterpret_cast<uintptr_t>(task.gradient)) % 16 == 0;
-  // where 128-bit accesses may start: a multiple of eight elements from the start of the tensors
-  const int64_t head = aligned ? min((begin + kVector - 1) / kVector * kVector, end) : end;
-  const int64_t body = head + (end - head) / kVector * kVector;
   double total = 0;
-  for (int64_t at = head + int64_t(threadIdx.x) * kVector; at < body; at += kStep) {
+  const bool vectors = task.elements % kVector == 0 && is_aligned(task.output.data) && is_aligned(task.target.data) &&
+                       is_aligned(task.noise.data) && is_aligned(task.gradient);
+  for (int64_t at = begin + int64_t(threadIdx.x) * kVector; vectors && at < end; at += kStep) {
     Raw<C> raw_f, raw_x, raw_e;
     load_raw<C>(raw_f, task.output.data, task.output.dtype, at);
     if (task.target.data) load_raw<C>(raw_x, task.target.data, task.target.dtype, at);
@@ -69,15 +68,13 @@ __device__ double run_item(const RowsTask<C>& task, int64_t begin, int64_t end, 
       store_eight<C>(task.gradient, task.output.dtype, at, r);
     }
   }
-  auto one = [&](int64_t at) {
+  for (int64_t at = begin + threadIdx.x; !vectors && at < end; at += kThreads) {
     C r = a * load_one<C>(task.output.data, task.output.dtype, at);
     if (task.target.data) r += b * load_one<C>(task.target.data, task.target.dtype, at);
     if (task.noise.data) r += c * load_one<C>(task.noise.data, task.noise.dtype, at);
     total += double(element_loss(r, task.huber_delta));
     if (task.gradient) store_one<C>(task.gradient, task.output.dtype, at, element_gradient(factor, r, task.huber_delta));
-  };
-  for (int64_t at = begin + threadIdx.x; at < head; at += kThreads) one(at);
-  for (int64_t at = body + threadIdx.x; at < end; at += kThreads) one(at);
+  }
   return total;
 }
 
@@ -145,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     scale_kernel(const void* gradient, void* out, int dtype, int64_t size, const C* upstream, const C* mean_loss) {
   const C factor = *mean_loss != *mean_loss ? C(NAN) : *upstream;
   if (gradient == out && factor == C(1)) return;
-  const bool aligned = (reinterpret_cast<uintptr_t>(gradient) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-  const int64_t body = aligned ? size / kVector * kVector : 0, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t body = is_aligned(gradient) && is_aligned(out) ? size / kVector * kVector : 0;
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t at = thread * kVector; at < body; at += gridDim.x * kStep) {
     Raw<C> raw;
     C values[kVector];

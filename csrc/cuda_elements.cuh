@@ -14,6 +14,8 @@ constexpr int kThreads = 256;
 constexpr int kVector = 8;                             // elements per thread and step: one 128-bit access at 16 bits each
 constexpr int64_t kStep = int64_t(kThreads) * kVector;  // elements per block and step
 
+__device__ __forceinline__ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 // Eight stored elements, not yet converted: all loads of a step are issued before any of them is waited for.
 template <class C>
 struct Raw {

@@ -166,15 +166,15 @@ void cpu_select(const std::string& name) {
 PYBIND11_MODULE(_native, m) {
   using namespace vadiff;
   m.doc() = "Compiled kernels of vadiff on raw addresses; see vadiff.native.";
-  py::class_<Settings>(m, "Settings")
+  py::class_<Settings>(m, "Settings", py::module_local())
       .def(py::init<int, double, double, double, const std::string&, double, double, double, double, int>());
-  py::class_<Inputs>(m, "Inputs").def(py::init(&inputs));
+  py::class_<Inputs>(m, "Inputs", py::module_local()).def(py::init(&inputs));
   define_kernels<int>(m);
   m.def("cpu_instruction_sets", &cpu_instruction_sets, "What is compiled in and runs here, the best first.");
   m.def("cpu_select", &cpu_select, "Use this instruction set from now on; for tests and benchmarks.");
   m.def("cpu_selected", [] { return cpu::selected(); });
 #ifdef VADIFF_CUDA
-  py::class_<Where>(m, "Where").def(py::init([](int device, Address stream, Address workspace) {
+  py::class_<Where>(m, "Where", py::module_local()).def(py::init([](int device, Address stream, Address workspace) {
     return Where{device, at<void>(stream), at<double>(workspace)};
   }));
   define_kernels<Where>(m);

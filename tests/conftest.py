@@ -1,15 +1,18 @@
 """One suite for every backend: fixtures `backend`, `device` and `make_criterion` stand in front of each test.
 
-A new backend is one more name in BACKENDS.
+A new backend is one more name in BACKENDS. The native one runs twice: its CPU kernels, and its CUDA kernels.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
+import cuda_source
 import numpy as np
 import pytest
 import torch
@@ -35,14 +38,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False"))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return usable(request.param)
+@pytest.fixture(params=[*BACKENDS, "native-cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """What computes: a backend on the device it is made for. native-cuda is emulated where there is no GPU."""
+    name: str = request.param
+    if name != "native-cuda":
+        return usable(name)
+    if torch.cuda.is_available():
+        usable("native")
+        if vadiff_native().CUDA_ARCHITECTURES is None:
+            pytest.skip("the native kernels were built without CUDA")
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cuda_source"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent.parent / "cuda_source"  # one for all workers
+        cuda_source.emulate(request.getfixturevalue("monkeypatch"), folder)
+    return name
 
 
 @pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend)
+def backend(kernels: str) -> str:
+    return kernels.split("-")[0]
+
+
+@pytest.fixture
+def device(kernels: str) -> torch.device:
+    return device_of(kernels)
 
 
 @pytest.fixture
@@ -83,7 +104,13 @@ def one_thread_and_a_seed() -> None:
     torch.manual_seed(0)
 
 
+def vadiff_native() -> ModuleType:
+    return importlib.import_module("vadiff.native")
+
+
 def usable(backend: str) -> str:
+    if backend == "native" and importlib.util.find_spec("vadiff._native") is None:
+        pytest.skip("the native kernels are not built: see `vadiff doctor`")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if backend == "triton" and device_of(backend).type == "cpu":
@@ -107,5 +134,6 @@ def _interpreter_rounds_like_a_gpu() -> None:
     interpreter._convert_float = rounding
 
 
-def device_of(backend: str) -> torch.device:
-    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+def device_of(kernels: str) -> torch.device:
+    on_gpu = kernels in ("triton", "native-cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")

@@ -12,7 +12,7 @@ import vadiff
 from vadiff import backends
 
 SAMPLES = 6
-STATE = (torch.zeros(4 * 8 + 1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), -8.0, 8.0, 256.0)
+STATE = (torch.zeros(4 * 8 + 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), -8.0, 8.0, 256.0)
 RULE = ("std", 1.0, 0.5, 10.0, 32.0)
 
 
