@@ -3,13 +3,14 @@
 `vadiff/`, and the top-level `triton_kernels/` as `vadiff.triton_kernels`: a top-level package of that name would clash
 with another project's.
 
-The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, nvcc ($CUDA_HOME,
-PATH, /usr/local/cuda) those for NVIDIA GPUs too. Without them, or when they fail, vadiff installs and works on PyTorch and
-Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
+The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, and
+nvcc ($CUDA_HOME, PATH, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail, vadiff installs and works
+on PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
 
     VADIFF_CUDA=auto   CUDA kernels where nvcc is found (default)
     VADIFF_CUDA=0      none
     VADIFF_CUDA=1      CUDA kernels, or the installation fails
+    CXXFLAGS, LDFLAGS  added to what compiles and links, as usual
 """
 
 import os
@@ -74,8 +75,8 @@ class BuildNative(build_ext):
             notes.append(f"CUDA kernels were left out, nvcc failed: {_last_line(trouble)}.")
         elif wish == "auto":
             notes.append(
-                "CUDA kernels were left out, no nvcc was found when vadiff was installed (Triton does without). Install "
-                f"the CUDA toolkit, or set CUDA_HOME, {REINSTALL}"
+                "CUDA kernels were left out, no nvcc was found when vadiff was installed (Triton does without). "
+                f"Install the CUDA toolkit, or set CUDA_HOME, {REINSTALL}"
             )
         trouble = self._ninja(target, compiler, None)
         if trouble is not None:
@@ -91,12 +92,8 @@ class BuildNative(build_ext):
             (folder / "build.ninja").write_text(_build_file(target, compiler, nvcc))
         except ImportError as error:
             return f"{error}; without build isolation, install what pyproject.toml lists under build-system"
-        run = subprocess.run(
-            [sys.executable, "-m", "ninja", "-C", str(folder)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        ninja = [sys.executable, "-m", "ninja", "-C", str(folder)]
+        run = subprocess.run(ninja, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return run.stdout if run.returncode else None
 
 
@@ -108,11 +105,14 @@ def _build_file(target: Path, compiler: str, nvcc: str | None) -> str:
     openmp = "-fopenmp" if _accepts(compiler, "-fopenmp") else ""
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     architectures = _architectures(nvcc) if nvcc else []
+    include = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}'"
+    # GCC's own headers of intrinsics warn; vectors wider than a register never leave a function here
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+    added, linked = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
     rules = {
-        # GCC's own headers of intrinsics warn; vectors wider than a register never leave a function here
-        "cxx": f"{compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized "
-        f"{openmp} $defines -MMD -MF $out.d -I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -c $in -o $out",
-        "link": f"{compiler} {shared} {openmp} $in -o $out",
+        "cxx": f"{compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden {warnings} {openmp} {added} $defines "
+        f"-MMD -MF $out.d {include} -c $in -o $out",
+        "link": f"{compiler} {shared} {openmp} {linked} $in -o $out",
     }
     defines = ["-DVADIFF_X86"] if x86 else []
     objects = [
@@ -129,9 +129,8 @@ def _build_file(target: Path, compiler: str, nvcc: str | None) -> str:
             f"{nvcc} -ccbin {compiler} -std=c++17 -O3 {' '.join(code)} -Xcompiler -fPIC,-fvisibility=hidden "
             "-MMD -MF $out.d -c $in -o $out"
         )
-        rules["link"] = (
-            f"{nvcc} -ccbin {compiler} -shared -cudart static -Xcompiler -fPIC -Xcompiler={openmp} $in -o $out"
-        )
+        host = "".join(f" -Xcompiler {flag}" for flag in ["-fPIC", *openmp.split(), *linked.split()])
+        rules["link"] = f"{nvcc} -ccbin {compiler} -shared -cudart static{host} $in -o $out"
         objects.append(("nvcc", "cuda.o", "cuda.cu", ""))
     lines = []
     for name, command in rules.items():
@@ -166,12 +165,8 @@ def _architectures(nvcc: str) -> list[str]:
 
 
 def _accepts(compiler: str, flag: str) -> bool:
-    run = subprocess.run(
-        [compiler, flag, "-x", "c++", "-", "-o", os.devnull],
-        input="int main() { return 0; }",
-        text=True,
-        capture_output=True,
-    )
+    command = [compiler, flag, "-x", "c++", "-", "-o", os.devnull]
+    run = subprocess.run(command, input="int main() { return 0; }", text=True, capture_output=True)
     return run.returncode == 0
 
 
