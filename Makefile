@@ -33,8 +33,8 @@ demo: install  ## train on handwritten digits with three weightings; writes runs
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
-bench: install  ## the benchmarks
-	$(BIN)/pytest benchmarks --benchmark-only -n 0
+bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
+	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
 lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .
