@@ -17,6 +17,8 @@ from .weighting import AdaptiveWeighting, Constant, Weighting, from_name
 REDUCTIONS = ("mean", "none")
 LOSSES = ("mse", "huber")
 
+_NO_TABLE = TableRule()
+
 
 class DiffusionLoss(nn.Module):
     """Noise-level-aware denoising loss, to put in place of `F.mse_loss(prediction, target)`.
@@ -126,17 +128,17 @@ class DiffusionLoss(nn.Module):
             sample_weight = check_per_sample("sample_weight", sample_weight, prediction)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-        self._check_state_device(prediction, "prediction")
+        statistics = self._statistics_beside(prediction, "prediction")
         x0, eps = (  # a tensor with a plain 0 in front is not read
             None if not isinstance(coefficient, Tensor) and coefficient == 0.0 else tensor
             for coefficient, tensor in ((b, target), (c, noise))
         )
         loss, ell = ops.diffusion_loss(
             prediction, x0, eps, a, b, c, log_snr, base_weight, sample_weight,
-            self._fixed_weight(log_snr), *self._where(), self.huber_delta if self.loss == "huber" else 0.0,
+            self._fixed_weight(log_snr), *statistics, self.huber_delta if self.loss == "huber" else 0.0,
             reduction == "mean", self._records(), self.sync, self.backend,
         )  # fmt: skip
-        self.per_sample_loss = ell
+        self._keep(ell)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -158,10 +160,10 @@ class DiffusionLoss(nn.Module):
         log_snr = check_per_sample("log_snr", log_snr, loss_per_sample, torch.float32)
         if sample_weight is not None:
             sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
-        self._check_state_device(loss_per_sample, "loss_per_sample")
-        self.per_sample_loss = loss_per_sample.detach()
+        statistics = self._statistics_beside(loss_per_sample, "loss_per_sample")
+        self._keep(loss_per_sample.detach())
         return ops.reweight(
-            loss_per_sample, log_snr, sample_weight, self._fixed_weight(log_snr), *self._where(),
+            loss_per_sample, log_snr, sample_weight, self._fixed_weight(log_snr), *statistics,
             self._records(), self.sync, self.backend,
         )  # fmt: skip
 
@@ -187,7 +189,7 @@ class DiffusionLoss(nn.Module):
         """
         check_prediction("log_snr", log_snr)
         log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
-        self._check_state_device(log_snr, "log_snr")
+        self._statistics_beside(log_snr, "log_snr")
         if isinstance(self.weighting, AdaptiveWeighting):
             return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
         return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
@@ -207,14 +209,20 @@ class DiffusionLoss(nn.Module):
             return None
         return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
 
-    def _where(self) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
+    def _statistics_beside(self, tensor: Tensor, name: str) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
+        """What the operators take of the statistics, after making sure that they are on the tensor's device."""
         statistics = self.statistics
-        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else TableRule()
-        return statistics.state, statistics.log_weights, statistics.bins, statistics.half_life, rule
-
-    def _check_state_device(self, tensor: Tensor, name: str) -> None:
-        if self.statistics.state.device != tensor.device:
+        state = statistics.state
+        if state.device != tensor.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, but the criterion is on {self.statistics.state.device}. "
+                f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
                 f"Use criterion.to({str(tensor.device)!r})."
             )
+        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else _NO_TABLE
+        return state, statistics.log_weights, statistics.bins, statistics.half_life, rule
+
+    def _keep(self, ell: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.per_sample_loss = ell
+        else:
+            object.__setattr__(self, "per_sample_loss", ell)  # a module's own takes microseconds
