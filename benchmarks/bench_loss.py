@@ -31,7 +31,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @REPLAYED
 def test_loss(benchmark: BenchmarkFixture, bench: Session, contest: Contest, provider: str) -> None:
-    hold = functools.partial(
-        contests.hold, contest, device=bench.device, copy=bench.results.copy.best, quick=bench.quick
-    )
+    hold = functools.partial(contests.hold, contest, device=bench.device, copy=bench.copy_bandwidth, quick=bench.quick)
     bench.report(benchmark, contest, provider, hold)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import machine
 import measure
@@ -16,7 +16,7 @@ from measurements import Measurement, NotMeasured
 from providers import PROVIDERS, Batch, Loss, describe_error, obstacle
 
 _MOST_SETS = 512
-_MOST_GRAPHS = 16
+_MOST_GRAPHS = 12  # each capture costs a tenth of a second
 _QUICK_BYTES = 2**26
 
 
@@ -57,9 +57,10 @@ def sets_for(contest: Contest, device: torch.device, rotated_bytes: int) -> int:
 
 
 def hold(
-    contest: Contest, names: Iterable[str], device: torch.device, copy: float, *, quick: bool
+    contest: Contest, names: Iterable[str], device: torch.device, copy: Callable[[], float], *, quick: bool
 ) -> list[Measurement | NotMeasured]:
-    """Check the providers and let those that are right take turns. `copy` is the copy bandwidth in bytes/s."""
+    """Check the providers and let those that are right take turns. `copy` measures the copy bandwidth, in bytes/s."""
+    torch.compiler.reset()  # or the shapes of earlier contests count as recompilations of this one, up to a limit
     rotated = _QUICK_BYTES if quick else machine.rotated_bytes(device)
     batches = make_batches(contest, device, sets_for(contest, device, rotated))
     losses, unusable = make_losses(contest, names, device)
@@ -73,7 +74,7 @@ def hold(
         except Exception as error:  # one provider's trouble is not the others'
             runs.pop(name, None)
             outcomes.append(NotMeasured(*contest, name, "failed", describe_error(error)))
-    return outcomes + timed(contest, runs, device, copy, sets=len(batches), effort=Effort.of(device, quick))
+    return outcomes + timed(contest, runs, device, copy(), sets=len(batches), effort=Effort.of(device, quick))
 
 
 def make_losses(

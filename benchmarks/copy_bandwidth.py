@@ -5,7 +5,8 @@ Two copies on a CPU, both on torch's number of threads, both counted as bytes re
 - `copy_`: torch's. Its stores first read the destination into the cache, a third move that is not counted.
 - streaming: non-temporal stores (streaming_copy.c, built here with the C compiler), without that read.
 
-The faster of the two is the yardstick. On a GPU there is torch's `copy_` only.
+The faster of the two is the yardstick. On a GPU there is torch's `copy_` only. As a machine's memory is not always
+equally fast, it is measured again before each contest.
 """
 
 from __future__ import annotations
@@ -59,16 +60,23 @@ def copies(source: Tensor, destination: Tensor) -> tuple[dict[str, measure.Run],
     return found, {}
 
 
-def measured(device: torch.device, quick: bool) -> CopyBandwidth:
-    """Copy a buffer of at least the size of the last-level cache, and take the median."""
-    size = _QUICK_BYTES if quick else max(_BYTES[device.type], machine.last_level_cache(device))
-    source = torch.ones(size // 4, device=device)
-    runs, without = copies(source, torch.zeros_like(source))
-    times = measure.race(runs, device, measure.Effort.of(device, quick))
-    return CopyBandwidth(
-        {kind: 2 * size / measure.Spread.of(found.device or found.wall).median for kind, found in times.items()},
-        without,
-    )
+class Yardstick:
+    """Copies a buffer of at least the size of the last-level cache, as often as it is asked."""
+
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self.device, self.quick = device, quick
+        self.bytes = _QUICK_BYTES if quick else max(_BYTES[device.type], machine.last_level_cache(device))
+        source = torch.ones(self.bytes // 4, device=device)
+        self.runs, self.without = copies(source, torch.zeros_like(source))
+        for run in self.runs.values():
+            run()
+
+    def measure(self) -> CopyBandwidth:
+        """What the copies reach now, medians."""
+        effort = measure.Effort.of(self.device, self.quick)._replace(seconds=0.5, min_rounds=5)
+        times = measure.race(self.runs, self.device, effort)
+        medians = {kind: measure.Spread.of(found.device or found.wall).median for kind, found in times.items()}
+        return CopyBandwidth({kind: 2 * self.bytes / median for kind, median in medians.items()}, self.without)
 
 
 @functools.cache

@@ -89,10 +89,13 @@ def race(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[
     rounds = min(max(int(effort.seconds / round_seconds), effort.min_rounds), effort.max_rounds)
     times = {name: Times([], [], [] if launches else None, calls[name], launches.get(name)) for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
+    deadline = time.perf_counter() + 1.2 * effort.seconds
     collects = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= effort.min_rounds and time.perf_counter() > deadline:
+                break  # the machine is slower than when it was warmed up
             shuffle(order)
             for name in order:
                 _sample(runs[name], device, times[name])

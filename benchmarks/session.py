@@ -10,16 +10,20 @@ the table here. Providers deselected with -k do not take part.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import copy_bandwidth
 import figures
 import pytest
 import table
 import torch
+from cases import Contest
+from copy_bandwidth import Yardstick
 from measurements import Measurement, NotMeasured, Results
+from providers import describe_error
 from pytest_benchmark.fixture import BenchmarkFixture
 
 Outcomes = list[Measurement | NotMeasured]
@@ -52,34 +56,50 @@ class Session:
         asked = [config.getoption("-k"), *(arg for arg in config.args if "::" in arg)]
         asked = [part for part in asked if part]
         self.selection = "; ".join([*(["all"] if self.all else ["default"]), *asked])
-        self.entered: dict[object, list[str]] = {}  # contest → providers selected for it
-        self._outcomes: dict[object, Outcomes] = {}
+        self.entered: dict[Contest, list[str]] = {}  # contest → providers selected for it
+        self._outcomes: dict[Contest, Outcomes] = {}
         self._results: Results | None = None
+
+    @functools.cached_property
+    def _yardstick(self) -> Yardstick:
+        return Yardstick(self.device, self.quick)
 
     @property
     def results(self) -> Results:
-        """Begun when the first contest needs the copy bandwidth."""
+        """Begun when something is measured."""
         if self._results is None:
-            copy = copy_bandwidth.measured(self.device, self.quick)
+            copy = self._yardstick.measure()
             self._results = Results.begin(self.device, self.selection, self.quick, copy)
         return self._results
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second now; the results keep the best of the run."""
+        copy = self._yardstick.measure()
+        if copy.best > self.results.copy.best:
+            self.results.copy = copy
+        return copy.best
 
     @property
     def has_results(self) -> bool:
         return self._results is not None
 
-    def outcomes(self, contest: object, provider: str, hold: Callable[[Iterable[str]], Outcomes]) -> Outcomes:
+    def outcomes(self, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]) -> Outcomes:
         """What `hold`, called once per contest with all providers selected for it, found for one provider.
 
         Several, named "<provider>, <call>", where a provider stands for more than one call."""
         if contest not in self._outcomes:
-            self._outcomes[contest] = hold(self.entered[contest])
-            for outcome in self._outcomes[contest]:
+            try:
+                found = hold(self.entered[contest])
+            except Exception as error:  # buffers that do not fit, say: the other contests go on
+                reason = describe_error(error)
+                found = [NotMeasured(*contest, name, "failed", reason) for name in self.entered[contest]]
+            self._outcomes[contest] = found
+            for outcome in found:
                 self.results.add(outcome)
         return [outcome for outcome in self._outcomes[contest] if outcome.provider.split(",")[0] == provider]
 
     def report(
-        self, benchmark: BenchmarkFixture, contest: object, provider: str, hold: Callable[[Iterable[str]], Outcomes]
+        self, benchmark: BenchmarkFixture, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]
     ) -> None:
         """Hand a provider's times to pytest-benchmark; fail if it was refused, skip if it cannot run here."""
         found = self.outcomes(contest, provider, hold)
@@ -100,6 +120,8 @@ _SESSION = pytest.StashKey[Session]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{ON_REQUEST.name}: runs with --all only")
+    # A remark of a compiler is no failure here, unlike in tests/.
+    config.addinivalue_line("filterwarnings", "default")
     config.stash[_SESSION] = Session(config)
 
 
@@ -120,7 +142,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             entered.setdefault(parameters["contest"], []).append(parameters["provider"])
 
 
-def _parameters(item: pytest.Item) -> dict[str, object]:
+def _parameters(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
@@ -152,10 +174,14 @@ CLOCK = Replay()
 REPLAYED = pytest.mark.benchmark(timer=CLOCK.time)  # for every test that calls `Session.report`
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
     session = config.stash[_SESSION]
     if not session.has_results:
         return
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        session.results.selection += "; interrupted"
     terminalreporter.section("vadiff benchmarks")
     terminalreporter.write_line(table.render(session.results))
     terminalreporter.write_line("")

@@ -61,7 +61,7 @@ def _lines(results: Results) -> Iterator[str]:
     yield f"{machine['device']} · torch {machine['torch']}, vadiff {machine['vadiff']} · {results.date}"
     yield f"commit {results.commit[:12]}{', with changes' if results.dirty else ''}"
     kinds = ", ".join(f"{kind} {speed / 1e9:.1f} GB/s" for kind, speed in copy.by_kind.items())
-    yield f"copy, read + written: {kinds}; shares are of {copy.kind}"
+    yield f"copy, read + written, best of the run: {kinds}; shares are of the faster one just before each contest"
     for kind, reason in copy.without.items():
         yield f"  no {kind} copy: {reason}"
     if results.quick:
@@ -118,8 +118,11 @@ def _row(measurement: Measurement, letter: str, found: list[Measurement]) -> lis
             "" if measurement.launches is None else str(measurement.launches),
             "" if measurement.peak_bytes is None else size(measurement.peak_bytes),
         ]
-    if measurement.bandwidth is not None and measurement.share_of_copy is not None:
-        row += [f"{measurement.bandwidth / 1e9:.1f}", f"{measurement.share_of_copy:.1%}"]
+    if found[0].bandwidth is not None:
+        row += [
+            "" if measurement.bandwidth is None else f"{measurement.bandwidth / 1e9:.1f}",
+            "" if measurement.share_of_copy is None else f"{measurement.share_of_copy:.1%}",
+        ]
     return [*row, *(_ratio(measurement.times_as_fast_as.get(other.provider)) for other in found)]
 
 
