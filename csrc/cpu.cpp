@@ -15,7 +15,6 @@
 #endif
 
 namespace vadiff {
-namespace cpu {
 namespace {
 
 constexpr int64_t kItems = 64;                  // a batch is cut into at least so many items, if they are
@@ -48,7 +47,7 @@ std::atomic<const RowKernels*> chosen{nullptr};
 
 const RowKernels* kernels() {
   const RowKernels* found = chosen.load(std::memory_order_relaxed);
-  if (!found) chosen.store(found = available(0), std::memory_order_relaxed);
+  if (!found) chosen.store(found = cpu::available(0), std::memory_order_relaxed);
   return found;
 }
 
@@ -262,6 +261,8 @@ void run_rows(RowsTask<C>& rows, int64_t samples, int threads) {
 
 }  // namespace
 
+namespace cpu {
+
 const RowKernels* available(int index) {
   for (const RowKernels* const* kernels = compiled(); *kernels; ++kernels)
     if (runs_here(*kernels) && index-- == 0) return *kernels;
@@ -279,6 +280,8 @@ bool select(const char* name) {
 }
 
 const char* selected() { return kernels()->name; }
+
+}  // namespace cpu
 
 template <class C>
 void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, const Results<C>& results,
@@ -340,13 +343,14 @@ void scale_gradient(const void* gradient, void* out, int dtype, int64_t size, co
 }
 
 template <class C>
-void reweight(const C* loss, int64_t samples, const Levels<C>& levels, const Results<C>& results, const Update& update) {
+void reweight(const C* loss, int64_t samples, const Levels<C>& levels, const Results<C>& results, const Update& update,
+              int /*threads*/) {
   finish(
       samples, levels, results, update, [&](int64_t i) { return loss[i]; },
       [&](int64_t i) { return weight_of(levels, i, update.bins); });
 }
 
-void fold(const double* parts, int64_t count, const Update& update) {
+void fold(const double* parts, int64_t count, const Update& update, int /*threads*/) {
   int size = update.bins.size;
   std::unique_ptr<Moments[]> all, part;
   moments_at(parts, size, all);
@@ -364,9 +368,8 @@ void fold(const double* parts, int64_t count, const Update& update) {
   template void diffusion_loss<C>(RowsTask<C>, int64_t, const Levels<C>&, const Results<C>&, const Update&, int);           \
   template void diffusion_loss_backward<C>(RowsTask<C>, int64_t, const C*, int64_t, bool, const C*, int);                   \
   template void scale_gradient<C>(const void*, void*, int, int64_t, const C*, const C*, int);                               \
-  template void reweight<C>(const C*, int64_t, const Levels<C>&, const Results<C>&, const Update&);
+  template void reweight<C>(const C*, int64_t, const Levels<C>&, const Results<C>&, const Update&, int);
 VADIFF_INSTANTIATE(float)
 VADIFF_INSTANTIATE(double)
 
-}  // namespace cpu
 }  // namespace vadiff

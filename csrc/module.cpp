@@ -11,6 +11,9 @@
 #include "cuda.h"
 #endif
 
+#define VADIFF_STRING_(x) #x
+#define VADIFF_STRING(x) VADIFF_STRING_(x)
+
 namespace py = pybind11;
 
 namespace vadiff {
@@ -82,49 +85,69 @@ Inputs inputs(Address output, int output_dtype, Address target, int target_dtype
           a_each, b_each, c_each, a, b, c, huber_delta, elements};
 }
 
-void cpu_diffusion_loss(const Inputs& in, Address log_snr, Address base_weight, Address sample_weight, Address weight,
+template <class Run>
+void in_arithmetic_of(int dtype, Run run) {
+  dtype == kFloat64 ? run(0.0) : run(0.0f);
+}
+
+// `where`: a number of threads, or a place on a CUDA device.
+
+template <class Place>
+void run_diffusion_loss(const Inputs& in, Address log_snr, Address base_weight, Address sample_weight, Address weight,
                         Address state, Address log_weights, const Settings& settings, int64_t samples, Address loss, bool mean,
-                        Address ell, Address saved, Address gradient, bool move, Address batch, int threads) {
-  auto run = [&](auto zero) {
+                        Address ell, Address saved, Address gradient, bool move, Address batch, const Place& where) {
+  in_arithmetic_of(in.output.dtype, [&](auto zero) {
     using C = decltype(zero);
-    Results<C> results{at<C>(ell), at<C>(loss), at<C>(saved), mean};
-    cpu::diffusion_loss<C>(in.rows<C>(gradient), samples,
-                           settings.levels<C>(log_snr, base_weight, sample_weight, weight, log_weights), results,
-                           settings.update(move, state, log_weights, batch), threads);
-  };
-  in.output.dtype == kFloat64 ? run(0.0) : run(0.0f);
+    diffusion_loss<C>(in.rows<C>(gradient), samples,
+                      settings.levels<C>(log_snr, base_weight, sample_weight, weight, log_weights),
+                      Results<C>{at<C>(ell), at<C>(loss), at<C>(saved), mean},
+                      settings.update(move, state, log_weights, batch), where);
+  });
 }
 
-void cpu_diffusion_loss_backward(const Inputs& in, Address upstream, int64_t stride, bool mean, Address saved, int64_t samples,
-                                 Address gradient, int threads) {
-  auto run = [&](auto zero) {
+template <class Place>
+void run_diffusion_loss_backward(const Inputs& in, Address upstream, int64_t stride, bool mean, Address saved, int64_t samples,
+                                 Address gradient, const Place& where) {
+  in_arithmetic_of(in.output.dtype, [&](auto zero) {
     using C = decltype(zero);
-    cpu::diffusion_loss_backward<C>(in.rows<C>(gradient), samples, at<C>(upstream), stride, mean, at<C>(saved), threads);
-  };
-  in.output.dtype == kFloat64 ? run(0.0) : run(0.0f);
+    diffusion_loss_backward<C>(in.rows<C>(gradient), samples, at<C>(upstream), stride, mean, at<C>(saved), where);
+  });
 }
 
-void cpu_scale_gradient(Address gradient, Address out, int dtype, int64_t size, Address upstream, Address mean_loss,
-                        int threads) {
-  auto run = [&](auto zero) {
+template <class Place>
+void run_scale_gradient(Address gradient, Address out, int dtype, int64_t size, Address upstream, Address mean_loss,
+                        const Place& where) {
+  in_arithmetic_of(dtype, [&](auto zero) {
     using C = decltype(zero);
-    cpu::scale_gradient<C>(at<void>(gradient), at<void>(out), dtype, size, at<C>(upstream), at<C>(mean_loss), threads);
-  };
-  dtype == kFloat64 ? run(0.0) : run(0.0f);
+    scale_gradient<C>(at<void>(gradient), at<void>(out), dtype, size, at<C>(upstream), at<C>(mean_loss), where);
+  });
 }
 
-void cpu_reweight(Address loss, int dtype, Address log_snr, Address sample_weight, Address weight, Address state,
-                  Address log_weights, const Settings& settings, int64_t samples, Address saved, bool move, Address batch) {
-  auto run = [&](auto zero) {
+template <class Place>
+void run_reweight(Address loss, int dtype, Address log_snr, Address sample_weight, Address weight, Address state,
+                  Address log_weights, const Settings& settings, int64_t samples, Address saved, bool move, Address batch,
+                  const Place& where) {
+  in_arithmetic_of(dtype, [&](auto zero) {
     using C = decltype(zero);
-    cpu::reweight<C>(at<C>(loss), samples, settings.levels<C>(log_snr, 0, sample_weight, weight, log_weights),
-                     Results<C>{nullptr, nullptr, at<C>(saved), true}, settings.update(move, state, log_weights, batch));
-  };
-  dtype == kFloat64 ? run(0.0) : run(0.0f);
+    reweight<C>(at<C>(loss), samples, settings.levels<C>(log_snr, 0, sample_weight, weight, log_weights),
+                Results<C>{nullptr, nullptr, at<C>(saved), true}, settings.update(move, state, log_weights, batch), where);
+  });
 }
 
-void cpu_fold(Address parts, int64_t count, Address state, Address log_weights, const Settings& settings) {
-  cpu::fold(at<double>(parts), count, settings.update(true, state, log_weights, 0));
+template <class Place>
+void run_fold(Address parts, int64_t count, Address state, Address log_weights, const Settings& settings, const Place& where) {
+  fold(at<double>(parts), count, settings.update(true, state, log_weights, 0), where);
+}
+
+// The same names for every kind of place: pybind11 chooses by the last argument.
+template <class Place>
+void define_kernels(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("diffusion_loss", &run_diffusion_loss<Place>, release());
+  m.def("diffusion_loss_backward", &run_diffusion_loss_backward<Place>, release());
+  m.def("scale_gradient", &run_scale_gradient<Place>, release());
+  m.def("reweight", &run_reweight<Place>, release());
+  m.def("fold", &run_fold<Place>, release());
 }
 
 py::tuple cpu_instruction_sets() {
@@ -143,21 +166,20 @@ void cpu_select(const std::string& name) {
 PYBIND11_MODULE(_native, m) {
   using namespace vadiff;
   m.doc() = "Compiled kernels of vadiff on raw addresses; see vadiff.native.";
-  using release = py::call_guard<py::gil_scoped_release>;
   py::class_<Settings>(m, "Settings")
       .def(py::init<int, double, double, double, const std::string&, double, double, double, double, int>());
   py::class_<Inputs>(m, "Inputs").def(py::init(&inputs));
-  m.def("cpu_diffusion_loss", &cpu_diffusion_loss, release());
-  m.def("cpu_diffusion_loss_backward", &cpu_diffusion_loss_backward, release());
-  m.def("cpu_scale_gradient", &cpu_scale_gradient, release());
-  m.def("cpu_reweight", &cpu_reweight, release());
-  m.def("cpu_fold", &cpu_fold, release());
+  define_kernels<int>(m);
   m.def("cpu_instruction_sets", &cpu_instruction_sets, "What is compiled in and runs here, the best first.");
   m.def("cpu_select", &cpu_select, "Use this instruction set from now on; for tests and benchmarks.");
   m.def("cpu_selected", [] { return cpu::selected(); });
 #ifdef VADIFF_CUDA
-  cuda::bind(m);
-  m.attr("cuda_architectures") = VADIFF_CUDA;
+  py::class_<Where>(m, "Where").def(py::init([](int device, Address stream, Address workspace) {
+    return Where{device, at<void>(stream), at<double>(workspace)};
+  }));
+  define_kernels<Where>(m);
+  m.def("cuda_workspace_size", &cuda::workspace_size, "Doubles of scratch that a call needs.");
+  m.attr("cuda_architectures") = VADIFF_STRING(VADIFF_CUDA);
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

@@ -95,14 +95,15 @@ def diffusion_loss(
     ell = torch.empty(samples, device=device, dtype=dtype)
     saved = torch.empty(2 * samples + 1, device=device, dtype=dtype)
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
-    _native.cpu_diffusion_loss(
+    where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
+    _native.diffusion_loss(
         _inputs(output, target, noise, a, b, c, huber_delta), log_snr.data_ptr(), _address(base_weight),
         _address(sample_weight), _address(weight), state.data_ptr(), log_weights.data_ptr(), settings, samples,
         loss.data_ptr(), mean, ell.data_ptr(), saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
-        _address(batch), torch.get_num_threads(),
+        _address(batch), where,
     )  # fmt: skip
     if batch is not None:
-        _fold(gather, batch, state, log_weights, settings)
+        _fold(gather, batch, state, log_weights, settings, bins)
     return loss, ell, saved, gradient
 
 
@@ -120,18 +121,20 @@ def diffusion_loss_backward(
     """See `vadiff.reference.diffusion_loss_backward`."""
     gradient = torch.empty_like(output)
     mean = upstream.dim() == 0
-    _native.cpu_diffusion_loss_backward(
+    where, _ = _where(output)
+    _native.diffusion_loss_backward(
         _inputs(output, target, noise, a, b, c, huber_delta), upstream.data_ptr(), 0 if mean else upstream.stride(0),
-        mean, saved.data_ptr(), output.shape[0], gradient.data_ptr(), torch.get_num_threads(),
+        mean, saved.data_ptr(), output.shape[0], gradient.data_ptr(), where,
     )  # fmt: skip
     return gradient
 
 
 def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
     """See `vadiff.reference.scale_gradient`."""
-    _native.cpu_scale_gradient(
+    where, _ = _where(gradient)
+    _native.scale_gradient(
         gradient.data_ptr(), out.data_ptr(), _DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
-        saved.data_ptr() + (saved.shape[0] - 1) * saved.element_size(), torch.get_num_threads(),
+        saved.data_ptr() + (saved.shape[0] - 1) * saved.element_size(), where,
     )  # fmt: skip
 
 
@@ -152,16 +155,35 @@ def reweight(
     settings = _settings(bins, half_life, rule)
     saved = torch.empty(2 * len(loss) + 1, device=loss.device, dtype=loss.dtype)
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
-    _native.cpu_reweight(
+    where, _workspace = _where(loss, 0, 1, bins.size)
+    _native.reweight(
         loss.data_ptr(), _DTYPES[loss.dtype], log_snr.data_ptr(), _address(sample_weight), _address(weight),
-        state.data_ptr(), log_weights.data_ptr(), settings, len(loss), saved.data_ptr(), update, _address(batch),
+        state.data_ptr(), log_weights.data_ptr(), settings, len(loss), saved.data_ptr(), update, _address(batch), where,
     )  # fmt: skip
     if batch is not None:
-        _fold(gather, batch, state, log_weights, settings)
+        _fold(gather, batch, state, log_weights, settings, bins)
     return saved[: len(loss)]
 
 
-def _fold(gather: Gather | None, batch: Tensor, state: Tensor, log_weights: Tensor, settings: Any) -> None:
+def _fold(
+    gather: Gather | None, batch: Tensor, state: Tensor, log_weights: Tensor, settings: Any, bins: Bins
+) -> None:
     assert gather is not None
     everyone = gather(batch)
-    _native.cpu_fold(everyone.data_ptr(), len(everyone), state.data_ptr(), log_weights.data_ptr(), settings)
+    where, _workspace = _where(batch, 0, 1, bins.size)
+    _native.fold(everyone.data_ptr(), len(everyone), state.data_ptr(), log_weights.data_ptr(), settings, where)
+
+
+def _where(tensor: Tensor, samples: int = 0, elements: int = 0, bins: int = 0) -> tuple[Any, Tensor | None]:
+    """Where a call runs: a number of threads, or a device, its current stream and scratch memory (if `elements`).
+
+    The second is that memory, to be kept until the call returns; the allocator reuses it in the order of the stream."""
+    if tensor.device.type != "cuda":
+        return torch.get_num_threads(), None
+    device = tensor.get_device()
+    workspace = None
+    if elements:
+        size = _native.cuda_workspace_size(samples, elements, bins, device)
+        workspace = torch.empty(size, device=tensor.device, dtype=torch.float64)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _native.Where(device, stream, _address(workspace)), workspace
