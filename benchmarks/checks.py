@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from providers import Batch, Loss, Moments
+from providers import Batch, Loss, Moments, moments_of
 from torch import Tensor
 
 import vadiff
@@ -52,15 +52,7 @@ def truth(batches: Sequence[Batch], *, backward: bool, weighting: str = "varianc
         if backward:
             gradients += torch.autograd.grad(loss, prediction, torch.full_like(loss, scale))
         losses.append(loss.detach())
-    state = criterion.statistics.state[:-1].view(torch.float64).view(4, -1)
-    return Truth(
-        losses,
-        gradients,
-        {
-            **dict(zip(("n", "mean", "m2", "mass"), state, strict=True)),
-            "log_weights": criterion.weights.double().log(),
-        },
-    )
+    return Truth(losses, gradients, moments_of(criterion.statistics))
 
 
 def check(loss: Loss, batches: Sequence[Batch], expected: Truth, *, deferred: bool) -> None:

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh [--wheels DIR] [FOLDER]
 #
-# All output goes to FOLDER (default: $OUT, or runs/gpu): a log for each stage, the result file, roofline.png, summary.txt.
+# All output goes to FOLDER (default: $OUT, or runs/gpu): log.txt, summary.txt, the result file and roofline.png.
 # A failed stage does not stop the next; the exit status is 0 only if none failed. Installs into the current environment,
 # from the network or, with --wheels, from the wheels in DIR alone.
 set -uo pipefail
@@ -26,23 +26,27 @@ done
 mkdir -p "$folder" || exit 2
 python="${PYTHON:-python}"
 export PYTHONUNBUFFERED=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}"
-summary="$folder/summary.txt"
+summary="$folder/summary.txt" log="$folder/log.txt"
 : >"$summary"
+: >"$log"
+begun=$(mktemp)
+trap 'rm -f "$begun"' EXIT
 failed=0
 deadline=$((SECONDS + 585)) # ten minutes, less what it takes to stop
 
-# stage NAME SECONDS COMMAND...: run it for at most so long, and what is left of the ten minutes; log to NAME.log
+# stage NAME SECONDS COMMAND...: run it for at most so long, and what is left of the ten minutes
 stage() {
-    local name=$1 limit=$2 begin=$SECONDS status
+    local name=$1 limit=$2 begin=$SECONDS status first
     shift 2
     ((limit <= deadline - SECONDS)) || limit=$((deadline - SECONDS))
     if ((limit < 5)); then
         skip "$name" "the ten minutes are over"
         return 1
     fi
-    echo "== $name (at most $limit s)"
+    echo "== $name (at most $limit s)" | tee -a "$log"
+    first=$(wc -l <"$log")
     # An interrupt first: on it, pytest still writes the results that it has.
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$folder/$name.log" 2>&1 </dev/null
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$log" 2>&1 </dev/null
     status=$?
     local verdict="ok"
     if ((status == 124 || status == 137)); then
@@ -50,7 +54,7 @@ stage() {
     elif ((status != 0)); then
         verdict="FAILED, exit status $status"
     fi
-    ((status == 0)) || { failed=1; tail -n 15 "$folder/$name.log"; }
+    ((status == 0)) || { failed=1; tail -n +$((first + 1)) "$log" | tail -n 15; }
     printf '%-12s %4d s  %s\n' "$name" $((SECONDS - begin)) "$verdict" | tee -a "$summary"
     return $status
 }
@@ -91,7 +95,7 @@ else
     skip sanitizer "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
 fi
 
-results=$(find "$folder" -maxdepth 1 -name '*.json' -newer "$folder/build.log" | head -n 1)
+results=$(find "$folder" -maxdepth 1 -name '*.json' -newer "$begun" | head -n 1)
 if [[ -n $results ]]; then
     stage roofline 30 "$python" benchmarks/roofline.py "$results" "$folder/roofline.png"
 else

@@ -90,11 +90,12 @@ class _Criterion:
         return loss.mean() if deferred else loss
 
     def moments(self) -> Moments:
-        return _moments(self.module.statistics)
+        return moments_of(self.module.statistics)
 
 
-def _moments(statistics: LogSNRStatistics) -> Moments:
-    parts = statistics.state[:-1].view(torch.float64).view(4, -1)
+def moments_of(statistics: LogSNRStatistics) -> Moments:
+    """What vadiff's statistics hold, as copies."""
+    parts = statistics.state[: 4 * statistics.bins.size].view(torch.float64).view(4, -1)
     return {
         **dict(zip(("n", "mean", "m2", "mass"), parts.clone(), strict=True)),
         "log_weights": statistics.log_weights.view(torch.float32).double(),
@@ -118,7 +119,7 @@ class _CompiledReference:
         return loss
 
     def moments(self) -> Moments:
-        return _moments(self.statistics)
+        return moments_of(self.statistics)
 
 
 class _CompiledFunction(torch.autograd.Function):

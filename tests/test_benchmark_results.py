@@ -235,7 +235,7 @@ def test_a_run_with_a_wrong_provider_fails_and_shows_no_speed_for_it(tmp_path: P
 def stub_python(tmp_path: Path) -> Path:
     """Stands in for Python in gpu.sh: installing fails, everything else succeeds at once."""
     path = tmp_path / "python"
-    path.write_text('#!/bin/sh\ncase "$*" in *"pip install"*) exit 3 ;; esac\n')
+    path.write_text('#!/bin/sh\ncase "$*" in *"pip install"*) echo no compiler today; exit 3 ;; esac\n')
     path.chmod(0o755)
     return path
 
@@ -255,7 +255,8 @@ def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Pa
     assert stages["tests"].endswith("ok")
     assert stages["benchmarks"].endswith("ok")
     assert "NOT RUN: the benchmarks left no result file" in stages["roofline"]
-    assert (tmp_path / "out" / "build.log").exists()
+    assert "no compiler today" in (tmp_path / "out" / "log.txt").read_text()
+    assert "no compiler today" in found.stdout  # the end of a failed stage is shown at once
 
 
 def test_the_gpu_script_refuses_a_folder_of_wheels_that_is_not_there(stub_python: Path, tmp_path: Path) -> None:
