@@ -48,8 +48,8 @@ sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and U
 		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -n 0 -p no:cacheprovider -k '[native' \
 		tests/test_loss.py tests/test_backward.py tests/test_statistics.py tests/test_weight_table.py tests/test_native.py
 
-bench: install  ## the benchmarks
-	$(BIN)/pytest benchmarks --benchmark-only -n 0
+bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
+	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
 lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
 `vadiff/`, and the top-level `triton_kernels/` as `vadiff.triton_kernels`: a top-level package of that name would clash
 with another project's.
 
-The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, and
-nvcc ($CUDA_HOME, PATH, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail, vadiff installs and works
-on PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
+The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, and nvcc
+($CUDA_HOME, PATH, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail, vadiff installs and works on
+PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
 
     VADIFF_CUDA=auto   CUDA kernels where nvcc is found (default)
     VADIFF_CUDA=0      none

@@ -1,4 +1,4 @@
-"""csrc/cuda.cu compiled for the CPU, with tests/cuda_emulation in the place of CUDA: how its logic is tested without a GPU."""
+"""csrc/cuda.cu compiled for the CPU, with tests/cuda_emulation in place of CUDA: its logic, tested without a GPU."""
 
 from __future__ import annotations
 

@@ -165,9 +165,7 @@ def reweight(
     return saved[: len(loss)]
 
 
-def _fold(
-    gather: Gather | None, batch: Tensor, state: Tensor, log_weights: Tensor, settings: Any, bins: Bins
-) -> None:
+def _fold(gather: Gather | None, batch: Tensor, state: Tensor, log_weights: Tensor, settings: Any, bins: Bins) -> None:
     assert gather is not None
     everyone = gather(batch)
     where, _workspace = _where(batch, 0, 1, bins.size)

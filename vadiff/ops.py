@@ -274,7 +274,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         target, noise, *coefficients, log_snr = others[:9]
         output, target, noise = _one_layout(output, target, noise)
-        run = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
         loss, ell, saved, gradient = run(output, target, noise, *coefficients, log_snr, base_weight, *others[9:])
         ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
         ctx.mark_non_differentiable(ell)
@@ -343,7 +343,7 @@ def _observed(tensor: Tensor) -> bool:
     return (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch.compiler.is_compiling()
-        or torch.autograd._profiler_enabled()  # type: ignore[no-untyped-call]
+        or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
@@ -402,7 +402,7 @@ def diffusion_loss(
     if recorded:
         loss, ell = _Loss.apply(output, base_weight, others)
     else:
-        run = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
         loss, ell, _, _ = run(output, *others[:9], base_weight, *others[9:])
     return loss, ell
 

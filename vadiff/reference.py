@@ -14,10 +14,10 @@ Notation, per sample i and bin k:
     loss = mean_i w u v ell    every sample's weight comes from the statistics before this batch
 
 State of K bins: `state` int64 [4K + 2], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
-squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket that a CUDA kernel counts its
-finished blocks with, 0 between calls; `log_weights` int32 [K], the bits of float32 ln w at the bin centres. Integers,
-because `module.half()` casts every float buffer. A batch's statistics travel as one float64 vector [4K + 1]: n, mean, M2,
-mass, skipped.
+squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket by which a CUDA kernel counts
+its finished blocks, 0 between calls; `log_weights` int32 [K], the bits of float32 ln w at the bin centres. Integers,
+because `module.half()` casts every float buffer. A batch's statistics travel as one float64 vector [4K + 1]: n, mean,
+M2, mass, skipped.
 
 Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber's function as in
 `torch.nn.functional.huber_loss`.
