@@ -10,6 +10,7 @@ PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.tx
     VADIFF_CUDA=auto   CUDA kernels where nvcc is found (default)
     VADIFF_CUDA=0      none
     VADIFF_CUDA=1      CUDA kernels, or the installation fails
+    VADIFF_CUDA_ARCHITECTURES="80 90"   instead of all that are known and nvcc can do (80 90 100)
     CXXFLAGS, LDFLAGS  added to what compiles and links, as usual
 """
 
@@ -153,15 +154,16 @@ def _compiler() -> str | None:
 
 
 def _nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next(filter(None, map(shutil.which, places)), None)
 
 
 def _architectures(nvcc: str) -> list[str]:
-    """Those of ARCHITECTURES that this nvcc knows."""
+    """Those that this nvcc knows, lowest first."""
     known = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True, check=True).stdout.split()
-    return [a for a in ARCHITECTURES if f"sm_{a}" in known]
+    wanted = (os.environ.get("VADIFF_CUDA_ARCHITECTURES") or " ".join(ARCHITECTURES)).split()
+    return sorted((a for a in wanted if f"sm_{a}" in known), key=int)
 
 
 def _accepts(compiler: str, flag: str) -> bool:

@@ -44,9 +44,9 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
         return _best(tensor)
     if backend == "reference":
         return reference
-    kernels, obstacle = _usable(backend, tensor)
-    if kernels is None:
-        raise RuntimeError(f"backend {backend!r} cannot run this call: {obstacle}")
+    kernels = _usable(backend, tensor)
+    if isinstance(kernels, Obstacle):
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {kernels}") from kernels.__cause__
     return kernels
 
 
@@ -62,20 +62,24 @@ def backend_report() -> dict[str, tuple[bool, str]]:
 def _best(tensor: Tensor) -> ModuleType:
     """The fastest that can run the call; what could not is said once."""
     for backend in _PREFERRED.get(tensor.device.type, ()):
-        kernels, obstacle = _usable(backend, tensor)
-        if kernels is not None:
+        kernels = _usable(backend, tensor)
+        if not isinstance(kernels, Obstacle):
             return kernels
-        _say_once(f"vadiff does not use the backend {backend!r}: {obstacle}")
+        _say_once(f"vadiff does not use the backend {backend!r}: {kernels}")
     return reference
 
 
-def _usable(backend: str, tensor: Tensor) -> tuple[ModuleType | None, str]:
-    """The backend's module if it can run a call on `tensor`; else None and why."""
+class Obstacle(Exception):
+    """Why a backend cannot run, and what mends it; its cause is the error met."""
+
+
+def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
+    """The backend's module if it can run a call on `tensor`."""
     kernels = _load_native() if backend == "native" else _load_triton()
-    if isinstance(kernels, str):
-        return None, kernels
-    obstacle = _native_obstacle(kernels, tensor) if backend == "native" else _triton_obstacle(kernels, tensor)
-    return (kernels, "") if obstacle is None else (None, obstacle)
+    if isinstance(kernels, Obstacle):
+        return kernels
+    why_not = _native_obstacle(kernels, tensor) if backend == "native" else _triton_obstacle(kernels, tensor)
+    return kernels if why_not is None else Obstacle(why_not)
 
 
 def _native_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
@@ -88,8 +92,8 @@ def _native_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
 
 def _native_report() -> tuple[bool, str]:
     kernels = _load_native()
-    if isinstance(kernels, str):
-        return False, kernels
+    if isinstance(kernels, Obstacle):
+        return False, str(kernels)
     instructions = kernels.instruction_set()
     if kernels.CUDA_ARCHITECTURES:
         return True, f"CPU tensors ({instructions}) and CUDA tensors ({kernels.CUDA_ARCHITECTURES}), all float dtypes"
@@ -109,8 +113,8 @@ def _triton_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
 
 def _triton_report() -> tuple[bool, str]:
     kernels = _load_triton()
-    if isinstance(kernels, str):
-        return False, kernels
+    if isinstance(kernels, Obstacle):
+        return False, str(kernels)
     if kernels.INTERPRETED:
         return True, "interpreted (TRITON_INTERPRET=1): for tests, slow"
     if torch.cuda.is_available():
@@ -127,29 +131,31 @@ def native_build() -> str:
 
 
 @functools.cache
-def _load_native() -> ModuleType | str:
+def _load_native() -> ModuleType | Obstacle:
     """The compiled kernels, or why they cannot be loaded; tried once."""
     try:
         return importlib.import_module("vadiff.native")
     except ImportError as error:
-        if getattr(error, "name", None) == "vadiff._native":
-            return f"the native kernels are not built. {native_build()}"
-        return f"the native kernels did not load ({error}). {_REBUILD}"
+        if getattr(error, "name", None) == "vadiff._native" and isinstance(error, ModuleNotFoundError):
+            return _obstacle(f"the native kernels are not built. {native_build()}", error)
+        return _obstacle(f"the native kernels did not load ({error}). {_REBUILD}", error)
 
 
 @functools.cache
-def _load_triton() -> ModuleType | str:
+def _load_triton() -> ModuleType | Obstacle:
     """The kernels, or why they cannot be loaded; tried once."""
     try:
         return importlib.import_module("vadiff.triton_kernels")
     except ImportError as error:
         missing = getattr(error, "name", None) == "triton"
-        mend = (
-            "Install it with: pip install triton"
-            if missing
-            else "Reinstall vadiff: pip install --force-reinstall vadiff"
-        )
-        return f"the Triton kernels did not load ({error}). {mend}"
+        package = "triton" if missing else "--force-reinstall vadiff"
+        return _obstacle(f"the Triton kernels did not load ({error}). Install: pip install {package}", error)
+
+
+def _obstacle(message: str, cause: Exception) -> Obstacle:
+    obstacle = Obstacle(message)
+    obstacle.__cause__ = cause
+    return obstacle
 
 
 @functools.cache
