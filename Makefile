@@ -45,7 +45,7 @@ sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and U
 	VADIFF_CUDA=0 CXXFLAGS='-g -O1 $(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -n 0 -p no:cacheprovider -k '[native' \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -n 0 -p no:cacheprovider -s -k 'native and not cuda' \
 		tests/test_loss.py tests/test_backward.py tests/test_statistics.py tests/test_weight_table.py tests/test_native.py
 
 bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
