@@ -19,6 +19,8 @@ from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
 CUDA_ARCHITECTURES: str | None = _native.cuda_architectures  # None: built without CUDA
 
+ARITHMETIC = (torch.float32, torch.float64)
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
 
 
@@ -88,12 +90,12 @@ def diffusion_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `vadiff.reference.diffusion_loss`."""
     samples = output.shape[0]
-    dtype, device = compute_dtype(output), output.device
+    like = output if output.dtype in ARITHMETIC else output.new_empty(0, dtype=compute_dtype(output))
     settings = _settings(bins, half_life, rule)
     gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
-    loss = torch.empty(() if mean else (samples,), device=device, dtype=dtype)
-    ell = torch.empty(samples, device=device, dtype=dtype)
-    saved = torch.empty(2 * samples + 1, device=device, dtype=dtype)
+    loss = like.new_empty(() if mean else samples)
+    ell = like.new_empty(samples)
+    saved = like.new_empty(2 * samples + 1)
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
     _native.diffusion_loss(

@@ -295,12 +295,12 @@ class _Loss(torch.autograd.Function):
             return None, None, None
         by_output = by_base_weight = None
         saved, *inputs = ctx.saved_tensors
-        upstream = upstream.detach()
+        if upstream.requires_grad:
+            upstream = upstream.detach()
         if ctx.needs_input_grad[0]:
             if not ctx.fused:
-                by_output = torch.ops.vadiff.diffusion_loss_backward(
-                    upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend
-                )
+                run = torch.ops.vadiff.diffusion_loss_backward if _observed(inputs[0]) else _diffusion_loss_backward
+                by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend)
             elif _graph_is_kept():
                 by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)
             else:
@@ -315,6 +315,10 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
             by_output, by_base_weight = _not_differentiable(by_output), _not_differentiable(by_base_weight)
         return by_output, by_base_weight, None
+
+
+# Function.apply without its Python, which looks for functorch's transforms: those are refused before.
+_apply = super(torch.autograd.Function, _Loss).apply
 
 
 def _not_differentiable(gradient: Tensor | None) -> Tensor | None:
@@ -400,7 +404,8 @@ def diffusion_loss(
         bins.low, bins.high, half_life, *rule, huber_delta, mean, fused, update, sync, backend,
     )  # fmt: skip
     if recorded:
-        loss, ell = _Loss.apply(output, base_weight, others)
+        apply: Any = _Loss.apply if torch.compiler.is_compiling() else _apply
+        loss, ell = apply(output, base_weight, others)
     else:
         run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
         loss, ell, _, _ = run(output, *others[:9], base_weight, *others[9:])
