@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from .. import levels, weighting
 from ..data import Images, cifar, digits, folder
@@ -13,6 +14,7 @@ from ..models import Denoiser, unet
 from ..weighting import Weighting, WeightTable
 from .config import TABLE, TrainConfig
 
+_ADAPTIVE_LEVELS = ("second_moment", "loss_spread")
 TABLE_FILE = "table.json"  # in a run directory: the table it was told to use, so that it stands on its own
 
 
@@ -68,12 +70,21 @@ def build_criterion(config: TrainConfig, run: Path | None = None) -> DiffusionLo
 
 
 def build_levels(config: TrainConfig, run: Path | None = None) -> LevelSampler:
-    """A sampler of noise levels, on the CPU."""
-    options = dict(config.levels_options)
-    if config.levels in ("log_normal", TABLE):
-        options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
+    """A sampler of noise levels, on the CPU. `run` is where the weight table of the run lies, for levels "table".
+
+    Raises:
+        ValueError: an option that the sampler does not have, or out of bounds.
+        RunError: there is no such table.
+    """
+    base = levels.LogNormal(config.p_mean, config.p_std)
     if config.levels == TABLE:
-        return levels.Weighted(levels.LogNormal(**options), read_table(config, run))
+        table = read_table(config, run)
+        return levels.Table(table.weights, table.log_snr_range, base)
+    options: dict[str, Any] = dict(config.levels_options)
+    if config.levels == "log_normal":
+        options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
+    if config.levels in _ADAPTIVE_LEVELS:
+        options = {"base": base, "bins": config.bins, "log_snr_range": config.log_snr_range, **options}
     try:
         return levels.from_name(config.levels, **options)
     except TypeError as error:

@@ -69,7 +69,8 @@ class TrainConfig:
         "log_normal", "how noise levels are drawn; table: by density times the weights of --table", choices="levels"
     )
     levels_options: dict[str, float] = _setting({}, "arguments of the level sampler, as p_mean=-0.4")
-    p_mean: float = _setting(-1.2, "of log_normal levels: ln sigma ~ N(p_mean, p_std^2)")
+    levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
+    p_mean: float = _setting(-1.2, "of log_normal levels, which others tilt: ln sigma ~ N(p_mean, p_std^2)")
     p_std: float = _setting(1.2, "of log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
     table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
@@ -218,7 +219,7 @@ def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     if allowed == "weightings":
         return (*weighting.available(), TABLE)
     if allowed == "levels":
-        return (*levels.available(), TABLE)
+        return levels.available()  # TABLE among them
     return allowed
 
 

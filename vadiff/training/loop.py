@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data import normalised
 from ..errors import TrainingError
 from ..extras import import_extra
+from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..models import Denoiser
 from . import run_folder
@@ -164,8 +165,8 @@ class _Trainer:
             total += loss.detach() / len(parts)
         self.optimisation.step(step, total)
         self.running_average.update()
-        if isinstance(self.levels, AdaptiveLevels):
-            self.levels.update(self.criterion)
+        if (step + 1) % config.levels_every == 0:
+            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # those that do not adapt ignore it
 
     def _loss(self, batch: Batch) -> Tensor:
         dtype = _AUTOCAST[self.config.precision]

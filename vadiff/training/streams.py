@@ -48,13 +48,13 @@ class ShuffledIndices:
     """Which images a step sees: one shuffled pass after the other, every batch full.
 
     Args:
-        order: epoch → a permutation of the indices, [size].
+        order: (epoch, size) → a permutation of the indices, [size].
         size: number of images.
         batch_size: of the global batch.
         device: where the indices are kept: a pass is moved there once.
     """
 
-    def __init__(self, order: Callable[[int], Tensor], size: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, order: Callable[[int, int], Tensor], size: int, batch_size: int, device: torch.device) -> None:
         self._order = order
         self._size = size
         self._batch_size = batch_size
@@ -71,7 +71,7 @@ class ShuffledIndices:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _moved(self, epoch: int) -> Tensor:
-        return self._order(epoch).to(self._device)
+        return self._order(epoch, self._size).to(self._device)
 
 
 @contextmanager
