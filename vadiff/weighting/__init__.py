@@ -1,15 +1,18 @@
 """How much each noise level counts: fixed functions of log-SNR, and tables that adapt to the statistics."""
 
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
-from .fixed import Constant, FixedWeighting, MinSNR
+from .fixed import Cauchy, Constant, FixedWeighting, MinSNR
+from .table import WeightTable
 
 __all__ = [
     "AdaptiveWeighting",
+    "Cauchy",
     "Constant",
     "FixedWeighting",
     "LossLevel",
     "MinSNR",
     "VarianceAware",
+    "WeightTable",
     "available",
     "from_name",
 ]
@@ -17,6 +20,7 @@ __all__ = [
 Weighting = AdaptiveWeighting | FixedWeighting
 
 _BY_NAME: dict[str, type[AdaptiveWeighting] | type[FixedWeighting]] = {
+    "cauchy": Cauchy,
     "constant": Constant,
     "loss_level": LossLevel,
     "min_snr": MinSNR,

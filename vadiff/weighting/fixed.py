@@ -66,3 +66,32 @@ class MinSNR(FixedWeighting):
             - loss_ratio(self.prediction_type, tiny, sigma_data=self.sigma_data).log()
         )
         return log_weight.exp().float().where(~log_snr.isnan(), math.nan)
+
+
+@dataclass(frozen=True)
+class Cauchy(FixedWeighting):
+    """w = 1 / (1 + alpha*(log_snr - center)**2): less weight far from the noise levels that are drawn most.
+
+    What the code of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391, algorithm 1)
+    runs, on EDM's loss. There the centre is the mean log-SNR of the batch, which at batch 128 scatters by 0.2 about
+    that of the noise levels; here it is the latter.
+
+    Args:
+        alpha: the authors report 0.01, 0.05 and 0.1.
+        center: mean log-SNR of the noise levels drawn; 2.4 for EDM's, ln sigma ~ N(-1.2, 1.2**2).
+
+    Raises:
+        ValueError: alpha negative or not finite, or center not finite.
+    """
+
+    alpha: float = 0.05
+    center: float = 2.4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number of at least 0")
+        if not math.isfinite(self.center):
+            raise ValueError(f"center is {self.center!r}, expected a finite log-SNR")
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return 1.0 / (1.0 + self.alpha * (log_snr.float() - self.center).square())
