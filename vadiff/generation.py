@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .pictures import to_uint8
+from .data import pixels
 from .sampling import Churn, draw, euler, flow_times, heun, noise_levels
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def generate_batch(
             f"the image of seed {seeds[int((~images.isfinite().flatten(1).all(1)).nonzero()[0])]} is not finite: the "
             "checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
         )
-    return to_uint8(images)
+    return pixels(images)
 
 
 def generate_all(run: "Run", seeds: Sequence[int], generation: Generation) -> Tensor:

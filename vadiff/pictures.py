@@ -16,21 +16,6 @@ from .extras import import_extra
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1], any float dtype → [0, 255] uint8, rounded; what lies outside is clipped."""
-    return ((images.float() + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
-
-
-def tile(images: Tensor, columns: int, gap: int = 1, background: int = 255) -> Tensor:
-    """[N, C, H, W] uint8 → one picture [C, rows·(H + gap) - gap, columns·(W + gap) - gap]; the last row may be short."""
-    number, channels, height, width = images.shape
-    rows = -(-number // columns)
-    cells = torch.full((rows * columns, channels, height + gap, width + gap), background, dtype=images.dtype)
-    cells[:number, :, :height, :width] = images
-    picture = cells.view(rows, columns, channels, height + gap, width + gap).permute(2, 0, 3, 1, 4)
-    return picture.reshape(channels, rows * (height + gap), columns * (width + gap))[:, : -gap or None, : -gap or None]
-
-
 class PictureWriter:
     """Writes a PNG folder or an npz archive; it appears under its name when the `with` block ends without an error.
 
@@ -92,11 +77,6 @@ class PictureWriter:
             shutil.rmtree(self.partial)
         else:
             self.partial.unlink(missing_ok=True)
-
-
-def save_png(path: Path, picture: Tensor) -> None:
-    """[C, H, W] uint8, C 1 or 3, as a PNG."""
-    import_extra("PIL.Image", "eval").fromarray(_grey_or_rgb(picture.permute(1, 2, 0).numpy())).save(path)
 
 
 def read_pictures(path: Path) -> Tensor:

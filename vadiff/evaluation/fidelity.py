@@ -56,7 +56,8 @@ def image_metrics(
         progress: show torch-fidelity's progress bars.
 
     Returns:
-        name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall.
+        name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
+        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers are not those that are published.
 
     Raises:
         ValueError: images, metric, layer or weights that do not fit, or too few images.
@@ -94,7 +95,12 @@ def image_metrics(
             f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
             "weights-inception-2015-12-05-6726825d.pth from the releases of torch-fidelity on GitHub"
         ) from error
-    return _finite({_KEYS[key]: float(value) for key, value in found.items() if key in _KEYS}, layer, inception_weights)
+    suffix = "" if layer == "2048" else f"-{layer}"
+    values = {
+        name + ("" if name.startswith("isc") else suffix): float(found[key]) for key, name in _KEYS.items() if key in found
+    }
+    _check_finite(values, layer, inception_weights)
+    return values
 
 
 def content_key(images: Tensor) -> str:
@@ -166,11 +172,10 @@ def _checked_weights(path: Path | None) -> str:
     return key[:16]
 
 
-def _finite(values: dict[str, float], layer: str, weights: Path | None) -> dict[str, float]:
+def _check_finite(values: Mapping[str, float], layer: str, weights: Path | None) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(
             f"{', '.join(broken)} came out not finite at layer {layer} with {weights or 'the published weights'}: the "
             "weights do not reach that far (isc needs the last layer), or there are too few images"
         )
-    return values

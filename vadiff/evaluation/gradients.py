@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..models import Denoiser
 from ..process import loss_ratio
-from .held_out import level_noise
 
 
 class LevelGradients(NamedTuple):
@@ -91,26 +90,28 @@ def level_gradients(
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     device = parameters[0].device
     half = len(images) // 2
-    halves = []
-    for places in (range(half), range(half, 2 * half)):
-        rows = []
-        for level in log_snr.tolist():
-            total = [torch.zeros_like(parameter) for parameter in parameters]
-            for start in range(places.start, places.stop, batch_size):
-                part = slice(start, min(start + batch_size, places.stop))
-                x0 = images[part].to(device)
-                classes = None if labels is None else labels[part].to(device)
-                noise = level_noise(images.shape[1:], range(part.start, part.stop), seed).to(device)
-                sigma = torch.full((len(x0),), math.exp(-0.5 * level), device=device)
-                denoised = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)
-                base_weight = loss_ratio(denoiser.process, torch.tensor(level), sigma_data=denoiser.sigma_data).item()
-                loss = base_weight * (denoised - x0).square().flatten(1).mean(1).sum() / half
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for mean, gradient in zip(total, gradients, strict=True):
-                    if gradient is not None:
-                        mean += gradient
-            rows.append(torch.cat([mean.flatten() for mean in total]))
-        halves.append(torch.stack(rows))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))  # the same at every level
+
+    def gradient(level: float, places: range) -> Tensor:
+        """Of the mean base loss of the images at `places`, [P]."""
+        base_weight = loss_ratio(denoiser.process, torch.tensor(level), sigma_data=denoiser.sigma_data).item()
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(places.start, places.stop, batch_size):
+            part = slice(start, min(start + batch_size, places.stop))
+            x0 = images[part].to(device)
+            classes = None if labels is None or not denoiser.labels else labels[part].to(device)
+            sigma = torch.full((len(x0),), math.exp(-0.5 * level), device=device)
+            error = denoiser(x0 + sigma[0] * noise[part].to(device), sigma, classes) - x0
+            loss = base_weight * error.square().flatten(1).mean(1).sum() / len(places)
+            for mean, found in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                if found is not None:
+                    mean += found
+        return torch.cat([mean.flatten() for mean in total])
+
+    halves = [
+        torch.stack([gradient(level, places) for level in log_snr.tolist()])  # [L, P]
+        for places in (range(half), range(half, 2 * half))
+    ]
     across = _products(*halves)
     return LevelGradients(
         log_snr.double().cpu(),

@@ -11,13 +11,27 @@ from .style import IMAGES, LOG_SNR, Chart, Line, all_nan_is_no_value, line
 
 Styles = Mapping[str, Line]
 
-METRIC_NAMES = {
+_METRICS = {
     "fid": ("FID", "lower is better"),
     "kid": ("KID", "lower is better"),
     "isc": ("Inception score", "higher is better"),
-    "precision": ("Precision", "share of samples that look like data; higher is better"),
-    "recall": ("Recall", "share of the data that samples cover; higher is better"),
+    "precision": ("Precision", "higher is better: more of the samples look like data"),
+    "recall": ("Recall", "higher is better: samples cover more of the data"),
 }
+
+
+def metric_names(groups: Sequence[Group]) -> list[str]:
+    """What was measured on generated images, as fid or fid-768; without the spread of an estimate."""
+    found = {name for group in groups for run in group.runs for _, values in run.evaluation for name in values}
+    order = list(_METRICS)
+    known = [name for name in found if name.split("-")[0] in _METRICS]
+    return sorted(known, key=lambda name: (order.index(name.split("-")[0]), name))
+
+
+def spoken_metric(name: str) -> str:
+    """fid-768 → FID-768."""
+    base, _, layer = name.partition("-")
+    return _METRICS[base][0] + (f"-{layer}" if layer else "")
 
 
 def styles_of(groups: Sequence[Group]) -> dict[str, Line]:
@@ -202,7 +216,7 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
             rows = [run.scalars.get(scalar, np.full(len(run.images), np.nan)) for run in group.runs]
-            draw_spread(panel, group_images(group), _stacked(rows), color, dash, group.label)
+            drawdraw_spread(panel, group_images(group), _stacked(rows), color, dash, group.label if len(groups) > 1 else "")
         images_axis(panel)
         panel.set_ylabel(label)
         if scalar in ("base_loss", "loss"):
@@ -213,18 +227,22 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
 
 
 def metric(groups: Sequence[Group], name: str) -> Chart:
-    """A metric of the images against training images seen."""
-    title, better = METRIC_NAMES[name]
+    """A metric of generated images against training images seen."""
+    title, better = spoken_metric(name), _METRICS[name.split("-")[0]][1]
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
-            images, rows = aligned([[(at, found[name]) for at, found in run.evaluation if name in found] for run in group.runs])
-            draw_spread(panel, images, rows, color, dash, group.label, marker="o")
+            images, rows = aligned([_series(run, name) for run in group.runs])
+            draw_spread(panel, images, rows, color, dash, group.label if len(groups) > 1 else "", marker="o")
         images_axis(panel)
-        panel.set_ylabel(f"{title} ({better.split(';')[-1].strip()})")
+        panel.set_ylabel(f"{title} ({better.partition(':')[0]})")
 
-    caption = f"{title} of generated images: {better}. Look for who gets to a given value with fewer training images."
+    caption = f"{title} of generated images; {better}. Look for who gets to a given value with fewer training images."
     return Chart(f"metric-{name}", f"{title} against images seen", caption + band(groups), draw)
+
+
+def _series(run: History, metric: str) -> list[tuple[int, float]]:
+    return [(images, values[metric]) for images, values in run.evaluation if metric in values]
 
 
 def _over_log_snr(

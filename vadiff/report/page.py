@@ -42,6 +42,7 @@ class Strip:
 
     title: str
     pictures: Sequence[Picture]
+    wide: bool = False  # charts, with their words in them, not grids of small images
 
 
 @dataclass
@@ -101,7 +102,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
 
 def _sections(groups: Sequence[Group]) -> list[Section]:
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
-    found += [_held_out(groups), _metrics(groups), _samples(groups)]
+    found += [_held_out(groups), _gradients(groups), _metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
 
 
@@ -209,17 +210,24 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
     return section
 
 
+def _gradients(groups: Sequence[Group]) -> Section | None:
+    """The pictures of `vadiff evaluate --gradients`, where one run is shown that was measured."""
+    if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gradients:
+        return None
+    pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gradients]
+    text = "Measured at the last evaluated checkpoint, on training images, for the weights that are trained."
+    return Section("gradients", "How noise levels pull at the network", text, strips=[Strip("", pictures, wide=True)])
+
+
 def _metrics(groups: Sequence[Group]) -> Section | None:
-    measured = {name for group in groups for run in group.runs for _, found in run.evaluation for name in found}
-    drawn = [charts.metric(groups, name) for name in charts.METRIC_NAMES if name in measured]
+    drawn = [charts.metric(groups, name) for name in charts.metric_names(groups)]
     if not drawn:
         return None
     text = (
-        "Generated images compared with real ones by the features of an Inception network, as `vadiff evaluate` "
-        "measured it. Such numbers depend on the number of images and on the layer of the network: compare them only "
-        "with numbers made in the same way."
+        "Generated images compared with real ones by the features of an Inception network. Such numbers depend on the "
+        "number of images and on the layer of the network: compare them only with numbers made in the same way."
     )
-    return Section("metrics", "Quality of generated images", text.replace("`", ""), charts=drawn)
+    return Section("metrics", "Quality of generated images", text, charts=drawn)
 
 
 def _samples(groups: Sequence[Group]) -> Section | None:
@@ -245,10 +253,7 @@ def _overview_table(groups: Sequence[Group]) -> Table:
         ("images seen", lambda run: run.images[-1], _whole),
         ("training base loss", lambda run: _scalar(run, "base_loss"), _number),
         ("held-out loss (EMA)", _final_held_out, _number),
-        *[
-            (name, lambda run, key=key: run.evaluation[-1][1].get(key) if run.evaluation else None, _number)  # type: ignore[misc]
-            for key, (name, _) in charts.METRIC_NAMES.items()
-        ],
+        *[(charts.spoken_metric(name), _final_metric(name), _number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
         ("images / s", lambda run: _median(run, "images_per_second"), _number),
@@ -324,6 +329,10 @@ def _notes(groups: Sequence[Group]) -> list[str]:
 
 def _final_held_out(run: History) -> float | None:
     return held_out_charts.level_mean(run.held_out[-1][1]["loss_ema"]) if run.held_out else None
+
+
+def _final_metric(name: str) -> Callable[[History], float | None]:
+    return lambda run: run.evaluation[-1][1].get(name) if run.evaluation else None
 
 
 def _scalar(run: History, name: str) -> float | None:

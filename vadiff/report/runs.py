@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class History:
     held_out: list[tuple[int, dict[str, Array]]]  # (images, log_snr [L], loss_raw [L], loss_ema [L])
     evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
     samples: list[tuple[int, Path]]  # (step, picture)
+    gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
     held_out_is_test: bool | None = None  # None where the data set is no longer at hand
 
     @property
@@ -118,6 +119,7 @@ def read_history(run: "Run") -> History:
         held_out=_held_out(lines),
         evaluation=_evaluations(run.path, lines),
         samples=_samples(run.path),
+        gradients=_gradients(run.path),
         held_out_is_test=_held_out_is_test(run),
     )
 
@@ -187,6 +189,14 @@ def _held_out_is_test(run: "Run") -> bool | None:
     with contextlib.suppress(UserError, MissingExtraError):
         return run.images().held_out_is_test
     return None
+
+
+def _gradients(path: Path) -> list[Path]:
+    measured = [(int(folder.name.removeprefix("step-")), folder) for folder in path.glob("evaluation/step-*")]
+    for _, folder in sorted(measured, reverse=True):
+        if pictures := sorted(folder.glob("gradient-*.svg")):
+            return pictures
+    return []
 
 
 def _samples(path: Path) -> list[tuple[int, Path]]:
