@@ -157,7 +157,9 @@ def _pickled(
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (images, _PIXELS)):
         raise DataError(f"{name} has no array 'data' of uint8 ({images}, {_PIXELS}): it is not the official file")
     if not (isinstance(labels, list) and len(labels) == images and all(type(label) is int for label in labels)):
-        raise DataError(f"{name} has no list of {images} '{layout.python_labels.decode()}': it is not the official file")
+        raise DataError(
+            f"{name} has no list of {images} '{layout.python_labels.decode()}': it is not the official file"
+        )
     return _checked(pixels, np.array(labels), layout, name)
 
 
@@ -171,8 +173,8 @@ def _content(read: Reader, file: str, where: str, required: bool) -> bytes | Non
 def _checked(pixels: np.ndarray, labels: np.ndarray, layout: Layout, name: str) -> tuple[Tensor, Tensor]:
     if labels.min() < 0 or labels.max() >= layout.classes:
         raise DataError(
-            f"{name} has labels from {labels.min()} to {labels.max()}, expected 0 to {layout.classes - 1}: it is corrupt "
-            "or another data set"
+            f"{name} has labels from {labels.min()} to {labels.max()}, expected 0 to {layout.classes - 1}: it is "
+            "corrupt or another data set"
         )
     return torch.from_numpy(pixels.reshape(-1, *_SHAPE).copy()), torch.from_numpy(labels.astype(np.int64))
 
@@ -222,9 +224,7 @@ def _downloaded(layout: Layout) -> Path:
     name, md5 = next(iter(layout.archives.items()))
     pooch = import_extra("pooch", "train")
     try:
-        return Path(
-            pooch.retrieve(_URL + name, f"md5:{md5}", name, pooch.os_cache("vadiff"), progressbar=True)
-        )
+        return Path(pooch.retrieve(_URL + name, f"md5:{md5}", name, pooch.os_cache("vadiff"), progressbar=True))
     except (OSError, ValueError) as error:  # no connection; another checksum
         raise DataError(
             f"{_URL + name} could not be downloaded: {error}. Get it elsewhere (MD5 {md5}) and pass --data FILE"

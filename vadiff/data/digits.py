@@ -46,6 +46,4 @@ def digits() -> Images:
     labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     train, held_out = order[_HELD_OUT:], order[:_HELD_OUT]
-    return Images(
-        pixels[train], labels[train], pixels[held_out], labels[held_out], held_out_is_test=False, classes=10
-    )
+    return Images(pixels[train], labels[train], pixels[held_out], labels[held_out], held_out_is_test=False, classes=10)

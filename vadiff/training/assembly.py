@@ -121,11 +121,12 @@ def keep_table(table: WeightTable, run: Path) -> None:
 def _weighting(config: TrainConfig, run: Path | None) -> Weighting:
     if config.weighting == TABLE:
         return read_table(config, run)
-    chosen = weighting.from_name(config.weighting)
+    chosen: Any = weighting.from_name(config.weighting)
     options: dict[str, object] = dict(config.weighting_options)
     if config.weighting == "min_snr":  # the bare name means a loss in the form of eps; ours is in that of F
         options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
     try:
-        return dataclasses.replace(chosen, **options)
+        options_set: Weighting = dataclasses.replace(chosen, **options)
+        return options_set
     except TypeError as error:
         raise ValueError(f"weighting_options is {config.weighting_options}: {error}") from None

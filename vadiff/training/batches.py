@@ -74,10 +74,21 @@ class Batches:
         eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
         mirrored = self._coins("flips", step, 0.5) if config.flips else None
         withheld = self._coins("labels", step, config.label_dropout) if self._labels is not None else None
-        return [
-            self._batch(*(None if drawn is None else self._ranks.slice_of(drawn) for drawn in part))
-            for part in zip(*(self._parts(drawn) for drawn in (indices, u, eps, mirrored, withheld)), strict=True)
-        ]
+        share = size // config.accumulate // self._ranks.size
+        batches = []
+        for part in range(config.accumulate):
+            start = (part * self._ranks.size + self._ranks.rank) * share
+            mine = slice(start, start + share)
+            batches.append(
+                self._batch(
+                    indices[mine],
+                    u[mine],
+                    eps[mine],
+                    None if mirrored is None else mirrored[mine],
+                    None if withheld is None else withheld[mine],
+                )
+            )
+        return batches
 
     def _batch(
         self,
@@ -100,8 +111,3 @@ class Batches:
         """True with a probability, for every image of the whole batch. bool [batch_size]."""
         generator = self._streams.at(stream, step)
         return torch.rand(self._config.batch_size, generator=generator, device=generator.device) < probability
-
-    def _parts(self, drawn: Tensor | None) -> list[Tensor | None]:
-        if drawn is None:
-            return [None] * self._config.accumulate
-        return list(drawn.chunk(self._config.accumulate))

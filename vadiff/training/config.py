@@ -36,8 +36,6 @@ _BOUNDS: dict[str, Callable[[float, float], bool]] = {
 
 def _setting(default: Any, text: str, **bounds: Any) -> Any:
     """A field with its help text, and what is allowed: `choices`, `at_least`, `above`, `below`, `at_most`."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": text, **bounds})
     return dataclasses.field(default=default, metadata={"help": text, **bounds})
 
 
@@ -64,11 +62,15 @@ class TrainConfig:
     weighting: str = _setting(
         "variance_aware", "of noise levels; table: as the run given by --table ended", choices="weightings"
     )
-    weighting_options: dict[str, float] = _setting({}, "arguments of the weighting, as strength=0.5")
+    weighting_options: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"help": "arguments of the weighting, as strength=0.5"}
+    )
     levels: str = _setting(
         "log_normal", "how noise levels are drawn; table: by density times the weights of --table", choices="levels"
     )
-    levels_options: dict[str, float] = _setting({}, "arguments of the level sampler, as p_mean=-0.4")
+    levels_options: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"help": "arguments of the level sampler, as floor=0.2"}
+    )
     levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
     p_mean: float = _setting(-1.2, "of log_normal levels, which others tilt: ln sigma ~ N(p_mean, p_std^2)")
     p_std: float = _setting(1.2, "of log_normal levels", above=0)
@@ -140,7 +142,9 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if TABLE in (self.weighting, self.levels) and self.table is None:
-            raise ValueError("table is None, but weighting or levels is 'table': give the run directory to take it from")
+            raise ValueError(
+                "table is None, but weighting or levels is 'table': give the run directory to take it from"
+            )
         self.torch_device()
 
     @property

@@ -25,11 +25,6 @@ class Ranks:
         """Whether this is the one process that writes files and shows progress."""
         return self.rank == 0
 
-    def slice_of(self, batch: Tensor) -> Tensor:
-        """This rank's part of a tensor of the global batch."""
-        share = len(batch) // self.size
-        return batch[self.rank * share : (self.rank + 1) * share]
-
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over ranks; every rank must call it."""
         if self.size == 1:

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ class _Trainer:
             if config.dropout:
                 self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
             last = number == len(parts) - 1
-            with contextlib.nullcontext() if last or self.group.size == 1 else self.network.no_sync():
+            with contextlib.nullcontext() if last else self._no_sync():
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
             total += loss.detach() / len(parts)
@@ -236,10 +236,16 @@ class _Trainer:
             draws=config.held_out_draws,
         )
 
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Where gradients stay on their rank until the last part of the batch."""
+        if isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
     def _trained_network(self) -> nn.Module:
         network = self.denoiser.network
         if self.config.compile:
-            network = torch.compile(network, dynamic=False)
+            network = cast(nn.Module, torch.compile(network, dynamic=False))
         if self.group.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             network = nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)

@@ -91,14 +91,14 @@ class MetricsLog:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Write a line; it is on the disk, or not at all, when this returns."""
-        entry = _finite(entry)
-        self.entries.append(entry)
+        finite: dict[str, Any] = _finite(entry)
+        self.entries.append(finite)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(entry, allow_nan=False) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._writer is not None:
-            for name, value in _scalars(entry):
-                self._writer.add_scalar(name, value, entry["step"])
+            for name, value in _scalars(finite):
+                self._writer.add_scalar(name, value, finite["step"])
             self._writer.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ class Optimisation:
     def __init__(self, config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._config = config
         self._parameters = list(parameters)
-        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-        decay = {} if config.optimizer == "adam" else {"weight_decay": config.weight_decay}
-        # Only the fused one reads `found_inf` on the device.
-        self.optimizer = kind(
-            self._parameters, lr=config.learning_rate, betas=config.betas, fused=True, **decay
-        )  # fmt: skip
+        settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "fused": True}
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self._parameters, weight_decay=config.weight_decay, **settings)
+        else:
+            self.optimizer = torch.optim.Adam(self._parameters, **settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Sums since the last line of metrics: loss, gradient norm and clipped steps of the finite steps, number of
         # those; then non-finite steps of the run, in a row now, and the longest row.
@@ -70,7 +71,8 @@ class Optimisation:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[union-attr]
+            # What GradScaler tells fused optimisers: they leave out the step on the device, without a look at it.
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, norm)

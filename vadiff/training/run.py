@@ -1,10 +1,10 @@
 """A run directory, opened to look at, sample from or evaluate.
 
-    config.yaml          the config
-    metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.training.metrics`
-    tensorboard/         the same for TensorBoard
-    checkpoints/step-<n>/
-    samples/step-<n>.png
+config.yaml          the config
+metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.training.metrics`
+tensorboard/         the same for TensorBoard
+checkpoints/step-<n>/
+samples/step-<n>.png
 """
 
 import json

@@ -13,7 +13,7 @@ from .fixed import FixedWeighting
 
 @dataclass(frozen=True)
 class WeightTable(FixedWeighting):
-    """w(λ) by linear interpolation of ln w between bin centres, flat beyond the outer ones, as adaptive tables are read.
+    """w(λ) by linear interpolation of ln w between bin centres, flat beyond the outer ones: as adaptive tables are.
 
     Args:
         weights: w at the centre of each bin, K positive numbers.
