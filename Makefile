@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 		|| $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $(STAMP)
 
-demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.png (2 minutes)
+demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
 	$(BIN)/vadiff demo --out runs/demo
 
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU

@@ -135,9 +135,7 @@ def generate(run: "Run", seeds: Sequence[int], generation: Generation) -> Iterat
         yield Generated(start, images, generation.labels(seeds[start : start + len(images)], classes))
 
 
-def generate_batch(
-    denoiser: "Denoiser", seeds: Sequence[int], generation: Generation, device: torch.device
-) -> Tensor:
+def generate_batch(denoiser: "Denoiser", seeds: Sequence[int], generation: Generation, device: torch.device) -> Tensor:
     """The images of a few seeds, [len(seeds), C, H, W] uint8 on the CPU.
 
     Raises:

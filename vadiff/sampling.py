@@ -1,4 +1,4 @@
-"""Drawing samples from a trained denoiser: EDM's second-order sampler, and Euler's method on the straight path of flows.
+"""Drawing samples from a trained denoiser: EDM's second-order sampler, and Euler's method on the path of flows.
 
 A seed stands for an image. All the noise of an image comes from a generator of its own, so that which image a seed
 gives does not depend on the batch size, on the other seeds, on the number of devices or (to rounding) on the device.

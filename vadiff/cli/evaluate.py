@@ -17,7 +17,9 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, metavar="RUN|FOLDER", help="run directory, folder of images or .npz archive")
+    parser.add_argument(
+        "target", type=Path, metavar="RUN|FOLDER", help="run directory, folder of images or .npz archive"
+    )
     parser.add_argument(
         "--metrics", nargs="*", choices=METRICS, default=["fid", "kid", "prc"],
         help="prc: precision and recall; isc: Inception score; nothing after --metrics: none",
@@ -55,7 +57,9 @@ def run(options: argparse.Namespace) -> None:
     if options.gradient_images < 2:
         options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
     if not options.target.exists():
-        options.parser.error(f"{options.target} does not exist, expected a run directory, a folder of images or an .npz")
+        options.parser.error(
+            f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
+        )
     settings = MetricSettings(
         options.metrics, options.reference, options.layer, options.inception_weights, options.cache
     )

@@ -13,7 +13,9 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN", help="run directories of `vadiff train`")
+    parser.add_argument(
+        "run_directories", type=Path, nargs="+", metavar="RUN", help="run directories of `vadiff train`"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=None,
         help="page to write, its charts go to a folder of that name beside it; RUN/report.html without, and for "
@@ -29,10 +31,10 @@ def run(options: argparse.Namespace) -> None:
 
     for module in ("jinja2", "matplotlib"):
         import_extra(module, "report")
-    paths = list(dict.fromkeys(path.resolve() for path in options.run_directories))
-    page = options.out or (options.run_directories[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    paths = list({path.resolve(): path for path in options.run_directories}.values())
+    page = options.out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     if page.suffix != ".html":
         options.parser.error(f"argument --out: {page}, expected a file ending in .html")
-    groups = group_runs([read_history(open_run(path)) for path in options.run_directories])
+    groups = group_runs([read_history(open_run(path)) for path in paths])
     files = write_report(groups, page, title=options.title)
     print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")

@@ -97,7 +97,9 @@ def image_metrics(
         ) from error
     suffix = "" if layer == "2048" else f"-{layer}"
     values = {
-        name + ("" if name.startswith("isc") else suffix): float(found[key]) for key, name in _KEYS.items() if key in found
+        name + ("" if name.startswith("isc") else suffix): float(found[key])
+        for key, name in _KEYS.items()
+        if key in found
     }
     _check_finite(values, layer, inception_weights)
     return values
@@ -145,7 +147,9 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], lay
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(f"{name} is {tuple(pixels.shape)} {pixels.dtype}, expected [N, 1 or 3, H, W] uint8")
         if len(pixels) < 5:
-            raise ValueError(f"{name} has {len(pixels)} images, expected at least 5 (thousands for figures that mean much)")
+            raise ValueError(
+                f"{name} has {len(pixels)} images, expected at least 5 (thousands for figures that mean much)"
+            )
     if reference is not None and images.shape[2:] != reference.shape[2:]:
         raise ValueError(
             f"images have {images.shape[3]} x {images.shape[2]} pixels, the reference {reference.shape[3]} x "

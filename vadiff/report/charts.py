@@ -216,7 +216,7 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
             rows = [run.scalars.get(scalar, np.full(len(run.images), np.nan)) for run in group.runs]
-            drawdraw_spread(panel, group_images(group), _stacked(rows), color, dash, group.label if len(groups) > 1 else "")
+            draw_spread(panel, group_images(group), _stacked(rows), color, dash, group.label if len(groups) > 1 else "")
         images_axis(panel)
         panel.set_ylabel(label)
         if scalar in ("base_loss", "loss"):

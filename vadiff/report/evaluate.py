@@ -87,7 +87,8 @@ def evaluate_run(
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
         losses = {name: _held_out(run, name, step, device, held_out_images) for name in ("ema", "raw")}
-        print(f"\nEDM's loss on {losses['ema'].per_image.shape[1]} held-out images per noise level, mean ± standard error:")
+        number = losses["ema"].per_image.shape[1]
+        print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
         files["held-out.csv"] = _csv(_held_out_rows(losses))
         ema, raw = losses["ema"], losses["raw"]
@@ -168,7 +169,7 @@ def _held_out(run: Run, weights: str, step: int | None, device: torch.device, li
 def _gradients(run: Run, step: int | None, device: torch.device, number: int, batch_size: int) -> LevelGradients:
     data, criterion = run.images(), run.criterion(step)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:number]
-    log_snr = _log_snr_levels(run.config)
+    log_snr = _log_snr_levels(run.config).flip(0)  # ascending, as the charts draw them
     return level_gradients(
         run.denoiser("raw", step=step, device=device).requires_grad_(True),
         normalised(data.train[chosen]),
@@ -228,9 +229,7 @@ def _held_out_rows(losses: dict[str, HeldOutLoss]) -> list[dict[str, float]]:
 def _held_out_table(losses: dict[str, HeldOutLoss]) -> str:
     lines = [f"{'sigma':>9} {'log-SNR':>8}   {'averaged weights (EMA)':>24} {'raw weights':>24}"]
     for row in _held_out_rows(losses):
-        cells = [
-            f"{row[f'loss_{name}']:.5f} ± {row[f'loss_{name}_standard_error']:.5f}" for name in ("ema", "raw")
-        ]
+        cells = [f"{row[f'loss_{name}']:.5f} ± {row[f'loss_{name}_standard_error']:.5f}" for name in ("ema", "raw")]
         lines.append(f"{row['sigma']:9.4f} {row['log_snr']:8.2f}   {cells[0]:>24} {cells[1]:>24}")
     return "\n".join(lines)
 

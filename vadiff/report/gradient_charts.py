@@ -16,7 +16,7 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
     log_snr = gradients.log_snr.numpy()
 
     def lines(panel: Any, own: Any, weighted: Any, label: str) -> None:
-        for values, (color, dash, name) in ((own, _OWN), (weighted, _RUN)):
+        for values, (color, dash, name) in ((weighted, _RUN), (own, _OWN)):  # own on top: dashed, both can be seen
             panel.plot(log_snr, values, color=color, linestyle=dash, marker="o", markersize=4, label=name)
         panel.set_xlabel(LOG_SNR)
         panel.set_ylabel(label)
@@ -46,6 +46,7 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
         panel.set_xticks(places, names, rotation=60 if len(names) > 8 else 0)
         panel.set_yticks(places, names)
         panel.grid(False)
+        panel.set_facecolor("#c9ced6")  # shows where a cosine is not known
         panel.set_xlabel("log-SNR λ (nats)      less noise →")
         panel.set_ylabel("log-SNR λ (nats)      less noise →")
         bar = panel.figure.colorbar(image, ax=panel, pad=0.02)
@@ -83,4 +84,3 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
             cosines,
         ),
     ]
-

@@ -65,10 +65,16 @@ def over_training(groups: Sequence[Group]) -> Chart:
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
-            images, rows = aligned([[(at, level_mean(found["loss_ema"])) for at, found in run.held_out] for run in group.runs])
-            draw_spread(panel, images, rows, color, dash, group.label if len(groups) > 1 else "averaged weights (EMA)", "o")
+            images, rows = aligned(
+                [[(at, level_mean(found["loss_ema"])) for at, found in run.held_out] for run in group.runs]
+            )
+            draw_spread(
+                panel, images, rows, color, dash, group.label if len(groups) > 1 else "averaged weights (EMA)", "o"
+            )
             if len(groups) == 1:
-                images, rows = aligned([[(at, level_mean(found["loss_raw"])) for at, found in run.held_out] for run in group.runs])
+                images, rows = aligned(
+                    [[(at, level_mean(found["loss_raw"])) for at, found in run.held_out] for run in group.runs]
+                )
                 draw_spread(panel, images, rows, "#D55E00", "--", "raw weights", "o")
         images_axis(panel)
         panel.set_ylabel(LOSS)

@@ -85,7 +85,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         held_out_is_from_train=any(group.first.held_out_is_test is False for group in groups),
         sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
         settings=_settings(groups),
-        footer=f"Made by vadiff {__version__} from {', '.join(str(run.path) for group in groups for run in group.runs)}.",
+        footer=f"Made by vadiff {__version__} from {', '.join(str(run.path) for group in groups for run in group.runs)}",
     )
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,15 @@ def _blocks(found: Sequence[Chart]) -> list[dict[str, Any]]:
             "title": title,
             "caption": charts_of_kind[0].caption,
             "pictures": [
-                Picture(chart.group if several else "", _data_url(chart.picture("svg", described=False, compact=several)))
+                Picture(
+                    chart.group if len(charts_of_kind) > 1 else "",
+                    _data_url(chart.picture("svg", described=False, compact=len(charts_of_kind) > 2)),
+                )
                 for chart in charts_of_kind
             ],
         }
         for title, kind in itertools.groupby(found, key=lambda chart: chart.title)
         for charts_of_kind in [list(kind)]
-        for several in [len(charts_of_kind) > 1]
     ]
 
 
@@ -306,7 +308,9 @@ def _lead(groups: Sequence[Group]) -> str:
         f"{config['process'].upper() if config['process'] == 'edm' else config['process']} objective."
     )
     if len(groups) > 1:
-        text += f" Compared: {'; '.join(group.label for group in groups)}. The others are held against {groups[0].label}."
+        text += (
+            f" Compared: {'; '.join(group.label for group in groups)}. The others are held against {groups[0].label}."
+        )
     return text
 
 

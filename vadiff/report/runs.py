@@ -86,12 +86,12 @@ def read_history(run: "Run") -> History:
     """The history of an opened run.
 
     Raises:
-        ValueError: nothing was logged yet.
+        RunError: nothing was logged yet, or its files are damaged.
     """
     lines = run.metrics()
     logged = [line for line in lines if "statistics" in line]
     if not logged:
-        raise ValueError(f"{run.path} has logged nothing yet: train for at least log_every steps, then report")
+        raise RunError(f"{run.path} has logged nothing yet: train for at least log_every steps, then report")
     config = run.config.as_dict()
     low, high = config["log_snr_range"]
     bins = config["bins"]
@@ -102,7 +102,7 @@ def read_history(run: "Run") -> History:
     scalars = {
         name: np.array([line.get(name) for line in logged], dtype=float)
         for name, value in logged[-1].items()
-        if name not in ("step", "images") and isinstance(value, (int, float)) or value is None
+        if value is None or isinstance(value, (int, float))
     }
     return History(
         name=run.path.name or str(run.path),

@@ -75,7 +75,14 @@ class Chart:
             area = figure
             if described:
                 heading, area = figure.subfigures(2, 1, height_ratios=(head, height))
-                heading.text(0.015, 1.0 - 0.1 / head, f"{self.title} · {self.group}" if self.group else self.title, fontsize=12, weight="bold", va="top")
+                heading.text(
+                    0.015,
+                    1.0 - 0.1 / head,
+                    f"{self.title} · {self.group}" if self.group else self.title,
+                    fontsize=12,
+                    weight="bold",
+                    va="top",
+                )
                 heading.text(0.015, 1.0 - 0.37 / head, "\n".join(lines), fontsize=9, va="top", linespacing=1.35)
             panel = area.subplots()
             self.draw(panel)
