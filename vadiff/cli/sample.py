@@ -139,8 +139,8 @@ def devices_of(options: argparse.Namespace) -> tuple[torch.device, ...]:
             options.parser.error(f"argument --devices: {name!r}, expected auto, cpu or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             options.parser.error(
-                f"argument --devices: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; `vadiff doctor` "
-                "says what this machine has"
+                f"argument --devices: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; "
+                "`vadiff doctor` says what this machine has"
             )
         devices.append(device)
     return tuple(devices)

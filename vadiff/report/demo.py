@@ -33,7 +33,7 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     """
     for module in ("jinja2", "matplotlib"):
         import_extra(module, "report")  # before minutes of training, not after
-    on_the_way = max(1, config.steps // 3)
+    on_the_way = max(1, config.steps // 2)
     config = dataclasses.replace(config, samples_every=on_the_way, held_out_every=on_the_way, sample_count=SAMPLES)
     started = time.monotonic()
     print(f"Training a small U-Net on handwritten digits, {len(WEIGHTINGS)} times {config.steps} steps.", flush=True)

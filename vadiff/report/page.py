@@ -78,6 +78,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
     template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
     sections = _sections(groups)
+    paths = ", ".join(str(run.path) for group in groups for run in group.runs)
     html = template.render(
         title=title or _title(groups),
         lead=_lead(groups),
@@ -85,7 +86,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         held_out_is_from_train=any(group.first.held_out_is_test is False for group in groups),
         sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
         settings=_settings(groups),
-        footer=f"Made by vadiff {__version__} from {', '.join(str(run.path) for group in groups for run in group.runs)}",
+        footer=f"Made by vadiff {__version__} from {paths}",
     )
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

@@ -248,7 +248,7 @@ class _Trainer:
             network = cast(nn.Module, torch.compile(network, dynamic=False))
         if self.group.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            network = nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+            network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
         return network
 
     def _save(self) -> None:
