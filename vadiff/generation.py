@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,7 +141,8 @@ def generate_batch(denoiser: "Denoiser", seeds: Sequence[int], generation: Gener
     Raises:
         FloatingPointError: the denoiser returned something that is not finite.
     """
-    options = {
+    assert denoiser.image_shape is not None  # every run's denoiser has one
+    options: dict[str, Any] = {
         "labels": generation.labels(seeds, denoiser.labels),
         "guidance": generation.guidance,
         "batch_size": generation.batch_size,
@@ -158,12 +159,6 @@ def generate_batch(denoiser: "Denoiser", seeds: Sequence[int], generation: Gener
             "checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
         )
     return pixels(images)
-
-
-def generate_all(run: "Run", seeds: Sequence[int], generation: Generation) -> Tensor:
-    """`generate`, collected: [len(seeds), C, H, W] uint8."""
-    batches = {batch.start: batch.images for batch in generate(run, seeds, generation)}
-    return torch.cat([batches[start] for start in sorted(batches)])
 
 
 def default_generation(run: "Run", sampler: str | None = None) -> Generation:

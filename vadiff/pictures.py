@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class PictureWriter:
         if kind is not None:
             return self._remove_partial()
         if self.archive:
-            arrays = {"arr_0": self.images} | ({} if self.labels is None else {"arr_1": self.labels})
+            arrays: dict[str, Any] = {"arr_0": self.images} | ({} if self.labels is None else {"arr_1": self.labels})
             with self.partial.open("wb") as file:
                 np.savez(file, **arrays)
         os.replace(self.partial, self.path)
@@ -112,7 +113,7 @@ def _read_folder(path: Path) -> Tensor:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"{path} holds no images, expected files ending in {', '.join(EXTENSIONS)}")
-    pictures = []
+    pictures: list[np.ndarray] = []
     for file in files:
         try:
             with pillow.open(file) as picture:

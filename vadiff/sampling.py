@@ -6,6 +6,7 @@ gives does not depend on the batch size, on the other seeds, on the number of de
 
 import math
 import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -223,10 +224,17 @@ def draw(
     for device in devices:
         free.put(device)
 
-    def work(start: int) -> tuple[int, Tensor]:
+    stopped = threading.Event()
+
+    def work(start: int) -> tuple[int, Tensor] | None:
+        if stopped.is_set():
+            return None
         device = free.get()
         try:
             return start, sample(device, seeds[start : start + batch_size])
+        except BaseException:
+            stopped.set()
+            raise
         finally:
             free.put(device)
 
@@ -234,10 +242,10 @@ def draw(
         batches = [threads.submit(work, start) for start in range(0, len(seeds), batch_size)]
         try:
             for batch in as_completed(batches):
-                yield batch.result()
+                if (drawn := batch.result()) is not None:
+                    yield drawn
         finally:  # an error, or a caller who stops early: what has not begun will not
-            for batch in batches:
-                batch.cancel()
+            stopped.set()
 
 
 class _Guided:

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
     generation = generation_of(options, opened)
     out = options.out or options.run_directory / "generated"
     denoiser = opened.denoiser(generation.weights, step=generation.step)
+    assert denoiser.image_shape is not None  # every run's denoiser has one
     try:
         writer = PictureWriter(out, seeds, denoiser.image_shape, labels=denoiser.labels > 0)
         with writer, import_extra("tqdm", "train").tqdm(total=len(seeds), unit="image", disable=None) as bar:
@@ -96,15 +97,13 @@ def generation_of(options: argparse.Namespace, run: "Run") -> "Generation":
     from ..sampling import Churn
 
     try:
-        churn = None
-        if options.churn != 0.0:
-            churn = Churn(options.churn, options.churn_sigma_min, options.churn_sigma_max, options.churn_noise)
-        return with_settings(
+        churn = Churn(options.churn, options.churn_sigma_min, options.churn_sigma_max, options.churn_noise)
+        generation = with_settings(
             default_generation(run, options.sampler),
             steps=options.steps,
             sigma_min=options.sigma_min,
             sigma_max=options.sigma_max,
-            churn=churn,
+            churn=churn if churn.amount else None,
             label=options.label,
             guidance=options.guidance,
             weights=options.weights,
@@ -114,6 +113,7 @@ def generation_of(options: argparse.Namespace, run: "Run") -> "Generation":
         )
     except ValueError as error:
         options.parser.error(str(error))
+    return generation
 
 
 def seeds_of(options: argparse.Namespace) -> range:

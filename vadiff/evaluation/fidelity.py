@@ -57,8 +57,8 @@ def image_metrics(
 
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
-        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers are not comparable with published
-        ones.
+        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers do not compare with
+        published ones.
 
     Raises:
         ValueError: images, metric, layer or weights that do not fit, or too few images.
