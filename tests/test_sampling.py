@@ -185,7 +185,10 @@ def test_failure_on_one_device_is_raised_and_ends_the_others() -> None:
         (lambda: flow_times(0), "steps is 0, expected at least 1"),
         (lambda: flow_times(5, math.inf), "sigma_max is inf, expected a positive number"),
         (lambda: euler(gaussian_denoiser, (1,), [0], times=torch.tensor([1.0, 0.0])), "times begin with 1.0, expected"),
-        (lambda: heun(gaussian_denoiser, (1,), [0], labels=torch.zeros(2)), r"labels has shape \(2,\), expected \(1,\)"),
+        (
+            lambda: heun(gaussian_denoiser, (1,), [0], labels=torch.zeros(2)),
+            r"labels has shape \(2,\), expected \(1,\)",
+        ),
         (lambda: heun(gaussian_denoiser, (1,), [0], guidance=2.0), "guidance is 2.0 without labels"),
         (lambda: list(draw(lambda device, seeds: torch.zeros(1), [0], [torch.device("cpu")], 0)), "batch_size is 0"),
     ],

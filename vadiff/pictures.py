@@ -97,7 +97,7 @@ def read_pictures(path: Path) -> Tensor:
 
 def _read_archive(path: Path) -> Tensor:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             pixels = archive["arr_0"]
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz archive with images under arr_0, or damaged ({error})") from error
