@@ -132,7 +132,7 @@ def heatmap(group: Group, what: str, limits: tuple[float, float], spans: tuple[f
     title, caption, label, colors = _HEATMAPS[what]
 
     def draw(panel: Any) -> None:
-        values = _log_values(group, what)
+        values = log_values(group, what)
         images, centers = group_images(group), group.first.centers
         half = (centers[1] - centers[0]) / 2
         edges = np.concatenate([[0.0], images])
@@ -193,7 +193,7 @@ def changing(groups: Sequence[Group]) -> list[Group]:
 
 def heatmap_limits(groups: Sequence[Group], what: str) -> tuple[float, float]:
     """Common colour limits: the 1 % and 99 % quantiles; for weights, even about weight 1."""
-    values = np.concatenate([_log_values(group, what).ravel() for group in groups])
+    values = np.concatenate([log_values(group, what).ravel() for group in groups])
     values = values[np.isfinite(values)]
     if not len(values):
         return -1.0, 1.0
@@ -289,7 +289,7 @@ def _last(group: Group, name: str) -> Array:
         return np.nanmean([np.where(run.seen[-1], getattr(run, name)[-1], np.nan) for run in group.runs], 0)
 
 
-def _log_values(group: Group, what: str) -> Array:
+def log_values(group: Group, what: str) -> Array:
     """log10 of a statistic over training, mean over the group's runs, [R, K], NaN where too few samples were seen."""
     rows = min(len(run.images) for run in group.runs)
     with np.errstate(divide="ignore", invalid="ignore"), all_nan_is_no_value():
@@ -342,10 +342,10 @@ def images_axis(panel: Any) -> None:
 
 
 def _thousands(axis: Any) -> None:
-    axis.set_major_formatter(_spoken_number)
+    axis.set_major_formatter(spoken_number)
 
 
-def _spoken_number(value: float, _: int) -> str:
+def spoken_number(value: float, _: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

@@ -48,7 +48,7 @@ def ratio_to_first(groups: Sequence[Group]) -> Chart:
         panel.axhline(1.0, color=styles_of(groups)[first.label].color, linewidth=1.9, label=first.label)
         for group in groups[1:]:
             color, dash = styles_of(groups)[group.label]
-            log_snr, rows = _paired_ratios(group, first)
+            log_snr, rows = paired_ratios(group, first)
             draw_spread(panel, log_snr, rows, color, dash, group.label, marker="o")
         panel.set_xlabel(LOG_SNR)
         panel.set_ylabel(f"held-out loss ÷ that of {first.label}")
@@ -110,7 +110,7 @@ def _last(group: Group, name: str) -> tuple[Array, Array]:
     return found[0]["log_snr"], np.stack([values[name] for values in found])
 
 
-def _paired_ratios(group: Group, first: Group) -> tuple[Array, Array]:
+def paired_ratios(group: Group, first: Group) -> tuple[Array, Array]:
     """(log_snr [L], ratios [n, L]): seed by seed where both have the seed, else to the mean of the first group."""
     log_snr, reference = _last(first, "loss_ema")
     by_seed = {run.config["seed"]: losses for run, losses in zip(first.runs, reference, strict=True)}

@@ -77,7 +77,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
     import_extra("matplotlib", "report")
     template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
-    sections = _sections(groups)
+    sections = sections_of(groups)
     paths = ", ".join(str(run.path) for group in groups for run in group.runs)
     html = template.render(
         title=title or _title(groups),
@@ -101,7 +101,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
     return files
 
 
-def _sections(groups: Sequence[Group]) -> list[Section]:
+def sections_of(groups: Sequence[Group]) -> list[Section]:
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
     found += [_held_out(groups), _gradients(groups), _metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
@@ -254,29 +254,29 @@ def _overview_table(groups: Sequence[Group]) -> Table:
     values: list[tuple[str, Callable[[History], float | None], Callable[[float], str]]] = [
         ("steps", lambda run: run.step[-1], _whole),
         ("images seen", lambda run: run.images[-1], _whole),
-        ("training base loss", lambda run: _scalar(run, "base_loss"), _number),
-        ("held-out loss (EMA)", _final_held_out, _number),
-        *[(charts.spoken_metric(name), _final_metric(name), _number) for name in charts.metric_names(groups)],
+        ("training base loss", lambda run: _scalar(run, "base_loss"), number),
+        ("held-out loss (EMA)", _final_held_out, number),
+        *[(charts.spoken_metric(name), _final_metric(name), number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
-        ("images / s", lambda run: _median(run, "images_per_second"), _number),
+        ("images / s", lambda run: _median(run, "images_per_second"), number),
         ("time", lambda run: _scalar(run, "seconds"), _duration),
         ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes),
     ]
     rows = [["seeds", *(str(len(group.runs)) for group in groups)]] if _several_seeds(groups) else []
     for name, value_of, spoken in values:
-        cells = [_cell([value_of(run) for run in group.runs], spoken) for group in groups]
+        cells = [cell([value_of(run) for run in group.runs], spoken) for group in groups]
         if any(cells):
             rows.append([name, *(cell or "–" for cell in cells)])
     return Table(["", *(group.label for group in groups)], rows)
 
 
-def _cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
+def cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
     """Mean of the runs, with ± where there are several and they differ; empty without a value."""
     known = [float(value) for value in values if value is not None and np.isfinite(value)]
     if not known:
         return ""
-    if len(known) == 1 or max(known) == min(known) or spoken is not _number:
+    if len(known) == 1 or max(known) == min(known) or spoken is not number:
         return spoken(float(np.mean(known)))
     mean, spread = float(np.mean(known)), float(np.std(known, ddof=1))
     decimals = max(0, 1 - math.floor(math.log10(spread)))  # two digits of the spread, and the mean to the same place
@@ -362,7 +362,7 @@ def _whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

@@ -46,7 +46,7 @@ _DASHES = ("-", "--", "-.", ":")
 
 def line(index: int) -> Line:
     """The style of group number `index`: all 28 are different."""
-    return Line(_COLORS[index % len(_COLORS)], _DASHES[(index + index // len(_COLORS)) % len(_DASHES)])
+    return Line(_COLORS[index % len(_COLORS)], _DASHES[(index % len(_COLORS) + index // len(_COLORS)) % len(_DASHES)])
 
 
 @dataclass(frozen=True)
