@@ -74,9 +74,7 @@ def main() -> None:
             save_checkpoint(run, step, state(step), keep=2)
         ended = save_in_child(run, point)
         latest = load_checkpoint(run)
-        sound = all(
-            torch.equal(load_checkpoint(run, s)["values"], state(s)["values"]) for s in steps_saved(run)
-        )
+        sound = all(torch.equal(load_checkpoint(run, s)["values"], state(s)["values"]) for s in steps_saved(run))
         save_checkpoint(run, 4, state(4), keep=2)  # and training goes on, over what was left behind
         left = sorted(entry.name for entry in (run / FOLDER).iterdir())
         line = {"point": point, "ended": ended, "latest": latest["step"], "sound": sound, "left": left}

@@ -146,7 +146,11 @@ def changed(file: str, change: Callable[[bytes], bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("data_batch_3.bin", lambda c: c[:-1], r"data_batch_3\.bin .* has 122,919 bytes, expected 122,920: it is trunc"),
+        (
+            "data_batch_3.bin",
+            lambda c: c[:-1],
+            r"data_batch_3\.bin .* has 122,919 bytes, expected 122,920",
+        ),
         ("data_batch_3.bin", lambda c: c[:-3073], "expected 122,920: it is truncated"),  # a whole record
         ("test_batch.bin", lambda c: c[:100], r"test_batch\.bin .* has 100 bytes"),
         ("data_batch_1.bin", lambda c: b"\xff" + c[1:], "has labels from 0 to 255, expected 0 to 9"),
