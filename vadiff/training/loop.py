@@ -16,7 +16,7 @@ from ..data.digits import SIGMA_DATA
 from ..extras import import_extra
 from ..loss import DiffusionLoss
 from ..models import Denoiser, digits_unet
-from ..weighting import MinSNR, Weighting, from_name
+from ..weighting import Weighting, from_name, takes_prediction_type
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .held_out import HeldOutLoss, held_out_loss
@@ -118,8 +118,8 @@ def train(
 
 
 def _weighting(config: TrainConfig) -> Weighting:
-    if config.weighting == "min_snr":  # the bare name means a loss in the form of eps; this one is in that of F
-        return MinSNR(prediction_type="edm", sigma_data=SIGMA_DATA)
+    if takes_prediction_type(config.weighting):  # the bare name means a loss in the form of eps; this one is in F's
+        return from_name(config.weighting, prediction_type="edm", sigma_data=SIGMA_DATA)
     return from_name(config.weighting)
 
 
