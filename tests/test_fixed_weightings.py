@@ -226,8 +226,8 @@ def test_cauchy_and_gaussian_follow_their_formulas_around_a_given_centre():
 
 @pytest.mark.parametrize("make", [Cauchy, Gaussian])
 def test_without_a_centre_it_is_the_batch_mean_of_finite_log_snr(make):
-    torch.testing.assert_close(make(0.05)(LOG_SNR), make(0.05, 0.5)(LOG_SNR))
-    criterion = vadiff.DiffusionLoss(make(0.05), backend="reference")
+    torch.testing.assert_close(make(0.05, None)(LOG_SNR), make(0.05, 0.5)(LOG_SNR))
+    criterion = vadiff.DiffusionLoss(make(0.05, None), backend="reference")
     torch.testing.assert_close(criterion.reweight(torch.ones(5), LOG_SNR), make(0.05, 0.5)(LOG_SNR))
     assert criterion.weights.isnan().all()
 
@@ -237,7 +237,7 @@ def test_cauchy_is_what_the_papers_code_runs():
     sigma = torch.randn(64).mul(1.2).sub(1.2).exp()
     snr = torch.log(0.5**2 / sigma**2)
     theirs = 1.0 / (1.0 + 0.05 * (snr - snr.mean()) ** 2)
-    torch.testing.assert_close(Cauchy(0.05)(vadiff.log_snr.from_sigma(sigma)), theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(Cauchy(0.05, None)(vadiff.log_snr.from_sigma(sigma)), theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_zscore_is_one_plus_alpha_z_of_the_base_loss():
@@ -273,6 +273,9 @@ def test_equal_losses_have_z_score_weight_one():
     assert criterion.reweight(torch.full((4,), 2.0), torch.zeros(4)).eq(2.0).all()
 
 
+OF_THE_BATCH = {"cauchy": Cauchy(center=None), "gaussian": Gaussian(), "loss_zscore": LossZScore()}
+
+
 def global_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(12, generator=generator), torch.randn(12, generator=generator)
@@ -289,8 +292,8 @@ def rank_main(rank: int, folder: str) -> None:
     )
     losses, log_snr = (x[:5] if rank == 0 else x[5:] for x in global_batch())
     results = {}
-    for name in ("cauchy", "gaussian", "loss_zscore"):
-        criterion = vadiff.DiffusionLoss(name, backend="reference")
+    for name, weighting_of_batch in OF_THE_BATCH.items():
+        criterion = vadiff.DiffusionLoss(weighting_of_batch, backend="reference")
         results[name] = criterion.reweight(losses, log_snr)
         if rank == 0:  # alone: nobody else is asked
             criterion.eval().reweight(losses, log_snr)
@@ -303,7 +306,7 @@ def test_batch_means_are_those_of_all_ranks(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     losses, log_snr = global_batch()
     for name in first:
-        expected = vadiff.DiffusionLoss(name, backend="reference").reweight(losses, log_snr)
+        expected = vadiff.DiffusionLoss(OF_THE_BATCH[name], backend="reference").reweight(losses, log_snr)
         torch.testing.assert_close(torch.cat([first[name], second[name]]), expected)
 
 
@@ -333,7 +336,7 @@ def test_every_name_makes_its_class_with_options():
         (lambda: weighting.SNR(max_weight=INF), "max_weight is inf"),
         (lambda: weighting.SNR("eps"), "prediction_type is 'eps'.*epsilon"),
         (lambda: weighting.CosMap(form="x0"), "form is 'x0'.*sample"),
-        (lambda: Cauchy(0.0), "alpha is 0.0"),
+        (lambda: Cauchy(-0.1), "alpha is -0.1"),
         (lambda: Gaussian(center=INF), "center is inf"),
         (lambda: LossZScore(NAN), "alpha is nan"),
         (lambda: weighting.from_name("min-snr"), "weighting is 'min-snr'.*min_snr"),

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
+from ..errors import UserError
 from ..extras import MissingExtraError
-from . import demo, doctor, train
+from . import ablate, demo, doctor, train
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, demo, doctor)
+COMMANDS = (train, ablate, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0, 1 where an optional package is missing, 130 when interrupted.
+        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted.
 
     Raises:
         SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except MissingExtraError as error:
+    except (MissingExtraError, UserError) as error:
         print(f"vadiff: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -32,7 +32,7 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     print(f"Training a small U-Net on handwritten digits, {len(WEIGHTINGS)} times {config.steps} steps.", flush=True)
     runs, samples = {}, {}
     for name in WEIGHTINGS:
-        run = train(dataclasses.replace(config, weighting=name), out=out / name)
+        run = train(dataclasses.replace(config, weighting=name), out=out / name, overwrite=True)
         device = next(run.denoiser.parameters()).device
         runs[name] = run
         samples[name] = heun(run.denoiser, (1, 8, 8), range(SAMPLES), device=device)

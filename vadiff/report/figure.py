@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..extras import import_extra
 from ..training import TrainedRun
+from ..training.metrics import stacked
 
 # Okabe & Ito's colours, told apart by everyone; dashes for prints without colour.
 _STYLES = (("#000000", "-"), ("#E69F00", "--"), ("#0072B2", "-"), ("#009E73", ":"))
@@ -131,7 +132,7 @@ def _variance_heatmaps(area: Any, runs: Mapping[str, TrainedRun]) -> None:
     panels = _panels(area, len(runs), sharey=True, right=0.915)
     maps = {}  # name → [R, K] log10 of the variance, NaN where too few samples were seen
     for name, run in runs.items():
-        count, variance = torch.stack(run.history.count), torch.stack(run.history.variance)
+        count, variance = (stacked(run.metrics, "statistics", key) for key in ("count", "variance"))
         maps[name] = variance.where(count >= _enough(count[-1]), torch.nan).clamp(min=1e-12).log10()
     everything = torch.cat([values[~values.isnan()] for values in maps.values()])
     low, high = torch.quantile(everything, torch.tensor([0.01, 0.99], dtype=everything.dtype)).tolist()
@@ -142,7 +143,7 @@ def _variance_heatmaps(area: Any, runs: Mapping[str, TrainedRun]) -> None:
             origin="lower",
             aspect="auto",
             interpolation="nearest",
-            extent=(0, run.history.steps[-1], bins.low, bins.high),
+            extent=(0, run.metrics[-1]["step"], bins.low, bins.high),
             cmap="cividis",
             vmin=low,
             vmax=high,

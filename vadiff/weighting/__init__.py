@@ -23,6 +23,7 @@ from .fixed import (
     TruncatedSNR,
 )
 from .learned import LearnedUncertainty
+from .table import WeightTable
 
 __all__ = [
     "EDM",
@@ -48,6 +49,7 @@ __all__ = [
     "SoftMinSNR",
     "TruncatedSNR",
     "VarianceAware",
+    "WeightTable",
     "Weighting",
     "available",
     "from_name",

@@ -23,8 +23,8 @@ class _Bump(FixedWeighting):
 
     Args:
         alpha: 1/alpha is the square of the bump's width, in log-SNR units.
-        center: log-SNR of the centre: 2.4 is the middle of EDM's levels. None: the mean of the batch, over all ranks;
-            infinite and NaN log-SNR are left out of it, and `criterion.weights` is NaN.
+        center: log-SNR of the centre. None: the mean of the batch, over all ranks; infinite and NaN log-SNR are left
+            out of it, and `criterion.weights` is NaN.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -34,8 +34,8 @@ class _Bump(FixedWeighting):
     center: float | None = None
 
     def __post_init__(self) -> None:
-        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha!r}, expected a positive finite number")
+        if not is_number(self.alpha) or not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number of at least 0")
         if self.center is not None and not (is_number(self.center) and math.isfinite(self.center)):
             raise ValueError(f"center is {self.center!r}, expected a finite log-SNR, or None for the batch mean")
 
@@ -60,19 +60,23 @@ class _Bump(FixedWeighting):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Cauchy(_Bump):
-    """1/(1 + alpha·(log_snr - center)**2): what the paper's code runs, with alpha 0.01 or 0.05 and the batch mean.
+    """1/(1 + alpha·(log_snr - center)**2): what the paper's code runs, with alpha 0.01, 0.05 or 0.1.
 
+    Its centre is the mean of the batch (None here), which moves by 0.2 about 2.4, the middle of EDM's levels.
     The code's log-SNR has sigma_data in it, which cancels against the mean. It multiplies EDM's loss; its sampling
     twin is a density of the same shape (`levels.Table`), after `levels.Cauchy`.
     """
+
+    center: float | None = 2.4
 
     def _bump(self, distance: Tensor) -> Tensor:
         return 1.0 / (1.0 + distance)
 
 
 class Gaussian(_Bump):
-    """exp(-alpha·(log_snr - center)**2): the paper's equation 13."""
+    """exp(-alpha·(log_snr - center)**2): the paper's equation 13, where the centre is the mean of the batch."""
 
     def _bump(self, distance: Tensor) -> Tensor:
         return (-distance).exp()
