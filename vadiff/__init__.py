@@ -1,6 +1,6 @@
 """vadiff: fused, noise-level-aware losses for diffusion and flow training."""
 
-from . import levels, log_snr, process, weighting
+from . import levels, log_snr, optimal_loss, process, weighting
 from ._version import __version__
 from .backends import backend_report
 from .loss import DiffusionLoss
@@ -13,6 +13,7 @@ __all__ = [
     "backend_report",
     "levels",
     "log_snr",
+    "optimal_loss",
     "process",
     "weighting",
 ]

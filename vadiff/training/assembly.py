@@ -1,6 +1,5 @@
 """From a config to its parts: network, criterion, level sampler, data."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -121,12 +120,10 @@ def keep_table(table: WeightTable, run: Path) -> None:
 def _weighting(config: TrainConfig, run: Path | None) -> Weighting:
     if config.weighting == TABLE:
         return read_table(config, run)
-    chosen: Any = weighting.from_name(config.weighting)
-    options: dict[str, object] = dict(config.weighting_options)
-    if config.weighting == "min_snr":  # the bare name means a loss in the form of eps; ours is in that of F
+    options: dict[str, Any] = dict(config.weighting_options)
+    if weighting.takes_prediction_type(config.weighting):  # the bare name means a loss of eps; ours is that of F
         options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
     try:
-        options_set: Weighting = dataclasses.replace(chosen, **options)
-        return options_set
+        return weighting.from_name(config.weighting, **options)
     except TypeError as error:
         raise ValueError(f"weighting_options is {config.weighting_options}: {error}") from None
