@@ -30,6 +30,8 @@ EVERYTHING = dataclasses.replace(
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
 
+LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=1e-3)
+
 TIMED = ("images_per_second", "seconds", "memory_bytes")
 
 
@@ -47,7 +49,7 @@ def stopping_at(call: int, number: signal.Signals = signal.SIGTERM) -> Objective
     return objective
 
 
-def assert_same(one: object, other: object) -> None:
+def assert_same(one: Any, other: Any) -> None:
     """Equal to the bit, whatever it is made of."""
     assert type(one) is type(other)
     if isinstance(one, dict):
@@ -153,6 +155,7 @@ def rank_main(rank: int, folder: str) -> None:
     )
     out = Path(folder)
     train(CONFIG, out=out / "two ranks", progress=False)
+    train(LEARNED, out=out / "learned", progress=False)
     for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
@@ -190,3 +193,9 @@ def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> 
         for name in ("mean", "variance"):
             pairs = zip(line["statistics"][name], other["statistics"][name], strict=True)
             assert all(a == b or b == pytest.approx(a, rel=1e-3) for a, b in pairs)
+
+
+def test_learned_weighting_is_trained_alike_on_one_rank_and_two(two_ranks: Path, tmp_path: Path) -> None:
+    one, two = train(LEARNED, out=tmp_path, progress=False).metrics, open_run(two_ranks / "learned").metrics()
+    assert one[-1]["weights"] != [1.0] * LEARNED.bins
+    assert two[-1]["weights"] == pytest.approx(one[-1]["weights"], rel=1e-3)

@@ -9,7 +9,7 @@ from .charts import aligned, band, draw_spread, images_axis, plain_log_ticks, sl
 from .runs import Array, Group
 from .style import LOG_SNR, Chart
 
-LOSS = "held-out base loss, mean per pixel"
+LOSS = "EDM's loss on held-out images, per pixel"
 
 
 def held_out_levels(log_snr: Array, raw: Array, ema: Array, name: str = "held-out", group: str = "") -> Chart:

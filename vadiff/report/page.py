@@ -203,13 +203,14 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
     section = Section(
         "held-out",
         "On images never trained on",
-        "Same images, noise levels and noise for every run and checkpoint.",
-        charts=[held_out_charts.final_levels(group) for group in groups],
+        "EDM's loss, the squared error of the denoised image times 1/σ² + 1/σ_data², for the same images, noise levels "
+        "and noise in every run and at every checkpoint.",
     )
     if len(groups) > 1 and held_out_charts.comparable(groups):
-        section.charts.insert(0, held_out_charts.ratio_to_first(groups))
+        section.charts.append(held_out_charts.ratio_to_first(groups))
     if any(len(run.held_out) > 1 for group in groups for run in group.runs):
         section.charts.append(held_out_charts.over_training(groups))
+    section.charts += [held_out_charts.final_levels(group) for group in groups]
     return section
 
 
@@ -259,7 +260,7 @@ def _overview_table(groups: Sequence[Group]) -> Table:
         *[(charts.spoken_metric(name), _final_metric(name), number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
-        ("images / s", lambda run: _median(run, "images_per_second"), number),
+        ("images / s", lambda run: _median(run, "images_per_second"), _whole),
         ("time", lambda run: _scalar(run, "seconds"), _duration),
         ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes),
     ]
@@ -363,7 +364,7 @@ def _whole(value: float) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _percent(value: float) -> str:

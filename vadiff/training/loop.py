@@ -113,7 +113,8 @@ class _Trainer:
         self.criterion = build_criterion(config, out).to(device)
         self.levels = build_levels(config, out).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
-        self.optimisation = Optimisation(config, self.denoiser.parameters(), device)
+        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
+        self.optimisation = Optimisation(config, parameters, device)
         self.network = self._trained_network()
         self.step, self.seconds = 0, 0.0
         if out is not None and steps_saved(out):
@@ -163,6 +164,7 @@ class _Trainer:
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
             total += loss.detach() / len(parts)
+        self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
         self.optimisation.step(step, total)
         self.running_average.update()
         if (step + 1) % config.levels_every == 0:
