@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,11 @@ from vadiff.models import Denoiser
 from vadiff.pictures import PictureWriter
 from vadiff.training import held_out_loss, open_run
 
-torch_fidelity = pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here")
-
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights file of torch-fidelity's Inception network with random numbers in it; NaN from Mixed_7 on."""
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
@@ -52,8 +52,13 @@ def images() -> tuple[Tensor, Tensor]:
 def measure(inception_weights: Path, tmp_path: Path) -> Callable[..., dict[str, float]]:
     """image_metrics with the cheapest layer, the random weights, and a cache of the test's own."""
 
-    def measured(generated: Tensor, real: Tensor | None, **options: object) -> dict[str, float]:
-        settings = {"layer": "64", "inception_weights": inception_weights, "cache": tmp_path / "cache", **options}
+    def measured(generated: Tensor, real: Tensor | None, **options: Any) -> dict[str, float]:
+        settings: dict[str, Any] = {
+            "layer": "64",
+            "inception_weights": inception_weights,
+            "cache": tmp_path / "cache",
+            **options,
+        }
         return image_metrics(generated, real, progress=False, **settings)
 
     return measured
@@ -66,7 +71,9 @@ def test_metrics_equal_torch_fidelity_called_directly_on_the_same_files(
     for folder, pixels in zip(folders, images, strict=True):
         with PictureWriter(folder, range(len(pixels)), (3, 8, 8)) as writer:
             writer.write(0, pixels)
-    direct = torch_fidelity.calculate_metrics(
+    from torch_fidelity import calculate_metrics
+
+    direct = calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, prc=True, kid_subset_size=12, cuda=False,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_weights), cache=False,
         feature_layer_fid="64", feature_layer_kid="64", feature_layer_prc="64", save_cpu_ram=True, verbose=False,

@@ -165,7 +165,13 @@ def test_twenty_eight_groups_can_be_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [([0.5], "0.5000"), ([0.5, 0.5], "0.5000"), ([0.5, 0.51], "0.5050 ± 0.0071"), ([None], ""), ([10.0, 30.0], "20 ± 14")],
+    [
+        ([0.5], "0.5000"),
+        ([0.5, 0.5], "0.5000"),
+        ([0.5, 0.51], "0.5050 ± 0.0071"),
+        ([None], ""),
+        ([10.0, 30.0], "20 ± 14"),
+    ],
 )
 def test_table_rounds_to_what_the_spread_allows(values: list[float | None], text: str) -> None:
     assert page.cell(values, page.number) == text
@@ -178,6 +184,17 @@ def test_page_says_what_must_be_known_before_reading(report_page: Path) -> None:
     assert "FID-768" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html)
     assert "<script" not in html
+
+
+def test_run_without_held_out_loss_is_shown_without(make_run: Callable[..., Path], groups: list[Group]) -> None:
+    path = make_run("unmeasured", weighting="min_snr")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "held_out"} for line in lines]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [unmeasured] = group_runs([read_history(open_run(path))])
+    anchors = [section.anchor for section in page.sections_of([*groups, unmeasured])]
+    assert "noise-levels" in anchors
+    assert "held-out" not in anchors
 
 
 def test_unfinished_run_and_hostile_names_are_shown_as_text(make_run: Callable[..., Path], tmp_path: Path) -> None:

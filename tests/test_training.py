@@ -347,7 +347,7 @@ def test_sample_grid_and_tensorboard_files_are_written(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, steps=2, samples_every=2, sample_count=5, tensorboard=True, log_rms=True)
     lines = train(config, out=tmp_path, progress=False).metrics
     with Image.open(tmp_path / "samples" / "step-2.png") as picture:
-        assert picture.size == (24, 16)
+        assert picture.size == (26, 17)  # 3 x 2 images of 8 x 8 pixels, a line between them
     assert list((tmp_path / "tensorboard").glob("events*"))
     rms = lines[-1]["rms"]
     assert rms["weights"].keys() == rms["activations"].keys()

@@ -356,7 +356,9 @@ def plain_log_ticks(axis: Any) -> None:
     """Plain numbers on a logarithmic axis that has its data, also where it spans less than a decade."""
     ticker = import_extra("matplotlib.ticker", "report")
     low, high = axis.get_view_interval()
-    axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]) if high < 5 * low else ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(
+        ticker.MaxNLocator(6, steps=[1, 2, 5, 10]) if high < 5 * low else ticker.LogLocator(subs=(1.0, 2.0, 5.0))
+    )
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_locator(ticker.NullLocator())
 

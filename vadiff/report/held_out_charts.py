@@ -9,11 +9,21 @@ from .charts import aligned, band, draw_spread, images_axis, plain_log_ticks, sl
 from .runs import Array, Group
 from .style import LOG_SNR, Chart
 
-LOSS = "EDM's loss on held-out images, per pixel"
+LOSS = "held-out EDM loss, per pixel"
 
 
-def held_out_levels(log_snr: Array, raw: Array, ema: Array, name: str = "held-out", group: str = "") -> Chart:
-    """Held-out loss per noise level, raw and averaged weights; log_snr [L], losses [L] or [seeds, L]."""
+def held_out_levels(
+    log_snr: Array,
+    raw: Array,
+    ema: Array,
+    name: str = "held-out",
+    group: str = "",
+    limits: tuple[float, float] | None = None,
+) -> Chart:
+    """Held-out loss per noise level, raw and averaged weights; log_snr [L], losses [L] or [seeds, L].
+
+    `limits` are those of the vertical axis, where several such charts stand side by side.
+    """
 
     def draw(panel: Any) -> None:
         for values, color, dash, label in (
@@ -24,6 +34,7 @@ def held_out_levels(log_snr: Array, raw: Array, ema: Array, name: str = "held-ou
         panel.set_xlabel(LOG_SNR)
         panel.set_ylabel(LOSS)
         panel.set_yscale("log")
+        panel.set_ylim(limits)
         plain_log_ticks(panel.yaxis)
 
     caption = (
@@ -33,11 +44,15 @@ def held_out_levels(log_snr: Array, raw: Array, ema: Array, name: str = "held-ou
     return Chart(name, "Held-out loss per noise level", caption, draw, group)
 
 
-def final_levels(group: Group) -> Chart:
-    """`held_out_levels` of a group's last measurement."""
-    log_snr, raw = _last(group, "loss_raw")
-    _, ema = _last(group, "loss_ema")
-    return held_out_levels(log_snr, raw, ema, f"held-out-{slug(group.label)}", group.label)
+def final_levels(groups: Sequence[Group]) -> list[Chart]:
+    """`held_out_levels` of each group's last measurement, with common axes."""
+    losses = [[_last(group, name)[1] for name in ("loss_raw", "loss_ema")] for group in groups]
+    everything = np.concatenate([values.ravel() for both in losses for values in both])
+    limits = (0.93 * float(np.nanmin(everything)), 1.07 * float(np.nanmax(everything)))
+    return [
+        held_out_levels(_last(group, "log_snr")[0], raw, ema, f"held-out-{slug(group.label)}", group.label, limits)
+        for group, (raw, ema) in zip(groups, losses, strict=True)
+    ]
 
 
 def ratio_to_first(groups: Sequence[Group]) -> Chart:

@@ -210,7 +210,7 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
         section.charts.append(held_out_charts.ratio_to_first(groups))
     if any(len(run.held_out) > 1 for group in groups for run in group.runs):
         section.charts.append(held_out_charts.over_training(groups))
-    section.charts += [held_out_charts.final_levels(group) for group in groups]
+    section.charts += held_out_charts.final_levels(groups)
     return section
 
 
@@ -323,6 +323,8 @@ def _notes(groups: Sequence[Group]) -> list[str]:
         for run in group.runs:
             if run.step[-1] < run.config["steps"]:
                 notes.append(f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}: not finished.")
+            if not run.held_out:
+                notes.append(f"{run.name} was not measured on held-out images yet: that part is left out.")
     fewest = min(len(group.runs) for group in groups)
     if len(groups) > 1 and fewest < 10:
         seeds = "one seed" if fewest == 1 else f"{fewest} seeds"
