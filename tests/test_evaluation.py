@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vadiff.cli import main
+from vadiff.errors import UserError
 from vadiff.evaluation import LevelGradients, image_metrics, level_gradients
 from vadiff.evaluation.fidelity import content_key
 from vadiff.models import Denoiser
@@ -113,11 +114,12 @@ def test_key_depends_on_pixels_and_shape_and_nothing_else(images: tuple[Tensor, 
 def test_other_weights_do_not_share_the_cache(
     images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]], inception_weights: Path, tmp_path: Path
 ) -> None:
-    first = measure(*images, metrics=["fid"])
+    measure(*images, metrics=["fid"])
     state = torch.load(inception_weights, weights_only=True)
     state["Conv2d_1a_3x3.conv.weight"].mul_(-1.0)
     torch.save(state, tmp_path / "other.pth")
-    assert measure(*images, metrics=["fid"], inception_weights=tmp_path / "other.pth") != first
+    other = {"metrics": ["fid"], "inception_weights": tmp_path / "other.pth"}
+    assert measure(*images, **other) == measure(*images, **other, cache=tmp_path / "fresh")
 
 
 def test_grey_images_count_as_rgb(images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]) -> None:
@@ -153,7 +155,7 @@ def test_download_that_fails_says_which_file_to_bring(
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", unreachable)
-    with pytest.raises(RuntimeError, match=r"no route to host.*--inception-weights PATH"):
+    with pytest.raises(UserError, match=r"no route to host.*--inception-weights PATH"):
         measure(*images, inception_weights=None)
 
 

@@ -73,7 +73,12 @@ def test_group_is_called_by_what_differs(make_run: Callable[..., Path]) -> None:
 def test_run_with_the_table_of_another_counts_by_the_others_settings(make_run: Callable[..., Path]) -> None:
     one, two = make_run("one"), make_run("two", seed=1)
     twins = [make_run(f"twin-{other.name}", weighting="table", table=str(other)) for other in (one, two)]
-    assert [names for _, names in grouped(*twins)] == [["twin-one", "twin-two"]]
+    paths = make_run("plain", weighting="constant"), *twins, make_run("slow", weighting="constant", learning_rate=1e-3)
+    assert grouped(*paths) == [
+        ("constant", ["plain"]),
+        ("table, table of variance aware", ["twin-one", "twin-two"]),
+        ("constant, learning rate 0.001", ["slow"]),
+    ]
 
 
 def test_history_reads_null_as_not_known(make_run: Callable[..., Path]) -> None:

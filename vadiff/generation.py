@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import pixels
+from .errors import RunError
 from .sampling import Churn, draw, euler, flow_times, heun, noise_levels
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def generate(run: "Run", seeds: Sequence[int], generation: Generation) -> Iterat
 
     Raises:
         ValueError: settings that do not fit the model.
-        FloatingPointError: the denoiser returned something that is not finite.
+        RunError: the denoiser returned something that is not finite.
     """
     denoisers = {
         device: run.denoiser(generation.weights, step=generation.step, device=device)
@@ -139,7 +140,7 @@ def generate_batch(denoiser: "Denoiser", seeds: Sequence[int], generation: Gener
     """The images of a few seeds, [len(seeds), C, H, W] uint8 on the CPU.
 
     Raises:
-        FloatingPointError: the denoiser returned something that is not finite.
+        RunError: the denoiser returned something that is not finite.
     """
     assert denoiser.image_shape is not None  # every run's denoiser has one
     options: dict[str, Any] = {
@@ -154,7 +155,7 @@ def generate_batch(denoiser: "Denoiser", seeds: Sequence[int], generation: Gener
         levels = generation.schedule()
         images = heun(denoiser, denoiser.image_shape, seeds, levels=levels, churn=generation.churn, **options)
     if not images.isfinite().all():
-        raise FloatingPointError(
+        raise RunError(
             f"the image of seed {seeds[int((~images.isfinite().flatten(1).all(1)).nonzero()[0])]} is not finite: the "
             "checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
         )

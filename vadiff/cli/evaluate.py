@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
     )
     try:
         if (options.target / "config.yaml").exists():
+            if not (options.metrics or options.gradients) and options.no_held_out:
+                options.parser.error("nothing to measure: no --metrics, --no-held-out and no --gradients")
             opened = open_run(options.target)
             evaluate_run(
                 opened,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..extras import import_extra
 
 METRICS = ("fid", "kid", "isc", "prc")
@@ -63,7 +64,7 @@ def image_metrics(
     Raises:
         ValueError: images, metric, layer or weights that do not fit, or too few images.
         MissingExtraError: torch-fidelity is not installed.
-        RuntimeError: the weights could not be downloaded.
+        UserError: the weights could not be downloaded.
     """
     _check(images, reference, metrics, layer)
     torch_fidelity = import_extra("torch_fidelity", "eval")
@@ -92,7 +93,7 @@ def image_metrics(
     except OSError as error:  # URLError is one
         if inception_weights is not None:
             raise
-        raise RuntimeError(
+        raise UserError(
             f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
             "weights-inception-2015-12-05-6726825d.pth from the releases of torch-fidelity on GitHub"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import normalised
+from ..data import Images, normalised
 from ..evaluation import LevelGradients, image_metrics, level_gradients
 from ..evaluation.fidelity import content_key
 from ..extras import import_extra
@@ -80,13 +80,14 @@ def evaluate_run(
     device = generation.devices[0]
     folder = run.path / "evaluation" / f"step-{step}"
     files: dict[str, str | bytes] = {}
+    data = run.images()
     if settings.metrics:
-        reference = _reference(run, settings.reference)
+        reference = data.train if settings.reference is None else _reference(settings.reference)
         images = _draw(run, seeds, generation)
         values = compare(images, reference, settings, device)
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
-        losses = {name: _held_out(run, name, step, device, held_out_images) for name in ("ema", "raw")}
+        losses = {name: _held_out(run, data, name, step, device, held_out_images) for name in ("ema", "raw")}
         number = losses["ema"].per_image.shape[1]
         print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
@@ -94,7 +95,7 @@ def evaluate_run(
         ema, raw = losses["ema"], losses["raw"]
         files |= _pictures([held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())])
     if gradient_images:
-        gradients = _gradients(run, step, device, gradient_images, generation.batch_size)
+        gradients = _gradients(run, data, step, device, gradient_images, generation.batch_size)
         print(f"\nGradients per noise level, from {gradient_images} training images, trained (raw) weights:")
         print(_gradients_table(gradients))
         files["gradients.csv"] = _csv(_gradients_rows(gradients))
@@ -112,7 +113,7 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
         ValueError: no readable images, or settings that do not fit.
         UserError: the reference is a run whose data set is missing.
     """
-    reference = None if settings.reference is None else _reference(None, settings.reference)
+    reference = None if settings.reference is None else _reference(settings.reference)
     return compare(read_pictures(path), reference, settings, device)
 
 
@@ -137,10 +138,7 @@ def compare(
     return values
 
 
-def _reference(run: Run | None, path: Path | None) -> Tensor:
-    if path is None:
-        assert run is not None
-        return run.images().train
+def _reference(path: Path) -> Tensor:
     return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
 
 
@@ -154,8 +152,9 @@ def _draw(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
     return torch.cat([batches[start] for start in sorted(batches)])
 
 
-def _held_out(run: Run, weights: str, step: int | None, device: torch.device, limit: int | None) -> HeldOutLoss:
-    data = run.images()
+def _held_out(
+    run: Run, data: Images, weights: str, step: int | None, device: torch.device, limit: int | None
+) -> HeldOutLoss:
     labels = data.held_out_labels
     return held_out_loss(
         run.denoiser(weights, step=step, device=device),
@@ -166,8 +165,10 @@ def _held_out(run: Run, weights: str, step: int | None, device: torch.device, li
     )
 
 
-def _gradients(run: Run, step: int | None, device: torch.device, number: int, batch_size: int) -> LevelGradients:
-    data, criterion = run.images(), run.criterion(step)
+def _gradients(
+    run: Run, data: Images, step: int | None, device: torch.device, number: int, batch_size: int
+) -> LevelGradients:
+    criterion = run.criterion(step)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:number]
     log_snr = _log_snr_levels(run.config).flip(0)  # ascending, as the charts draw them
     return level_gradients(

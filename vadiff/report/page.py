@@ -102,6 +102,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
 
 
 def sections_of(groups: Sequence[Group]) -> list[Section]:
+    """The parts of the page for which the runs have something to show."""
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
     found += [_held_out(groups), _gradients(groups), _metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
@@ -284,14 +285,13 @@ def cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
     return f"{mean:,.{decimals}f} ± {spread:,.{decimals}f}"
 
 
-def _settings(groups: Sequence[Group]) -> Table | None:
+def _settings(groups: Sequence[Group]) -> Table:
     names = sorted({name for group in groups for name in group.first.config})
 
-    def cell(group: Group, name: str) -> str:
-        values = list(dict.fromkeys(_plain(run.config.get(name)) for run in group.runs))
-        return ", ".join(values)
+    def setting(group: Group, name: str) -> str:
+        return ", ".join(dict.fromkeys(_plain(run.config.get(name)) for run in group.runs))
 
-    rows = [[name, *(cell(group, name) for group in groups)] for name in names]
+    rows = [[name, *(setting(group, name) for group in groups)] for name in names]
     return Table(["setting", *(group.label for group in groups)], rows)
 
 

@@ -1,6 +1,7 @@
 """What the report shows: histories of runs as arrays, and runs that differ in their seed only as one group."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 from ..errors import RunError, UserError
 from ..extras import MissingExtraError
 from ..training import TrainConfig
+from ..training.assembly import load_images
 
 if TYPE_CHECKING:
     from ..training import Run
@@ -120,15 +122,15 @@ def read_history(run: "Run") -> History:
         evaluation=_evaluations(run.path, lines),
         samples=_samples(run.path),
         gradients=_gradients(run.path),
-        held_out_is_test=_held_out_is_test(run),
+        held_out_is_test=_held_out_is_test(config["dataset"], config["data"], config["image_size"]),
     )
 
 
 def group_runs(histories: Sequence[History]) -> list[Group]:
     """Put runs together that differ only in their seed; the first given stands first.
 
-    A group is called by what its settings have that the others' have not, or by the run's folder where nothing
-    differs.
+    A group is called by its weighting, if that differs, and by what else its settings have other than the first's; by
+    the run's folder where nothing differs.
     """
     groups: list[tuple[dict[str, Any], list[History]]] = []
     for history in histories:
@@ -139,13 +141,16 @@ def group_runs(histories: Sequence[History]) -> list[Group]:
                 break
         else:
             groups.append((compared, [history]))
-    differing = [
-        name for name in groups[0][0] if any(settings.get(name) != groups[0][0][name] for settings, _ in groups)
-    ]
+    first = groups[0][0]
+    differing = [name for name in first if any(settings.get(name) != first[name] for settings, _ in groups)]
     named = []
     for settings, members in groups:
-        label = _label({name: settings.get(name) for name in differing}) if differing else members[0].name
-        ordered = sorted(members, key=lambda history: history.config.get("seed") or 0)
+        if settings is first:
+            telling = ["weighting"] if "weighting" in differing else differing
+        else:
+            telling = [name for name in differing if name == "weighting" or settings.get(name) != first[name]]
+        label = _label({name: settings.get(name) for name in telling}) if telling else members[0].name
+        ordered = sorted(members, key=lambda history: history.config["seed"])
         named.append(Group(label, tuple(ordered)))
     return named
 
@@ -160,12 +165,12 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _label(settings: dict[str, Any]) -> str:
-    if set(settings) == {"weighting"}:
-        return str(settings["weighting"]).replace("_", " ")
-    return ", ".join(
-        str(value).replace("_", " ") if name == "weighting" else f"{name.replace('_', ' ')} {value}"
-        for name, value in settings.items()
-    )
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, dict) and "weighting" in value:  # the settings of the run a table is from
+            value = f"of {value['weighting']}"
+        parts.append(f"{'' if name == 'weighting' else name} {value}".replace("_", " ").strip())
+    return ", ".join(parts)
 
 
 def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Array]]]:
@@ -185,9 +190,13 @@ def _evaluations(path: Path, lines: Sequence[dict[str, Any]]) -> list[tuple[int,
     return sorted(found.items())
 
 
-def _held_out_is_test(run: "Run") -> bool | None:
+@functools.lru_cache
+def _held_out_is_test(dataset: str, data: str | None, image_size: int) -> bool | None:
+    """Whether the held-out images are a test set; None where the data set is no longer there."""
+    if dataset != "digits" and data is None:
+        return True  # the official archive, which has one; a report downloads nothing to make sure
     with contextlib.suppress(UserError, MissingExtraError):
-        return run.images().held_out_is_test
+        return load_images(TrainConfig(dataset=dataset, data=data, image_size=image_size)).held_out_is_test
     return None
 
 
