@@ -27,6 +27,7 @@ from vadiff.training import (
     open_run,
     train,
 )
+from vadiff.training.metrics import MetricsLog
 from vadiff.training.optimisation import learning_rate_at
 from vadiff.training.streams import ShuffledIndices
 
@@ -279,6 +280,15 @@ def test_accumulation_changes_neither_the_data_nor_the_result(recorded) -> None:
 def test_clipping_bounds_the_step_and_is_counted() -> None:
     config = dataclasses.replace(TINY, clip=1e-3)
     assert [line["clipped_share"] for line in train(config, progress=False).metrics] == [1.0, 1.0, 1.0]
+
+
+def test_line_that_cannot_be_written_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    log = MetricsLog(tmp_path, tensorboard=False)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .* go on with --resume"):
+        log.add({"step": 1})
 
 
 def test_flips_mirror_about_half_of_the_images_and_nothing_else(recorded) -> None:

@@ -89,10 +89,11 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path: Path, config: TrainCo
         assert_same(one, other)
 
 
-def test_killed_after_the_checkpoint_is_as_never_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [(4, 6), (2, 4, 6)], ids=["after a checkpoint", "before the first one"])
+def test_killed_and_resumed_is_as_never_killed(tmp_path: Path, lost: tuple[int, ...]) -> None:
     train(CONFIG, out=tmp_path / "whole", progress=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    for step in (4, 6):
+    for step in lost:
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"step-{step}")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')  # a line that was being written
