@@ -23,10 +23,10 @@ from vadiff.training import (
     TrainedRun,
     edm_objective,
     flow_objective,
-    held_out_loss,
     open_run,
     train,
 )
+from vadiff.training.metrics import MetricsLog
 from vadiff.training.optimisation import learning_rate_at
 from vadiff.training.streams import ShuffledIndices
 
@@ -281,6 +281,15 @@ def test_clipping_bounds_the_step_and_is_counted() -> None:
     assert [line["clipped_share"] for line in train(config, progress=False).metrics] == [1.0, 1.0, 1.0]
 
 
+def test_line_that_cannot_be_written_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    log = MetricsLog(tmp_path, tensorboard=False)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .* go on with --resume"):
+        log.add({"step": 1})
+
+
 def test_flips_mirror_about_half_of_the_images_and_nothing_else(recorded) -> None:
     steps, objective = recorded
     config = dataclasses.replace(TINY, steps=1, batch_size=64)
@@ -352,40 +361,6 @@ def test_sample_grid_and_tensorboard_files_are_written(tmp_path: Path) -> None:
     rms = lines[-1]["rms"]
     assert rms["weights"].keys() == rms["activations"].keys()
     assert all(value > 0 for value in rms["activations"].values())
-
-
-class Unhelpful(Denoiser):
-    """A denoiser that returns what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.nn.Linear(1, 1), SIGMA_DATA)
-
-    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        return noisy
-
-
-def test_held_out_loss_of_a_denoiser_that_leaves_the_noise_in() -> None:
-    images = torch.zeros(50, 1, 8, 8)
-    loss = held_out_loss(Unhelpful(), images, log_snr_levels=(-2.0, 4.0), draws=8)
-    sigma = torch.tensor([math.e, math.exp(-2.0)])
-    expected = sigma**2 * (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    assert loss.per_image.shape == (2, 50)
-    assert torch.allclose(loss.mean, expected, rtol=0.03)
-
-
-def test_ratio_of_held_out_losses_carries_the_error_of_the_paired_difference() -> None:
-    loss = held_out_loss(Unhelpful(), torch.zeros(50, 1, 8, 8), draws=1)
-    twice = loss._replace(per_image=2.0 * loss.per_image)
-    ratio, error = twice.ratio_to(loss)
-    assert torch.allclose(ratio, torch.full_like(ratio, 2.0))
-    assert torch.allclose(error, torch.zeros_like(error), atol=1e-6)
-
-
-def test_held_out_loss_does_not_depend_on_the_batch_size() -> None:
-    torch.manual_seed(0)
-    images = torch.randn(7, 1, 8, 8)
-    whole, parted = (held_out_loss(Unhelpful(), images, batch_size=size) for size in (7, 3))
-    assert torch.allclose(whole.per_image, parted.per_image, rtol=1e-6)
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

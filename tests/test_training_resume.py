@@ -30,7 +30,7 @@ EVERYTHING = dataclasses.replace(
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
 
-LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=1e-3)
+LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
 
 TIMED = ("images_per_second", "seconds", "memory_bytes")
 
@@ -89,10 +89,11 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path: Path, config: TrainCo
         assert_same(one, other)
 
 
-def test_killed_after_the_checkpoint_is_as_never_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [(4, 6), (2, 4, 6)], ids=["after a checkpoint", "before the first one"])
+def test_killed_and_resumed_is_as_never_killed(tmp_path: Path, lost: tuple[int, ...]) -> None:
     train(CONFIG, out=tmp_path / "whole", progress=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    for step in (4, 6):
+    for step in lost:
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"step-{step}")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')  # a line that was being written
@@ -197,5 +198,6 @@ def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> 
 
 def test_learned_weighting_is_trained_alike_on_one_rank_and_two(two_ranks: Path, tmp_path: Path) -> None:
     one, two = train(LEARNED, out=tmp_path, progress=False).metrics, open_run(two_ranks / "learned").metrics()
-    assert one[-1]["weights"] != [1.0] * LEARNED.bins
-    assert two[-1]["weights"] == pytest.approx(one[-1]["weights"], rel=1e-3)
+    learned, as_learned = (torch.tensor(lines[-1]["weights"]).log() for lines in (one, two))
+    assert learned.abs().max() > 0.005
+    assert (learned - as_learned).abs().max() < 0.02 * learned.abs().max()
