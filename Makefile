@@ -33,7 +33,7 @@ $(NATIVE): $(wildcard csrc/*) | $(STAMP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $(NATIVE)
 
-demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.png (2 minutes)
+demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
 	$(BIN)/vadiff demo --out runs/demo
 
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU

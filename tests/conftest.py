@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import cuda_source
@@ -106,6 +107,21 @@ def one_thread_and_a_seed() -> None:
 
 def vadiff_native() -> ModuleType:
     return importlib.import_module("vadiff.native")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory: class-conditional digits, 4 steps of a tiny network, two sample grids and held-out losses."""
+    from vadiff.training import TrainConfig, train
+
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        channels=(8, 16), class_conditional=True, steps=4, batch_size=64, log_every=1, samples_every=2, sample_count=4,
+        held_out_every=2, held_out_images=20, tensorboard=False, device="cpu", backend="reference",
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    train(config, out=path, progress=False)
+    return path
 
 
 def usable(backend: str) -> str:

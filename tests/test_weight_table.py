@@ -366,7 +366,7 @@ def test_constant_weights_are_one(make_criterion, rng, device):
 
 def test_every_available_name_is_accepted(make_criterion):
     names = vadiff.weighting.available()
-    assert sorted(names) == ["constant", "loss_level", "min_snr", "variance_aware"]
+    assert {"constant", "loss_level", "min_snr", "variance_aware"} <= set(names)
     for name in names:
         assert make_criterion(name).weights.shape == (16,)
 

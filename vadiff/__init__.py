@@ -1,6 +1,6 @@
 """vadiff: fused, noise-level-aware losses for diffusion and flow training."""
 
-from . import log_snr, process, weighting
+from . import levels, log_snr, optimal_loss, process, weighting
 from ._version import __version__
 from .backends import backend_report
 from .loss import DiffusionLoss
@@ -11,7 +11,9 @@ __all__ = [
     "LogSNRStatistics",
     "__version__",
     "backend_report",
+    "levels",
     "log_snr",
+    "optimal_loss",
     "process",
     "weighting",
 ]

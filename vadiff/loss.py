@@ -12,7 +12,15 @@ from . import backends, ops
 from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
 from .reference import Bins, Coefficient, TableRule, log_weight_at
 from .statistics import LogSNRStatistics
-from .weighting import AdaptiveWeighting, Constant, Weighting, from_name
+from .weighting import (
+    AdaptiveWeighting,
+    Constant,
+    FixedWeighting,
+    LearnedUncertainty,
+    LossZScore,
+    Weighting,
+    from_name,
+)
 
 REDUCTIONS = ("mean", "none")
 LOSSES = ("mse", "huber")
@@ -43,6 +51,8 @@ class DiffusionLoss(nn.Module):
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
         per_sample_loss: ell [B] of the last call, detached; None before the first.
+        base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss has more
+            in it; else None.
 
     Raises:
         ValueError, TypeError: an argument out of bounds; the message names it.
@@ -80,6 +90,7 @@ class DiffusionLoss(nn.Module):
         self.backend = backend
         self.sync = bool(sync)
         self.per_sample_loss: Tensor | None = None
+        self.base_loss: Tensor | None = None
 
     def forward(
         self,
@@ -133,11 +144,19 @@ class DiffusionLoss(nn.Module):
             None if not isinstance(coefficient, Tensor) and coefficient == 0.0 else tensor
             for coefficient, tensor in ((b, target), (c, noise))
         )
+        by_losses = isinstance(self.weighting, LossZScore)  # known only afterwards: `reweight` records and weighs
+        mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr)
         loss, ell = ops.diffusion_loss(
-            prediction, x0, eps, a, b, c, log_snr, base_weight, sample_weight,
-            self._fixed_weight(log_snr), *statistics, self.huber_delta if self.loss == "huber" else 0.0,
-            reduction == "mean", self._records(), self.sync, self.backend,
+            prediction, x0, eps, a, b, c, log_snr, base_weight, None if by_losses else sample_weight,
+            weight, *statistics, self.huber_delta if self.loss == "huber" else 0.0,
+            mean and not by_losses, self._records() and not by_losses, self.sync, self.backend,
         )  # fmt: skip
+        if by_losses:
+            loss = self.reweight(loss, log_snr, sample_weight)
+            loss = loss.mean() if mean else loss
+        elif isinstance(self.weighting, LearnedUncertainty):
+            term = self._uncertainty_term(ell, log_snr, base_weight, sample_weight)
+            loss = loss + (term.mean() if mean else term)
         self._keep(ell)
         return loss
 
@@ -162,10 +181,18 @@ class DiffusionLoss(nn.Module):
             sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
         statistics = self._statistics_beside(loss_per_sample, "loss_per_sample")
         self._keep(loss_per_sample.detach())
-        return ops.reweight(
-            loss_per_sample, log_snr, sample_weight, self._fixed_weight(log_snr), *statistics,
+        if isinstance(self.weighting, LossZScore):
+            weights = self.weighting.weights_of(loss_per_sample, self.sync and self._records())
+            weight: Tensor | None = weights.to(loss_per_sample.dtype)
+        else:
+            weight = self._fixed_weight(log_snr)
+        loss = ops.reweight(
+            loss_per_sample, log_snr, sample_weight, weight, *statistics,
             self._records(), self.sync, self.backend,
         )  # fmt: skip
+        if isinstance(self.weighting, LearnedUncertainty):
+            loss = loss + self._uncertainty_term(loss_per_sample.detach(), log_snr, None, sample_weight)
+        return loss
 
     @property
     def bin_centers(self) -> Tensor:
@@ -176,13 +203,15 @@ class DiffusionLoss(nn.Module):
 
     @property
     def weights(self) -> Tensor:
-        """The weight w at the bin centres. [K] float32."""
+        """The weight w at the bin centres; NaN where it depends on more than log-SNR. [K] float32."""
         if isinstance(self.weighting, AdaptiveWeighting):
             return self.statistics.log_weights.view(torch.float32).exp()
-        return self.weighting(self.bin_centers)
+        return self.weight_at(self.bin_centers)
 
     def weight_at(self, log_snr: Tensor) -> Tensor:
         """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN.
+
+        NaN, too, with a weighting that looks at the rest of the batch, or at its losses.
 
         Raises:
             ValueError, TypeError: log_snr is not [B] floats on the criterion's device.
@@ -192,6 +221,10 @@ class DiffusionLoss(nn.Module):
         self._statistics_beside(log_snr, "log_snr")
         if isinstance(self.weighting, AdaptiveWeighting):
             return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
+        if isinstance(self.weighting, LearnedUncertainty):
+            return (-self.weighting(log_snr)).exp().detach()
+        if isinstance(self.weighting, LossZScore) or not self.weighting.pointwise:
+            return torch.full_like(log_snr, math.nan)
         return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
 
     def extra_repr(self) -> str:
@@ -199,15 +232,38 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "per_sample_loss": None}  # a copy starts without the last batch
+        return {**self.__dict__, "per_sample_loss": None, "base_loss": None}  # a copy starts without the last batch
 
     def _records(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
     def _fixed_weight(self, log_snr: Tensor) -> Tensor | None:
-        if isinstance(self.weighting, (AdaptiveWeighting, Constant)):
+        weighting = self.weighting
+        if isinstance(weighting, (AdaptiveWeighting, Constant, LossZScore)):
             return None
-        return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
+        if isinstance(weighting, FixedWeighting):  # evaluation may be one rank's alone, and then nobody answers
+            weight = weighting.for_batch(log_snr, sync=self.sync and self._records())
+        else:
+            weight = (-weighting(log_snr)).exp().detach()
+        return check_per_sample("weighting(log_snr)", weight, log_snr)
+
+    def _uncertainty_term(
+        self, ell: Tensor, log_snr: Tensor, base_weight: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor:
+        """v*h(log_snr) [B], h the learned ln of the base loss g, with the gradient of v*(g/e**h + h) by h.
+
+        The term g/e**h is in the loss already, with the gradient by the prediction.
+        """
+        one = torch.ones_like(ell)
+        u = one if base_weight is None else base_weight.detach()
+        v = one if sample_weight is None else sample_weight
+        left_out = u * v == 0
+        g = (u * ell).masked_fill(left_out, 0.0)
+        self.base_loss = (v * g).mean()
+        assert isinstance(self.weighting, LearnedUncertainty)
+        h = self.weighting(log_snr).to(ell.dtype)
+        scaled = g * (-h).exp()
+        return (v * (h + scaled - scaled.detach())).masked_fill(left_out, 0.0)
 
     def _statistics_beside(self, tensor: Tensor, name: str) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
         """What the operators take of the statistics, after making sure that they are on the tensor's device."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .log_snr import from_flow_time, from_sigma
 from .reference import Coefficient
@@ -36,8 +36,8 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "edm")
 class NoiseProcess(ABC):
     """x_t = alpha(t)·x0 + sigma(t)·eps with eps ~ N(0, 1).
 
-    Every method takes t of shape [B] and any floating dtype, computes in float64 and returns [B] float32
-    (float64 for float64 t).
+    Every method takes one value per sample, [B] of any floating dtype, computes in float64 and returns [B] float32
+    (float64 for float64 input).
     """
 
     @abstractmethod
@@ -51,6 +51,10 @@ class NoiseProcess(ABC):
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
         """λ = ln(alpha² / sigma²), [B]; ±inf at the ends of the process."""
+
+    @abstractmethod
+    def time(self, log_snr: Tensor) -> Tensor:
+        """The time t at which the process has this λ, [B]: the inverse of `log_snr`."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha·x0 + sigma·eps.
@@ -97,6 +101,11 @@ class VPCosine(NoiseProcess):
     def log_snr(self, t: Tensor) -> Tensor:
         return _match(2.0 * (self.alpha(t.double()).log() - self.sigma(t.double()).log()), t)
 
+    def time(self, log_snr: Tensor) -> Tensor:
+        alpha = log_snr.double().sigmoid().sqrt()
+        remaining = (alpha * math.cos(self._theta0)).asin()  # π/2 - θ
+        return _match((1.0 - remaining * (1.0 + self.s) / (math.pi / 2)).clamp(min=0.0), log_snr)
+
     @property
     def _theta0(self) -> float:
         return self.s / (1.0 + self.s) * (math.pi / 2)
@@ -123,6 +132,11 @@ class VPLinear(NoiseProcess):
         log_alpha_bar = 2.0 * self._log_alpha(t)
         return _match(log_alpha_bar - (-torch.expm1(log_alpha_bar)).log(), t)
 
+    def time(self, log_snr: Tensor) -> Tensor:
+        drop = nn.functional.softplus(-log_snr.double())  # -ln ᾱ = t²(β_max - β_min)/2 + t·β_min
+        root = (self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * drop).sqrt()
+        return _match(2.0 * drop / (self.beta_min + root), log_snr)
+
     def _log_alpha(self, t: Tensor) -> Tensor:
         time = t.double()
         return -0.25 * time.square() * (self.beta_max - self.beta_min) - 0.5 * time * self.beta_min
@@ -143,6 +157,9 @@ class EDM(NoiseProcess):
 
     def log_snr(self, t: Tensor) -> Tensor:
         return from_sigma(t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return _match((-0.5 * log_snr.double()).exp(), log_snr)
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,10 @@ class Flow(NoiseProcess):
 
     def log_snr(self, t: Tensor) -> Tensor:
         return from_flow_time(t, data_at=self.data_at)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        half = 0.5 * log_snr.double()
+        return _match((half if self.data_at == 1 else -half).sigmoid(), log_snr)
 
 
 class EDMPreconditioning(NamedTuple):

@@ -38,7 +38,7 @@ class LogSNRStatistics(nn.Module):
         self, bins: int = 128, log_snr_range: tuple[float, float] = (-16.0, 16.0), half_life: float = 256.0
     ) -> None:
         super().__init__()
-        self.bins = _checked_bins(bins, log_snr_range)
+        self.bins = checked_bins(bins, log_snr_range)
         if not is_number(half_life) or not half_life > 0:
             raise ValueError(
                 f"half_life is {half_life!r}, expected a positive number of samples per bin "
@@ -142,7 +142,7 @@ class LogSNRStatistics(nn.Module):
         return None
 
 
-def _checked_bins(bins: int, log_snr_range: tuple[float, float]) -> Bins:
+def checked_bins(bins: int, log_snr_range: tuple[float, float]) -> Bins:
     if not (is_number(bins) and isinstance(bins, numbers.Integral) and 2 <= bins <= 1024):
         raise ValueError(f"bins is {bins!r}, expected an integer from 2 to 1024")
     try:

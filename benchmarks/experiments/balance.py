@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from results import write_results
@@ -113,8 +114,8 @@ def lag_in_training(steps: int) -> list[float]:
     """E[w g]/E[g] of a network in training, averaged over each tenth of the steps."""
     ratios: list[float] = []
 
-    def objective(criterion: vadiff.DiffusionLoss, *arguments: Tensor) -> Tensor:
-        *_, sigma, sigma_data = arguments
+    def objective(criterion: vadiff.DiffusionLoss, *arguments: Any) -> Tensor:
+        *_, sigma, sigma_data, _ = arguments
         log_snr = vadiff.log_snr.from_sigma(sigma)
         weight = criterion.weight_at(log_snr)
         loss = edm_objective(criterion, *arguments)

@@ -36,7 +36,13 @@ def written_as(form: str, *, in_bins: bool):
     """The EDM objective in one of the FORMS; u as base weight, or (not `in_bins`) where it does not reach the bins."""
 
     def objective(
-        criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, sigma_data: float
+        criterion: vadiff.DiffusionLoss,
+        output: Tensor,
+        x0: Tensor,
+        eps: Tensor,
+        sigma: Tensor,
+        sigma_data: float,
+        _: None,
     ) -> Tensor:
         log_snr = vadiff.log_snr.from_sigma(sigma)
         scale = edm_preconditioning(sigma, sigma_data)

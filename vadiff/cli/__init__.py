@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
+from ..errors import UserError
 from ..extras import MissingExtraError
-from . import demo, doctor, train
+from . import ablate, demo, doctor, evaluate, report, sample, train
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, demo, doctor)
+COMMANDS = (train, sample, evaluate, report, ablate, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0, 1 where an optional package is missing, 130 when interrupted.
+        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted.
 
     Raises:
         SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
@@ -27,13 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except MissingExtraError as error:
+    except (MissingExtraError, UserError) as error:
         print(f"vadiff: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nvadiff: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not `(default: None)`: where None is one, the help says what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
             command.NAME,
             help=command.HELP,
             description=command.DESCRIPTION,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         subparser.set_defaults(run=command.run, parser=subparser)
         command.add_arguments(subparser)

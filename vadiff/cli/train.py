@@ -2,69 +2,90 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .. import backends, weighting
-from ..training import PRESETS, TrainConfig
+from .. import backends
+from ..training.config import TrainConfig
+from ..training.presets import ABOUT, PRESETS
+from .config_flags import add_config_flags, given_fields
 
 NAME = "train"
-HELP = "train a small model"
+HELP = "train a denoiser"
 DESCRIPTION = (
-    "Train a small model and print its loss on held-out images per noise level. Writes metrics.jsonl (one JSON object "
-    "per line) and checkpoint.pt to the folder --out."
+    "Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/. "
+    "A flag that is not given has the value of the preset. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. "
+    "Exit status: 0 at the end of training, 1 for what can be mended (the message says how), 2 for flags that do not "
+    "fit, 143 after SIGTERM and 130 after SIGINT, with a checkpoint that --resume goes on from."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset",
-        required=True,
-        choices=sorted(PRESETS),
-        default=argparse.SUPPRESS,
-        help="digits: a U-Net on scikit-learn's handwritten digits, 8 x 8 pixels, EDM preconditioning",
+    about = "; ".join(f"{name}: {ABOUT[name]}" for name in PRESETS)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS, help=about)
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="a config.yaml in place of a preset"
     )
-    parser.add_argument("--weighting", choices=weighting.available(), default="variance_aware", help="of noise levels")
-    add_training_options(parser, out="runs/digits")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="run directory; runs/PRESET if not given"
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out from its latest checkpoint, if there is one"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
+    add_config_flags(parser.add_argument_group("fields of the config"))
 
 
 def run(options: argparse.Namespace) -> None:
     from ..report import held_out_table
-    from ..training import train
+    from ..training import Stopped, train
 
-    config = training_config(options, weighting=options.weighting)
-    print(f"Training preset {options.preset}, weighting {config.name}, {config.steps} steps, results in {options.out}")
-    run = train(config, out=options.out)
-    print("\nEDM's loss on held-out images per noise level, averaged weights:")
-    print(held_out_table({config.name: run.held_out}))
-
-
-def training_config(options: argparse.Namespace, **fields: Any) -> TrainConfig:
-    """The preset with the options given; what does not fit ends the program as a usage error."""
-    for name in ("steps", "batch_size", "seed", "device", "backend"):
-        fields[name] = getattr(options, name)
-    if options.out.exists() and not options.out.is_dir():
-        options.parser.error(f"argument --out: {options.out} is a file, expected a folder")
+    config, out = training_config(options), _out(options)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if main_rank:
+        print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
     try:
-        config = dataclasses.replace(PRESETS["digits"], **fields)
+        trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
+    except Stopped as stop:
+        if main_rank:
+            options.parser.exit(stop.exit_code, f"vadiff: {stop}\n")
+        raise SystemExit(stop.exit_code) from None
+    except ValueError as error:
+        options.parser.error(str(error))
+    if main_rank:
+        print("\nEDM's loss on held-out images per noise level, averaged weights:")
+        print(held_out_table({config.weighting: trained.held_out}))
+
+
+def training_config(options: argparse.Namespace) -> TrainConfig:
+    """The preset, file or resumed run with the flags given; what does not fit ends the program as a usage error."""
+    out = _out(options)
+    if out.exists() and not out.is_dir():
+        options.parser.error(f"argument --out: {out} is a file, expected a folder")
+    saved = out / "config.yaml"
+    try:
+        if "preset" in options:
+            base = PRESETS[options.preset]
+        elif "config" in options:
+            base = TrainConfig.load(options.config)
+        elif options.resume and saved.is_file():
+            base = TrainConfig.load(saved)
+        else:
+            options.parser.error("one of the arguments --preset --config is required")
+        config = dataclasses.replace(base, **given_fields(options))
         backends.select(config.backend, torch.empty(0, device=config.torch_device()))
     except (ValueError, RuntimeError) as error:
         options.parser.error(str(error))
     return config
 
 
-def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """The options that `train` and `demo` share; `out` is the default folder."""
-    preset = PRESETS["digits"]
-    parser.add_argument("--steps", type=int, metavar="N", default=preset.steps, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=preset.batch_size, help="images per step")
-    parser.add_argument("--seed", type=int, metavar="N", default=preset.seed, help="of weights, data and noise")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path(out), help="results; replaces those of an earlier run"
-    )
-    parser.add_argument("--device", default=preset.device, help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    parser.add_argument(
-        "--backend", choices=backends.BACKENDS, default=preset.backend, help="which kernels compute the loss"
-    )
+def _out(options: argparse.Namespace) -> Path:
+    if "out" in options:
+        return Path(options.out)
+    return Path("runs") / getattr(options, "preset", "train")

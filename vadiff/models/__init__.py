@@ -1,6 +1,6 @@
 """Networks."""
 
-from .denoiser import Denoiser
-from .digits_unet import digits_unet
+from .denoiser import PROCESSES, Denoiser
+from .unet import unet
 
-__all__ = ["Denoiser", "digits_unet"]
+__all__ = ["PROCESSES", "Denoiser", "unet"]

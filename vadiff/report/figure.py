@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..extras import import_extra
 from ..training import TrainedRun
+from ..training.metrics import stacked
 
 # Okabe & Ito's colours, told apart by everyone; dashes for prints without colour.
 _STYLES = (("#000000", "-"), ("#E69F00", "--"), ("#0072B2", "-"), ("#009E73", ":"))
@@ -97,7 +98,7 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
         spread.append(f"{_spoken(name)} {(weights * std).max() / (weights * std).min():.1f}")
         ratio, error = (values.numpy() for values in run.held_out.ratio_to(first))
         levels = run.held_out.log_snr.numpy()
-        held_out.set_xlim(levels[0] - 0.5, levels[-1] + 0.5)
+        held_out.set_xlim(levels.min() - 0.5, levels.max() + 0.5)
         held_out.plot(levels, ratio, color=color, linestyle=dash, linewidth=2, marker="o", markersize=4)
         held_out.fill_between(levels, ratio - error, ratio + error, color=color, alpha=0.2, linewidth=0)
     _describe(
@@ -131,7 +132,7 @@ def _variance_heatmaps(area: Any, runs: Mapping[str, TrainedRun]) -> None:
     panels = _panels(area, len(runs), sharey=True, right=0.915)
     maps = {}  # name → [R, K] log10 of the variance, NaN where too few samples were seen
     for name, run in runs.items():
-        count, variance = torch.stack(run.history.count), torch.stack(run.history.variance)
+        count, variance = (stacked(run.metrics, "statistics", key) for key in ("count", "variance"))
         maps[name] = variance.where(count >= _enough(count[-1]), torch.nan).clamp(min=1e-12).log10()
     everything = torch.cat([values[~values.isnan()] for values in maps.values()])
     low, high = torch.quantile(everything, torch.tensor([0.01, 0.99], dtype=everything.dtype)).tolist()
@@ -142,7 +143,7 @@ def _variance_heatmaps(area: Any, runs: Mapping[str, TrainedRun]) -> None:
             origin="lower",
             aspect="auto",
             interpolation="nearest",
-            extent=(0, run.history.steps[-1], bins.low, bins.high),
+            extent=(0, run.metrics[-1]["step"], bins.low, bins.high),
             cmap="cividis",
             vmin=low,
             vmax=high,

@@ -1,20 +1,24 @@
-"""Training of small diffusion models with `vadiff.DiffusionLoss`."""
+"""Training of diffusion and flow models with `vadiff.DiffusionLoss`."""
 
-from .checkpoint import load_denoiser
-from .config import PRESETS, TrainConfig
+from .config import TrainConfig
 from .held_out import HeldOutLoss, held_out_loss
-from .loop import History, TrainedRun, train
-from .objective import Objective, edm_objective
+from .loop import TrainedRun, train
+from .objective import Objective, edm_objective, flow_objective
+from .presets import PRESETS
+from .run import Run, open_run
+from .stopping import Stopped
 
 __all__ = [
     "PRESETS",
     "HeldOutLoss",
-    "History",
     "Objective",
+    "Run",
+    "Stopped",
     "TrainConfig",
     "TrainedRun",
     "edm_objective",
+    "flow_objective",
     "held_out_loss",
-    "load_denoiser",
+    "open_run",
     "train",
 ]

@@ -1,6 +1,7 @@
 """EDM's loss on images never trained on, one noise level at a time, with the same noise for every run."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,20 +38,41 @@ class HeldOutLoss(NamedTuple):
 def held_out_loss(
     denoiser: Denoiser,
     images: Tensor,
+    labels: Tensor | None = None,
     *,
-    log_snr_levels: tuple[float, ...] = LOG_SNR_LEVELS,
+    log_snr_levels: Sequence[float] = LOG_SNR_LEVELS,
     draws: int = 2,
     seed: int = 0,
+    batch_size: int = 500,
 ) -> HeldOutLoss:
-    """EDM's loss of a denoiser on images, [N, C, H, W], with `draws` fixed noises per image and level."""
+    """EDM's loss of a denoiser with `draws` fixed noises per image and level.
+
+    A flow denoiser is measured in the same way, by its estimate of x0. The noise depends on the seed, the place of an
+    image in `images` and the draw only; it is the same for every level.
+
+    Args:
+        denoiser: used in the mode it is in; call `.eval()` first if it has dropout.
+        images: [N, C, H, W] float32 in [-1, 1].
+        labels: [N] int64, for a class-conditional denoiser; None means none given.
+        log_snr_levels: the L levels.
+        draws: noises per image and level.
+        seed: of the noise.
+        batch_size: images at a time.
+    """
     device = next(denoiser.parameters()).device
-    noise = torch.randn(draws, *images.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    clean = images.to(device)
     levels = torch.tensor(log_snr_levels)
-    weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data)
-    rows = []
-    for level, weight in zip(log_snr_levels, weights.tolist(), strict=True):
-        sigma = torch.full((len(images),), math.exp(-0.5 * level), device=device)
-        errors = [denoiser(clean + sigma[0] * eps, sigma) - clean for eps in noise]
-        rows.append(weight * torch.stack(errors).square().flatten(2).mean((0, 2)))
-    return HeldOutLoss(levels, torch.stack(rows).float().cpu())
+    weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
+    noises = torch.Generator().manual_seed(seed)
+    errors = torch.zeros(len(levels), len(images), device=device)
+    for _ in range(draws):
+        noise = torch.randn(images.shape, generator=noises)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            clean = images[part].to(device)
+            eps = noise[part].to(device)
+            classes = labels[part].to(device) if labels is not None and denoiser.labels else None
+            for row, level in enumerate(log_snr_levels):
+                sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
+                error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
+                errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
+    return HeldOutLoss(levels, errors.cpu())

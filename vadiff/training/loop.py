@@ -1,27 +1,40 @@
-"""The training loop, top to bottom: config, data, network, criterion, steps, log, save."""
+"""The training loop, top to bottom: data, network, criterion, steps, log, save."""
 
+import contextlib
+import copy
+import math
+import signal
 import sys
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
-from ..data import load_digits
-from ..data.digits import SIGMA_DATA
+from ..data import normalised
+from ..errors import TrainingError
 from ..extras import import_extra
+from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
-from ..models import Denoiser, digits_unet
-from ..weighting import MinSNR, Weighting, from_name
-from .checkpoint import save_checkpoint
+from ..models import Denoiser
+from . import run_folder
+from .assembly import build_criterion, build_denoiser, build_levels, load_images
+from .batches import Batch, Batches
+from .checkpoint import load_checkpoint, save_checkpoint, steps_saved
 from .config import TrainConfig
+from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss
-from .history import History, append_metrics
-from .objective import Objective, edm_objective
+from .metrics import MetricsLog, memory_bytes, statistics_of
+from .objective import OBJECTIVES, Objective
+from .optimisation import Optimisation, RunningAverage, learning_rate_at
+from .rms import rms_per_layer
+from .samples import save_grid
+from .stopping import Stopped, StopRequest
+from .streams import Streams, own_global_state
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -31,122 +44,244 @@ class TrainedRun:
     config: TrainConfig
     denoiser: Denoiser  # averaged weights, eval mode, on the training device
     criterion: DiffusionLoss
-    history: History
-    held_out: HeldOutLoss
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    held_out: HeldOutLoss  # of the averaged weights; under torchrun on the main rank only, elsewhere empty
 
 
 def train(
     config: TrainConfig,
-    objective: Objective = edm_objective,
+    objective: Objective | None = None,
     *,
     out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> TrainedRun:
-    """Train a small U-Net on handwritten digits.
+    """Train a denoiser.
+
+    Under torchrun every process calls this, and they train one denoiser together.
 
     Args:
         config: everything about the run.
-        objective: how a step calls the criterion; EDM's objective by default.
-        out: folder for `metrics.jsonl`, written as training goes, and `checkpoint.pt`, written at the end;
-            files of these names are replaced. None writes nothing.
+        objective: how a step calls the criterion; that of `config.process` by default.
+        out: the run directory; None writes nothing.
+        resume: go on from the latest checkpoint in `out`, or start where there is none.
+        overwrite: replace a run that is in `out`.
         progress: show a progress bar where stderr is a terminal.
 
     Returns:
-        The averaged denoiser, the criterion, its history and the loss on held-out images.
+        The averaged denoiser, the criterion, the metrics and the loss on held-out images.
 
     Raises:
-        MissingExtraError: diffusers, scikit-learn or tqdm is not installed.
+        MissingExtraError: a package of the extra `train` is not installed.
+        DataError: the data set is missing, truncated or corrupt.
+        RunError: `out` holds a run already, or one of another config.
+        CheckpointError: a checkpoint is corrupt, or cannot be written; the message names the last good one.
+        TrainingError: too many non-finite steps in a row.
+        Stopped: SIGTERM or SIGINT; a checkpoint was written.
     """
-    device = config.torch_device()
-    seeds = _seeds(config)
-    digits = load_digits()
-    images = digits.train.to(device)
-    denoiser = _initial_denoiser(config, seeds["weights"]).to(device)
-    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    criterion = DiffusionLoss(
-        weighting=_weighting(config),
-        bins=config.bins,
-        log_snr_range=config.log_snr_range,
-        half_life=config.half_life,
-        backend=config.backend,
-    ).to(device)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / config.warmup, 1.0) * (1.0 - step / config.steps)
-    )
-
-    batches = _batches(len(images), config.batch_size, seeds["order"])
-    levels, noise = (torch.Generator().manual_seed(seeds[name]) for name in ("levels", "noise"))
-    metrics = None if out is None else Path(out) / "metrics.jsonl"
-    if metrics is not None:
-        metrics.parent.mkdir(parents=True, exist_ok=True)
-        metrics.write_text("")
-    history = History()
-    loss_sum = torch.zeros((), device=device)  # read only when logged, so that no step waits for the device
-    tqdm = import_extra("tqdm", "train").tqdm
-    quiet = None if progress else True  # None: a bar where stderr is a terminal
-    with tqdm(total=config.steps, unit="step", desc=config.name, disable=quiet, file=sys.stderr) as bar:
-        for step in range(1, config.steps + 1):
-            x0 = images[next(batches).to(device)]  # [B, 1, 8, 8]
-            sigma = (config.p_mean + config.p_std * torch.randn(len(x0), generator=levels)).exp().to(device)
-            eps = torch.randn(x0.shape, generator=noise).to(device)
-            output = denoiser.network_output(x0 + sigma.view(-1, 1, 1, 1) * eps, sigma)
-            loss = objective(criterion, output, x0, eps, sigma, SIGMA_DATA)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(denoiser)
-
-            loss_sum += loss.detach()
-            bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                steps_since = step - (history.steps[-1] if history.steps else 0)
-                history.add(step, loss_sum.item() / steps_since, criterion)
-                loss_sum.zero_()
-                append_metrics(metrics, step, step * config.batch_size, history.loss[-1], criterion)
-                bar.set_postfix(loss=f"{history.loss[-1]:.4f}")
-
-    averaged = cast(Denoiser, average.module).eval()
-    held_out = held_out_loss(averaged, digits.held_out, draws=config.held_out_draws)
-    append_metrics(metrics, step, step * config.batch_size, history.loss[-1], criterion, held_out)
-    if out is not None:
-        content = {"step": step, "config": config.as_dict(), "model": denoiser.state_dict()}
-        content |= {"ema": averaged.state_dict(), "criterion": criterion.state_dict()}
-        save_checkpoint(Path(out) / "checkpoint.pt", content | {"history": history.as_dict()})
-    return TrainedRun(config, averaged, criterion, history, held_out)
+    path = None if out is None else Path(out)
+    device = local_device(config.torch_device())
+    with ranks(device) as group, own_global_state(device, deterministic=config.deterministic):
+        if path is not None:
+            if group.is_main:
+                run_folder.prepare(path, config, resume=resume, overwrite=overwrite)
+            group.wait()
+        trainer = _Trainer(config, objective or OBJECTIVES[config.process], path, device, group)
+        try:
+            return trainer.run(progress)
+        finally:
+            trainer.log.close()
 
 
-def _weighting(config: TrainConfig) -> Weighting:
-    if config.weighting == "min_snr":  # the bare name means a loss in the form of eps; this one is in that of F
-        return MinSNR(prediction_type="edm", sigma_data=SIGMA_DATA)
-    return from_name(config.weighting)
+class _Trainer:
+    """The parts of a run, and what is done with them."""
 
+    def __init__(
+        self, config: TrainConfig, objective: Objective, out: Path | None, device: torch.device, group: Ranks
+    ) -> None:
+        self.config, self.objective, self.device, self.group = config, objective, device, group
+        self.out = out if group.is_main else None  # only the main process writes
+        self.bar_type = import_extra("tqdm", "train").tqdm
+        data_seed = config.seed if config.data_seed is None else config.data_seed
+        self.streams = Streams(config.seed, data_seed, device)
+        self.images = load_images(config)
+        torch.manual_seed(self.streams.initialisation)
+        self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
+        self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
+        self.criterion = build_criterion(config, out).to(device)
+        self.levels = build_levels(config, out).to(device)
+        self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
+        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
+        self.optimisation = Optimisation(config, parameters, device)
+        self.network = self._trained_network()
+        self.step, self.seconds = 0, 0.0
+        if out is not None and steps_saved(out):
+            self._load(load_checkpoint(out, device=device))
+        self.log = MetricsLog(self.out, tensorboard=config.tensorboard, after=self.step)
+        self.timed_step = self.step  # since when images per second are counted
 
-def _seeds(config: TrainConfig) -> dict[str, int]:
-    """Independent streams, so that runs which differ in one thing share all the others."""
-    data_seed = config.seed if config.data_seed is None else config.data_seed
-    streams = {
-        "weights": (config.seed, 0),
-        "order": (data_seed, 1),
-        "levels": (data_seed, 2),
-        "noise": (data_seed, 3),
-    }
-    return {name: int(np.random.SeedSequence(key).generate_state(1)[0]) for name, key in streams.items()}
+    def run(self, progress: bool) -> TrainedRun:
+        """Train to the end, or until a signal."""
+        config, size = self.config, self.config.batch_size
+        quiet = True if not (progress and self.group.is_main) else None  # None: a bar where stderr is a terminal
+        self.since = self.resumed = time.monotonic()
+        held_out = None
+        with (
+            StopRequest(self.group) as stop,
+            self.bar_type(
+                total=config.steps * size, initial=self.step * size, unit=" images", unit_scale=True,
+                desc=config.weighting, disable=quiet, file=sys.stderr,
+            ) as bar,
+        ):  # fmt: skip
+            while self.step < config.steps:
+                self._train_step(self.step)
+                self.step += 1
+                bar.update(size)
+                measured = self._due(config.held_out_every)
+                if measured or self._due(config.log_every):
+                    held_out = self._write_line(bar, measured)
+                if config.samples_every and self._due(config.samples_every) and self.out is not None:
+                    save_grid(self.out, self.step, self.average, config.sample_count)
+                if self._due(config.checkpoint_every):
+                    self._save()
+                if number := stop.agreed():
+                    self._stop(number)
+        if held_out is None:  # the run had come to its end before
+            held_out = self._held_out(self.average)
+        return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
 
+    def _train_step(self, step: int) -> None:
+        config = self.config
+        parts = self.batches.at(step)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(parts):
+            if config.dropout:
+                self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                loss = self._loss(batch)
+                self.optimisation.backward(loss)
+            total += loss.detach() / len(parts)
+        self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
+        self.optimisation.step(step, total)
+        self.running_average.update()
+        if (step + 1) % config.levels_every == 0:
+            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # those that do not adapt ignore it
 
-def _initial_denoiser(config: TrainConfig, seed: int) -> Denoiser:
-    with torch.random.fork_rng(devices=[]):  # layers draw from the global generator, which stays as it was
-        torch.default_generator.manual_seed(seed)
-        return Denoiser(digits_unet(config.channels), SIGMA_DATA)
+    def _loss(self, batch: Batch) -> Tensor:
+        dtype = _AUTOCAST[self.config.precision]
+        noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
+        return self.objective(
+            self.criterion, output, batch.x0, batch.eps, batch.sigma, self.config.sigma_data, batch.sample_weight
+        )
 
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-def _batches(size: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Indices [batch_size] into the images: one shuffled pass after the other, every batch full."""
-    order = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(waiting) < batch_size:
-            waiting = torch.cat([waiting, torch.randperm(size, generator=order)])
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
+    def _write_line(self, bar: Any, measured: bool) -> HeldOutLoss | None:
+        """Read the totals, which waits for the device, and write a line; returns the held-out loss if `measured`."""
+        totals = self.optimisation.totals
+        loss, norm, clipped, finite, skipped, _, longest = self.group.mean(totals).tolist()
+        totals[:4] = 0.0
+        now = time.monotonic()
+        entry = {
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "loss": loss / finite if finite else None,
+            "grad_norm": norm / finite if finite else None,
+            "clipped_share": clipped / finite if finite else None,
+            "skipped_steps": round(skipped),
+            "learning_rate": learning_rate_at(self.config, self.step - 1),
+            "images_per_second": (self.step - self.timed_step) * self.config.batch_size / (now - self.since),
+            "memory_bytes": memory_bytes(self.device),
+            "seconds": self.seconds + now - self.resumed,
+            **statistics_of(self.criterion),
+        }
+        held_out = None
+        if self.group.is_main:
+            if self.config.log_rms:
+                entry["rms"] = rms_per_layer(self.denoiser, self.batches.at(self.step - 1)[0])
+            if measured:
+                raw, held_out = self._held_out(self.denoiser.eval()), self._held_out(self.average)
+                self.denoiser.train()
+                entry["held_out"] = {
+                    "log_snr": held_out.log_snr.tolist(),
+                    "loss_raw": raw.mean.tolist(),
+                    "loss_ema": held_out.mean.tolist(),
+                }
+            self.log.add(entry)
+            bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
+        self.timed_step, self.since = self.step, time.monotonic()
+        if longest >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{longest:.0f} steps in a row had a non-finite gradient, the last up to step {self.step}. They "
+                "were left out, so the weights are good; but a lower learning_rate, a clip, or precision bf16 in place "
+                f"of fp16 is needed. Metrics up to here are in {self.out or 'memory'}"
+            )
+        return held_out
+
+    def _held_out(self, denoiser: Denoiser) -> HeldOutLoss:
+        config = self.config
+        number = min(config.held_out_images, len(self.images.held_out))
+        labels = self.images.held_out_labels
+        low, high = (math.log(sigma) for sigma in config.held_out_sigma)
+        log_sigmas = torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
+        return held_out_loss(
+            denoiser,
+            normalised(self.images.held_out[:number]),
+            None if labels is None else labels[:number],
+            log_snr_levels=(-2.0 * log_sigmas).tolist(),
+            draws=config.held_out_draws,
+        )
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Where gradients stay on their rank until the last part of the batch."""
+        if isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _trained_network(self) -> nn.Module:
+        network = self.denoiser.network
+        if self.config.compile:
+            network = cast(nn.Module, torch.compile(network, dynamic=False))
+        if self.group.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
+        return network
+
+    def _save(self) -> None:
+        if self.out is not None:
+            state = {
+                "step": self.step,
+                "seconds": self.seconds + time.monotonic() - self.resumed,
+                "image_shape": list(self.images.shape),
+                "classes": self.images.classes,
+                "model": self.denoiser.state_dict(),
+                "ema": self.average.state_dict(),
+                "criterion": self.criterion.state_dict(),
+                "levels": self.levels.state_dict(),
+                "optimizer": self.optimisation.optimizer.state_dict(),
+                "scaler": self.optimisation.scaler.state_dict(),
+                "totals": self.optimisation.totals,
+            }
+            save_checkpoint(self.out, self.step, state, self.config.keep_checkpoints)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.levels.load_state_dict(state["levels"])
+        self.optimisation.optimizer.load_state_dict(state["optimizer"])
+        self.optimisation.scaler.load_state_dict(state["scaler"])
+        self.optimisation.totals.copy_(state["totals"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _stop(self, number: int) -> None:
+        self._save()
+        name = signal.Signals(number).name
+        where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
+        raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

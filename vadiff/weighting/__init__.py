@@ -1,48 +1,123 @@
-"""How much each noise level counts: fixed functions of log-SNR, and tables that adapt to the statistics."""
+"""How much each noise level counts: fixed functions of log-SNR, tables that adapt to the statistics, a learned head."""
+
+from typing import Any
 
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
-from .fixed import Constant, FixedWeighting, MinSNR
+from .batch import Cauchy, Gaussian, LossZScore
+from .fixed import (
+    EDM,
+    P2,
+    SNR,
+    Constant,
+    ConstantX0,
+    CosMap,
+    Debiased,
+    FixedWeighting,
+    InverseOptimalLoss,
+    MinSNR,
+    MonotonicEDM,
+    SigmaSqrt,
+    Sigmoid,
+    SNRWeighting,
+    SoftMinSNR,
+    TruncatedSNR,
+)
+from .learned import LearnedUncertainty
+from .table import WeightTable
 
 __all__ = [
+    "EDM",
+    "P2",
+    "SNR",
     "AdaptiveWeighting",
+    "Cauchy",
     "Constant",
+    "ConstantX0",
+    "CosMap",
+    "Debiased",
     "FixedWeighting",
+    "Gaussian",
+    "InverseOptimalLoss",
+    "LearnedUncertainty",
     "LossLevel",
+    "LossZScore",
     "MinSNR",
+    "MonotonicEDM",
+    "SNRWeighting",
+    "SigmaSqrt",
+    "Sigmoid",
+    "SoftMinSNR",
+    "TruncatedSNR",
     "VarianceAware",
+    "WeightTable",
+    "Weighting",
     "available",
     "from_name",
+    "takes_prediction_type",
 ]
 
-Weighting = AdaptiveWeighting | FixedWeighting
+Weighting = AdaptiveWeighting | FixedWeighting | LearnedUncertainty | LossZScore
 
-_BY_NAME: dict[str, type[AdaptiveWeighting] | type[FixedWeighting]] = {
+_BY_NAME: dict[str, type[Weighting]] = {
+    "cauchy": Cauchy,
     "constant": Constant,
+    "constant_x0": ConstantX0,
+    "cosmap": CosMap,
+    "debiased": Debiased,
+    "edm": EDM,
+    "gaussian": Gaussian,
+    "learned": LearnedUncertainty,
     "loss_level": LossLevel,
+    "loss_zscore": LossZScore,
     "min_snr": MinSNR,
+    "monotonic_edm": MonotonicEDM,
+    "p2": P2,
+    "sigma_sqrt": SigmaSqrt,
+    "sigmoid": Sigmoid,
+    "snr": SNR,
+    "soft_min_snr": SoftMinSNR,
+    "truncated_snr": TruncatedSNR,
     "variance_aware": VarianceAware,
 }
 
 
 def available() -> tuple[str, ...]:
-    """Names that `DiffusionLoss(weighting=...)` accepts in place of an object, sorted."""
+    """Names that `DiffusionLoss(weighting=...)` accepts in place of an object, sorted.
+
+    `InverseOptimalLoss` and `vadiff.optimal_loss.GapWeighting` need a data set's optimal loss and have none.
+    """
     return tuple(sorted(_BY_NAME))
 
 
-def from_name(weighting: str | Weighting) -> Weighting:
-    """The weighting a name stands for, with its defaults; an object is returned as it is.
+def takes_prediction_type(name: str) -> bool:
+    """Whether the weighting of this name has to be told what the loss is written in (see `SNRWeighting`).
 
     Raises:
         ValueError: no such name.
-        TypeError: neither a name nor a weighting.
     """
-    if isinstance(weighting, (AdaptiveWeighting, FixedWeighting)):
+    return issubclass(_class_of(name), SNRWeighting)
+
+
+def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
+    """The weighting a name stands for, made with the options its class takes; an object is returned as it is.
+
+    Raises:
+        ValueError: no such name, or an option out of bounds.
+        TypeError: neither a name nor a weighting, or an option that the class does not take.
+    """
+    if isinstance(weighting, Weighting):
+        if options:
+            raise TypeError(f"options {', '.join(options)} are given with a weighting made already, expected none")
         return weighting
     if not isinstance(weighting, str):
         raise TypeError(
             f"weighting is a {type(weighting).__name__}, expected a name ({', '.join(available())}) "
             f"or an object from vadiff.weighting"
         )
-    if weighting not in _BY_NAME:
-        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(available())}")
-    return _BY_NAME[weighting]()
+    return _class_of(weighting)(**options)
+
+
+def _class_of(name: str) -> type[Weighting]:
+    if name not in _BY_NAME:
+        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(available())}")
+    return _BY_NAME[name]

@@ -1,21 +1,43 @@
-"""Fixed weightings: exact functions of log-SNR, evaluated per sample, never normalised."""
+"""Fixed weightings: exact functions of log-SNR, evaluated per sample, never normalised.
+
+Each is defined on the x0 loss, S = e**log_snr = alpha**2/sigma**2 without sigma_data in it (EDM: S = 1/sigma**2; to
+mean S = sigma_data**2/sigma**2 multiply gamma by 1/sigma_data**2), and divided by k of the prediction type
+(`vadiff.process.loss_ratio`) for a loss in another form. Written down for one form, it thus weighs the same objective
+in all. At log_snr = +-inf there is the limit; where that diverges, `max_weight`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from .._validation import is_number
 from ..process import PREDICTION_TYPES, loss_ratio
+
+if TYPE_CHECKING:
+    from ..optimal_loss import OptimalLoss
+
+MAX_WEIGHT = 1e6  # the EDM weight of sigma = 0.001
 
 
 class FixedWeighting:
     """A weight that depends on log-SNR only. Call it with log-SNR [B] float to get weights [B] float32."""
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether a sample's weight depends on its own log-SNR only, not on the rest of the batch."""
+        return True
+
     def __call__(self, log_snr: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
+        """The weights [B] of this rank's batch; what depends on the batch looks at all ranks' if `sync`."""
+        return self(log_snr)
 
 
 @dataclass(frozen=True)
@@ -26,43 +48,333 @@ class Constant(FixedWeighting):
         return torch.ones_like(log_snr, dtype=torch.float32)
 
 
+class SNRWeighting(FixedWeighting):
+    """A weight of the x0 loss that is a function of the SNR, converted to the prediction type's form by its k.
+
+    Arguments of every such weighting:
+        prediction_type: what the loss is written in: "epsilon", "sample", "v_prediction", "flow" or "edm" (the raw
+            network output F, or D with EDM's lambda(sigma) as base weight; sigma_data as below).
+        sigma_data: standard deviation of the data, for "edm" and for weightings with EDM's weight in them.
+        max_weight: upper bound of the weight, where the formula diverges.
+    They raise ValueError for an argument out of bounds.
+    """
+
+    prediction_type: str
+    sigma_data: float
+    max_weight: float
+
+    _positive: ClassVar[tuple[str, ...]] = ()  # further arguments that have to be
+
+    def __post_init__(self) -> None:
+        for name in (*self._positive, "sigma_data", "max_weight"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, expected a positive finite number")
+        _check_form("prediction_type", self.prediction_type)
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        """ln of the weight of the x0 loss at finite log-SNR, [B] float64."""
+        raise NotImplementedError
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        # In logs: S/S at infinite or zero SNR is a limit there, and NaN in plain arithmetic.
+        finite = log_snr.double().clamp(-700.0, 700.0)  # e**700 is still a float64
+        log_k = loss_ratio(self.prediction_type, finite, sigma_data=self.sigma_data).log()
+        log_weight = self.log_x0_weight(finite) - log_k
+        return log_weight.clamp(max=math.log(self.max_weight)).exp().float().where(~log_snr.isnan(), math.nan)
+
+
 @dataclass(frozen=True)
-class MinSNR(FixedWeighting):
-    """Min-SNR-gamma (arXiv 2303.09556): min(S, gamma) on the x0 loss, S = e**log_snr = alpha**2/sigma**2.
+class ConstantX0(SNRWeighting):
+    """1 on the x0 loss: every noise level's squared error of the image counts alike."""
+
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return torch.zeros_like(log_snr)
+
+
+@dataclass(frozen=True)
+class SNR(SNRWeighting):
+    """S on the x0 loss: 1 on the epsilon loss, DDPM's simple objective (arXiv 2006.11239, eq. 14) in every form."""
+
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr
+
+
+@dataclass(frozen=True)
+class MinSNR(SNRWeighting):
+    """Min-SNR-gamma (arXiv 2303.09556): min(S, gamma) on the x0 loss.
 
     For another prediction type it is divided by that type's k(S): epsilon min(S, gamma)/S, v min(S, gamma)/(S + 1), ...
-    At log_snr = +-inf the limit is returned (epsilon at zero SNR: 1, v: 0). For EDM, S = 1/sigma**2, without
-    sigma_data.
+    At zero SNR epsilon has 1, v has 0. For EDM, S = 1/sigma**2, without sigma_data.
 
     Args:
         gamma: where the SNR is cut off.
-        prediction_type: what the loss is written in: "epsilon", "sample", "v_prediction", "flow" or "edm" (the raw
-            network output F; sigma_data as below).
-        sigma_data: standard deviation of the data, used by "edm" only.
-
-    Raises:
-        ValueError: gamma not positive, or no such prediction type.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
     gamma: float = 5.0
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("gamma",)
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr.clamp(max=math.log(self.gamma))
+
+
+@dataclass(frozen=True)
+class SoftMinSNR(SNRWeighting):
+    """S·gamma/(S + gamma) on the x0 loss (Hourglass Diffusion Transformers, arXiv 2401.11605, section 3.4).
+
+    Args:
+        gamma: bound of the weight; 1/sigma_data**2, here that of 0.5, gives k-diffusion's weight 1/(sigma**2 +
+            sigma_data**2).
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    gamma: float = 4.0
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("gamma",)
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr + math.log(self.gamma) - _log_add(log_snr, math.log(self.gamma))
+
+
+@dataclass(frozen=True)
+class TruncatedSNR(SNRWeighting):
+    """max(S, gamma) on the x0 loss: truncated or max SNR (Salimans & Ho, arXiv 2202.00512, section 4, gamma = 1).
+
+    Args:
+        gamma: least weight.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    gamma: float = 1.0
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("gamma",)
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr.clamp(min=math.log(self.gamma))
+
+
+@dataclass(frozen=True)
+class EDM(SNRWeighting):
+    """S + 1/sigma_data**2 on the x0 loss: 1 on the F loss (arXiv 2206.00364, table 1)."""
+
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return loss_ratio("edm", log_snr, sigma_data=self.sigma_data).log()
+
+
+@dataclass(frozen=True)
+class P2(SNRWeighting):
+    """1/(k + S)**gamma on the epsilon loss: Choi et al., P2 weighting (arXiv 2204.00227, eq. 8).
+
+    Args:
+        k: bounds the weight at high noise.
+        gamma: 0 is the epsilon loss itself; the paper uses 0.5 and 1.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    k: float = 1.0
+    gamma: float = 1.0
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("k", "gamma")
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr - self.gamma * _log_add(log_snr, math.log(self.k))
+
+
+@dataclass(frozen=True)
+class Debiased(SNRWeighting):
+    """1/sqrt(S) on the epsilon loss: debiased estimation (Yu et al., arXiv 2310.08442)."""
+
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return 0.5 * log_snr
+
+
+@dataclass(frozen=True)
+class Sigmoid(SNRWeighting):
+    """sigmoid(bias - log_snr) on the epsilon loss: Kingma & Gao, VDM++ (arXiv 2303.00848); SiD2 (arXiv 2410.19324).
+
+    There it is the weight per unit of log-SNR whatever levels are drawn: pass
+    `sample_weight=(-sampler.log_density(log_snr)).exp()` for that objective; else it multiplies their density.
+
+    Args:
+        bias: log-SNR at which the weight has fallen to a half.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    bias: float = 2.0
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "sigma_data"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive finite number")
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type is {self.prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}"
-            )
+        _check_finite("bias", self.bias)
+        super().__post_init__()
 
-    def __call__(self, log_snr: Tensor) -> Tensor:
-        # In logs: S/S at infinite or zero SNR is a limit there, and NaN in plain arithmetic.
-        log_snr = log_snr.double()
-        tiny = log_snr.clamp(-700.0, 700.0)  # e**700 is still a float64
-        log_weight = (
-            tiny.clamp(max=math.log(self.gamma))
-            - loss_ratio(self.prediction_type, tiny, sigma_data=self.sigma_data).log()
-        )
-        return log_weight.exp().float().where(~log_snr.isnan(), math.nan)
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return log_snr + torch.nn.functional.logsigmoid(self.bias - log_snr)
+
+
+@dataclass(frozen=True)
+class MonotonicEDM(SNRWeighting):
+    """EDM's weight and density as one weight of log-SNR, flat beyond its peak: Kingma & Gao (arXiv 2303.00848).
+
+    On the epsilon loss h(log_snr) = N(log_snr; -2·p_mean, (2·p_std)**2) · (1 + 1/(S·sigma_data**2)) at less noise
+    than where h peaks, the peak's value at more; divided by the peak, so that the weight is 1 there. Meant for levels
+    uniform in log-SNR (`levels.LogUniform`); for others see `Sigmoid`.
+
+    Args:
+        p_mean, p_std: EDM's, of ln(sigma).
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("p_std",)
+
+    def __post_init__(self) -> None:
+        _check_finite("p_mean", self.p_mean)
+        super().__post_init__()
+
+    @property
+    def peak(self) -> float:
+        """Log-SNR of the peak: where h'/h = -(x - m)/s² - 1/(1 + sigma_data²·e**x) is 0, m = -2p_mean, s = 2p_std."""
+        mean, variance = -2.0 * self.p_mean, 4.0 * self.p_std**2
+        low, high = mean - variance, mean  # the slope is positive at the first, negative at the second
+        for _ in range(80):
+            middle = 0.5 * (low + high)
+            falling = 1.0 / (1.0 + self.sigma_data**2 * math.exp(min(middle, 700.0)))
+            low, high = (middle, high) if -(middle - mean) / variance > falling else (low, middle)
+        return 0.5 * (low + high)
+
+    def _log_h(self, log_snr: Tensor) -> Tensor:
+        density = -0.5 * ((log_snr + 2.0 * self.p_mean) / (2.0 * self.p_std)).square()
+        return density + loss_ratio("edm", log_snr, sigma_data=self.sigma_data).log() - log_snr
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        peak = self.peak
+        return log_snr + self._log_h(log_snr.clamp(min=peak)) - self._log_h(torch.full_like(log_snr, peak))
+
+
+class _SD3Weighting(SNRWeighting):
+    """A weight by the noise share t of a flow, t = sigma/(alpha + sigma), as diffusers' SD3 scripts write it."""
+
+    form: str
+
+    def __post_init__(self) -> None:
+        _check_form("form", self.form)
+        super().__post_init__()
+
+    def _log_weight(self, log_snr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return self._log_weight(log_snr) + loss_ratio(self.form, log_snr, sigma_data=self.sigma_data).log()
+
+
+@dataclass(frozen=True)
+class SigmaSqrt(_SD3Weighting):
+    """1/t**2, t the noise share of a flow: diffusers' "sigma_sqrt" for SD3.
+
+    Args:
+        form: the loss that this multiplies. "sample" is what diffusers does by default (--precondition_outputs); it
+            then equals 1 on the flow loss. "flow" is what it does without.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+    """
+
+    form: str = "sample"
+    prediction_type: str = "flow"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def _log_weight(self, log_snr: Tensor) -> Tensor:
+        return loss_ratio("flow", log_snr).log()  # 1/t = 1 + sqrt(S)
+
+
+@dataclass(frozen=True)
+class CosMap(_SD3Weighting):
+    """2/(π·(1 - 2t + 2t**2)), t the noise share of a flow: "cosmap" of SD3 (arXiv 2403.03206, eq. 21).
+
+    There it is a density of t; `levels.CosMap` draws from it.
+
+    Args:
+        form, prediction_type, sigma_data, max_weight: see `SigmaSqrt`.
+    """
+
+    form: str = "sample"
+    prediction_type: str = "flow"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def _log_weight(self, log_snr: Tensor) -> Tensor:
+        t = (-0.5 * log_snr).sigmoid()
+        return math.log(2.0 / math.pi) - (1.0 - 2.0 * t + 2.0 * t.square()).log()
+
+
+@dataclass(frozen=True)
+class InverseOptimalLoss(SNRWeighting):
+    """D/J* on the x0 loss, J*/D the lowest loss per element that any network can have (arXiv 2506.13763).
+
+    A model at its optimum then has loss 1 at every noise level: what EDM2's learned weighting and `LossLevel` tend to
+    as the gap closes.
+
+    Args:
+        optimal: the data set's J*, from `vadiff.optimal_loss.estimate`.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`. J* goes to 0 with the noise, so here `max_weight`
+            is part of the method; it bounds the weight of the x0 loss.
+    """
+
+    optimal: OptimalLoss
+    prediction_type: str = "edm"
+    sigma_data: float = 0.5
+    max_weight: float = 1e3
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return (-self.optimal.log_loss_at(log_snr)).clamp(max=math.log(self.max_weight))
+
+
+def _log_add(log_snr: Tensor, log_constant: float) -> Tensor:
+    """ln(S + constant)."""
+    return torch.logaddexp(log_snr, torch.full_like(log_snr, log_constant))
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not is_number(value) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+
+
+def _check_form(name: str, value: str) -> None:
+    if value not in PREDICTION_TYPES:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(PREDICTION_TYPES)}")

@@ -1,0 +1,68 @@
+"""Which noise levels a model trains on: inverse-CDF samplers, fixed and adaptive, with their densities.
+
+sampler = vadiff.levels.LogNormal(p_mean=-1.2, p_std=1.2)
+levels = sampler(vadiff.levels.uniforms(64, generator, stratified=True))
+levels.log_snr, levels.sigma, levels.sample_weight
+"""
+
+from typing import Any
+
+from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
+from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime
+from .sampler import LevelSampler, NoiseLevels, uniforms
+from .table import Table
+
+__all__ = [
+    "AdaptiveLevels",
+    "Cauchy",
+    "CosMap",
+    "Laplace",
+    "LevelSampler",
+    "LogNormal",
+    "LogUniform",
+    "LogitNormal",
+    "LossSpread",
+    "Mode",
+    "NoiseLevels",
+    "SecondMoment",
+    "Table",
+    "UniformTime",
+    "available",
+    "from_name",
+    "uniforms",
+]
+
+_BY_NAME: dict[str, type[LevelSampler]] = {
+    "cauchy": Cauchy,
+    "cosmap": CosMap,
+    "laplace": Laplace,
+    "log_normal": LogNormal,
+    "log_uniform": LogUniform,
+    "logit_normal": LogitNormal,
+    "loss_spread": LossSpread,
+    "mode": Mode,
+    "second_moment": SecondMoment,
+    "table": Table,
+    "uniform_time": UniformTime,
+}
+
+
+def available() -> tuple[str, ...]:
+    """Names that `from_name` knows, sorted."""
+    return tuple(sorted(_BY_NAME))
+
+
+def from_name(name: str, **options: Any) -> LevelSampler:
+    """The sampler a name stands for, made with the options its class takes.
+
+    Raises:
+        ValueError: no such name, or an option out of bounds.
+        TypeError: an option that the class does not take.
+
+    Example:
+        >>> from_name("log_normal", p_mean=-0.4, p_std=1.0)
+        LogNormal(p_mean=-0.4, p_std=1)
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}")
+    return _BY_NAME[name](**options)

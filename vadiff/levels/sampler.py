@@ -1,0 +1,160 @@
+"""What every noise-level sampler is: an inverse CDF from uniform numbers to log-SNR, with its density."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._validation import is_number
+from ..loss import DiffusionLoss
+
+_SMALLEST, _LARGEST = 2.0**-54, 1.0 - 2.0**-53  # of float64 numbers inside (0, 1), as torch.rand spaces them
+
+
+class NoiseLevels(NamedTuple):
+    """The noise levels of a batch."""
+
+    log_snr: Tensor  # [B] float32
+    sample_weight: Tensor | None  # [B] float32: p_base/p, of mean 1 in expectation; None where not corrected
+
+    @property
+    def sigma(self) -> Tensor:
+        """sigma/alpha = e**(-log_snr/2): the noise level of a variance-exploding process. [B] float32."""
+        return (-0.5 * self.log_snr).exp()
+
+
+def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = False, antithetic: bool = False) -> Tensor:
+    """Uniform numbers in (0, 1) for the levels of one global batch.
+
+    With several ranks, every rank draws the whole global batch from the same seed and takes its own slice: 1 x 64 and
+    2 x 32 then train on the same levels, and strata and pairs span the ranks.
+
+    Args:
+        samples: size of the global batch.
+        generator: its device is that of the result.
+        stratified: one number in each of `samples` equal parts of (0, 1), in random order: every batch covers all
+            noise levels, and the mean of anything over the batch varies less.
+        antithetic: numbers in pairs u, 1 - u (an odd batch's middle one alone). Both together: stratified pairs.
+
+    Returns:
+        [samples] float64.
+
+    Raises:
+        ValueError: samples is not a positive integer.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples is {samples!r}, expected a positive integer: the size of the global batch")
+    u = torch.rand(samples, generator=generator, dtype=torch.float64, device=generator.device)
+    if antithetic:
+        half = samples // 2
+        u[samples - half :] = 1.0 - u[:half].flip(0)
+    if stratified:
+        u = (torch.arange(samples, dtype=torch.float64, device=u.device) + u) / samples
+    if stratified or antithetic:
+        u = u[torch.randperm(samples, generator=generator, device=u.device)]
+    return u.clamp(_SMALLEST, _LARGEST)
+
+
+class LevelSampler(nn.Module, ABC):
+    """A distribution of noise levels. Call it with uniform numbers u, [B] float64 in (0, 1), to get `NoiseLevels`.
+
+    Noise grows with u, so that stratified numbers are stratified noise levels. Nothing waits for the device.
+
+    A subclass gives `_quantile`, `_cdf` and `_log_density` of the whole distribution, in float64, and calls
+    `_restrict` at the end of its constructor.
+    """
+
+    log_snr_range: tuple[float, float]
+
+    @abstractmethod
+    def _quantile(self, u: Tensor) -> Tensor:
+        """Log-SNR at each u; falls."""
+
+    @abstractmethod
+    def _cdf(self, log_snr: Tensor) -> Tensor:
+        """u at each log-SNR: the share of draws with less noise."""
+
+    @abstractmethod
+    def _log_density(self, log_snr: Tensor) -> Tensor:
+        """ln of the density over log-SNR."""
+
+    def _restrict(self, log_snr_range: tuple[float, float]) -> None:
+        """Cut the distribution off outside the range, and rescale what is left."""
+        try:
+            low, high = (float(limit) for limit in log_snr_range)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"log_snr_range is {log_snr_range!r}, expected two numbers (low, high) of log-SNR"
+            ) from None
+        if not low < high:
+            raise ValueError(f"log_snr_range is ({low:g}, {high:g}), expected low < high: natural log of the SNR")
+        ends = torch.tensor([high, low], dtype=torch.float64)
+        first, last = self._cdf(ends).tolist() if math.isfinite(low) or math.isfinite(high) else (0.0, 1.0)
+        # An end left open is exactly 0 or 1, whatever the CDF says of infinity.
+        self._first = 0.0 if high == math.inf else first
+        self._share = (1.0 if low == -math.inf else last) - self._first
+        if not self._share > 0.0:
+            raise ValueError(f"log_snr_range is ({low:g}, {high:g}), where {type(self).__name__} has no noise levels")
+        self.log_snr_range = (low, high)
+
+    def forward(self, u: Tensor) -> NoiseLevels:
+        """Noise levels at uniform numbers.
+
+        Args:
+            u: [B] floating, in (0, 1); float64, as `uniforms` gives it, for levels exact far out in the tails.
+
+        Raises:
+            TypeError: u is not a floating-point tensor.
+            ValueError: u is not one-dimensional.
+        """
+        return NoiseLevels(self._levels(_checked(u)).float(), None)
+
+    def _levels(self, u: Tensor) -> Tensor:
+        """Log-SNR at u in (0, 1), float64, inside the range."""
+        return self._quantile(self._first + self._share * u).clamp(*self.log_snr_range)
+
+    def cdf(self, log_snr: Tensor) -> Tensor:
+        """Share of draws with less noise than at each log-SNR [B]: the u they would come from. [B] float64."""
+        return ((self._cdf(log_snr.double()) - self._first) / self._share).clamp(0.0, 1.0)
+
+    def log_density(self, log_snr: Tensor) -> Tensor:
+        """ln p(log_snr), p the density over log-SNR, [B] float64; -inf where no draw falls.
+
+        Over ln(sigma) the density is twice that, over sigma 2/sigma times.
+        """
+        log_snr = log_snr.double()
+        low, high = self.log_snr_range
+        inside = (log_snr >= low) & (log_snr <= high) & log_snr.isfinite()
+        density = self._log_density(torch.where(inside, log_snr, 0.0)) - math.log(self._share)
+        return torch.where(inside, density, -math.inf)
+
+    def update(self, criterion: DiffusionLoss, log_snr: Tensor | None = None) -> None:
+        """Learn from the step just taken. Samplers that do not adapt ignore it.
+
+        Args:
+            criterion: the loss that was trained on.
+            log_snr: [B], those of this rank's last batch.
+        """
+
+
+def _checked(u: Tensor) -> Tensor:
+    if not u.is_floating_point():
+        raise TypeError(
+            f"u has dtype {u.dtype}, expected float64: uniform numbers in (0, 1), see vadiff.levels.uniforms"
+        )
+    if u.dim() != 1:
+        raise ValueError(f"u has shape {tuple(u.shape)}, expected (B,): one number per sample. Use u.flatten().")
+    return u.double()
+
+
+def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+    """A finite number in bounds, as a float."""
+    if not (is_number(value) and math.isfinite(value) and value > above and value >= at_least):
+        bound = f" above {above:g}" if above > -math.inf else ""
+        bound += f" of at least {at_least:g}" if at_least > -math.inf else ""
+        raise ValueError(f"{name} is {value!r}, expected a finite number{bound}")
+    return float(value)

@@ -1,0 +1,75 @@
+"""The U-Net of diffusers, sized for small images."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..extras import import_extra
+
+# diffusers embeds a timestep in sines of periods from 2π up, made for 0 to 1000; c_noise is -1.5 to 1.1.
+_STEPS_PER_C_NOISE = 100.0
+
+
+def unet(
+    image_shape: tuple[int, int, int],
+    channels: Sequence[int],
+    *,
+    layers_per_block: int = 1,
+    attention_resolutions: Collection[int] = (),
+    norm_groups: int = 8,
+    dropout: float = 0.0,
+    labels: int = 0,
+) -> nn.Module:
+    """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W].
+
+    Args:
+        image_shape: (C, H, W).
+        channels: width of each resolution, from H × W down; multiples of `norm_groups`.
+        layers_per_block: residual blocks per resolution on the way down; one more on the way up.
+        attention_resolutions: heights (in pixels) of the resolutions with self-attention.
+        norm_groups: of group normalisation.
+        dropout: in the residual blocks.
+        labels: number of classes, to which one is added for "none given"; 0 for a network without.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        ValueError: sizes that do not fit.
+    """
+    channel_count, height, width = image_shape
+    halvings = 2 ** (len(channels) - 1)
+    if height % halvings or width % halvings:
+        raise ValueError(
+            f"channels has {len(channels)} resolutions, but images of {height} × {width} cannot be halved "
+            f"{len(channels) - 1} times: give fewer widths, or an image size that is a multiple of {halvings}"
+        )
+    if any(width_ % norm_groups for width_ in channels):
+        raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
+    resolutions = [height >> level for level in range(len(channels))]
+    attends = [resolution in attention_resolutions for resolution in resolutions]
+    return _UNet(
+        sample_size=(height, width),
+        in_channels=channel_count,
+        out_channels=channel_count,
+        block_out_channels=tuple(channels),
+        down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)),
+        layers_per_block=layers_per_block,
+        add_attention=any(attends),
+        norm_num_groups=norm_groups,
+        dropout=dropout,
+        num_class_embeds=labels + 1 if labels else None,
+    )
+
+
+class _UNet(nn.Module):
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+        unet_2d = import_extra("diffusers.models.unets.unet_2d", "train")
+        # channels_last is a tenth faster on a CPU, and what tensor cores want.
+        self.unet = unet_2d.UNet2DModel(**settings).to(memory_format=torch.channels_last)
+
+    def forward(self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        output: Tensor = self.unet(noisy, _STEPS_PER_C_NOISE * c_noise, class_labels=labels, return_dict=False)[0]
+        return output

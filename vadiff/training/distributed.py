@@ -1,0 +1,78 @@
+"""One process or many: what differs between them stands here.
+
+Under `torchrun` every process trains the same network on its slice of the same batch.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and shows progress."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over ranks; every rank must call it."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total / self.size
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over ranks."""
+        for parameter in parameters if self.size > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad = self.mean(parameter.grad)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def ranks(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that torchrun started: gloo on CPUs, NCCL on GPUs. One process where it was not torchrun.
+
+    A process group that is there already is used, and left in place.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        yield _current()
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield _current()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process, where a run on "cuda" has several processes."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def _current() -> Ranks:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank)

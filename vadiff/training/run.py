@@ -1,0 +1,116 @@
+"""A run directory, opened to look at, sample from or evaluate.
+
+config.yaml          the config
+metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.training.metrics`
+tensorboard/         the same for TensorBoard
+checkpoints/step-<n>/
+samples/step-<n>.png
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Images
+from ..errors import RunError
+from ..loss import DiffusionLoss
+from ..models import Denoiser
+from .assembly import build_criterion, build_denoiser, load_images
+from .checkpoint import load_checkpoint, steps_saved
+from .config import TrainConfig
+
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+WEIGHTS = ("ema", "raw")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `vadiff train` left in a folder, or is still writing there."""
+
+    path: Path
+    config: TrainConfig
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far; empty before the first.
+
+        Raises:
+            RunError: a line that is not JSON, other than a last one that is still being written.
+        """
+        path = self.path / METRICS
+        return read_metrics(path) if path.exists() else []
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        return steps_saved(self.path)
+
+    def denoiser(self, weights: str = "ema", step: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
+        """The denoiser of a checkpoint, in eval mode.
+
+        Args:
+            weights: "ema", the running average, which samples are drawn from; or "raw", those that were trained.
+            step: of the checkpoint; None is the latest.
+            device: where to put it.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+            ValueError: no such weights.
+            MissingExtraError: diffusers is not installed.
+        """
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+        state = load_checkpoint(self.path, step)
+        channels, height, width = state["image_shape"]
+        denoiser = build_denoiser(self.config, (channels, height, width), state["classes"])
+        denoiser.load_state_dict(state["ema" if weights == "ema" else "model"])
+        return denoiser.to(device).eval()
+
+    def criterion(self, step: int | None = None) -> DiffusionLoss:
+        """The criterion with the statistics of a checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+        """
+        criterion = build_criterion(self.config, self.path)
+        criterion.load_state_dict(load_checkpoint(self.path, step)["criterion"])
+        return criterion
+
+    def images(self) -> Images:
+        """The data set it is trained on, read again from where it was.
+
+        Raises:
+            DataError: it is no longer there, or not as it should be.
+            MissingExtraError: a package that reads it is not installed.
+        """
+        return load_images(self.config)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory. What it holds is read when it is asked for.
+
+    Raises:
+        RunError: not a run directory, or a config that does not fit this version.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        what = "has no config.yaml" if path.is_dir() else "is not a folder"
+        raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
+    return Run(path, TrainConfig.load(path / CONFIG))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one without its end, of a process that was killed, is left out.
+
+    Raises:
+        RunError: a line that is not JSON.
+    """
+    text = path.read_text()
+    entries = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: {error}") from error
+    return entries

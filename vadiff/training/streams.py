@@ -1,0 +1,96 @@
+"""Where the random numbers of a run come from: separate seeded streams, each a function of seed and step.
+
+Two runs that differ in one thing share all the others, sample by sample. As no stream carries a state from step to
+step, a resumed run goes on with the numbers it would have had. The numbers of the global batch are drawn on every
+rank, which then takes its slice: how many ranks there are makes no difference.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DATA_STREAMS = ("order", "levels", "noise", "flips", "labels")
+
+
+class Streams:
+    """The streams of one run.
+
+    Args:
+        seed: of the initial weights and of dropout.
+        data_seed: of everything about the data.
+        device: where the numbers of a step are drawn.
+    """
+
+    def __init__(self, seed: int, data_seed: int, device: torch.device) -> None:
+        self.initialisation = _derived(seed, 0)
+        self._dropout = _derived(seed, 1)
+        self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate(_DATA_STREAMS)}
+        self._device_generator = torch.Generator(device)
+        self._order = torch.Generator()
+
+    def at(self, name: str, step: int) -> torch.Generator:
+        """The generator of "levels", "noise", "flips" or "labels" at a step; use it before asking for another."""
+        return self._device_generator.manual_seed(self._data[name] + step)
+
+    def order(self, epoch: int, size: int) -> Tensor:
+        """A shuffled pass over `size` images. int64 [size], on the CPU."""
+        return torch.randperm(size, generator=self._order.manual_seed(self._data["order"] + epoch))
+
+    def seed_dropout(self, step: int, part: int) -> None:
+        """Seed torch's global generators, from which dropout draws."""
+        torch.manual_seed(_derived(self._dropout, step, part))
+
+
+class ShuffledIndices:
+    """Which images a step sees: one shuffled pass after the other, every batch full.
+
+    Args:
+        order: (epoch, size) → a permutation of the indices, [size].
+        size: number of images.
+        batch_size: of the global batch.
+        device: where the indices are kept: a pass is moved there once.
+    """
+
+    def __init__(self, order: Callable[[int, int], Tensor], size: int, batch_size: int, device: torch.device) -> None:
+        self._order = order
+        self._size = size
+        self._batch_size = batch_size
+        self._device = device
+        self._passes: dict[int, Tensor] = {}
+
+    def at(self, step: int) -> Tensor:
+        """The indices of step 0, 1, ... int64 [batch_size]."""
+        start = step * self._batch_size
+        end = start + self._batch_size
+        epochs = range(start // self._size, (end - 1) // self._size + 1)
+        self._passes = {epoch: self._passes[epoch] if epoch in self._passes else self._moved(epoch) for epoch in epochs}
+        parts = [self._passes[e][max(start - e * self._size, 0) : end - e * self._size] for e in epochs]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _moved(self, epoch: int) -> Tensor:
+        return self._order(epoch, self._size).to(self._device)
+
+
+@contextmanager
+def own_global_state(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """Leave torch's global generators, and how it chooses algorithms, as they were.
+
+    Convolutions of fixed shapes are tried out and the fastest taken, unless the run is to be deterministic.
+    """
+    was_deterministic, was_trying = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.use_deterministic_algorithms(was_deterministic or deterministic)
+        torch.backends.cudnn.benchmark = not (was_deterministic or deterministic)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
+            torch.backends.cudnn.benchmark = was_trying
+
+
+def _derived(*key: int) -> int:
+    """A seed that depends on all of `key`; steps are added to it, hence room is left."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 2)

@@ -1,0 +1,120 @@
+"""The weights of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), as published.
+
+Three different formulas stand in its code, its equation 13 and its README. None of them estimates a variance;
+`VarianceAware` does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from .._validation import is_number
+from .fixed import FixedWeighting
+
+
+@dataclass(frozen=True)
+class _Bump(FixedWeighting):
+    """A weight that falls with the distance of log-SNR from a centre.
+
+    Args:
+        alpha: 1/alpha is the square of the bump's width, in log-SNR units.
+        center: log-SNR of the centre. None: the mean of the batch, over all ranks; infinite and NaN log-SNR are left
+            out of it, and `criterion.weights` is NaN.
+
+    Raises:
+        ValueError: an argument out of bounds.
+    """
+
+    alpha: float = 0.05
+    center: float | None = None
+
+    def __post_init__(self) -> None:
+        if not is_number(self.alpha) or not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number of at least 0")
+        if self.center is not None and not (is_number(self.center) and math.isfinite(self.center)):
+            raise ValueError(f"center is {self.center!r}, expected a finite log-SNR, or None for the batch mean")
+
+    @property
+    def pointwise(self) -> bool:
+        return self.center is not None
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return self.for_batch(log_snr, sync=False)
+
+    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
+        log_snr = log_snr.double()
+        center: float | Tensor
+        if self.center is None:
+            finite = log_snr.isfinite()
+            center = _mean(torch.where(finite, log_snr, 0.0), finite, sync)
+        else:
+            center = self.center
+        return self._bump(self.alpha * (log_snr - center).square()).float()
+
+    def _bump(self, distance: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cauchy(_Bump):
+    """1/(1 + alpha·(log_snr - center)**2): what the paper's code runs, with alpha 0.01, 0.05 or 0.1.
+
+    Its centre is the mean of the batch (None here), which moves by 0.2 about 2.4, the middle of EDM's levels.
+    The code's log-SNR has sigma_data in it, which cancels against the mean. It multiplies EDM's loss; its sampling
+    twin is a density of the same shape (`levels.Table`), after `levels.Cauchy`.
+    """
+
+    center: float | None = 2.4
+
+    def _bump(self, distance: Tensor) -> Tensor:
+        return 1.0 / (1.0 + distance)
+
+
+class Gaussian(_Bump):
+    """exp(-alpha·(log_snr - center)**2): the paper's equation 13, where the centre is the mean of the batch."""
+
+    def _bump(self, distance: Tensor) -> Tensor:
+        return (-distance).exp()
+
+
+@dataclass(frozen=True)
+class LossZScore:
+    """1 + alpha·(g - mean)/std over the losses g of the batch, of all ranks: the README's formula, detached.
+
+    It weighs up what is hard within a batch, so a sample changes its own weight, and the expected loss moves: of this
+    package's rules it breaks the first (causal) and the third (loss-preserving). `criterion.weights` is NaN. A NaN loss
+    makes the weights of its batch NaN.
+
+    Args:
+        alpha: 0 weighs nothing.
+
+    Raises:
+        ValueError: alpha is not finite.
+    """
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not is_number(self.alpha) or not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
+
+    def weights_of(self, loss: Tensor, sync: bool) -> Tensor:
+        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike."""
+        loss = loss.detach().double()
+        everyone = torch.ones_like(loss, dtype=torch.bool)
+        deviation = loss - _mean(loss, everyone, sync)
+        std = _mean(deviation.square(), everyone, sync).sqrt()
+        return (1.0 + self.alpha * deviation / torch.where(std == 0, 1.0, std)).float()
+
+
+def _mean(values: Tensor, counted: Tensor, sync: bool) -> Tensor:
+    """Mean of what is counted, over the ranks of the default process group if `sync`; 0 of nothing. float64 scalar."""
+    total = torch.stack([values.sum(), counted.sum().double()])
+    if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total, ReduceOp.SUM)
+    return total[0] / total[1].clamp(min=1.0)

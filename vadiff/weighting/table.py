@@ -1,0 +1,40 @@
+"""A weighting read from a table over log-SNR bins, as the one another run ended with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..reference import Bins, log_weight_at
+from .fixed import FixedWeighting
+
+
+@dataclass(frozen=True)
+class WeightTable(FixedWeighting):
+    """w(λ) by linear interpolation of ln w between bin centres, flat beyond the outer ones: as adaptive tables are.
+
+    Args:
+        weights: w at the centre of each bin, K positive numbers.
+        log_snr_range: (low, high) of the bins.
+
+    Raises:
+        ValueError: fewer than two weights, or one that is not positive and finite.
+    """
+
+    weights: tuple[float, ...]
+    log_snr_range: tuple[float, float] = (-16.0, 16.0)
+    # ln w per device: copying the table at every step would wait for the device.
+    _log_weights: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.weights) < 2 or not all(0.0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights is {self.weights!r}, expected two positive finite numbers or more")
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        low, high = self.log_snr_range
+        if log_snr.device not in self._log_weights:
+            self._log_weights[log_snr.device] = torch.tensor(self.weights, device=log_snr.device).log()
+        bins = Bins(len(self.weights), low, high)
+        return log_weight_at(self._log_weights[log_snr.device], log_snr.float(), bins).exp()
