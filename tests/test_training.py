@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vadiff
 from vadiff.data.digits import SIGMA_DATA
-from vadiff.errors import RunError, TrainingError
+from vadiff.errors import DataError, RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
@@ -230,6 +230,14 @@ def test_run_directory_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     train(dataclasses.replace(TINY, steps=1), out=tmp_path, overwrite=True, progress=False)
     assert open_run(tmp_path).checkpoints() == [1]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_does_not_fit_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be halved 4 times"):
+        train(dataclasses.replace(TINY, channels=(8,) * 5), out=tmp_path / "run", progress=False)
+    with pytest.raises(DataError, match="which does not exist"):
+        train(dataclasses.replace(TINY, dataset="cifar10", data=str(tmp_path / "no")), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
