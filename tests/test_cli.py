@@ -1,20 +1,26 @@
 """The command `vadiff`: what it prints, writes and returns."""
 
 import dataclasses
-import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 import vadiff
 from vadiff.cli import main
-from vadiff.training import PRESETS, TrainConfig
+from vadiff.training import PRESETS, TrainConfig, edm_objective, open_run
+from vadiff.training.objective import OBJECTIVES
 
 TINY = TrainConfig(
-    steps=3, batch_size=64, channels=(8, 16), log_every=1, held_out_draws=1, device="cpu", backend="reference"
-)
+    steps=3, batch_size=64, channels=(8, 16), log_every=1, held_out_images=20, tensorboard=False, device="cpu",
+    backend="reference",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +51,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(command in out for command in ("train", "demo", "doctor"))
 
 
-def test_train_writes_metrics_and_checkpoint_and_prints_held_out_loss(
+def test_train_writes_a_run_directory_and_prints_held_out_loss(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "run"
@@ -53,8 +59,55 @@ def test_train_writes_metrics_and_checkpoint_and_prints_held_out_loss(
     printed = capsys.readouterr().out
     assert "loss_level" in printed
     assert "log-SNR" in printed
-    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
-    assert (out / "checkpoint.pt").exists()
+    assert open_run(out).metrics()[-1]["step"] == 2
+    assert open_run(out).checkpoints() == [2]
+
+
+def test_flags_reach_the_config(tmp_path: Path) -> None:
+    flags = ["--channels", "8", "8", "--weighting", "cauchy", "--weighting-options", "alpha=0.1", "--clip", "inf"]
+    flags += ["--flips", "--no-tensorboard", "--log-snr-range", "-10", "10", "--data-seed", "3"]
+    assert main(["train", "--preset", "digits", *flags, "--out", str(tmp_path)]) == 0
+    config = open_run(tmp_path).config
+    assert (config.channels, config.weighting_options, config.flips) == ((8, 8), {"alpha": 0.1}, True)
+    assert (config.clip, config.log_snr_range, config.data_seed) == (math.inf, (-10.0, 10.0), 3)
+    assert config.batch_size == TINY.batch_size
+
+
+def test_run_is_resumed_by_its_folder_alone_and_never_overwritten_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--out", str(tmp_path)]
+    assert main([*train, "--preset", "digits", "--steps", "2", "--schedule", "constant"]) == 0
+    assert main([*train, "--preset", "digits"]) == 1
+    assert "holds a run already: go on with --resume" in capsys.readouterr().err
+    assert main([*train, "--resume", "--steps", "4"]) == 0
+    assert [line["step"] for line in open_run(tmp_path).metrics()] == [1, 2, 3, 4]
+    assert main([*train, "--resume", "--batch-size", "8"]) == 1
+    assert "batch_size was 64, is 8" in capsys.readouterr().err
+    assert main([*train, "--overwrite", "--preset", "digits", "--steps", "1"]) == 0
+    assert [line["step"] for line in open_run(tmp_path).metrics()] == [1]
+
+
+def test_config_file_stands_in_for_a_preset(tmp_path: Path) -> None:
+    TINY.save(tmp_path / "mine.yaml")
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--steps", "1", "--out", str(out)]) == 0
+    assert open_run(out).config == dataclasses.replace(TINY, steps=1)
+
+
+def test_signal_ends_training_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killing(*arguments: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return edm_objective(*arguments)
+
+    monkeypatch.setitem(OBJECTIVES, "edm", killing)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--preset", "digits", "--out", str(tmp_path)])
+    assert stopped.value.code == 143
+    assert "stopped by SIGTERM after step 1; go on with --resume" in capsys.readouterr().err
+    assert open_run(tmp_path).checkpoints() == [1]
 
 
 def test_demo_writes_its_report_and_prints_all_three_weightings(
@@ -64,7 +117,7 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "mean over levels"))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.parent.name for path in tmp_path.glob("*/checkpoint.pt")) == [
+    assert sorted(path.parent.name for path in tmp_path.glob("*/config.yaml")) == [
         "constant",
         "loss_level",
         "variance_aware",
@@ -84,15 +137,20 @@ def test_doctor_prints_its_report_and_succeeds(capsys: pytest.CaptureFixture[str
         (["--device", "toaster"], "vadiff train: error: device is 'toaster', expected auto, cpu, cuda or cuda:N"),
         (["--weighting", "variance"], "argument --weighting: invalid choice: 'variance'"),
         (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
+        (["--weighting-options", "alpha"], "argument --weighting-options: 'alpha', expected NAME=NUMBER"),
+        (["--weighting-options", "beta=1"], "weighting_options is {'beta': 1.0}: "),
+        (["--channels", "8", "8", "8", "8", "8"], "images of 8 × 8 cannot be halved 4 times"),
         (["--out", __file__], "test_cli.py is a file, expected a folder"),
     ],
 )
-def test_bad_option_is_a_usage_error(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in usage_error(["train", "--preset", "digits", *option], capsys)
+def test_bad_option_is_a_usage_error(
+    option: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in usage_error(["train", "--preset", "digits", "--out", str(tmp_path), *option], capsys)
 
 
 def test_preset_and_command_are_required(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "required: --preset" in usage_error(["train"], capsys)
+    assert "one of the arguments --preset --config is required" in usage_error(["train"], capsys)
     assert "required: COMMAND" in usage_error([], capsys)
 
 
@@ -136,8 +194,9 @@ def test_interrupt_is_said_without_a_traceback(
 
 def test_command_and_training_import_no_optional_package() -> None:
     code = (
-        "import sys, vadiff.cli, vadiff.training, vadiff.report, vadiff.doctor, vadiff.sampling\n"
-        "print(*{'diffusers', 'sklearn', 'matplotlib', 'torchvision'} & set(sys.modules))"
+        "import sys, vadiff.cli, vadiff.training, vadiff.report, vadiff.doctor, vadiff.sampling, vadiff.ablation\n"
+        "optional = {'diffusers', 'sklearn', 'matplotlib', 'torchvision', 'yaml', 'tensorboard', 'PIL', 'scipy'}\n"
+        "print(*optional & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -1,27 +1,39 @@
-"""vadiff.training: paired seeds, the objective, what is logged and saved, held-out loss."""
+"""vadiff.training: paired seeds, what a step does, what is logged and saved, held-out loss."""
 
 import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import vadiff
-from vadiff.data import load_digits
 from vadiff.data.digits import SIGMA_DATA
+from vadiff.errors import RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
-from vadiff.training import Objective, TrainConfig, TrainedRun, edm_objective, held_out_loss, load_denoiser, train
-from vadiff.training.checkpoint import save_checkpoint
-from vadiff.training.loop import _batches
+from vadiff.training import (
+    Objective,
+    TrainConfig,
+    TrainedRun,
+    edm_objective,
+    flow_objective,
+    open_run,
+    train,
+)
+from vadiff.training.metrics import MetricsLog
+from vadiff.training.optimisation import learning_rate_at
+from vadiff.training.streams import ShuffledIndices
 
 TINY = TrainConfig(
-    steps=5, batch_size=8, channels=(8, 16), log_every=2, held_out_draws=1, device="cpu", backend="reference"
-)
+    steps=5, batch_size=8, channels=(8, 16), log_every=2, held_out_images=20, held_out_levels=3, tensorboard=False,
+    device="cpu", backend="reference",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +52,10 @@ def recorded() -> tuple[list[tuple[Tensor, ...]], Objective]:
     steps: list[tuple[Tensor, ...]] = []
 
     def objective(
-        criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, sigma_data: float
+        criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, *rest: Any
     ) -> Tensor:
         steps.append(tuple(value.detach().clone() for value in (output, x0, eps, sigma)))
-        return edm_objective(criterion, output, x0, eps, sigma, sigma_data)
+        return edm_objective(criterion, output, x0, eps, sigma, *rest)
 
     return steps, objective
 
@@ -55,7 +67,7 @@ def parameters(denoiser: torch.nn.Module) -> Tensor:
 def test_same_seed_gives_the_same_run_to_the_bit(run: TrainedRun) -> None:
     again = train(TINY, progress=False)
     assert torch.equal(parameters(run.denoiser), parameters(again.denoiser))
-    assert run.history.loss == again.history.loss
+    assert [entry["loss"] for entry in run.metrics] == [entry["loss"] for entry in again.metrics]
     assert torch.equal(run.criterion.statistics.state, again.criterion.statistics.state)
     assert torch.equal(run.held_out.per_image, again.held_out.per_image)
 
@@ -92,15 +104,20 @@ def test_training_leaves_the_global_random_state_alone() -> None:
 
 
 def test_every_pass_sees_every_image_once() -> None:
-    batches = _batches(size=10, batch_size=4, seed=0)
-    seen = torch.cat([next(batches) for _ in range(5)])
+    def order(epoch: int, size: int) -> Tensor:
+        return torch.randperm(size, generator=torch.Generator().manual_seed(epoch))
+
+    indices = ShuffledIndices(order, size=10, batch_size=4, device=torch.device("cpu"))
+    seen = torch.cat([indices.at(step) for step in range(5)])
     assert seen[:10].sort().values.tolist() == seen[10:].sort().values.tolist() == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
+    large = ShuffledIndices(order, size=10, batch_size=25, device=torch.device("cpu"))
+    assert sorted(large.at(0)[:20].tolist()) == sorted(list(range(10)) * 2)
 
 
 def test_training_lowers_the_loss() -> None:
     config = dataclasses.replace(TINY, steps=60, learning_rate=1e-2, weighting="constant", log_every=10)
-    losses = train(config, progress=False).history.loss
+    losses = [entry["loss"] for entry in train(config, progress=False).metrics]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -125,101 +142,225 @@ def test_min_snr_by_name_is_that_of_edms_objective() -> None:
     assert torch.allclose(criterion.weight_at(log_snr), expected, rtol=1e-5)
 
 
-def test_history_has_an_entry_every_few_steps_and_the_last(run: TrainedRun) -> None:
-    assert run.history.steps == [2, 4, 5]
-    history = run.history.as_dict()
-    assert history["loss"].shape == (3,)
-    assert {history[name].shape for name in ("count", "mean", "variance", "weights")} == {(3, TINY.bins)}
-    assert torch.equal(history["weights"][-1], run.criterion.weights)
+def test_flow_objective_is_the_squared_error_of_the_velocity() -> None:
+    random = torch.Generator().manual_seed(0)
+    output, x0, eps = torch.randn(3, 16, 1, 8, 8, generator=random, dtype=torch.float64)
+    sigma = torch.rand(16, generator=random, dtype=torch.float64) + 0.1
+    criterion = vadiff.DiffusionLoss("constant", backend="reference")
+    loss = flow_objective(criterion, output, x0, eps, sigma, 0.5)
+    assert loss.item() == pytest.approx((output - (eps - x0)).square().mean().item(), rel=1e-6)
 
 
-def test_metrics_are_one_json_object_per_line(run: TrainedRun, folder: Path) -> None:
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(entry["step"], entry["images"]) for entry in entries] == [(2, 16), (4, 32), (5, 40), (5, 40)]
-    assert [entry["loss"] for entry in entries[:3]] == run.history.loss
-    assert all(entry["base_loss"] > 0 and entry["skipped"] == 0 for entry in entries)
-    assert entries[-1]["held_out"]["loss"] == pytest.approx(run.held_out.mean.tolist())
+def test_flow_denoiser_knows_the_data_from_the_right_velocity() -> None:
+    x0, eps = torch.randn(2, 16, 1, 8, 8)
+    sigma = torch.rand(16) * 5 + 0.01
+
+    class Velocity(torch.nn.Module):
+        def forward(self, x_t: Tensor, c_noise: Tensor) -> Tensor:
+            t = (sigma / (1 + sigma)).view(-1, 1, 1, 1)
+            assert torch.allclose(x_t, (1 - t) * x0 + t * eps, atol=1e-5)
+            return eps - x0
+
+    denoiser = Denoiser(Velocity(), sigma_data=0.5, process="flow")
+    assert torch.allclose(denoiser(x0 + sigma.view(-1, 1, 1, 1) * eps, sigma), x0, atol=1e-5)
 
 
-def test_checkpoint_gives_back_the_averaged_denoiser_without_running_code(run: TrainedRun, folder: Path) -> None:
-    content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert content["step"] == TINY.steps
-    assert content["config"]["weighting"] == "variance_aware"
-    assert content["history"]["weights"].shape == (3, TINY.bins)
-    assert torch.equal(parameters(load_denoiser(folder / "checkpoint.pt")), parameters(run.denoiser))
-    criterion = vadiff.DiffusionLoss(half_life=TINY.half_life)
-    criterion.load_state_dict(content["criterion"])
-    assert torch.equal(criterion.weights, run.criterion.weights)
+def test_metrics_have_a_line_every_few_steps_and_the_last(run: TrainedRun, folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.metrics
+    assert [(line["step"], line["images"]) for line in lines] == [(2, 16), (4, 32), (5, 40)]
+    for line in lines:
+        assert line["base_loss"] > 0
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+        assert line["images_per_second"] > 0
+        assert line["memory_bytes"] > 1e6
+        assert (line["skipped_samples"], line["skipped_steps"], line["clipped_share"]) == (0, 0, 0.0)
+        assert {name: len(values) for name, values in line["statistics"].items()} == dict.fromkeys(
+            ("count", "mean", "variance", "mass"), TINY.bins
+        )
+        assert None in line["statistics"]["mean"]  # an empty bin has no mean, and JSON no NaN
+    assert lines[-1]["weights"] == run.criterion.weights.tolist()
+    assert [("held_out" in line) for line in lines] == [False, False, True]
+    assert lines[-1]["held_out"]["loss_ema"] == run.held_out.mean.tolist()
+    assert lines[-1]["learning_rate"] == learning_rate_at(TINY, TINY.steps - 1)
 
 
-def test_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1})
+def test_loss_of_a_line_is_the_mean_since_the_last() -> None:
+    losses = []
 
-    def crash(content: object, file: Path) -> None:
-        Path(file).write_bytes(b"half a fi")
-        raise OSError("disk full")
+    def counting(*arguments: Any) -> Tensor:
+        losses.append(edm_objective(*arguments))
+        return losses[-1]
 
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
+    lines = train(TINY, counting, progress=False).metrics
+    assert lines[1]["loss"] == pytest.approx(((losses[2] + losses[3]) / 2).item())
+    assert lines[2]["loss"] == pytest.approx(losses[4].item())
 
 
-class Unhelpful(Denoiser):
-    """A denoiser that returns what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.nn.Linear(1, 1), SIGMA_DATA)
-
-    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
-        return noisy
-
-
-def test_held_out_loss_of_a_denoiser_that_leaves_the_noise_in() -> None:
-    images = torch.zeros(50, 1, 8, 8)
-    loss = held_out_loss(Unhelpful(), images, log_snr_levels=(-2.0, 4.0), draws=8)
-    sigma = torch.tensor([math.e, math.exp(-2.0)])
-    expected = sigma**2 * (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    assert loss.per_image.shape == (2, 50)
-    assert torch.allclose(loss.mean, expected, rtol=0.03)
+def test_opened_run_gives_what_was_trained(run: TrainedRun, folder: Path) -> None:
+    opened = open_run(folder)
+    assert opened.config == TINY
+    assert opened.checkpoints() == [TINY.steps]
+    assert opened.metrics() == run.metrics
+    averaged = opened.denoiser()
+    assert not averaged.training
+    assert (averaged.image_shape, averaged.labels, averaged.sigma_data) == ((1, 8, 8), 0, SIGMA_DATA)
+    assert torch.equal(parameters(averaged), parameters(run.denoiser))
+    assert not torch.equal(parameters(opened.denoiser("raw")), parameters(averaged))
+    assert torch.equal(opened.criterion().statistics.state, run.criterion.statistics.state)
+    assert opened.images().train.shape == (1500, 1, 8, 8)
 
 
-def test_ratio_of_held_out_losses_carries_the_error_of_the_paired_difference() -> None:
-    loss = held_out_loss(Unhelpful(), torch.zeros(50, 1, 8, 8), draws=1)
-    twice = loss._replace(per_image=2.0 * loss.per_image)
-    ratio, error = twice.ratio_to(loss)
-    assert torch.allclose(ratio, torch.full_like(ratio, 2.0))
-    assert torch.allclose(error, torch.zeros_like(error), atol=1e-6)
+def test_what_is_not_a_run_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is not a run directory: it has no config\.yaml"):
+        open_run(tmp_path)
+    with pytest.raises(RunError, match="is not a run directory: it is not a folder"):
+        open_run(tmp_path / "nowhere")
+    (tmp_path / "config.yaml").write_text("steps: many")
+    with pytest.raises(RunError, match=r"config\.yaml: steps is 'many', expected a whole number"):
+        open_run(tmp_path)
 
 
-def test_digits_are_scaled_and_split_without_overlap() -> None:
-    digits = load_digits()
-    assert digits.train.shape == (1500, 1, 8, 8)
-    assert digits.held_out.shape == (297, 1, 8, 8)
-    assert digits.train.dtype == torch.float32
-    assert (digits.train.min().item(), digits.train.max().item()) == (-1.0, 1.0)
-    assert digits.train.std().item() == pytest.approx(SIGMA_DATA, rel=0.01)
-    trained_on = {image.numpy().tobytes() for image in digits.train}
-    assert not any(image.numpy().tobytes() in trained_on for image in digits.held_out)
+def test_run_directory_is_not_overwritten_unless_told(tmp_path: Path) -> None:
+    train(TINY, out=tmp_path, progress=False)
+    with pytest.raises(RunError, match="holds a run already: go on with --resume"):
+        train(TINY, out=tmp_path, progress=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    train(dataclasses.replace(TINY, steps=1), out=tmp_path, overwrite=True, progress=False)
+    assert open_run(tmp_path).checkpoints() == [1]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"steps": 0}, "steps is 0, expected at least 1"),
-        ({"batch_size": -1}, "batch_size is -1, expected at least 1"),
-        ({"seed": -1}, "seed is -1, expected 0 or more"),
-        ({"learning_rate": math.nan}, "learning_rate is nan, expected a positive number"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0, expected a number from 0 to below 1"),
-        ({"weighting": "variance"}, "weighting is 'variance', expected one of constant"),
-        ({"device": "toaster"}, "device is 'toaster', expected auto, cpu, cuda"),
-        ({"device": "cuda:99"}, "device is 'cuda:99', but torch sees"),
-    ],
-)
-def test_config_names_what_does_not_fit(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **fields)
+def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
+    calls = 0
+
+    def poisoned(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return edm_objective(*arguments) * (math.nan if calls in (2, 3) else 1.0)
+
+    config = dataclasses.replace(TINY, steps=3, log_every=1, ema_decay=0.0, clip=1.0, checkpoint_every=1)
+    lines = train(config, poisoned, out=tmp_path, progress=False).metrics
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2]
+    assert [line["loss"] is None for line in lines] == [False, True, True]
+    run = open_run(tmp_path)
+    first, last = parameters(run.denoiser("raw", step=1)), parameters(run.denoiser("raw", step=3))
+    assert torch.equal(first, last)
+    assert torch.isfinite(last).all()
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run() -> None:
+    config = dataclasses.replace(TINY, max_skipped_steps=3, log_every=1)
+    calls = 0
+
+    def poisoned(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return edm_objective(*arguments) * (1.0 if calls == 2 else math.nan)
+
+    with pytest.raises(TrainingError, match="3 steps in a row had a non-finite gradient, the last up to step 5"):
+        train(config, poisoned, progress=False)
+
+
+def test_accumulation_changes_neither_the_data_nor_the_result(recorded) -> None:
+    steps, objective = recorded
+    short = dataclasses.replace(TINY, steps=2, weighting="constant")
+    whole = train(short, objective, progress=False)
+    parted = train(dataclasses.replace(short, accumulate=4), objective, progress=False)
+    for step in range(2):
+        parts = steps[2 + 4 * step : 6 + 4 * step]
+        for index in (1, 2, 3):
+            assert torch.equal(torch.cat([part[index] for part in parts]), steps[step][index])
+    assert torch.allclose(parameters(whole.denoiser), parameters(parted.denoiser), atol=2e-3)
+    assert parted.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
+
+
+def test_clipping_bounds_the_step_and_is_counted() -> None:
+    config = dataclasses.replace(TINY, clip=1e-3)
+    assert [line["clipped_share"] for line in train(config, progress=False).metrics] == [1.0, 1.0, 1.0]
+
+
+def test_line_that_cannot_be_written_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    log = MetricsLog(tmp_path, tensorboard=False)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .* go on with --resume"):
+        log.add({"step": 1})
+
+
+def test_flips_mirror_about_half_of_the_images_and_nothing_else(recorded) -> None:
+    steps, objective = recorded
+    config = dataclasses.replace(TINY, steps=1, batch_size=64)
+    for flips in (False, True):
+        train(dataclasses.replace(config, flips=flips), objective, progress=False)
+    (_, plain, *noise), (_, flipped, *same_noise) = steps
+    mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
+    kept = (flipped == plain).flatten(1).all(1)
+    assert (mirrored | kept).all()
+    assert 16 < mirrored.sum() < 48
+    assert all(torch.equal(a, b) for a, b in zip(noise, same_noise, strict=True))
+
+
+def test_network_is_told_the_class_but_for_the_share_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    plain = Denoiser.network_output
+
+    def watched(self: Denoiser, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        if self.training and labels is not None:
+            seen.append(labels)
+        return plain(self, noisy, sigma, labels, **rest)
+
+    monkeypatch.setattr(Denoiser, "network_output", watched)
+    config = dataclasses.replace(TINY, class_conditional=True, label_dropout=0.5, batch_size=64)
+    denoiser = train(config, progress=False).denoiser
+    labels = torch.cat(seen)
+    assert labels.max() == 10  # none given
+    assert 0.4 < (labels == 10).float().mean() < 0.6
+    assert set(labels.tolist()) == set(range(11))
+    noisy, sigma = torch.randn(2, 1, 8, 8), torch.ones(2)
+    told = denoiser(noisy, sigma, torch.tensor([3, 3]))
+    assert not torch.equal(told, denoiser(noisy, sigma))
+    assert torch.equal(denoiser(noisy, sigma), denoiser(noisy, sigma, torch.tensor([10, 10])))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_close_to_full(precision: str) -> None:
+    config = dataclasses.replace(TINY, weighting="constant", learning_rate=1e-3)
+    full, low = (
+        train(dataclasses.replace(config, precision=name), progress=False).metrics[-1]["loss"]
+        for name in ("fp32", precision)
+    )
+    assert low == pytest.approx(full, rel=0.02)
+    assert low != full
+
+
+def test_tables_of_another_run_weigh_or_draw_the_levels(folder: Path, run: TrainedRun, tmp_path: Path) -> None:
+    weighed = dataclasses.replace(TINY, weighting="table", table=str(folder))
+    static = train(weighed, out=tmp_path / "static", progress=False)
+    assert torch.allclose(static.criterion.weights, run.criterion.weights, rtol=1e-5)
+    drawn = dataclasses.replace(TINY, weighting="constant", levels="table", table=str(folder))
+    train(drawn, out=tmp_path / "drawn", progress=False)
+    opened = open_run(tmp_path / "static")
+    (folder / "metrics.jsonl").rename(folder / "hidden")  # a run stands on its own
+    try:
+        assert torch.allclose(opened.criterion().weights, run.criterion.weights, rtol=1e-5)
+        with pytest.raises(RunError, match="no weight table can be read from"):
+            train(drawn, out=tmp_path / "new", progress=False)
+    finally:
+        (folder / "hidden").rename(folder / "metrics.jsonl")
+
+
+def test_sample_grid_and_tensorboard_files_are_written(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, steps=2, samples_every=2, sample_count=5, tensorboard=True, log_rms=True)
+    lines = train(config, out=tmp_path, progress=False).metrics
+    with Image.open(tmp_path / "samples" / "step-2.png") as picture:
+        assert picture.size == (24, 16)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    rms = lines[-1]["rms"]
+    assert rms["weights"].keys() == rms["activations"].keys()
+    assert all(value > 0 for value in rms["activations"].values())
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

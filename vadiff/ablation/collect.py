@@ -77,7 +77,7 @@ class Results:
             lines.append(line)
         lines += [
             "",
-            "Held-out loss: mean over noise levels of ln(loss / loss of the baseline), as a percentage; below 0 is better.",
+            "Held-out loss: mean over noise levels of ln(loss / loss of the baseline), in percent; below 0 is better.",
             "Images to reach the baseline's final held-out loss, over the images the baseline saw; below 1 is faster.",
         ]
         if len(self.seeds) < 10:

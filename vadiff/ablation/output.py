@@ -83,7 +83,8 @@ def _picture(results: Results) -> Any:
     by_level.set_title(
         "By noise level. Look for gains at some levels\npaid for at others. Band: 95 % interval.", loc="left"
     )
-    by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+    if results.arms:
+        by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     for panel in (overall, by_level):
         panel.grid(alpha=0.3, linewidth=0.6)
         for side in ("top", "right"):

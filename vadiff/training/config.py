@@ -145,7 +145,11 @@ class TrainConfig:
             raise ValueError(
                 "table is None, but weighting or levels is 'table': give the run directory to take it from"
             )
-        self.torch_device()
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
 
     @property
     def name(self) -> str:
@@ -153,17 +157,14 @@ class TrainConfig:
         return self.weighting
 
     def torch_device(self) -> torch.device:
-        """The device that `device` names.
+        """The device that `device` names. The config of a run may name one that only another machine has.
 
         Raises:
             ValueError: no such device on this machine.
         """
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
+        device = torch.device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device is {self.device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; "

@@ -4,12 +4,12 @@ Under `torchrun` every process trains the same network on its slice of the same 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class Ranks:
         total = values.clone()
         torch.distributed.all_reduce(total)
         return total / self.size
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over ranks."""
+        for parameter in parameters if self.size > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad = self.mean(parameter.grad)
 
     def wait(self) -> None:
         """Until every rank is here."""

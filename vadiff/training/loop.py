@@ -32,7 +32,7 @@ from .optimisation import Optimisation, RunningAverage, learning_rate_at
 from .rms import rms_per_layer
 from .samples import save_grid
 from .stopping import Stopped, StopRequest
-from .streams import Streams, own_random_state
+from .streams import Streams, own_global_state
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,7 +82,7 @@ def train(
     """
     path = None if out is None else Path(out)
     device = local_device(config.torch_device())
-    with ranks(device) as group, own_random_state(device, deterministic=config.deterministic):
+    with ranks(device) as group, own_global_state(device, deterministic=config.deterministic):
         if path is not None:
             if group.is_main:
                 run_folder.prepare(path, config, resume=resume, overwrite=overwrite)
@@ -113,13 +113,14 @@ class _Trainer:
         self.criterion = build_criterion(config, out).to(device)
         self.levels = build_levels(config, out).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
-        self.optimisation = Optimisation(config, self.denoiser.parameters(), device)
+        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
+        self.optimisation = Optimisation(config, parameters, device)
         self.network = self._trained_network()
         self.step, self.seconds = 0, 0.0
         if out is not None and steps_saved(out):
             self._load(load_checkpoint(out, device=device))
         self.log = MetricsLog(self.out, tensorboard=config.tensorboard, after=self.step)
-        self.logged_step = self.log.entries[-1]["step"] if self.log.entries else 0
+        self.timed_step = self.step  # since when images per second are counted
 
     def run(self, progress: bool) -> TrainedRun:
         """Train to the end, or until a signal."""
@@ -163,6 +164,7 @@ class _Trainer:
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
             total += loss.detach() / len(parts)
+        self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
         self.optimisation.step(step, total)
         self.running_average.update()
         if (step + 1) % config.levels_every == 0:
@@ -194,7 +196,7 @@ class _Trainer:
             "clipped_share": clipped / finite if finite else None,
             "skipped_steps": round(skipped),
             "learning_rate": learning_rate_at(self.config, self.step - 1),
-            "images_per_second": (self.step - self.logged_step) * self.config.batch_size / (now - self.since),
+            "images_per_second": (self.step - self.timed_step) * self.config.batch_size / (now - self.since),
             "memory_bytes": memory_bytes(self.device),
             "seconds": self.seconds + now - self.resumed,
             **statistics_of(self.criterion),
@@ -213,7 +215,7 @@ class _Trainer:
                 }
             self.log.add(entry)
             bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
-        self.logged_step, self.since = self.step, time.monotonic()
+        self.timed_step, self.since = self.step, time.monotonic()
         if longest >= self.config.max_skipped_steps:
             raise TrainingError(
                 f"{longest:.0f} steps in a row had a non-finite gradient, the last up to step {self.step}. They "
@@ -265,7 +267,6 @@ class _Trainer:
                 "optimizer": self.optimisation.optimizer.state_dict(),
                 "scaler": self.optimisation.scaler.state_dict(),
                 "totals": self.optimisation.totals,
-                "logged_step": self.logged_step,
             }
             save_checkpoint(self.out, self.step, state, self.config.keep_checkpoints)
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from ..extras import import_extra
 from ..loss import DiffusionLoss
 
@@ -82,20 +83,26 @@ class MetricsLog:
         self._writer: Any = None
         if run is None:
             return
-        if after:
-            self.entries = _cut(run / "metrics.jsonl", after)
+        self.entries = _cut(run / "metrics.jsonl", after)
         if tensorboard:
             import_extra("tensorboard", "train")
             module = import_extra("torch.utils.tensorboard", "train")
-            self._writer = module.SummaryWriter(run / "tensorboard", purge_step=after + 1 if after else None)
+            self._writer = module.SummaryWriter(run / "tensorboard", purge_step=after + 1)
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Write a line; it is on the disk, or not at all, when this returns."""
+        """Write a line.
+
+        Raises:
+            RunError: it cannot be written, as on a full disk; the lines before it are as they were.
+        """
         finite: dict[str, Any] = _finite(entry)
         self.entries.append(finite)
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+            except OSError as error:
+                raise RunError(f"{self._path} cannot be written: {error}. Mend it, then go on with --resume") from error
         if self._writer is not None:
             for name, value in _scalars(finite):
                 self._writer.add_scalar(name, value, finite["step"])

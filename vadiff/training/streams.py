@@ -75,16 +75,20 @@ class ShuffledIndices:
 
 
 @contextmanager
-def own_random_state(device: torch.device, *, deterministic: bool) -> Iterator[None]:
-    """Leave torch's global generators, and whether it is to be deterministic, as they were."""
-    before = torch.are_deterministic_algorithms_enabled()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.use_deterministic_algorithms(before or deterministic)
+def own_global_state(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """Leave torch's global generators, and how it chooses algorithms, as they were.
+
+    Convolutions of fixed shapes are tried out and the fastest taken, unless the run is to be deterministic.
+    """
+    was_deterministic, was_trying = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.use_deterministic_algorithms(was_deterministic or deterministic)
+        torch.backends.cudnn.benchmark = not (was_deterministic or deterministic)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(was_deterministic)
+            torch.backends.cudnn.benchmark = was_trying
 
 
 def _derived(*key: int) -> int:

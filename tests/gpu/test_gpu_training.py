@@ -1,0 +1,59 @@
+"""Training on a GPU: no step waits for the device, and a resumed run is the same to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vadiff.training import Stopped, TrainConfig, edm_objective, train
+from vadiff.training.checkpoint import load_checkpoint
+from vadiff.training.distributed import Ranks
+from vadiff.training.loop import _Trainer
+
+CONFIG = TrainConfig(
+    steps=6, batch_size=32, channels=(8, 16), log_every=2, held_out_images=20, tensorboard=False, device="cuda",
+    flips=True, class_conditional=True, clip=1.0, checkpoint_every=100,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("levels", ["log_normal", "second_moment"])
+def test_step_does_not_wait_for_the_device(precision: str, levels: str) -> None:
+    config = dataclasses.replace(CONFIG, precision=precision, levels=levels, levels_every=1, dropout=0.1)
+    trainer = _Trainer(config, edm_objective, None, torch.device("cuda", 0), Ranks())
+    for step in range(3):  # kernels are built, the images' order is moved
+        trainer._train_step(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 6):
+            trainer._train_step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_run_is_the_same_to_the_bit(tmp_path: Path, precision: str) -> None:
+    config = dataclasses.replace(CONFIG, precision=precision, deterministic=True)
+    calls = 0
+
+    def stopping(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return edm_objective(*arguments)
+
+    train(config, out=tmp_path / "whole", progress=False)
+    with pytest.raises(Stopped):
+        train(config, stopping, out=tmp_path / "parted", progress=False)
+    train(config, out=tmp_path / "parted", resume=True, progress=False)
+    whole, parted = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "parted")
+    for part in ("model", "ema", "criterion"):
+        assert all(torch.equal(whole[part][name], parted[part][name]) for name in whole[part])

@@ -1,0 +1,286 @@
+"""vadiff.ablation: what a grid means, training it, and what is collected."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from vadiff.ablation import collect, read_grid, train_all, write_results
+from vadiff.ablation.collect import interval
+from vadiff.ablation.grid import Grid, GridError, PlannedRun
+from vadiff.cli import main
+from vadiff.training import TrainConfig, open_run, train
+from vadiff.training.run_folder import prepare
+
+EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
+
+GRID = """
+name = "tiny"
+preset = "digits"
+baseline = "constant"
+seeds = [0, 1]
+
+[config]
+steps = 4
+batch_size = 8
+channels = [8, 8]
+held_out_images = 8
+held_out_levels = 2
+held_out_every = 2
+tensorboard = false
+device = "cpu"
+backend = "reference"
+
+[arms.twin]
+weighting = "table"
+table = { arm = "variance_aware" }
+[arms.constant]
+weighting = "constant"
+[arms.fast]
+weighting = "constant"
+learning_rate = { times = 2.0 }
+[arms.variance_aware]
+"""
+
+
+def grid_file(folder: Path, text: str = GRID) -> Path:
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_runs_are_paired_by_seed_and_those_that_are_needed_come_first(tmp_path: Path) -> None:
+    grid = read_grid(grid_file(tmp_path))
+    runs = grid.runs(tmp_path)
+    assert [(run.arm, run.seed) for run in runs[:4]] == [
+        ("constant", 0), ("fast", 0), ("variance_aware", 0), ("twin", 0)
+    ]  # fmt: skip
+    assert {run.seed: run.config.seed for run in runs} == {0: 0, 1: 1}
+    by_name = {run.arm: run for run in runs if run.seed == 1}
+    assert by_name["fast"].config.learning_rate == 2 * by_name["constant"].config.learning_rate
+    assert by_name["twin"].needs == by_name["variance_aware"].path
+    assert by_name["twin"].config.table == str(by_name["variance_aware"].path)
+    differing = {
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if getattr(by_name["twin"].config, field.name) != getattr(by_name["constant"].config, field.name)
+    }
+    assert differing == {"weighting", "table"}
+
+
+def test_grid_of_fields_is_every_combination(tmp_path: Path) -> None:
+    text = 'preset = "digits"\nbaseline = "weighting=constant,steps=2"\n'
+    text += '[grid]\nweighting = ["constant", "loss_level"]\nsteps = [2, 3]\n'
+    grid = read_grid(grid_file(tmp_path, text), {"device": "cpu"})
+    configs = [(run.config.weighting, run.config.steps, run.config.device) for run in grid.runs(tmp_path)]
+    assert configs == [(w, s, "cpu") for w in ("constant", "loss_level") for s in (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('preset = "digits"', 'preset = "numbers"', "preset is 'numbers', expected one of digits"),
+        ('baseline = "constant"', 'baseline = "none"', "baseline is 'none', expected one of the arms: twin, constant"),
+        ("seeds = [0, 1]", 'seeds = "all"', "seeds is 'all', expected a list of whole numbers"),
+        ("steps = 4", "stepz = 4", "stepz: no such field"),
+        ("steps = 4", "steps = 0", "steps is 0, expected at least 1"),
+        ("times = 2.0", 'times = "x"', "arm fast has learning_rate times 'x', expected a number"),
+        ("times = 2.0", "times = -1.0", r"arm fast: learning_rate is -0\.008, expected above 0"),
+        ('arm = "variance_aware"', 'arm = "nobody"', "arm twin has table = {'arm': 'nobody'}, expected"),
+        ("[arms.fast]", "[arms.fast]\nseed = 3", "arm fast has seed, which is no field that an arm can set"),
+        ("[arms.fast]", '[arms."../fast"]', r"arm '\.\./fast' names a folder"),
+        ("[config]", "[configs]", "has configs, expected only arms, baseline"),
+        ("[config]", "[config", "cannot be read"),
+    ],
+)
+def test_grid_that_makes_no_sense_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(GridError, match=message):
+        read_grid(grid_file(tmp_path, GRID.replace(old, new, 1))).runs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_mini"])
+def test_committed_experiments_are_the_arms_that_were_fixed(name: str) -> None:
+    grid = read_grid(EXPERIMENTS / f"{name}.toml", {"device": "cpu"})
+    assert set(grid.arms) == {
+        "constant", "constant_half_rate", "constant_twice_rate", "variance_aware", "loss_level", "cauchy",
+        "static_twin", "sampling_twin",
+    }  # fmt: skip
+    assert grid.seeds == tuple(range({"digits": 10, "cifar10_mini": 5}[name]))
+    config = grid.base
+    assert (config.held_out_levels, config.held_out_sigma, config.data_seed) == (12, (0.02, 20.0), None)
+    assert all(run.config.steps == config.steps for run in grid.runs(Path("out")))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Runs are trained in this process, which is faster; the list says in which order."""
+    trained: list[Path] = []
+
+    def train_here(self: object, run: PlannedRun) -> bool:
+        trained.append(run.path)
+        train(run.config, out=run.path, resume=True, progress=False)
+        return True
+
+    monkeypatch.setattr("vadiff.ablation.runner._Children.train", train_here)
+    return trained
+
+
+def test_grid_is_trained_collected_and_not_trained_again(tmp_path: Path, in_process: list[Path]) -> None:
+    grid = read_grid(grid_file(tmp_path), seeds=2)
+    assert train_all(grid, tmp_path / "out", jobs=1) == []
+    assert len(in_process) == 8
+    twin, source = (tmp_path / "out" / arm / "seed-1" for arm in ("twin", "variance_aware"))
+    assert in_process.index(source) < in_process.index(twin)
+    weights = open_run(twin).criterion().weights
+    assert torch.allclose(weights, open_run(source).criterion().weights, rtol=1e-5)
+    assert train_all(grid, tmp_path / "out") == []
+    assert len(in_process) == 8
+
+    results = collect(grid, tmp_path / "out")
+    write_results(results, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(content["arms"]) == {"twin", "fast", "variance_aware"}
+    assert content["missing"] == []
+    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert {row["metric"] for row in rows} >= {"held_out_log_ratio", "images_to_reach"}
+    assert "2 seeds say nothing about the spread" in (tmp_path / "out" / "results.txt").read_text()
+
+
+def test_index_trains_one_run_and_what_it_needs(tmp_path: Path, in_process: list[Path]) -> None:
+    grid = read_grid(grid_file(tmp_path))
+    train_all(grid, tmp_path, index=7)
+    assert in_process == [tmp_path / "variance_aware" / "seed-1", tmp_path / "twin" / "seed-1"]
+
+
+def test_run_that_fails_takes_those_that_need_it_with_it_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vadiff.ablation.runner._Children.train", lambda self, run: run.arm != "variance_aware")
+    failed = train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path, jobs=2)
+    assert [path.parent.name for path in failed] == ["variance_aware", "twin"]
+
+
+def test_command_trains_in_processes_of_their_own_and_goes_on_with_what_broke_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = GRID[: GRID.index("[arms.twin]")] + '[arms.constant]\nweighting = "constant"\n'
+    path, out = grid_file(tmp_path, text), tmp_path / "out"
+    arguments = ["ablate", str(path), "--out", str(out), "--seeds", "1", "--steps", "3"]
+    run = read_grid(path, {"steps": 3}).runs(out)[0]
+    prepare(run.path, run.config, resume=False, overwrite=False)  # it got no further
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*arguments, "--list"]) == 0
+        assert "0 of 3" in capsys.readouterr().out
+        assert main(arguments) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert open_run(run.path).metrics()[-1]["step"] == 3
+    assert "Training digits" in (run.path / "train.log").read_text()
+
+
+def write_run(run: PlannedRun, losses: list[list[float]], **last: Any) -> None:
+    """A run with these held-out losses, [measurements][levels], at equal distances of images."""
+    run.path.mkdir(parents=True)
+    run.config.save(run.path / "config.yaml")
+    lines = [
+        {
+            "step": (number + 1) * run.config.steps // len(losses),
+            "images": 100 * (number + 1),
+            "seconds": 1.0,
+            "held_out": {"log_snr": [0.0, 2.0], "loss_raw": [9.0, 9.0], "loss_ema": loss},
+        }
+        for number, loss in enumerate(losses)
+    ]
+    lines[-1] |= last
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def two_arms(tmp_path: Path, seeds: int) -> tuple[Grid, dict[tuple[str, int], PlannedRun]]:
+    text = GRID[: GRID.index("[arms.twin]")].replace("seeds = [0, 1]", f"seeds = {list(range(seeds))}")
+    text += '[arms.constant]\nweighting = "constant"\n[arms.other]\nweighting = "loss_level"\n'
+    grid = read_grid(grid_file(tmp_path, text))
+    return grid, {(run.arm, run.seed): run for run in grid.runs(tmp_path)}
+
+
+def test_primary_figure_is_the_paired_mean_of_log_ratios(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 3)
+    ratios = [(1.1, 0.9), (1.3, 1.0), (0.8, 1.05)]
+    for seed, (low, high) in enumerate(ratios):
+        level = 1.0 + seed  # pairs share what the seed does
+        write_run(runs["constant", seed], [[level, level]], evaluation={"fid": 10.0 + seed})
+        write_run(runs["other", seed], [[level * low, level * high]], evaluation={"fid": 12.0 + seed})
+    (arm,) = collect(grid, tmp_path).arms
+    expected = [(math.log(low) + math.log(high)) / 2 for low, high in ratios]
+    assert list(arm.per_seed.values()) == pytest.approx(expected)
+    assert arm.held_out.mean == pytest.approx(np.mean(expected))
+    bounds = stats.t.interval(0.95, 2, loc=np.mean(expected), scale=stats.sem(expected))
+    assert arm.held_out[1:3] == pytest.approx(bounds)
+    assert arm.per_level[0].mean == pytest.approx(np.mean([math.log(low) for low, _ in ratios]))
+    assert arm.evaluation["fid"][:3] == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_images_to_reach_the_baselines_final_loss(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    e = math.e
+    write_run(runs["constant", 0], [[e**3, e**3], [e**2, e**2]])
+    write_run(runs["other", 0], [[e**2.5, e**2.5], [e**1.5, e**1.5]])  # passes 2 half-way between 100 and 200 images
+    write_run(runs["constant", 1], [[1.0, 1.0], [1.0, 1.0]])
+    write_run(runs["other", 1], [[2.0, 2.0], [2.0, 2.0]])  # never gets there
+    (arm,) = collect(grid, tmp_path).arms
+    assert arm.reached == 1
+    assert arm.images_to_reach.mean == pytest.approx(150 / 200)
+
+
+def test_unfinished_and_unpaired_runs_are_left_out_and_named(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    write_run(runs["constant", 0], [[1.0, 1.0]])
+    write_run(runs["other", 0], [[2.0, 2.0]])
+    write_run(runs["other", 1], [[2.0, 2.0]])
+    write_run(runs["constant", 1], [[1.0, 1.0]], step=1)
+    results = collect(grid, tmp_path)
+    assert results.arms[0].held_out.number == 1
+    assert math.isnan(results.arms[0].held_out.low)
+    assert set(results.missing) == {"constant/seed-1", "other/seed-1"}
+    assert "Not there yet: " in results.as_text()
+    assert json.loads(json.dumps(results.as_dict(), allow_nan=False))["arms"]["other"]["held_out"]["low"] is None
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = [low <= 1.0 <= high for _, low, high, _ in (interval(rng.normal(1, 2, 4)) for _ in range(2000))]
+    assert 0.935 < np.mean(covered) < 0.965
+
+
+def test_interrupted_ablation_tells_its_processes_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[int] = []
+    told = threading.Event()
+
+    class Process:
+        returncode = -15
+
+        def wait(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)  # reaches the main thread, which waits for this one
+            told.wait(30)
+
+        def send_signal(self, number: int) -> None:
+            stopped.append(number)
+            told.set()
+
+    monkeypatch.setattr("subprocess.Popen", lambda *arguments, **options: Process())
+    with pytest.raises(KeyboardInterrupt):
+        train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path)
+    assert stopped == [signal.SIGTERM]
