@@ -268,6 +268,17 @@ def test_loss_zscore_through_forward_is_that_through_reweight():
     torch.testing.assert_close(one.per_sample_loss, (prediction - target).square().mean(1).detach())
 
 
+def test_samples_left_out_do_not_enter_the_z_score():
+    kept = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")
+    expected = kept.reweight(torch.tensor([1.0, 3.0]), torch.zeros(2))
+    criterion = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")
+    u, v = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    prediction = torch.tensor([[1.0], [math.sqrt(3.0)], [9.0], [NAN]])
+    loss = criterion(prediction, torch.zeros(4, 1), torch.zeros(4), base_weight=u, sample_weight=v, reduction="none")
+    torch.testing.assert_close(loss, torch.cat([expected, torch.zeros(2)]))
+    assert criterion.statistics.count.sum() == 2
+
+
 def test_equal_losses_have_z_score_weight_one():
     criterion = vadiff.DiffusionLoss("loss_zscore", backend="reference")
     assert criterion.reweight(torch.full((4,), 2.0), torch.zeros(4)).eq(2.0).all()
