@@ -197,10 +197,10 @@ def test_sd3_weights_are_those_of_diffusers(scheme, make):
 
 
 def soft_min_snr_of_k_diffusion(sigma: Tensor, sigma_data: float) -> Tensor:
-    """`Denoiser._weighting_soft_min_snr` of k-diffusion (crowsonkb/k-diffusion, k_diffusion/layers.py), its formula.
+    """`Denoiser._weighting_soft_min_snr` of k-diffusion 0.1.1.post1 on PyPI (k_diffusion/layers.py), as a formula.
 
-    It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out. The package itself
-    drags in a training stack (wandb, clip, kornia, dctorch ...) that its PyPI release pins to old versions.
+    It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out. Importing the package
+    needs seventeen others: wandb, clip-anytorch, kornia, torchsde, accelerate, clean-fid ...
     """
     return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
 
