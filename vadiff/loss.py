@@ -152,6 +152,9 @@ class DiffusionLoss(nn.Module):
             mean and not by_losses, self._records() and not by_losses, self.sync, self.backend,
         )  # fmt: skip
         if by_losses:
+            if base_weight is not None:  # u*v = 0 leaves a sample out; `reweight` knows v only
+                one = torch.ones_like(ell) if sample_weight is None else sample_weight
+                sample_weight = one.masked_fill(base_weight == 0, 0.0)
             loss = self.reweight(loss, log_snr, sample_weight)
             loss = loss.mean() if mean else loss
         elif isinstance(self.weighting, LearnedUncertainty):
@@ -169,7 +172,8 @@ class DiffusionLoss(nn.Module):
             sample_weight: v [B], as in `forward`.
 
         Returns:
-            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean.
+            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean. With
+            `weighting.LearnedUncertainty`, v*(g/e**u + u), differentiable by the head as well.
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
@@ -182,7 +186,7 @@ class DiffusionLoss(nn.Module):
         statistics = self._statistics_beside(loss_per_sample, "loss_per_sample")
         self._keep(loss_per_sample.detach())
         if isinstance(self.weighting, LossZScore):
-            weights = self.weighting.weights_of(loss_per_sample, self.sync and self._records())
+            weights = self.weighting.weights_of(loss_per_sample, sample_weight, self.sync and self._records())
             weight: Tensor | None = weights.to(loss_per_sample.dtype)
         else:
             weight = self._fixed_weight(log_snr)

@@ -299,7 +299,9 @@ class _Loss(torch.autograd.Function):
             upstream = upstream.detach()
         if ctx.needs_input_grad[0]:
             if not ctx.fused:
-                run: Any = torch.ops.vadiff.diffusion_loss_backward if _observed(inputs[0]) else _diffusion_loss_backward
+                run: Any = (
+                    torch.ops.vadiff.diffusion_loss_backward if _observed(inputs[0]) else _diffusion_loss_backward
+                )
                 by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend)
             elif _graph_is_kept():
                 by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)

@@ -2,12 +2,20 @@
 
 from .curve import ConvertedLoss, OptimalLoss
 from .estimators import ESTIMATORS, Estimate, estimate, estimate_until
+from .gap import GapLevels, GapWeighting, ModelGap, model_gap
+from .scaling import ScalingLaw, fit_scaling_law
 
 __all__ = [
     "ESTIMATORS",
     "ConvertedLoss",
     "Estimate",
+    "GapLevels",
+    "GapWeighting",
+    "ModelGap",
     "OptimalLoss",
+    "ScalingLaw",
     "estimate",
     "estimate_until",
+    "fit_scaling_law",
+    "model_gap",
 ]

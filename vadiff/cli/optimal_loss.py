@@ -1,0 +1,138 @@
+"""`vadiff optimal-loss`."""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from ..training.config import DATASETS
+
+NAME = "optimal-loss"
+HELP = "estimate the lowest loss any model of a data set can have, and a run's gap to it"
+DESCRIPTION = (
+    "Estimate the optimal loss J* of a data set's training images at noise levels log-spaced in sigma: the x0 loss of "
+    "the ideal denoiser, summed over elements. Draws until each level's standard error is below max(RELATIVE of J*, "
+    "ABSOLUTE of the total variance), or LIMIT draws. Writes optimal_loss.csv and .png to the folder --out; "
+    "with --run, the picture and the table have the averaged model's loss and gap on training images as well."
+)
+
+_SQUARE = 3072  # matrices of the speed that the run is compared with
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="PATH", help="where the data set is")
+    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set")
+    parser.add_argument("--image-size", type=int, metavar="N", default=32, help="of the pictures of dataset images")
+    parser.add_argument("--flips", action="store_true", help="count mirrored images too, as a run with flips sees them")
+    parser.add_argument("--run", type=Path, dest="trained", metavar="RUN", help="run directory: its data, and its gap")
+    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images the gap is taken on")
+    parser.add_argument("--levels", type=int, metavar="N", default=16, help="number of noise levels")
+    parser.add_argument("--sigma-min", type=float, metavar="S", default=0.1, help="lowest noise level")
+    parser.add_argument("--sigma-max", type=float, metavar="S", default=40.0, help="highest noise level")
+    parser.add_argument("--estimator", choices=("full", "snis", "dol", "cdol"), default="full", help="see the docs")
+    parser.add_argument("--subset", type=int, metavar="L", help="samples in a subset, default N/10 (not for full)")
+    parser.add_argument("--correction", type=float, metavar="C", help="of cdol, default 2N/L")
+    parser.add_argument("--relative", type=float, metavar="X", default=0.05, help="standard error aimed at, of J*")
+    parser.add_argument("--absolute", type=float, metavar="X", default=1e-3, help="or of the total variance")
+    parser.add_argument("--limit", type=int, metavar="N", default=16384, help="draws per level at most")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of images, noise and subsets")
+    parser.add_argument("--chunk", type=int, metavar="N", default=4096, help="images per matrix product: memory")
+    parser.add_argument("--device", default="auto", help="auto (all GPUs), cpu, cuda, or several: cuda:0,cuda:1")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/optimal-loss"), help="results")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..data import normalised
+    from ..extras import import_extra
+    from ..optimal_loss import Estimate, estimate_until, model_gap
+    from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
+    from ..training import TrainConfig, open_run
+    from ..training.assembly import load_images
+
+    sigmas = _levels(options)
+    devices = _devices(options)
+    trained = None if options.trained is None else open_run(options.trained)
+    if trained is None:
+        images = load_images(TrainConfig(dataset=options.dataset, data=options.data, image_size=options.image_size))
+        flips = options.flips
+    else:
+        images, flips = trained.images(), trained.config.flips
+    data = normalised(images.train)
+    data = torch.cat([data, data.flip(-1)]) if flips else data
+    machine = _product_speed(devices)
+    where = ", ".join(str(device) for device in devices)
+    print(f"{len(data):,} images of {data[0].numel():,} numbers, {len(sigmas)} noise levels, on {where}")
+
+    seen: list[Estimate] = []
+    with import_extra("tqdm", "train").tqdm(total=options.limit, unit="draw", desc=NAME, disable=None) as bar:
+
+        def progress(so_far: Estimate) -> None:
+            seen[:] = [so_far]
+            bar.update(int(so_far.optimal.draws.max()) - bar.n)
+            bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done")
+
+        started = time.perf_counter()
+        try:
+            optimal = estimate_until(
+                data, sigmas, options.limit, options.relative, options.absolute, options.estimator, options.subset,
+                options.correction, options.seed, chunk=options.chunk, device=devices, progress=progress,
+            )  # fmt: skip
+        except ValueError as error:
+            options.parser.error(str(error))
+        seconds = time.perf_counter() - started
+    optimal.save(options.out / "optimal_loss.csv")
+
+    gap = None
+    if trained is not None:
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))[: options.gap_images]
+        denoiser = trained.denoiser(device=devices[0])
+        # Without labels: J* is that of the images, not of those of a class.
+        gap = model_gap(denoiser, data[chosen], optimal, seed=options.seed, device=devices[0])
+    print(optimal_loss_table(optimal, gap))
+    gaps = {} if gap is None else {options.trained.name: gap}
+    optimal_loss_figure(optimal, gaps).savefig(options.out / "optimal_loss.png")
+    speed = seen[0].flops / seconds
+    print(
+        f"{seconds:.1f} s; {speed / 1e9:.0f} GFLOP/s in matrix products, {speed / machine:.0%} of the "
+        f"{machine / 1e9:.0f} of a {_SQUARE} x {_SQUARE} float32 product here"
+    )
+    print(f"Written to {options.out / 'optimal_loss'}.csv and .png")
+
+
+def _levels(options: argparse.Namespace) -> list[float]:
+    if not 0 < options.sigma_min < options.sigma_max < math.inf:
+        options.parser.error(f"argument --sigma-min: {options.sigma_min:g}, expected 0 < sigma-min < sigma-max")
+    if options.levels < 2:
+        options.parser.error(f"argument --levels: {options.levels}, expected at least 2")
+    low, high = math.log(options.sigma_min), math.log(options.sigma_max)
+    levels: list[float] = torch.linspace(low, high, options.levels, dtype=torch.float64).exp().tolist()
+    return levels
+
+
+def _devices(options: argparse.Namespace) -> list[torch.device]:
+    if options.device == "auto":
+        found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        return found or [torch.device("cpu")]
+    try:
+        devices = [torch.device(name) for name in options.device.split(",")]
+        for device in devices:
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        options.parser.error(f"argument --device: {options.device}: {error}")
+    return devices
+
+
+def _product_speed(devices: list[torch.device]) -> float:
+    """FLOP/s of a large float32 product, the best of three, summed over the devices."""
+    total = 0.0
+    for device in devices:
+        matrix = torch.ones(_SQUARE, _SQUARE, device=device)
+        best = math.inf
+        for _ in range(4):  # the first one warms up
+            started = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()
+            best = min(best, time.perf_counter() - started)
+        total += 2 * _SQUARE**3 / best
+    return total
