@@ -190,9 +190,11 @@ def test_a_readme_without_its_markers_is_refused(spoil: Callable[[str], str]) ->
 
 def run_benchmarks(*arguments: str, path: Path = BENCHMARKS) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "-n", "0", "-p", "no:cacheprovider", "--quick"]
+    # a worker of xdist hands its name on, and pytest-benchmark then writes nothing
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [*command, "--device=cpu", *arguments], capture_output=True, text=True, timeout=120, check=False,
-        cwd=BENCHMARKS.parent, env={**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{BENCHMARKS}"},
+        cwd=BENCHMARKS.parent, env={**environment, "PYTHONPATH": f"{path}{os.pathsep}{BENCHMARKS}"},
     )  # fmt: skip
 
 
