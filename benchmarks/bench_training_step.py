@@ -9,16 +9,19 @@ import training_step
 from cases import Contest
 from providers import PROVIDERS
 from pytest_benchmark.fixture import BenchmarkFixture
-from session import ON_REQUEST, REPLAYED, Session
+from session import ON_REQUEST, REPLAYED, Session, device_of
 
-_PROVIDERS = [
-    pytest.param(training_step.CONTEST, name, id=name, marks=(ON_REQUEST,) if provider.compiled else ())
-    for name, provider in PROVIDERS.items()
-]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rows = [
+        pytest.param(contest, name, id=f"{contest}-{name}", marks=(ON_REQUEST,) if provider.compiled else ())
+        for contest in training_step.SIZES[device_of(metafunc.config).type]
+        for name, provider in PROVIDERS.items()
+    ]
+    metafunc.parametrize(("contest", "provider"), rows)
 
 
 @REPLAYED
-@pytest.mark.parametrize(("contest", "provider"), _PROVIDERS)
 def test_training_step(benchmark: BenchmarkFixture, bench: Session, contest: Contest, provider: str) -> None:
-    hold = functools.partial(training_step.hold, device=bench.device, quick=bench.quick)
+    hold = functools.partial(training_step.hold, contest, device=bench.device, quick=bench.quick)
     bench.report(benchmark, contest, provider, hold)

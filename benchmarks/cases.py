@@ -82,6 +82,12 @@ def bytes_of(contest: Contest, device_type: str) -> int:
     return moves_of(contest) * elements * DTYPES[contest.dtype].itemsize
 
 
+def input_bytes_of(contest: Contest, device_type: str) -> int:
+    """Bytes of the prediction and of what it is compared with."""
+    elements = math.prod(shape_of(contest.case, contest.dtype, device_type))
+    return (3 if MODES[contest.mode].noise else 2) * elements * DTYPES[contest.dtype].itemsize
+
+
 def contests(device_type: str) -> list[Contest]:
     """All that exist on a device. There is no fused float16, and no CUDA graph on a CPU."""
     return [

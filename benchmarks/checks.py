@@ -30,21 +30,21 @@ class WrongResultError(AssertionError):
 
 
 class Truth(NamedTuple):
-    """What STEPS calls on consecutive batches must give."""
+    """What calls on consecutive batches must give."""
 
     losses: list[Tensor]
     gradients: list[Tensor]  # empty for forward only
-    moments: Moments
+    moments: Moments  # after the last call
 
 
-def truth(batches: Sequence[Batch], *, backward: bool, weighting: str = "variance_aware") -> Truth:
+def truth(batches: Sequence[Batch], *, backward: bool, weighting: str = "variance_aware", steps: int = STEPS) -> Truth:
     """The reference backend's answers, in float64 where memory allows."""
     dtype = torch.float64 if batches[0].prediction.numel() <= _LARGE else torch.float32
     criterion = vadiff.DiffusionLoss(weighting, backend="reference").to(batches[0].prediction.device)
     scale = LOSS_SCALE[batches[0].prediction.dtype]
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
-    for batch in itertools.islice(itertools.cycle(batches), STEPS):
+    for batch in itertools.islice(itertools.cycle(batches), steps):
         prediction = batch.prediction.detach().to(dtype).requires_grad_(backward)
         noise = None if batch.noise is None else batch.noise.to(dtype)
         coefficients = None if noise is None else (1.0, 1.0, -1.0)
@@ -64,16 +64,37 @@ def check(loss: Loss, batches: Sequence[Batch], expected: Truth, *, deferred: bo
     dtype = batches[0].prediction.dtype
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), STEPS)):
         found = loss(batch, deferred)
+        gradients: tuple[Tensor, ...] = ()
         if expected.gradients:
-            upstream = torch.full_like(found, LOSS_SCALE[dtype])
-            (gradient,) = torch.autograd.grad(found, batch.prediction, upstream)
-            if gradient.dtype != dtype or gradient.shape != batch.prediction.shape:
-                raise WrongResultError(
-                    f"the gradient of step {step + 1} is {gradient.dtype} {tuple(gradient.shape)}, "
-                    f"expected {dtype} {tuple(batch.prediction.shape)}"
-                )
-            _compare(f"gradient of step {step + 1}", gradient, expected.gradients[step], _GRADIENT_TOLERANCE[dtype])
-        _compare(f"loss of step {step + 1}", found.detach(), expected.losses[step], _LOSS_TOLERANCE)
+            gradients = torch.autograd.grad(found, batch.prediction, torch.full_like(found, LOSS_SCALE[dtype]))
+        check_step((found.detach(), *gradients), batch, expected, step)
+    check_moments(loss, expected)
+
+
+def check_step(results: Sequence[Tensor], batch: Batch, expected: Truth, step: int) -> None:
+    """Compare the loss, and the gradient where there is one, of one call, numbered from 0.
+
+    Raises:
+        WrongResultError: naming what differs, and by how much.
+    """
+    found, *gradients = results
+    for gradient in gradients:
+        like = batch.prediction
+        if gradient.dtype != like.dtype or gradient.shape != like.shape:
+            raise WrongResultError(
+                f"the gradient of step {step + 1} is {gradient.dtype} {tuple(gradient.shape)}, "
+                f"expected {like.dtype} {tuple(like.shape)}"
+            )
+        _compare(f"gradient of step {step + 1}", gradient, expected.gradients[step], _GRADIENT_TOLERANCE[like.dtype])
+    _compare(f"loss of step {step + 1}", found, expected.losses[step], _LOSS_TOLERANCE)
+
+
+def check_moments(loss: Loss, expected: Truth) -> None:
+    """Compare the statistics of a provider that keeps any.
+
+    Raises:
+        WrongResultError: naming what differs, and by how much.
+    """
     for name, found in (loss.moments() or {}).items():
         _compare(f"statistics, {name},", found, expected.moments[name], _MOMENT_TOLERANCE)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import machine
 import measure
 import torch
-from cases import DTYPES, MODES, Contest, Mode, bytes_of, shape_of
-from checks import LOSS_SCALE, WrongResultError, check, truth
+from cases import DTYPES, MODES, Contest, Mode, bytes_of, input_bytes_of, shape_of
+from checks import LOSS_SCALE, STEPS, WrongResultError, check, check_moments, check_step, truth
 from measure import Effort, Ratio, Run, Times
 from measurements import Measurement, NotMeasured
 from providers import PROVIDERS, Batch, Loss, describe_error, obstacle
 
 _MOST_SETS = 512
 _MOST_GRAPHS = 12  # each capture costs a tenth of a second
+_WARM_UPS = 2  # calls before capture
 _QUICK_BYTES = 2**26
 
 
@@ -50,8 +51,7 @@ def make_batches(contest: Contest, device: torch.device, sets: int) -> list[Batc
 
 def sets_for(contest: Contest, device: torch.device, rotated_bytes: int) -> int:
     """How many sets of inputs fill `rotated_bytes`; at least two where there is room for them."""
-    elements = math.prod(shape_of(contest.case, contest.dtype, device.type))
-    size = (3 if MODES[contest.mode].noise else 2) * elements * DTYPES[contest.dtype].itemsize
+    size = input_bytes_of(contest, device.type)
     most = _MOST_GRAPHS if MODES[contest.mode].graph else _MOST_SETS
     return min(max(-(-rotated_bytes // size), 2), most)
 
@@ -71,6 +71,8 @@ def hold(
         try:
             runs[name] = make_run(contest, loss, batches)
             runs[name]()
+        except WrongResultError as error:  # of a graph's replay
+            outcomes.append(NotMeasured(*contest, name, "wrong", str(error)))
         except Exception as error:  # one provider's trouble is not the others'
             runs.pop(name, None)
             outcomes.append(NotMeasured(*contest, name, "failed", describe_error(error)))
@@ -113,7 +115,11 @@ def refuse_wrong(contest: Contest, mode: Mode, losses: dict[str, Loss], batches:
 
 
 def make_run(contest: Contest, loss: Loss, batches: Sequence[Batch]) -> Run:
-    """One call on the next set of buffers."""
+    """One call on the next set of buffers, of a loss that has passed `check` on them.
+
+    Raises:
+        WrongResultError: a CUDA graph computes something else than the calls that it was captured from.
+    """
     mode = MODES[contest.mode]
     upstream = torch.tensor(LOSS_SCALE[batches[0].prediction.dtype], device=batches[0].prediction.device)
 
@@ -127,20 +133,55 @@ def make_run(contest: Contest, loss: Loss, batches: Sequence[Batch]) -> Run:
         rotation = itertools.cycle(batches)
         return lambda: step(next(rotation))
 
+    first = STEPS % len(batches)  # go on where `check` stopped
+    rotated = [*batches[first:], *batches[:first]]
+    warm_ups = list(itertools.islice(itertools.cycle(rotated), _WARM_UPS))
+    _on_side_stream(lambda: [step(batch) for batch in warm_ups])
+    captured = [_capture(lambda batch=batch: step(batch)) for batch in batches]  # type: ignore[misc]
+    _check_replay(loss, batches, captured)
+    replays = itertools.cycle(captured)
+    return lambda: next(replays).replay()
+
+
+class Captured(NamedTuple):
+    """A CUDA graph of one call. Its results are kept, or the next graph would write to the same memory."""
+
+    replay: Run
+    results: tuple[torch.Tensor, ...]
+
+
+def _on_side_stream(run: Run) -> None:
+    """What is captured must have run on another stream than the default one before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for batch in batches[:2]:
-            step(batch)
+        run()
     torch.cuda.current_stream().wait_stream(stream)
-    captured = []
-    for batch in batches:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step(batch)
-        captured.append((graph, results))  # results kept: or the next graph would write to the same memory
-    replays = itertools.cycle(captured)
-    return lambda: next(replays)[0].replay()
+
+
+def _capture(step: Callable[[], tuple[torch.Tensor, ...]]) -> Captured:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return Captured(graph.replay, results)
+
+
+def _check_replay(loss: Loss, batches: Sequence[Batch], captured: Sequence[Captured]) -> None:
+    """Replay the graph whose turn it is after the warm-up, once, and compare all that it wrote with the truth."""
+    step = STEPS + _WARM_UPS
+    weighting = "constant" if loss.moments() is None else "variance_aware"
+    expected = truth(batches, backward=True, weighting=weighting, steps=step + 1)
+    turn = step % len(batches)
+    replay, results = captured[turn]
+    with torch.no_grad():
+        for result in results:
+            result.fill_(float("nan"))  # a graph that writes nothing must not pass with what it finds there
+    replay()
+    try:
+        check_step(results, batches[turn], expected, step)
+        check_moments(loss, expected)
+    except WrongResultError as error:
+        raise WrongResultError(f"CUDA graph replay: {error}") from error
 
 
 def timed(
@@ -157,6 +198,7 @@ def timed(
             contest, name, shape, measured, bytes=size, sets=sets, times_as_fast_as=ratios[name]
         )
         measurement.share_of_copy = (measurement.bandwidth or 0.0) / copy
+        measurement.cached = sets * input_bytes_of(contest, device.type) <= machine.last_level_cache(device)
         measurement.peak_bytes = measure.peak_bytes_of(runs[name]) if allocates else None
         found.append(measurement)
     return found

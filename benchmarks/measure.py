@@ -18,6 +18,7 @@ import torch
 
 Run = Callable[[], object]
 
+_MANY_LAUNCHES = 128  # more than any function here: assumed where they cannot be counted
 _QUEUE = 512  # launches that fit in a CUDA queue with room to spare; a fuller one would make the host wait
 _CYCLES_PER_SECOND = 2e9  # of a GPU: only decides how long it is kept busy while the host fills the queue
 
@@ -44,7 +45,7 @@ class Times(NamedTuple):
     host: list[float]  # until the last call has returned; the same as `wall` on a CPU
     device: list[float] | None  # on the GPU, back to back: the host ran ahead; None on a CPU
     calls: int  # per round
-    launches: int | None = None  # of one call on the GPU; None on a CPU
+    launches: int | None = None  # of one call on the GPU; None on a CPU and where they cannot be counted
 
 
 class Spread(NamedTuple):
@@ -83,7 +84,7 @@ def race(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[
     lengths = {name: _warm_up(run, device, effort) for name, run in runs.items()}
     calls = {}
     for name, length in lengths.items():
-        most = max(_QUEUE // max(launches.get(name, 1), 1), 1)
+        most = max(_QUEUE // (launches.get(name) or _MANY_LAUNCHES), 1)
         calls[name] = min(max(math.ceil(effort.sample_seconds / length), 1), most)
     round_seconds = sum(length * calls[name] for name, length in lengths.items()) * (2 if launches else 1)
     rounds = min(max(int(effort.seconds / round_seconds), effort.min_rounds), effort.max_rounds)
@@ -155,13 +156,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def launches_of(run: Run) -> int:
-    """Kernels, copies and fills that one call starts on the GPU."""
+def launches_of(run: Run) -> int | None:
+    """Kernels, copies and fills that one call starts on the GPU.
+
+    None if the profiler saw nothing, as where the driver lets only administrators count: no call here starts none."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
 
 
 def peak_bytes_of(run: Run) -> int:

@@ -39,6 +39,7 @@ class Measurement:
     times_as_fast_as: dict[str, Ratio] = field(default_factory=dict)  # by provider
     launches: int | None = None  # CUDA only
     peak_bytes: int | None = None  # CUDA only: on top of the inputs, output gradient included
+    cached: bool = False  # the inputs of all sets together fit in the last-level cache
     wall_times: list[float] = field(default_factory=list, repr=False)  # of each round; not kept in files
 
     @classmethod
@@ -112,8 +113,9 @@ class Results:
         content["copy"] = self.copy._asdict()
         for entry in content["measurements"]:
             del entry["wall_times"]
-        path.write_text(json.dumps(content, indent=1) + "\n")
-        return path
+        complete = path.with_suffix(".tmp")  # a run that is killed meanwhile leaves the last whole file
+        complete.write_text(json.dumps(content, indent=1) + "\n")
+        return complete.replace(path)
 
 
 def read(path: Path) -> Results | None:

@@ -27,7 +27,9 @@ _ROWS = {
     "latents 64 × 4 × 128 × 128, bf16": ("latents-128", "bf16", "fused"),
     "video latents 8 × 16 × 16 × 60 × 90, bf16": ("video", "bf16", "fused"),
     "larger than any cache, fp32": ("huge", "fp32", "fused"),
-    "training step of a small U-Net": ("unet", "fp32", "training-step"),
+    "training step of a small U-Net, batch 8": ("unet-8", "fp32", "training-step"),
+    "training step of a small U-Net, batch 64": ("unet-64", "fp32", "training-step"),
+    "training step of a small U-Net, batch 128": ("unet-128", "fp32", "training-step"),
 }
 
 
@@ -48,16 +50,18 @@ def _device(results: Results) -> Iterator[str]:
     yield (
         f"**{machine['device']}**, torch {machine['torch']}, {results.date}, commit {results.commit[:10]}{changed}. "
         "Loss, gradient and statistics of one call, median; in brackets how many times as fast as `F.mse_loss`, which "
-        "has neither statistics nor weights:"
+        "has neither statistics nor weights. Cached: the buffers in rotation fit in the last-level cache."
     )
     yield ""
     names = [name for name in PROVIDERS if any(m.provider == name for m in results.measurements)]
     yield f"| | {' | '.join(PROVIDERS[name].title for name in names)} |"
     yield f"| --- |{' --- |' * len(names)}"
     for title, key in _ROWS.items():
-        cells = [_cell(results.find(*key, name)) for name in names]
+        found = [results.find(*key, name) for name in names]
+        cells = [_cell(measurement) for measurement in found]
+        cached = ", cached" if any(m is not None and m.cached for m in found) else ""
         if any(cells):
-            yield f"| {title} | {' | '.join(cells)} |"
+            yield f"| {title}{cached} | {' | '.join(cells)} |"
     yield ""
     yield "| asked for by the design | | found | |"
     yield "| --- | --- | --- | --- |"

@@ -96,7 +96,15 @@ class Session:
             self._outcomes[contest] = found
             for outcome in found:
                 self.results.add(outcome)
+            self.write(finished=False)
         return [outcome for outcome in self._outcomes[contest] if outcome.provider.split(",")[0] == provider]
+
+    def write(self, *, finished: bool) -> Path | None:
+        """Write the result file, if one is wanted. After each contest, as nobody knows who kills a long run."""
+        if self.folder is None:
+            return None
+        self.results.selection = self.selection if finished else f"{self.selection}; interrupted"
+        return self.results.write(self.folder)
 
     def report(
         self, benchmark: BenchmarkFixture, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]
@@ -126,12 +134,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out what is marked as not running by default."""
-    if config.stash[_SESSION].all:
-        return
-    left_out = [item for item in items if item.get_closest_marker(ON_REQUEST.name)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker(ON_REQUEST.name)]
+    """Without --all, leave out what is marked as not running by default; what figures are read from comes first."""
+    if not config.stash[_SESSION].all:
+        left_out = [item for item in items if item.get_closest_marker(ON_REQUEST.name)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(ON_REQUEST.name)]
+    first = figures.CONTESTS[config.stash[_SESSION].device.type]
+    rank = {contest: index for index, contest in enumerate(first)}
+    items.sort(key=lambda item: rank.get(_parameters(item).get("contest"), len(first)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -180,11 +190,10 @@ def pytest_terminal_summary(
     session = config.stash[_SESSION]
     if not session.has_results:
         return
-    if exitstatus == pytest.ExitCode.INTERRUPTED:
-        session.results.selection += "; interrupted"
+    path = session.write(finished=exitstatus != pytest.ExitCode.INTERRUPTED)  # first: drawing tables may take too long
     terminalreporter.section("vadiff benchmarks")
     terminalreporter.write_line(table.render(session.results))
     terminalreporter.write_line("")
     terminalreporter.write_line(table.render_figures(figures.judge(session.results)))
-    if session.folder is not None:
-        terminalreporter.write_line(f"written to {os.path.relpath(session.results.write(session.folder))}")
+    if path is not None:
+        terminalreporter.write_line(f"written to {os.path.relpath(path)}")

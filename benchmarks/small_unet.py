@@ -7,16 +7,21 @@ from torch import Tensor, nn
 
 
 class SmallUNet(nn.Module):
-    """Noisy images [B, 3, H, W] (H and W even) and log-SNR [B] → prediction [B, 3, H, W]."""
+    """Noisy images [B, 3, H, W] and log-SNR [B] → prediction [B, 3, H, W].
 
-    def __init__(self, channels: int) -> None:
+    It sees patches of `patch` × `patch` pixels as one position; H and W are multiples of 2 * patch."""
+
+    def __init__(self, channels: int, patch: int = 1) -> None:
         super().__init__()
+        pixels = 3 * patch**2
         self.embed = nn.Linear(1, channels)
-        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.first = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(pixels, channels, 3, padding=1))
         self.down = _block(channels, 2 * channels, stride=2)
         self.middle = _block(2 * channels, 2 * channels)
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
-        self.last = nn.Sequential(_block(2 * channels, channels), nn.Conv2d(channels, 3, 3, padding=1))
+        self.last = nn.Sequential(
+            _block(2 * channels, channels), nn.Conv2d(channels, pixels, 3, padding=1), nn.PixelShuffle(patch)
+        )
 
     def forward(self, noisy: Tensor, log_snr: Tensor) -> Tensor:
         fine = self.first(noisy) + self.embed(log_snr[:, None] / 4)[:, :, None, None]

@@ -14,7 +14,7 @@ from measurements import Measurement, NotMeasured, Results
 from providers import PROVIDERS
 
 _OTHER_TITLES = {
-    training_step.CONTEST.mode: "whole training step of a small U-Net, batch of {shape}",
+    training_step.MODE: "whole training step of a small U-Net, batch of {shape}",
     past_cache.CONTEST.mode: "past the last-level cache, 3 moves of {shape}; a copy: 2",
 }
 
@@ -91,8 +91,12 @@ def _title(contest: Contest, first: Measurement) -> str:
         return f"{contest.case} {contest.dtype}: " + _OTHER_TITLES[contest.mode].format(shape=shape)
     return (
         f"{contest.case} {contest.dtype}, {shape}: {MODES[contest.mode].title}; {moves_of(contest)} moves, "
-        f"{size(first.bytes)}, {first.sets} sets of buffers, {first.rounds} rounds"
+        f"{size(first.bytes)}, {first.sets} sets of buffers{_cached(first)}, {first.rounds} rounds"
     )
+
+
+def _cached(measurement: Measurement) -> str:
+    return " (cached: their inputs fit in the last-level cache)" if measurement.cached else ""
 
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

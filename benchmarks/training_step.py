@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import measure
 import torch
@@ -16,12 +17,25 @@ from providers import Batch, Loss
 from small_unet import SmallUNet
 from torch import Tensor
 
-CONTEST = Contest("unet", "fp32", "training-step")
-# About 5 ms per step: the sizes were tried on two cores of a Xeon with AVX-512; on a GPU launches decide.
-_BATCH = {"cpu": 8, "cuda": 128}
-_CHANNELS = {"cpu": 8, "cuda": 64}
+MODE = "training-step"
+
+
+class Size(NamedTuple):
+    """Batch and network of a step."""
+
+    batch: int
+    channels: int
+    patch: int
+
+
+# About 5 ms per step on two cores of a Xeon with AVX-512, once with few and once with many elements in the loss: the
+# network then sees patches. On a GPU launches decide.
+SIZES = {
+    "cpu": {Contest("unet-8", "fp32", MODE): Size(8, 8, 1), Contest("unet-64", "fp32", MODE): Size(64, 8, 4)},
+    "cuda": {Contest("unet-128", "fp32", MODE): Size(128, 64, 1)},
+}
 _SETS = 16
-_SECONDS = {"cpu": 30.0, "cuda": 10.0}
+_SECONDS = {"cpu": 20.0, "cuda": 10.0}  # per size
 
 
 def make_step(network: SmallUNet, loss: Loss, batches: Sequence[tuple[Tensor, Tensor]]) -> Run:
@@ -40,18 +54,21 @@ def make_step(network: SmallUNet, loss: Loss, batches: Sequence[tuple[Tensor, Te
     return step
 
 
-def hold(names: Iterable[str], device: torch.device, *, quick: bool) -> list[Measurement | NotMeasured]:
+def hold(
+    contest: Contest, names: Iterable[str], device: torch.device, *, quick: bool
+) -> list[Measurement | NotMeasured]:
     """As `contest.hold`; each provider trains a copy of the same network."""
     torch.manual_seed(0)
-    shape = (_BATCH[device.type], 3, 32, 32)
-    network = SmallUNet(_CHANNELS[device.type]).to(device)
+    batch, channels, patch = SIZES[device.type][contest]
+    shape = (batch, 3, 32, 32)
+    network = SmallUNet(channels, patch).to(device)
     data = [(torch.randn(shape, device=device), 4 * torch.randn(shape[0], device=device)) for _ in range(_SETS)]
-    losses, unusable = make_losses(CONTEST, names, device)
+    losses, unusable = make_losses(contest, names, device)
     outcomes: list[Measurement | NotMeasured] = [*unusable]
     with torch.no_grad():
         predictions = [network(clean, log_snr) for clean, log_snr in data[:3]]
     outputs = [Batch(p.requires_grad_(), *pair) for p, pair in zip(predictions, data, strict=False)]
-    outcomes += refuse_wrong(CONTEST, MODES["fused"], losses, outputs)
+    outcomes += refuse_wrong(contest, MODES["fused"], losses, outputs)
     runs = {name: make_step(copy.deepcopy(network), loss, data) for name, loss in losses.items()}
     for run in runs.values():
         run()
@@ -59,5 +76,5 @@ def hold(names: Iterable[str], device: torch.device, *, quick: bool) -> list[Mea
     times = measure.race(runs, device, effort) if runs else {}
     ratios = speed_ratios(times)
     for name, found in times.items():
-        outcomes.append(Measurement.of(CONTEST, name, shape, found, bytes=0, sets=_SETS, times_as_fast_as=ratios[name]))
+        outcomes.append(Measurement.of(contest, name, shape, found, bytes=0, sets=_SETS, times_as_fast_as=ratios[name]))
     return outcomes

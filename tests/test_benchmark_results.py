@@ -106,14 +106,75 @@ def test_figures_are_judged_by_the_ratios(ratios: dict[str, float], verdicts: li
     native = measured("native", 1e-3, key, times_as_fast_as={name: Ratio(value, 0.0) for name, value in ratios.items()})
     found = figures.judge(results_of(native))
     assert [figure.passed for figure in found[:3]] == verdicts
-    assert all(figure.found == "not measured: was not selected" for figure in found[3:])
+    assert all("not measured: was not selected" in figure.found for figure in found[3:])
+    assert all(figure.passed is None for figure in found[3:])
 
 
-def test_a_step_dearer_by_one_per_cent_misses_its_figure() -> None:
-    for mse_over_native, passed in ((1 / 1.005, True), (1 / 1.011, False), (1.1, True)):
-        ratio = {"mse_loss": Ratio(mse_over_native, 0.001)}
-        results = results_of(measured("native", 5e-3, training_step.CONTEST, times_as_fast_as=ratio))
-        assert figures.judge(results)[-1].passed is passed
+@pytest.mark.parametrize(
+    ("mse_over_native", "passed"),
+    [
+        ((1 / 1.005, 1.1), True),
+        ((1 / 1.005, 1 / 1.011), False),
+        ((1 / 1.011,), False),  # whatever the other size would give
+        ((1.1,), None),
+    ],
+)
+def test_steps_dearer_by_one_per_cent_miss_their_figure(
+    mse_over_native: tuple[float, ...], passed: bool | None
+) -> None:
+    steps = [
+        measured("native", 5e-3, size, times_as_fast_as={"mse_loss": Ratio(ratio, 0.001)})
+        for size, ratio in zip(training_step.SIZES["cpu"], mse_over_native, strict=False)
+    ]
+    figure = figures.judge(results_of(*steps))[-1]
+    assert figure.passed is passed
+    assert figure.found.startswith("batch 8, 5.0 ms: ")
+    assert "batch 64" in figure.found
+
+
+@pytest.mark.parametrize(
+    ("forward", "both", "verdicts"),
+    [
+        (None, None, [None, None]),
+        (0, 0, [None, None]),
+        (2, 0, [True, None]),
+        (2, 2, [True, None]),
+        (0, 3, [None, None]),
+        (2, 3, [True, True]),
+        (3, 5, [False, False]),
+    ],
+)
+def test_launches_that_were_not_counted_do_not_pass(
+    forward: int | None, both: int | None, verdicts: list[bool | None]
+) -> None:
+    fused = Contest("cifar-512", "fp32", "fused")
+    results = gpu_results()
+    results.measurements = [
+        measured("triton", 1e-4, fused, launches=both),
+        measured("triton", 1e-4, fused._replace(mode="forward"), launches=forward),
+    ]
+    found = [figure for figure in figures.judge(results) if "triton: launches" in figure.title]
+    assert [figure.passed for figure in found] == verdicts
+    assert all(figure.found.startswith("not measured") for figure in found if figure.passed is None)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_all_that_figures_are_read_from_comes_first(device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[Contest] = set()
+    monkeypatch.setattr(Results, "find", lambda self, *key: asked.add(Contest(*key[:3])))
+    results = results_of()
+    if device_type == "cuda":
+        results.machine["compute_capability"] = "9.0"
+    figures.judge(results)
+    assert asked <= set(figures.CONTESTS[device_type])
+
+
+def test_the_tables_say_where_the_buffers_fit_in_the_cache() -> None:
+    key = Contest("cifar-128", "fp32", "fused")
+    for cached in (True, False):
+        results = results_of(measured("native", 1e-3, key, cached=cached))
+        assert ("2 sets of buffers (cached: " in table.render(results)) is cached
+        assert ("| CIFAR, batch 128, fp32, cached |" in readme_table.markdown([results])) is cached
 
 
 def test_a_figure_without_a_measurement_gives_the_reason() -> None:
@@ -233,6 +294,27 @@ def test_a_run_with_a_wrong_provider_fails_and_shows_no_speed_for_it(tmp_path: P
     assert "1 failed, 1 passed" in found.stdout
 
 
+def test_a_run_that_is_killed_leaves_what_it_had_the_figures_first(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(
+        "import os, signal\n"
+        "import providers\n"
+        "class Killer(providers._MSELoss):\n"
+        "    def __call__(self, batch, deferred):\n"
+        "        if len(batch.prediction) == 64:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().__call__(batch, deferred)\n"
+        "providers.PROVIDERS['mse_loss'] = providers.Provider('F.mse_loss', lambda device: Killer())\n"
+    )
+    chosen = "fp32-fused-mse_loss and (cifar-64 or cifar-128)"
+    found = run_benchmarks("-p", "planted", "-k", chosen, f"--results={tmp_path}", path=tmp_path)
+    assert found.returncode == -9, found.stdout + found.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = read(path)
+    assert results is not None
+    assert results.selection.endswith("interrupted")
+    assert [measurement.case for measurement in results.measurements] == ["cifar-128"]
+
+
 @pytest.fixture
 def stub_python(tmp_path: Path) -> Path:
     """Stands in for Python in gpu.sh: installing fails, everything else succeeds at once."""
@@ -255,6 +337,7 @@ def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Pa
     stages = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
     assert "FAILED, exit status 3" in stages["build"]
     assert stages["tests"].endswith("ok")
+    assert stages["core"].endswith("ok")
     assert stages["benchmarks"].endswith("ok")
     assert "NOT RUN: the benchmarks left no result file" in stages["roofline"]
     assert "no compiler today" in (tmp_path / "out" / "log.txt").read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import contest
@@ -155,6 +158,18 @@ def test_calls_within_a_round_fit_in_the_queue_of_a_gpu(monkeypatch: pytest.Monk
     assert times["many"].device == [3e-3] * 2
 
 
+def test_a_profiler_that_sees_nothing_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", Gpu(late=0))
+    with monkeypatch.context() as patch:  # without its permission, CUPTI leaves the list empty and raises nothing
+        nothing = SimpleNamespace(events=lambda: [])
+        patch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(nothing))
+        assert measure.launches_of(lambda: None) is None
+    monkeypatch.setattr(measure, "launches_of", lambda run: None)
+    times = measure.race({"uncounted": lambda: None}, torch.device("cuda"), Effort(0.0, 2, 2, 1.0))["uncounted"]
+    assert times.launches is None
+    assert times.calls <= 4  # as if it were many
+
+
 # providers and their check
 
 
@@ -218,6 +233,63 @@ def test_a_wrong_provider_is_refused_and_the_others_are_timed(
     assert right.wall.median > 0
 
 
+class Graph:
+    """Stands in for a CUDA graph: a replay calls the step again and copies its results to where they were."""
+
+    def __init__(self, spoil: str) -> None:
+        self.spoil = spoil
+
+    def capture(self, step: Callable[[], tuple[Tensor, ...]]) -> contest.Captured:
+        results = torch.zeros(()), torch.zeros(64, 3, 32, 32)
+
+        def replay() -> None:
+            if self.spoil == "statistics":
+                step()
+            for kept, found in zip(results, step(), strict=True):
+                if self.spoil != "loss" or kept.ndim:
+                    kept.copy_(1.1 * found if self.spoil == "gradient" and kept.ndim else found)
+
+        return contest.Captured((lambda: None) if self.spoil == "nothing" else replay, results)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        ("", None),
+        ("nothing", "gradient of step 6 is off by nan"),
+        ("loss", "loss of step 6 is off by nan"),
+        ("gradient", "gradient of step 6"),
+        ("statistics", "step 6"),  # one step further: other weights
+    ],
+)
+def test_a_graph_whose_replay_is_wrong_is_not_timed(
+    spoil: str, complaint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "_on_side_stream", lambda run: run())
+    monkeypatch.setattr(contest, "_capture", Graph(spoil).capture)
+    names = ["mse_loss", "reference"] if spoil != "statistics" else ["reference"]
+    outcomes = contest.hold(Contest("cifar-64", "fp32", "graph"), names, CPU, lambda: 1e10, quick=True)
+    assert [outcome.provider for outcome in outcomes] == names
+    for outcome in outcomes:
+        if complaint is None:
+            assert isinstance(outcome, Measurement)
+        else:
+            assert isinstance(outcome, NotMeasured)
+            assert outcome.kind == "wrong"
+            assert "CUDA graph replay: the " in outcome.reason
+            assert complaint in outcome.reason
+
+
+def test_sets_that_fit_in_the_cache_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotated = 512 * 2 * 4 * 3 * 32 * 32
+    for cache, cached in ((rotated, True), (rotated - 1, False)):
+        monkeypatch.setattr("machine.last_level_cache", lambda device, cache=cache: cache)
+        (found,) = contest.hold(SMALL, ["mse_loss"], CPU, lambda: 1e10, quick=True)
+        assert isinstance(found, Measurement)
+        assert found.sets == 512
+        assert found.cached is cached
+
+
 @pytest.mark.parametrize("small", [c for c in cases.contests("cpu") if c.case == "cifar-64"], ids=str)
 def test_uncompiled_providers_pass_their_check(small: Contest) -> None:
     entered = ["mse_loss", "hand_written", "reference", "native"]
@@ -251,8 +323,9 @@ def test_a_kernel_that_does_not_take_the_buffer_is_not_timed_as_if_it_did(monkey
     assert "empty_like" in missing.reason
 
 
-def test_training_steps_of_all_providers_are_compared() -> None:
-    outcomes = training_step.hold(["mse_loss", "reference"], CPU, quick=True)
+@pytest.mark.parametrize("size", training_step.SIZES["cpu"], ids=str)
+def test_training_steps_of_all_providers_are_compared(size: Contest) -> None:
+    outcomes = training_step.hold(size, ["mse_loss", "reference"], CPU, quick=True)
     mse, reference = outcomes
     assert isinstance(mse, Measurement)
     assert isinstance(reference, Measurement)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,13 @@ import torch
 
 import vadiff
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from machine import commit
+
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-COMMIT = _commit()  # of the code that runs: read when it is loaded, not when a long run ends
+COMMIT, DIRTY = commit()  # of the code that runs: read when it is loaded, not when a long run ends
 
 
 def write_results(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
@@ -38,6 +35,7 @@ def write_results(name: str, figures: dict[str, Any], path: Path | None = None) 
         "vadiff": vadiff.__version__,
         "python": platform.python_version(),
         "commit": COMMIT,
+        "dirty": DIRTY,
         **figures,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What the training loop adds to the bare forward, backward and optimiser step of the same network.
 
-    python benchmarks/bench_training_loop.py [--preset cifar10-mini] [--out FILE.json]
+    python benchmarks/training_loop.py [--preset cifar10-mini] [--out FILE.json]
 
 Two things are timed in turns, over and over, and the median of the paired ratios is printed: steps of the loop, with
 statistics, adaptive weighting, gradient norm, EMA, a line of metrics every `log_every` steps, fresh images, noise
