@@ -256,6 +256,7 @@ def test_a_module_compiled_from_other_sources_is_not_used(hidden, monkeypatch, i
 
 
 def test_a_missing_module_skips_tests_only_where_no_compiler_is(hidden, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     with pytest.raises(pytest.fail.Exception, match="not built"):
         usable("native")
     monkeypatch.setattr(shutil, "which", lambda name: None)
