@@ -7,15 +7,19 @@ The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, cl
 ($CUDA_HOME, PATH, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail, vadiff installs and works on
 PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
 
-    VADIFF_CUDA=auto   CUDA kernels where nvcc is found (default)
-    VADIFF_CUDA=0      none
-    VADIFF_CUDA=1      CUDA kernels, or the installation fails
+    VADIFF_NATIVE=auto   native kernels where a C++ compiler is found (default)
+    VADIFF_NATIVE=0      none: nothing is compiled
+    VADIFF_NATIVE=1      those for CPUs, or the installation fails
+    VADIFF_CUDA=auto|0|1 the same for the CUDA kernels among them, and nvcc
     VADIFF_CUDA_ARCHITECTURES="80 90"   instead of all that are known and nvcc can do (80 90 100)
-    CXXFLAGS, LDFLAGS  added to what compiles and links, as usual
+    CXX                  the compiler, with flags or a launcher if need be: "g++ -m64", "ccache g++"
+    CXXFLAGS, LDFLAGS    added to what compiles for CPUs, and to what links, as usual
 """
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,17 +39,22 @@ INSTRUCTION_SETS = {
 }
 
 
+class LeftOut(Exception):
+    """Why kernels are left out, and what brings them back."""
+
+    def __init__(self, why: str, remedy: str = "Mend that") -> None:
+        self.why, self.remedy = why, remedy
+
+
 class BuildNative(build_ext):
     """Writes a build.ninja and runs it; falls back to fewer kernels where something is missing or fails."""
 
     def build_extension(self, extension: Extension) -> None:
-        wish = os.environ.get("VADIFF_CUDA") or "auto"
-        if wish not in ("auto", "0", "1"):
-            raise SystemExit(f"VADIFF_CUDA is {wish!r}, expected auto, 0 or 1")
+        _wanted_architectures()  # like _switch: what is malformed is an error, whatever else there is
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        notes = self._build(target, wish)
+        notes = self._build(target)
         self.note = target.with_name("_native_build.txt")
         self.note.write_text(" ".join(notes))
         for note in notes:
@@ -54,66 +63,66 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         shutil.copy(self.note, HERE / "vadiff")
+        for extension in self.extensions:
+            name = self.get_ext_filename(extension.name)
+            if not Path(self.build_lib, name).exists():  # then an earlier build's copy is not of these sources
+                (HERE / name).unlink(missing_ok=True)
 
-    def _build(self, target: Path, wish: str) -> list[str]:
-        """Build as much as can be built; what could not, and what to do about it."""
-        compiler = _compiler()
-        if compiler is None or sys.platform == "win32":
-            why = "no C++ compiler was found" if compiler is None else "csrc/ does not build on Windows"
-            if wish == "1":
-                raise SystemExit(f"VADIFF_CUDA=1, but {why}")
-            return [f"When vadiff was installed, {why}. Install one (Debian, Ubuntu: apt install g++), {REINSTALL}"]
+    def _build(self, target: Path) -> list[str]:
+        """Build as much as can be built; what was left out, and what to do about it."""
+        native, cuda = _switch("VADIFF_NATIVE"), _switch("VADIFF_CUDA")
+        try:
+            compiler = _compiler(native)
+            openmp = ["-fopenmp"] if _accepts(compiler, "-fopenmp") else []
+        except LeftOut as reason:
+            return [_note("all native kernels", reason, VADIFF_NATIVE=native, VADIFF_CUDA=cuda)]
         notes = []
-        nvcc = None if wish == "0" else _nvcc()
-        if wish == "1" and nvcc is None:
-            raise SystemExit("VADIFF_CUDA=1, but no nvcc was found: install the CUDA toolkit, or set CUDA_HOME to it")
-        if nvcc is not None:
-            trouble = self._ninja(target, compiler, nvcc)
-            if trouble is None:
-                return notes
-            if wish == "1":
-                raise SystemExit(f"VADIFF_CUDA=1, but the CUDA kernels did not compile:\n{trouble}")
-            notes.append(f"CUDA kernels were left out, nvcc failed: {_last_line(trouble)}.")
-        elif wish == "auto":
-            notes.append(
-                "CUDA kernels were left out, no nvcc was found when vadiff was installed (Triton does without). "
-                f"Install the CUDA toolkit, or set CUDA_HOME, {REINSTALL}"
-            )
-        trouble = self._ninja(target, compiler, None)
-        if trouble is not None:
-            print(trouble, file=sys.stderr)
-            notes.append(f"When vadiff was installed, {compiler} failed: {_last_line(trouble)}. Mend it, {REINSTALL}")
+        if not openmp:
+            why = f"{shlex.join(compiler)} did not accept -fopenmp"
+            reason = LeftOut(why, "Set CXX to a compiler that does (GCC, or Clang with libomp)")
+            notes.append(_note("threads of the native CPU kernels", reason))
+        try:
+            self._compile(target, compiler, openmp, _nvcc(cuda))
+        except LeftOut as reason:
+            notes.append(_note("CUDA kernels", reason, VADIFF_CUDA=cuda))
+            try:
+                self._compile(target, compiler, openmp, None)
+            except LeftOut as reason:
+                return [_note("all native kernels", reason, VADIFF_NATIVE=native)]
         return notes
 
-    def _ninja(self, target: Path, compiler: str, nvcc: str | None) -> str | None:
-        """Compile and link `target`; the output if that failed."""
+    def _compile(self, target: Path, compiler: list[str], openmp: list[str], nvcc: str | None) -> None:
         folder = Path(self.build_temp).absolute() / ("cuda" if nvcc else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / "build.ninja").write_text(_build_file(target, compiler, nvcc))
-        except ImportError as error:
-            return f"{error}; without build isolation, install what pyproject.toml lists under build-system"
-        ninja = [sys.executable, "-m", "ninja", "-C", str(folder)]
-        run = subprocess.run(ninja, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return run.stdout if run.returncode else None
+        if nvcc:  # takes neither a compiler with arguments nor flags with commas: both go into a script
+            host = folder / Path(compiler[0]).name
+            host.write_text(f'#!/bin/sh\nexec {shlex.join([*compiler, *openmp, *_flags("LDFLAGS")])} "$@"\n')
+            host.chmod(0o755)
+        (folder / "build.ninja").write_text(_build_file(target, compiler, openmp, nvcc))
+        run = _run(sys.executable, "-m", "ninja", "-C", str(folder))
+        if run.returncode:
+            print(run.stdout, file=sys.stderr)
+            raise LeftOut(f"{nvcc or shlex.join(compiler)} failed: {_error_line(run.stdout)}")
 
 
-def _build_file(target: Path, compiler: str, nvcc: str | None) -> str:
-    """The text of build.ninja. Folders with spaces in their names come out quoted for ninja and for the shell."""
-    import pybind11
-
+def _build_file(target: Path, compiler: list[str], openmp: list[str], nvcc: str | None) -> str:
+    """The text of build.ninja."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise LeftOut(
+            str(error), "Without build isolation, install what pyproject.toml lists under build-system"
+        ) from None
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    openmp = "-fopenmp" if _accepts(compiler, "-fopenmp") else ""
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    architectures = _architectures(nvcc) if nvcc else []
-    include = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}'"
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     # GCC's own headers of intrinsics warn; vectors wider than a register never leave a function here
     warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
-    added, linked = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
+    cxx = [*compiler, *f"-std=c++17 -O3 -fPIC -fvisibility=hidden {warnings}".split(), *openmp, *_flags("CXXFLAGS")]
+    to_object = " $defines -MMD -MF $out.d -c $in -o $out"
     rules = {
-        "cxx": f"{compiler} -std=c++17 -O3 -fPIC -fvisibility=hidden {warnings} {openmp} {added} $defines "
-        f"-MMD -MF $out.d {include} -c $in -o $out",
-        "link": f"{compiler} {shared} {openmp} {linked} $in -o $out",
+        "cxx": _literal(*cxx, *include) + to_object,
+        "link": _literal(*compiler, *shared.split(), *openmp, *_flags("LDFLAGS")) + " $in -o $out",
     }
     defines = ["-DVADIFF_X86"] if x86 else []
     objects = [
@@ -123,15 +132,13 @@ def _build_file(target: Path, compiler: str, nvcc: str | None) -> str:
     ]
     objects += [("cxx", "cpu.o", "cpu.cpp", ""), ("cxx", "module.o", "module.cpp", "")]
     if nvcc:
+        architectures = _architectures(nvcc)
         defines.append(f"-DVADIFF_CUDA=sm_{'+sm_'.join(architectures)}")
-        code = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-        code.append(f"-gencode arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-        rules["nvcc"] = (
-            f"{nvcc} -ccbin {compiler} -std=c++17 -O3 {' '.join(code)} -Xcompiler -fPIC,-fvisibility=hidden "
-            "-MMD -MF $out.d -c $in -o $out"
-        )
-        host = "".join(f" -Xcompiler {flag}" for flag in ["-fPIC", *openmp.split(), *linked.split()])
-        rules["link"] = f"{nvcc} -ccbin {compiler} -shared -cudart static{host} $in -o $out"
+        code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        code.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+        with_host = [nvcc, "-ccbin", f"./{Path(compiler[0]).name}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        rules["nvcc"] = _literal(*with_host, "-std=c++17", "-O3", *code) + to_object
+        rules["link"] = _literal(*with_host, "-shared", "-cudart", "static") + " $in -o $out"
         objects.append(("nvcc", "cuda.o", "cuda.cu", ""))
     lines = []
     for name, command in rules.items():
@@ -144,38 +151,94 @@ def _build_file(target: Path, compiler: str, nvcc: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _literal(*words: str) -> str:
+    """Words of a command, quoted for the shell and for ninja."""
+    return shlex.join(words).replace("$", "$$")
+
+
 def _path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _compiler() -> str | None:
-    wanted = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [wanted] if wanted else ["c++", "g++", "clang++"])), None)
+def _switch(name: str) -> str:
+    value = os.environ.get(name) or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name} is {value!r}, expected auto, 0 or 1")
+    return value
 
 
-def _nvcc() -> str | None:
+def _flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def _note(what: str, reason: LeftOut, **switches: str) -> str:
+    """What the note says of kernels left out; where a switch asks for them, the installation ends here."""
+    for name, value in switches.items():
+        if value == "1":
+            raise SystemExit(f"{name}=1, but {reason.why}. {reason.remedy}, or set {name}=auto to do without")
+    return f"When vadiff was installed, {reason.why}: {what} were left out. {reason.remedy}, {REINSTALL}"
+
+
+def _compiler(switch: str) -> list[str]:
+    """The command of the C++ compiler, its path absolute."""
+    if switch == "0":
+        raise LeftOut("VADIFF_NATIVE was 0", "Unset it")
+    if sys.platform == "win32":
+        raise LeftOut("csrc/ did not build on Windows", "Use WSL")
+    wanted = _flags("CXX")
+    found = next(filter(None, map(shutil.which, wanted[:1] or ["c++", "g++", "clang++"])), None)
+    if found is None:
+        why = f"$CXX was {wanted[0]!r}, which was not found" if wanted else "no C++ compiler was found"
+        raise LeftOut(why, "Install one (Debian, Ubuntu: apt install g++)" if not wanted else "Correct or unset it")
+    return [str(Path(found).absolute()), *wanted[1:]]
+
+
+def _nvcc(switch: str) -> str:
+    if switch == "0":
+        raise LeftOut("VADIFF_CUDA was 0", "Unset it")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, map(shutil.which, places)), None)
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
+        raise LeftOut("no nvcc was found (Triton does without)", "Install the CUDA toolkit, or set CUDA_HOME to it")
+    return str(Path(found).absolute())
+
+
+def _wanted_architectures() -> list[str]:
+    wanted = os.environ.get("VADIFF_CUDA_ARCHITECTURES", "").split() or list(ARCHITECTURES)
+    if not all(re.fullmatch("[0-9]+", architecture) for architecture in wanted):
+        raise SystemExit(f"VADIFF_CUDA_ARCHITECTURES is {' '.join(wanted)!r}, expected numbers as 80 90")
+    return sorted(set(wanted), key=int)
 
 
 def _architectures(nvcc: str) -> list[str]:
     """Those that this nvcc knows, lowest first."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True, check=True).stdout.split()
-    wanted = (os.environ.get("VADIFF_CUDA_ARCHITECTURES") or " ".join(ARCHITECTURES)).split()
-    return sorted((a for a in wanted if f"sm_{a}" in known), key=int)
+    run = _run(nvcc, "--list-gpu-code")
+    if run.returncode:
+        raise LeftOut(f"{nvcc} --list-gpu-code failed: {_error_line(run.stdout)}")
+    wanted, known = _wanted_architectures(), run.stdout.split()
+    if not any(f"sm_{architecture}" in known for architecture in wanted):
+        why = f"{nvcc} knew none of the architectures {' '.join(wanted)}"
+        raise LeftOut(why, f"Set VADIFF_CUDA_ARCHITECTURES to some of {' '.join(known).replace('sm_', '')}")
+    return [architecture for architecture in wanted if f"sm_{architecture}" in known]
 
 
-def _accepts(compiler: str, flag: str) -> bool:
-    command = [compiler, flag, "-x", "c++", "-", "-o", os.devnull]
-    run = subprocess.run(command, input="int main() { return 0; }", text=True, capture_output=True)
-    return run.returncode == 0
+def _accepts(compiler: list[str], flag: str) -> bool:
+    return _run(*compiler, flag, "-x", "c++", "-", "-o", os.devnull, given="int main() { return 0; }").returncode == 0
 
 
-def _last_line(output: str) -> str:
-    """The line that says what failed: the first error, or the last line."""
+def _run(*command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, input=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise LeftOut(f"{command[0]} did not run ({error.strerror})") from None
+
+
+def _error_line(output: str) -> str:
+    """The line that says what failed: the first error, or the last line. Commands that ninja repeats are no such."""
+    output = re.sub(r"^FAILED: .*\n.*\n|^(\[\d+/\d+\]|ninja: ).*\n?", "", output, flags=re.MULTILINE)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+    return next((line for line in lines if re.search(r"\berror:", line)), lines[-1] if lines else "it said nothing")
 
 
 setup(

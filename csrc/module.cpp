@@ -21,6 +21,8 @@ namespace {
 
 using Address = uintptr_t;
 
+constexpr int kInterface = 1;  // INTERFACE of vadiff/native.py: one more there and here when what Python calls changes
+
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
@@ -166,6 +168,7 @@ void cpu_select(const std::string& name) {
 PYBIND11_MODULE(_native, m) {
   using namespace vadiff;
   m.doc() = "Compiled kernels of vadiff on raw addresses; see vadiff.native.";
+  m.attr("INTERFACE") = kInterface;
   py::class_<Settings>(m, "Settings", py::module_local())
       .def(py::init<int, double, double, double, const std::string&, double, double, double, double, int>());
   py::class_<Inputs>(m, "Inputs", py::module_local()).def(py::init(&inputs));

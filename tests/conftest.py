@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -125,13 +126,25 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def usable(backend: str) -> str:
-    if backend == "native" and importlib.util.find_spec("vadiff._native") is None:
-        pytest.skip("the native kernels are not built: see `vadiff doctor`")
+    if backend == "native":
+        _native_loads()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if backend == "triton" and device_of(backend).type == "cpu":
         _interpreter_rounds_like_a_gpu()
     return backend
+
+
+def _native_loads() -> None:
+    """Skips where nothing could have compiled the kernels; fails where they are missing nevertheless."""
+    from vadiff import backends
+
+    kernels = backends._load_native()
+    if isinstance(kernels, backends.Obstacle):
+        compilers = [shutil.which(name) for name in ("c++", "g++", "clang++")]
+        if isinstance(kernels.__cause__, ModuleNotFoundError) and not any(compilers):
+            pytest.skip(str(kernels))
+        pytest.fail(str(kernels))
 
 
 @functools.cache

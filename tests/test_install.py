@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import vadiff_native
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROGRAM = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]  # of the tests' vadiff
+import site, sys
+site.addsitedir(sys.argv[1])  # with its .pth, thus its editable install; of the others' folders only the packages
+sys.path += sys.argv[2:]
 import torch, vadiff
 from vadiff.doctor import report
 print(report())
@@ -32,6 +34,14 @@ batch = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 8, 8), to
 loss = vadiff.DiffusionLoss()(*batch)
 loss.backward()
 print("loss", loss.item(), "from", vadiff.__file__)
+"""
+# Writes what it is asked for, empty: for what is decided without looking into it.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -o) out=$2 ;; -MF) echo "$2:" >"$2" ;; --list-gpu-code) echo sm_75; echo sm_90 ;; esac
+  shift
+done
+[ -z "$out" ] || : >"$out"
 """
 
 
@@ -42,9 +52,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"  # a copy: building leaves things behind
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.so", "_native_build.txt", "*.egg-info")
-    )
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info"))
+    (source / "vadiff" / "_native_build.txt").write_text("of the machine that made the sdist")
+    (source / "vadiff" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"")
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, source)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
@@ -52,37 +62,64 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir() and path != source)
 
 
-def run(*command: str | Path, ok: bool = True, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "CXX")}
+def run(*command: str | Path, ok: bool = True, cwd: Path | None = None, **environment: str) -> str:
+    ours = ("VADIFF_", "CUDA_HOME", "CUDA_PATH", "CXX", "LDFLAGS", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**kept, **environment}, cwd=Path(sys.prefix)
+        command, capture_output=True, text=True, timeout=300, env={**kept, **environment}, cwd=cwd or Path(sys.prefix)
     )
     said = done.stdout + done.stderr
     assert (done.returncode == 0) == ok, said
     return said
 
 
-@pytest.fixture
-def no_nvcc(tmp_path: Path) -> dict[str, str]:
-    """An environment with everything a build needs but nvcc."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def tools(folder: Path) -> dict[str, str]:
+    """An environment with everything a build needs but nvcc; `folder` is made."""
+    folder.mkdir()
     for name in ("c++", "g++", "gcc", "cc", "as", "ld", "sh", "env"):
         if found := shutil.which(name):
-            (tools / name).symlink_to(found)
-    if not (tools / "c++").exists():
+            (folder / name).symlink_to(found)
+    if not (folder / "c++").exists():
         pytest.skip("no C++ compiler")
-    return {"PATH": str(tools), "CUDA_HOME": str(tmp_path), **FAST}
+    return {"PATH": str(folder), "CUDA_HOME": str(folder), **FAST}
+
+
+def pip_install(*arguments: str | Path, ok: bool = True, **environment: str) -> str:
+    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v")
+    return run(*pip, *arguments, ok=ok, **environment)
+
+
+def program(folder: Path) -> str:
+    """What PROGRAM says with the vadiff installed in `folder`; -S: without the .pth of the tests' own."""
+    packages = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    return run(sys.executable, "-S", "-c", PROGRAM, folder, *packages)
 
 
 def install(source: Path, folder: Path, **environment: str) -> str:
-    """Install a wheel of `source` into `folder` and run PROGRAM there; what both said."""
-    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v")
-    built = run(*pip, "--target", folder, source, **environment)
-    return built + run(sys.executable, "-c", PROGRAM, PYTHONPATH=str(folder))
+    """Install a wheel of `source` into `folder` and run PROGRAM there; what that said."""
+    pip_install("--target", folder, source, **environment)
+    return program(folder)
 
 
-def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+def compile_only(source: Path, folder: Path, ok: bool = True, **environment: str) -> tuple[str, bool]:
+    """Run setup.py alone; what it said, and whether there is a module."""
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(folder), **environment}
+    command = (sys.executable, "setup.py", "build", "--build-base", folder / "build", "--build-lib", folder / "lib")
+    said = run(*command, ok=ok, cwd=source, **environment)
+    module = bool(list(folder.glob("lib/vadiff/_native*.so")))
+    if ok:
+        assert (folder / "lib/vadiff/_native_build.txt").read_text() in said
+    return said, module
+
+
+def test_the_sdist_holds_what_a_build_needs_and_nothing_that_one_made(sdist: Path) -> None:
     names = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     assert needed | {"setup.py", "pyproject.toml", "LICENSE", "triton_kernels/rows.py", "vadiff/py.typed"} <= names
@@ -92,57 +129,156 @@ def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
 def test_without_any_compiler_it_installs_and_works(sdist: Path, tmp_path: Path) -> None:
     said = install(sdist, tmp_path / "env", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
     assert f"from {tmp_path}" in said
-    assert "native    no" in said
-    assert "no C++ compiler was found. Install one (Debian, Ubuntu: apt install g++), then run" in said
+    assert (
+        "native    no   the native kernels are not built. When vadiff was installed, no C++ compiler was found" in said
+    )
+    assert "Install one (Debian, Ubuntu: apt install g++), then run, in the folder of vadiff's source: pip" in said
 
 
-def test_with_a_compiler_and_no_nvcc_there_are_cpu_kernels(
-    sdist: Path, tmp_path: Path, no_nvcc: dict[str, str]
-) -> None:
-    said = install(sdist, tmp_path / "env", **no_nvcc)
+def test_with_a_compiler_and_no_nvcc_there_are_cpu_kernels(sdist: Path, tmp_path: Path) -> None:
+    said = install(sdist, tmp_path / "env", VADIFF_NATIVE="1", **tools(tmp_path / "tools"))
     assert f"from {tmp_path}" in said
     assert "native    yes  CPU tensors" in said
-    assert "no nvcc was found when vadiff was installed" in said
-    assert "Install the CUDA toolkit, or set CUDA_HOME, then run" in said
+    assert "When vadiff was installed, no nvcc was found (Triton does without): CUDA kernels were left out." in said
+    assert "Install the CUDA toolkit, or set CUDA_HOME to it, then run" in said
 
 
-def test_with_both_there_are_cuda_kernels() -> None:
-    """The environment that runs the tests: `make install` built it, in a fresh clone."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    assert "sm_" in (vadiff_native().CUDA_ARCHITECTURES or "")
-
-
-def test_editable_without_nvcc(sdist: Path, tmp_path: Path, no_nvcc: dict[str, str]) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(sdist, source)
-    run(
-        sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target",
-        tmp_path / "env", "--editable", source, **no_nvcc,
+def test_with_both_there_are_cuda_kernels(sdist: Path, tmp_path: Path) -> None:
+    """Both in folders with spaces, a compiler with a launcher, and flags with commas, which nvcc would split."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("c++")
+    if nvcc is None or compiler is None:
+        pytest.skip("nvcc or c++ is not installed")
+    script(tmp_path / "cu da/bin/nvcc", f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    launcher = script(tmp_path / "to ols/launcher", '#!/bin/sh\nexec "$@"\n')
+    said = install(
+        sdist, tmp_path / "env", CXX=f"'{launcher}' {compiler} -DGIVEN", CUDA_HOME=str(tmp_path / "cu da"),
+        VADIFF_CUDA="1", VADIFF_CUDA_ARCHITECTURES="90", LDFLAGS="-Wl,-z,now -Wl,-rpath,'$ORIGIN'", **FAST,
     )  # fmt: skip
-    assert list((source / "vadiff").glob("_native*.so"))
-    assert "no nvcc was found" in (source / "vadiff/_native_build.txt").read_text()
-    said = run(sys.executable, "-c", PROGRAM, PYTHONPATH=str(source))
+    assert "CUDA tensors (sm_90)" in said
+    assert "left out" not in said
+
+
+@pytest.fixture(scope="module")
+def editable(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An editable install in folders that shells and ninja would misread, by a compiler without OpenMP; its source."""
+    folder = tmp_path_factory.mktemp("editable")
+    environment = tools(folder / "tools")
+    compiler = f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1 ;; esac\nexec {folder}/tools/c++ "$@"\n'
+    environment["CXX"] = f"'{script(folder / 'com piler/c++', compiler)}' -DGIVEN"
+    source = folder / "sour ce: of $HOME"
+    shutil.copytree(sdist, source)
+    pip_install("--target", folder / "env", "--editable", source, VADIFF_NATIVE="1", **environment)
+    return folder / "env", source
+
+
+def test_an_editable_install_compiles_into_the_source_and_says_what_it_lacks(editable: tuple[Path, Path]) -> None:
+    env, source = editable
+    assert not (env / "vadiff").exists()
+    said = program(env)
     assert "native    yes  CPU tensors" in said
+    assert f"from {source}" in said
+    assert "did not accept -fopenmp: threads of the native CPU kernels were left out. Set CXX to a compiler" in said
+
+
+def test_after_a_rebuild_that_failed_nothing_stale_is_left(editable: tuple[Path, Path], tmp_path: Path) -> None:
+    env, source = editable
+    earlier = list((source / "vadiff").glob("_native*.so"))
+    broken = script(tmp_path / "c++", "#!/bin/sh\necho 'loss_math.h:1: error: no such number' >&2\nexit 1\n")
+    rebuild = (sys.executable, "setup.py", "build_ext", "--inplace")
+    run(*rebuild, cwd=source, CXX=str(broken), VADIFF_CUDA="0", VADIFF_NATIVE="1", ok=False)
+    assert list((source / "vadiff").glob("_native*.so")) == earlier != []  # that failed loudly
+    run(*rebuild, cwd=source, CXX=str(broken), VADIFF_CUDA="0")
+    assert list((source / "vadiff").glob("_native*.so")) == []
+    assert "native    no   the native kernels are not built. When vadiff was installed, " in (said := program(env))
+    assert "c++ failed: loss_math.h:1: error: no such number: all native kernels were left out" in said
 
 
 def test_a_compiler_that_fails_does_not_fail_the_install(sdist: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'fatal error: the disk of the compiler is full' >&2\nexit 1\n")
-    broken.chmod(0o755)
+    broken = script(tmp_path / "c++", "#!/bin/sh\necho 'fatal error: the disk of the compiler is full' >&2\nexit 1\n")
     said = install(sdist, tmp_path / "env", PATH=f"{tmp_path}:/bin", CXX=str(broken), VADIFF_CUDA="0")
     assert "native    no" in said
-    assert "failed: fatal error: the disk of the compiler is full" in said
+    assert "failed: fatal error: the disk of the compiler is full: all native kernels were left out" in said
+
+
+def test_the_note_quotes_the_error_and_not_the_command(sdist: Path, tmp_path: Path) -> None:
+    broken = script(tmp_path / "c++", "#!/bin/sh\necho In file: >&2\necho 'a.h:1: error: real' >&2\nexit 1\n")
+    said, module = compile_only(sdist, tmp_path, CXX=str(broken), CXXFLAGS="-Werror -D'NOTE=an error: no'")
+    assert not module
+    assert f"{broken} failed: a.h:1: error: real: all native kernels were left out" in said
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
-    [("1", "VADIFF_CUDA=1, but no nvcc was found"), ("yes", "VADIFF_CUDA is 'yes', expected auto, 0 or 1")],
+    ("nvcc", "expected"),
+    [
+        ("#!/bin/sh\necho 'nvcc fatal: no profile'; exit 1\n", "--list-gpu-code failed: nvcc fatal: no profile"),
+        ("#!/bin/sh\necho sm_75\n", "nvcc knew none of the architectures 80 90 100"),
+        ("\x7fELF", "nvcc did not run (Exec format error)"),
+    ],
+    ids=["fails", "old", "unrunnable"],
 )
-def test_cuda_that_was_asked_for_and_cannot_be_fails_loudly(
-    sdist: Path, tmp_path: Path, no_nvcc: dict[str, str], wish: str, expected: str
+def test_an_nvcc_of_no_use_is_noted_and_fails_only_what_asked_for_it(
+    sdist: Path, tmp_path: Path, nvcc: str, expected: str
 ) -> None:
-    command = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target")
-    said = run(*command, tmp_path / "env", sdist, ok=False, VADIFF_CUDA=wish, **no_nvcc)
+    script(tmp_path / "bin/nvcc", nvcc)
+    environment = {"CXX": str(script(tmp_path / "c++", COMPILER))}
+    said, module = compile_only(sdist, tmp_path, **environment)
+    assert module
     assert expected in said
+    assert "CUDA kernels were left out" in said
+    said, _ = compile_only(sdist, tmp_path, ok=False, VADIFF_CUDA="1", **environment)
+    assert f"VADIFF_CUDA=1, but {tmp_path}/bin/" in said
+    assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"CXX": "no-such-c++ -m64"}, "$CXX was 'no-such-c++', which was not found"),
+        ({"CXX": "{broken}"}, "c++ did not run (Exec format error)"),
+        ({"VADIFF_NATIVE": "0"}, "VADIFF_NATIVE was 0: all native kernels were left out. Unset it, then run"),
+    ],
+    ids=["missing", "unrunnable", "not wanted"],
+)
+def test_without_a_compiler_that_runs_nothing_is_compiled(
+    sdist: Path, tmp_path: Path, environment: dict[str, str], expected: str
+) -> None:
+    broken = script(tmp_path / "c++", "\x7fELF")
+    environment = {name: value.format(broken=broken) for name, value in environment.items()}
+    said, module = compile_only(sdist, tmp_path, **environment)
+    assert not module
+    assert expected in said
+
+
+def test_cpu_kernels_only_where_cuda_was_not_wanted_say_how_to_get_it(sdist: Path, tmp_path: Path) -> None:
+    said, module = compile_only(sdist, tmp_path, CXX=str(script(tmp_path / "c++", COMPILER)), VADIFF_CUDA="0")
+    assert module
+    assert "VADIFF_CUDA was 0: CUDA kernels were left out. Unset it, then run" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"VADIFF_CUDA": "1"}, "VADIFF_CUDA=1, but no nvcc was found"),
+        ({"VADIFF_CUDA": "1", "VADIFF_NATIVE": "0"}, "VADIFF_CUDA=1, but VADIFF_NATIVE was 0"),
+        ({"VADIFF_CUDA": "yes"}, "VADIFF_CUDA is 'yes', expected auto, 0 or 1"),
+        ({"VADIFF_NATIVE": "yes"}, "VADIFF_NATIVE is 'yes', expected auto, 0 or 1"),
+        ({"VADIFF_NATIVE": "1", "CXX": "no-such-c++"}, "VADIFF_NATIVE=1, but $CXX was 'no-such-c++'"),
+        ({"VADIFF_NATIVE": "1", "CXX": "false"}, "false failed: it said nothing"),
+        ({"VADIFF_CUDA_ARCHITECTURES": "9.0"}, "VADIFF_CUDA_ARCHITECTURES is '9.0', expected numbers as 80 90"),
+        ({"VADIFF_CUDA_ARCHITECTURES": "80 90a"}, "VADIFF_CUDA_ARCHITECTURES is '80 90a', expected numbers as 80 90"),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_and_cannot_be_fails_loudly(
+    sdist: Path, tmp_path: Path, environment: dict[str, str], expected: str
+) -> None:
+    environment = {"CXX": str(script(tmp_path / "c++", COMPILER)), **environment}
+    said, module = compile_only(sdist, tmp_path, ok=False, **environment)
+    assert expected in said
+    assert not module
+
+
+def test_an_install_that_fails_loudly_leaves_nothing(sdist: Path, tmp_path: Path) -> None:
+    said = pip_install("--target", tmp_path / "env", sdist, ok=False, VADIFF_CUDA="yes")
+    assert "VADIFF_CUDA is 'yes', expected auto, 0 or 1" in said
     assert not (tmp_path / "env" / "vadiff").exists()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
+import re
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -108,27 +113,59 @@ def test_a_gradient_larger_than_the_caches_is_the_same(instructions, dtype, offs
     torch.testing.assert_close(gradient, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_other_python_threads_run_while_a_kernel_does(threads):
-    """A second call, started while the first runs, ends before it: the interpreter was free."""
-    large = torch.randn(1, 60 * 2**20), torch.randn(1, 60 * 2**20), torch.zeros(1)
-    small = torch.randn(1, 10), torch.randn(1, 10), torch.zeros(1)
-    order: list[str] = []
-    started = threading.Event()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_gradients_have_the_same_bits_on_one_two_and_four_threads(dtype, threads):
+    elements = 36 * 2**20 // dtype.itemsize // 3 + 5  # more than 32 MiB go past the caches whatever the machine
+    prediction, target = (torch.randn(3, elements).to(dtype) for _ in range(2))
+    prediction.requires_grad_()
+    found = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        criterion = vadiff.DiffusionLoss("constant", backend="native")
+        loss = criterion(prediction, target, torch.zeros(3), reduction="none")
+        found.append([loss.detach(), *torch.autograd.grad(loss, prediction, torch.tensor([0.5, 2.0, 3.0]))])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
-    def run(name: str, batch: tuple[Tensor, Tensor, Tensor], times: int) -> None:
-        criterion = vadiff.DiffusionLoss(backend="native")
-        started.set() if name == "large" else started.wait()
-        with torch.no_grad():
-            for _ in range(times):
-                criterion(*batch)
-        order.append(name)
 
-    both = [threading.Thread(target=run, args=args) for args in (("large", large, 20), ("small", small, 5))]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join()
-    assert order == ["small", "large"]
+@pytest.fixture
+def no_forced_switches() -> Iterator[None]:
+    """A Python thread goes on until it lets go of the interpreter by itself."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("kernel", ["diffusion_loss", "scale_gradient"])
+def test_other_python_threads_run_while_a_kernel_does(kernel, monkeypatch, no_forced_switches):
+    """Nothing but the kernel lets go of the interpreter; it is called until the other thread was fast enough."""
+    run = getattr(vadiff_native()._native, kernel)
+    wanted = threading.Lock()
+    moved: list[bool] = []
+
+    def other() -> None:
+        with wanted:
+            moved.append(True)
+
+    def watched(*arguments: object) -> None:
+        wanted.release()
+        for _ in range(200):
+            run(*arguments)
+            if moved:
+                break
+        during.append(bool(moved))
+
+    during: list[bool] = []
+    wanted.acquire()
+    thread = threading.Thread(target=other)
+    thread.start()
+    monkeypatch.setattr(vadiff_native()._native, kernel, watched)
+    prediction = torch.randn(1, 2**22, requires_grad=True)
+    loss = vadiff.DiffusionLoss(backend="native")(prediction, torch.randn(1, 2**22), torch.zeros(1))
+    torch.autograd.grad(loss, prediction, torch.tensor(2.0))
+    thread.join()
+    assert during == [True]
 
 
 def test_an_unknown_instruction_set_is_refused():
@@ -167,20 +204,61 @@ def test_a_failed_load_is_remembered_and_told_where_asked_by_name(broken):
             vadiff.DiffusionLoss(backend="native")(*batch)
         assert isinstance(caught.value.__cause__, ImportError)
     vadiff.DiffusionLoss(backend="auto")(*batch)  # falls back
-    assert broken == ["vadiff.native"]
+    assert broken == ["vadiff._native"]
     works, why = vadiff.backend_report()["native"]
     assert not works
     assert "libmissing.so.1" in why
 
 
-def test_without_the_module_the_error_says_what_the_build_left_out(monkeypatch, tmp_path):
-    note = tmp_path / "_native_build.txt"
-    note.write_text("No C++ compiler was found.")
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """vadiff's folder, without the compiled module; it and what needs it are imported anew."""
+    shutil.copy(vadiff_native().__file__, tmp_path)
+    monkeypatch.setattr(vadiff, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])  # not the editable install's
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(
-        ModuleNotFoundError("No module named 'vadiff._native'", name="vadiff._native")
-    ))  # fmt: skip
+    for name in ("native", "_native"):
+        monkeypatch.delitem(sys.modules, f"vadiff.{name}")
+        monkeypatch.delattr(vadiff, name)
     backends._load_native.cache_clear()
-    with pytest.raises(RuntimeError, match=r"backend 'native' .* not built\. No C\+\+ compiler was found"):
+    yield tmp_path
+    backends._load_native.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("note", "expected"),
+    [
+        ("No C++ compiler was found. Install one.", "not built. No C++ compiler was found. Install one."),
+        ("", "not built. Build them, with a C++ compiler and in the folder of vadiff's source: pip install"),
+        (None, "not built. Build them, with a C++ compiler and in the folder of vadiff's source: pip install"),
+    ],
+    ids=["note", "empty note", "no note"],
+)
+def test_without_the_module_the_error_says_what_the_build_left_out_or_how_to_build(hidden, note, expected):
+    if note is not None:
+        (hidden / "_native_build.txt").write_text(note)
+    with pytest.raises(RuntimeError, match=r"backend 'native' .*" + re.escape(expected)):
         vadiff.DiffusionLoss(backend="native")(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
-    backends._load_native.cache_clear()
+
+
+@pytest.mark.parametrize("interface", [None, 0])
+def test_a_module_compiled_from_other_sources_is_not_used(hidden, monkeypatch, interface):
+    stale = ModuleType("vadiff._native")
+    stale.__file__ = "stale.so"
+    if interface is not None:
+        monkeypatch.setattr(stale, "INTERFACE", interface, raising=False)
+    monkeypatch.setitem(sys.modules, "vadiff._native", stale)
+    monkeypatch.setattr(vadiff, "_native", stale, raising=False)
+    assert backends.select("auto", torch.zeros(1)).__name__ == "vadiff.reference"
+    number = "not numbered" if interface is None else interface
+    with pytest.raises(RuntimeError, match=rf"stale\.so was compiled from .* is {number}, expected \d+\).*pip install"):
+        backends.select("native", torch.zeros(1))
+
+
+def test_a_missing_module_skips_tests_only_where_no_compiler_is(hidden, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    with pytest.raises(pytest.fail.Exception, match="not built"):
+        usable("native")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(pytest.skip.Exception, match="not built"):
+        usable("native")

@@ -1,5 +1,6 @@
 """What csrc/module.cpp defines. An address of 0 stands for "not given"."""
 
+INTERFACE: int
 cuda_architectures: str | None
 
 class Settings:

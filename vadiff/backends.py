@@ -24,7 +24,9 @@ BACKENDS = ("auto", "reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "VADIFF_BACKEND"
 
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # by device, best first; then the reference
-_REBUILD = "Build them again, from vadiff's source: pip install --force-reinstall --no-deps ."
+_BUILD = (
+    "Build them, with a C++ compiler and in the folder of vadiff's source: pip install --force-reinstall --no-deps ."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,8 @@ def _native_report() -> tuple[bool, str]:
         return False, str(kernels)
     instructions = kernels.instruction_set()
     if kernels.CUDA_ARCHITECTURES:
-        return True, f"CPU tensors ({instructions}) and CUDA tensors ({kernels.CUDA_ARCHITECTURES}), all float dtypes"
+        runs = f"CPU tensors ({instructions}) and CUDA tensors ({kernels.CUDA_ARCHITECTURES}), all float dtypes"
+        return True, f"{runs}. {_build_note()}" if _build_note() else runs
     return True, f"CPU tensors ({instructions}), all float dtypes. {native_build()}"
 
 
@@ -140,20 +143,26 @@ def _triton_report() -> tuple[bool, str]:
 
 
 def native_build() -> str:
-    """What the build of the native kernels left out and how to get it, as setup.py noted it; "" if nothing."""
+    """How to get what the build of the native kernels left out, as setup.py noted it or else in general."""
+    return _build_note() or _BUILD
+
+
+def _build_note() -> str:
+    """What setup.py noted; "" if it left nothing out, or left no note."""
     note = Path(__file__).with_name("_native_build.txt")
-    return note.read_text().strip() if note.exists() else _REBUILD
+    return note.read_text().strip() if note.exists() else ""
 
 
 @functools.cache
 def _load_native() -> ModuleType | Obstacle:
     """The compiled kernels, or why they cannot be loaded; tried once."""
     try:
+        importlib.import_module("vadiff._native")  # first: `from . import _native` does not say that it is missing
         return importlib.import_module("vadiff.native")
+    except ModuleNotFoundError as error:
+        return _obstacle(f"the native kernels are not built. {native_build()}", error)
     except ImportError as error:
-        if getattr(error, "name", None) == "vadiff._native" and isinstance(error, ModuleNotFoundError):
-            return _obstacle(f"the native kernels are not built. {native_build()}", error)
-        return _obstacle(f"the native kernels did not load ({error}). {_REBUILD}", error)
+        return _obstacle(f"the native kernels did not load ({error}). {_BUILD}", error)
 
 
 @functools.cache

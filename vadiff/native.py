@@ -17,6 +17,14 @@ from torch import Tensor
 from . import _native
 from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
+INTERFACE = 1  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+
+if getattr(_native, "INTERFACE", None) != INTERFACE:
+    raise ImportError(
+        f"{_native.__file__} was compiled from another version of vadiff: its interface is "
+        f"{getattr(_native, 'INTERFACE', 'not numbered')}, expected {INTERFACE}"
+    )
+
 CUDA_ARCHITECTURES: str | None = _native.cuda_architectures  # None: built without CUDA
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
