@@ -348,16 +348,21 @@ def _refuse_transforms() -> None:
 def _observed(*tensors: Any) -> bool:
     """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a tracer, a
     profiler, a dispatch mode, a tensor subclass or a lazily negated tensor. Otherwise what it would call is called."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in tensors)
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    ):
+        return True
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if tensor.is_neg():
+                return True
+        elif isinstance(tensor, Tensor):
+            return True
+    return False
 
 
 def _graph_is_kept() -> bool:
