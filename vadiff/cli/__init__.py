@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import UserError
 from ..extras import MissingExtraError
-from . import ablate, demo, doctor, optimal_loss, train
+from . import ablate, demo, doctor, ema, optimal_loss, train
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, ablate, optimal_loss, demo, doctor)
+COMMANDS = (train, ablate, ema, optimal_loss, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

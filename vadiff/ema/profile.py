@@ -2,7 +2,7 @@
 
 An average at time t weighs the weights of time τ by p(τ) = (γ+1)·τ^γ / t^(γ+1) on (0, t]: it grows with training
 instead of forgetting at a fixed rate. σ_rel is the standard deviation of p relative to t.
-Source: EDM2 (arXiv 2312.02696), section 4 and appendix C.
+Source: EDM2 (arXiv 2312.02696); equation numbers are its.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def reconstruction_coefficients(
 ) -> Tensor:
     """The mix of stored averages whose profile is closest to a power function: Σ x_i·average_i.
 
-    Minimises ∫(Σ x_i p_i - p)² over the x that sum to 1 (appendix C.3 with that condition inside of the solution in
-    place of a division after it). A stored average of the very target time and gamma is returned as it is.
+    Minimises ∫(Σ x_i p_i - p)² over the x that sum to 1. (The paper divides by the sum afterwards: a little off
+    the minimum.) A stored average of the very target time and gamma is returned as it is.
 
     Args:
         times: when each average was stored, [n].

@@ -1,15 +1,11 @@
 """Averages on disk, and what is made of them after training.
 
 A snapshot is a file `<time>.pt` of tensors and plain values: the run's name, the time, the widths, for each width the
-averages by parameter name, and the rest of the module's state. It is written under another name, flushed and renamed.
-It is a zip archive, whose checksums are verified before it is read; no code runs.
+averages by parameter name, and the rest of the module's state.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RunError
+from .archive import read_archive, write_archive
 from .profile import gamma_from_sigma_rel, reconstruction_coefficients
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot, precision: str) -> Path:
     ]
     content = {**vars(snapshot), "sigma_rel": list(snapshot.sigma_rel), "parameters": stored}
     path = folder / f"{snapshot.time:.17g}.pt"
-    partial = folder / f"{_PARTIAL}{path.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"snapshot {path} could not be written: {error}. Those before it are as they were"
-        ) from error
+    write_archive(path, content)
     return path
 
 
@@ -141,16 +125,11 @@ def _read(folder: Path, time: float | None) -> list[Snapshot]:
 
 def _load(path: Path) -> Snapshot:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it does not have its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_archive(path)
         return Snapshot(**{**content, "sigma_rel": tuple(content["sigma_rel"])})
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"snapshot {path} is corrupt: {error}. Remove it: the others do without, a little less precisely"
+            f"snapshot {error}. Remove {path}: the others do without, a little less precisely"
         ) from error
 
 

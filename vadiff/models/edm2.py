@@ -27,7 +27,7 @@ _LARGEST = 256.0  # activations are clipped there, far from what float16 can hol
 class EDM2UNet(nn.Module):
     """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W] in x's dtype.
 
-    Config G of EDM2 (arXiv 2312.02696, section 2.6 and figure 21): no biases and no group norms, magnitudes are kept by
+    Config G of EDM2 (arXiv 2312.02696): no biases and no group norms, magnitudes are kept by
     the layers; the noise level and the class scale the channels of each block; a channel of ones stands in for biases;
     the output starts at 0. Call `normalize_weights` after each optimiser step; `vadiff train` does.
 

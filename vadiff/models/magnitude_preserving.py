@@ -1,6 +1,6 @@
 """Layers that keep the magnitude of what flows through them: RMS 1 in, RMS 1 out, without norms on the way.
 
-Source: EDM2 (arXiv 2312.02696), section 2 and appendix B; equation numbers are its. "Magnitude" is the root mean
+Source: EDM2 (arXiv 2312.02696); equation numbers are its. "Magnitude" is the root mean
 square over elements. Norms are computed in float32 at least, whatever the activations are in.
 """
 
@@ -123,7 +123,7 @@ class CosineAttention(nn.Module):
     """x [B, C, H, W] mixed with what every pixel finds in the others, by cosine similarity.
 
     Queries, keys and values have magnitude 1 over the N channels of a head, so that scores q·k/√N lie within ±√N and
-    fit into float16. The sum with x preserves magnitude (section B.5).
+    fit into float16. The sum with x is `mp_sum`.
 
     Args:
         channels: C.
