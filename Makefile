@@ -5,15 +5,16 @@ JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/installed
+NATIVE := .venv/native
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test sanitize bench lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) (makes .venv)  JOBS=$(JOBS) (test processes)"
 
-install: $(STAMP)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
+install: $(STAMP) $(NATIVE)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
 
 # Published torchvision does not import beside a CPU-only torch ("operator torchvision::nms does not exist"), and
 # a torchvision that does not import breaks diffusers. 0.15.2 imports if its pin of an old torch is not obeyed; it
@@ -25,16 +26,30 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -c 'import torchvision' 2>/dev/null \
 		|| $(BIN)/pip install --quiet --no-deps torchvision==0.15.2 \
 		|| $(BIN)/pip uninstall --quiet --yes torchvision
-	touch $(STAMP)
+	touch $(STAMP) $(NATIVE)
 
-demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.png (2 minutes)
+# Only what changed; installing did it the first time. VADIFF_CUDA=0 leaves nvcc out.
+$(NATIVE): $(wildcard csrc/*) | $(STAMP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $(NATIVE)
+
+demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
 	$(BIN)/vadiff demo --out runs/demo
 
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
-bench: install  ## the benchmarks
-	$(BIN)/pytest benchmarks --benchmark-only -n 0
+# The interpreter is not instrumented: the sanitizers' library has to be loaded before it.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	VADIFF_CUDA=0 CXXFLAGS='-g -O1 $(SANITIZERS)' LDFLAGS='$(SANITIZERS)' $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -n 0 -p no:cacheprovider -s -k 'native and not cuda' \
+		tests/test_loss.py tests/test_backward.py tests/test_statistics.py tests/test_weight_table.py tests/test_native.py
+
+bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
+	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
 lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .

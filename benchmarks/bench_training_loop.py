@@ -111,6 +111,7 @@ def main() -> None:
         trainer = training_loop._Trainer(
             config, training_loop.OBJECTIVES[config.process], Path(folder), device, Ranks()
         )
+        trainer.open_log()
         trainer.since = trainer.resumed = time.monotonic()
         loop, bare = loop_steps(trainer, arguments.steps), bare_steps(trainer, arguments.steps)
         for run in (loop, bare):  # warm up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -25,7 +26,7 @@ class HandWrittenLoss(nn.Module):
         self.register_buffer("kernel", (-distance.square() / 0.5).exp() * (distance.abs() <= 1.5))
 
     def forward(self, prediction: Tensor, target: Tensor, log_snr: Tensor) -> Tensor:
-        loss = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        loss = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
         weights = self.weight_at(log_snr)
         with torch.no_grad():
             self.fold(loss.detach().double(), log_snr)

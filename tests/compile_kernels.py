@@ -89,7 +89,7 @@ def call_everything(dtype: torch.dtype, shape: tuple[int, ...], k: int, statisti
     each = torch.ones(samples) if every_input else None
     noise = torch.zeros(shape, dtype=dtype) if every_input else None
     a, b, c = (torch.ones(samples),) * 3 if every_input else (1.0, -1.0, 0.0)
-    state, log_weights = torch.zeros(4 * k + 1, dtype=torch.int64), torch.zeros(k, dtype=torch.int32)
+    state, log_weights = torch.zeros(4 * k + 2, dtype=torch.int64), torch.zeros(k, dtype=torch.int32)
     bins, rule, log_snr = Bins(k, -16.0, 16.0), TableRule(statistic), torch.zeros(samples)
     statistics = (state, log_weights, bins, 256.0, rule)
     loss, _, saved, gradient = triton_kernels.diffusion_loss(

@@ -1,15 +1,19 @@
 """One suite for every backend: fixtures `backend`, `device` and `make_criterion` stand in front of each test.
 
-A new backend is one more name in BACKENDS.
+A new backend is one more name in BACKENDS. The native one runs twice: its CPU kernels, and its CUDA kernels.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
+import cuda_source
 import numpy as np
 import pytest
 import torch
@@ -18,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: has to stand before that
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmul, see poisoned_memory
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "native", "triton"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,14 +39,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU: torch.cuda.is_available() is False"))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return usable(request.param)
+@pytest.fixture(params=[*BACKENDS, "native-cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """What computes: a backend on the device it is made for. native-cuda is emulated where there is no GPU."""
+    name: str = request.param
+    if name != "native-cuda":
+        return usable(name)
+    if torch.cuda.is_available():
+        usable("native")
+        if vadiff_native().CUDA_ARCHITECTURES is None:
+            pytest.skip("the native kernels were built without CUDA")
+    else:
+        folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "cuda_source"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent.parent / "cuda_source"  # one for all workers
+        cuda_source.emulate(request.getfixturevalue("monkeypatch"), folder)
+    return name
 
 
 @pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend)
+def backend(kernels: str) -> str:
+    return kernels.split("-")[0]
+
+
+@pytest.fixture
+def device(kernels: str) -> torch.device:
+    return device_of(kernels)
 
 
 @pytest.fixture
@@ -83,7 +105,28 @@ def one_thread_and_a_seed() -> None:
     torch.manual_seed(0)
 
 
+def vadiff_native() -> ModuleType:
+    return importlib.import_module("vadiff.native")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory: class-conditional digits, 4 steps of a tiny network, two sample grids and held-out losses."""
+    from vadiff.training import TrainConfig, train
+
+    torch.set_num_threads(1)
+    config = TrainConfig(
+        channels=(8, 16), class_conditional=True, steps=4, batch_size=64, log_every=1, samples_every=2, sample_count=4,
+        held_out_every=2, held_out_images=20, tensorboard=False, device="cpu", backend="reference",
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    train(config, out=path, progress=False)
+    return path
+
+
 def usable(backend: str) -> str:
+    if backend == "native" and importlib.util.find_spec("vadiff._native") is None:
+        pytest.skip("the native kernels are not built: see `vadiff doctor`")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if backend == "triton" and device_of(backend).type == "cpu":
@@ -107,5 +150,6 @@ def _interpreter_rounds_like_a_gpu() -> None:
     interpreter._convert_float = rounding
 
 
-def device_of(backend: str) -> torch.device:
-    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+def device_of(kernels: str) -> torch.device:
+    on_gpu = kernels in ("triton", "native-cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")

@@ -22,7 +22,7 @@ from vadiff.ablation.collect import interval
 from vadiff.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.cli import main
 from vadiff.training import TrainConfig, open_run, train
-from vadiff.training.run_folder import prepare
+from vadiff.training.run_folder import begin
 
 EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
 
@@ -163,6 +163,8 @@ def test_index_trains_one_run_and_what_it_needs(tmp_path: Path, in_process: list
     grid = read_grid(grid_file(tmp_path))
     train_all(grid, tmp_path, index=7)
     assert in_process == [tmp_path / "variance_aware" / "seed-1", tmp_path / "twin" / "seed-1"]
+    with pytest.raises(GridError, match="index is 8, expected 0 to 7"):
+        train_all(grid, tmp_path, index=8)
 
 
 def test_run_that_fails_takes_those_that_need_it_with_it_and_no_others(
@@ -180,7 +182,7 @@ def test_command_trains_in_processes_of_their_own_and_goes_on_with_what_broke_of
     path, out = grid_file(tmp_path, text), tmp_path / "out"
     arguments = ["ablate", str(path), "--out", str(out), "--seeds", "1", "--steps", "3"]
     run = read_grid(path, {"steps": 3}).runs(out)[0]
-    prepare(run.path, run.config, resume=False, overwrite=False)  # it got no further
+    begin(run.path, run.config, resume=False)  # it got no further
     handler = signal.getsignal(signal.SIGTERM)
     try:
         assert main([*arguments, "--list"]) == 0

@@ -117,6 +117,8 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "mean over levels"))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in ("constant", "loss level", "variance aware"))
     assert sorted(path.parent.name for path in tmp_path.glob("*/config.yaml")) == [
         "constant",
         "loss_level",

@@ -67,4 +67,4 @@ def test_unknown_backend_in_the_environment_is_pointed_out(monkeypatch: pytest.M
     monkeypatch.setenv("VADIFF_BACKEND", "tritn")
     report = doctor.report()
     assert "'tritn'" in report
-    assert "VADIFF_BACKEND must be one of auto, reference, triton" in report
+    assert "VADIFF_BACKEND must be one of auto, reference, native, triton" in report

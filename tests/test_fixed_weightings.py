@@ -197,10 +197,10 @@ def test_sd3_weights_are_those_of_diffusers(scheme, make):
 
 
 def soft_min_snr_of_k_diffusion(sigma: Tensor, sigma_data: float) -> Tensor:
-    """`Denoiser._weighting_soft_min_snr` of k-diffusion (crowsonkb/k-diffusion, k_diffusion/layers.py), its formula.
+    """`Denoiser._weighting_soft_min_snr` of k-diffusion 0.1.1.post1 on PyPI (k_diffusion/layers.py), as a formula.
 
-    It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out. The package itself
-    drags in a training stack (wandb, clip, kornia, dctorch ...) that its PyPI release pins to old versions.
+    It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out. Importing the package
+    needs seventeen others: wandb, clip-anytorch, kornia, torchsde, accelerate, clean-fid ...
     """
     return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
 
@@ -266,6 +266,17 @@ def test_loss_zscore_through_forward_is_that_through_reweight():
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, prediction)[0])
     assert torch.equal(one.statistics.state, other.statistics.state)
     torch.testing.assert_close(one.per_sample_loss, (prediction - target).square().mean(1).detach())
+
+
+def test_samples_left_out_do_not_enter_the_z_score():
+    kept = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")
+    expected = kept.reweight(torch.tensor([1.0, 3.0]), torch.zeros(2))
+    criterion = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")
+    u, v = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    prediction = torch.tensor([[1.0], [math.sqrt(3.0)], [9.0], [NAN]])
+    loss = criterion(prediction, torch.zeros(4, 1), torch.zeros(4), base_weight=u, sample_weight=v, reduction="none")
+    torch.testing.assert_close(loss, torch.cat([expected, torch.zeros(2)]))
+    assert criterion.statistics.count.sum() == 2
 
 
 def test_equal_losses_have_z_score_weight_one():

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import device_of
 from oracle import Oracle
 
 import vadiff
@@ -88,25 +87,25 @@ def draw(
 
 
 @functools.cache
-def _warmed(backend: str, **options: object) -> tuple[torch.nn.Module, Oracle]:
+def _warmed(backend: str, device: torch.device, **options: object) -> tuple[torch.nn.Module, Oracle]:
     bins, loss, delta = options.get("bins", 16), options.get("loss", "mse"), options.get("huber_delta", 1.0)
     rule = vadiff.weighting.VarianceAware(prior=4.0)
     settings = {"bins": bins, "log_snr_range": (-8.0, 8.0), **options}
-    criterion = vadiff.DiffusionLoss(rule, backend=backend, **settings).to(device_of(backend))
+    criterion = vadiff.DiffusionLoss(rule, backend=backend, **settings).to(device)
     oracle = Oracle(bins, -8.0, 8.0, prior=4.0, loss=loss, huber_delta=delta)
     rng = np.random.default_rng(0)
     for size in (150, 50):
         log_snr = (rng.normal(size=size) * 4).astype(np.float32)
         losses = (np.exp(-0.3 * log_snr) * rng.gamma(4.0, size=size)).astype(np.float32)
-        criterion.reweight(*(torch.from_numpy(x).to(device_of(backend)) for x in (losses, log_snr)))
+        criterion.reweight(*(torch.from_numpy(x).to(device) for x in (losses, log_snr)))
         oracle.reweight(losses, log_snr)
     assert np.ptp(oracle.log_weight) > 0.5
     return criterion, oracle
 
 
-def warmed(backend: str, **options: object) -> tuple[torch.nn.Module, Oracle]:
+def warmed(backend: str, device: torch.device, **options: object) -> tuple[torch.nn.Module, Oracle]:
     """A criterion and an oracle that have seen the same two hundred samples: weights differ over bins."""
-    return copy.deepcopy(_warmed(backend, **options))
+    return copy.deepcopy(_warmed(backend, device, **options))
 
 
 def plain(inputs: Inputs, weight: np.ndarray, oracle: Oracle) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +180,7 @@ def check(criterion: torch.nn.Module, oracle: Oracle, inputs: Inputs) -> torch.T
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_loss_and_gradient_are_as_exact_as_plain_torch(backend, device, dtype, other, form, loss):
-    criterion, oracle = warmed(backend, loss=loss, huber_delta=0.7)
+    criterion, oracle = warmed(backend, device, loss=loss, huber_delta=0.7)
     check(criterion, oracle, draw(device, dtype=dtype, other=other, form=form))
 
 
@@ -192,19 +191,19 @@ def test_loss_and_gradient_are_as_exact_as_plain_torch(backend, device, dtype, o
     ids=lambda x: "x".join(map(str, x)),
 )
 def test_any_number_of_elements_per_sample(backend, device, shape, dtype):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     check(criterion, oracle, draw(device, shape, dtype, form="floats"))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 65])
 def test_any_batch_size(backend, device, batch):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     check(criterion, oracle, draw(device, (batch, 6)))
 
 
 @pytest.mark.parametrize("batch", [1, 129, 1025])
 def test_any_batch_size_is_recorded(backend, device, batch):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (batch, 6))
     loss = criterion(inputs.prediction, inputs.target, inputs.log_snr, **inputs.arguments())
     arrays = (numpy(x).astype(np.float32) for x in (inputs.prediction, inputs.target, inputs.log_snr))
@@ -216,7 +215,7 @@ def test_any_batch_size_is_recorded(backend, device, batch):
 
 @pytest.mark.parametrize("bins", [2, 50, 64, 256])
 def test_any_number_of_bins(backend, device, bins):
-    criterion, oracle = warmed(backend, bins=bins)
+    criterion, oracle = warmed(backend, device, bins=bins)
     check(criterion, oracle, draw(device, (9, 4)))
 
 
@@ -255,7 +254,7 @@ PAIRS = [
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("prediction_layout", "target_layout"), PAIRS)
 def test_any_mix_of_layouts(backend, device, prediction_layout, target_layout, dtype):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (2, 3, 4, 5), dtype, form="floats", weights=False)
     inputs.prediction = LAYOUTS[prediction_layout](inputs.prediction)
     inputs.target = LAYOUTS[target_layout](inputs.target)
@@ -265,7 +264,7 @@ def test_any_mix_of_layouts(backend, device, prediction_layout, target_layout, d
 
 @pytest.mark.parametrize("layout", ["batch_inside", "expanded_over_batch", "expanded_over_channels"])
 def test_unusual_prediction_layouts(backend, device, layout):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (2, 3, 4, 5))
     inputs.prediction = LAYOUTS[layout](inputs.prediction)
     check(criterion, oracle, inputs)
@@ -284,7 +283,7 @@ def test_gradient_of_channels_last_output_is_channels_last(make_criterion, devic
 
 
 def test_weights_given_as_views_of_larger_tensors_are_read_by_their_stride(backend, device):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (5, 4), form="v_prediction")
     table = torch.full((5, 6), math.nan, device=device)
     columns = [inputs.log_snr, inputs.base_weight, inputs.sample_weight, *inputs.coefficients[1:]]
@@ -299,7 +298,7 @@ def test_weights_given_as_views_of_larger_tensors_are_read_by_their_stride(backe
 
 @pytest.mark.parametrize("dtype", [torch.float64, BF16, FP16], ids=["float64", "bfloat16", "float16"])
 def test_per_sample_arguments_of_any_float_dtype_are_read(backend, device, dtype):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (5, 4), form="v_prediction")
     inputs.log_snr, inputs.base_weight = inputs.log_snr.to(dtype), inputs.base_weight.to(dtype)
     inputs.sample_weight = inputs.sample_weight.to(dtype)
@@ -308,13 +307,13 @@ def test_per_sample_arguments_of_any_float_dtype_are_read(backend, device, dtype
 
 
 def test_target_and_noise_may_be_float64(backend, device):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     check(criterion, oracle, draw(device, other=torch.float64, form="v_prediction"))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bfloat16", "float16"])
 def test_low_precision_gradient_is_the_exact_one_rounded_once(backend, device, dtype):
-    criterion, oracle = warmed(backend)
+    criterion, oracle = warmed(backend, device)
     inputs = draw(device, (2, 3, 40), dtype)
     truth = oracle.step(
         numpy(inputs.prediction),
@@ -338,7 +337,7 @@ def test_a_coefficient_of_plain_zero_does_not_read_its_tensor(make_criterion, de
 
 
 def test_reductions_agree(backend, device):
-    criterion, _ = warmed(backend)
+    criterion, _ = warmed(backend, device)
     inputs = draw(device, (6, 10))
     criterion.eval()
     mean = criterion(inputs.prediction, inputs.target, inputs.log_snr, **inputs.arguments())
@@ -351,7 +350,7 @@ def test_reductions_agree(backend, device):
 
 
 def test_per_sample_loss_is_the_unweighted_one_and_detached(backend, device):
-    criterion, _ = warmed(backend)
+    criterion, _ = warmed(backend, device)
     inputs = draw(device, (6, 10))
     criterion(inputs.prediction.requires_grad_(), inputs.target, inputs.log_snr, **inputs.arguments())
     logged = criterion.per_sample_loss
@@ -420,7 +419,7 @@ def test_reference_is_exact_in_float64(loss, form):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_gradcheck_of_prediction_and_base_weight(loss, reduction):
-    criterion, _ = warmed("reference", loss=loss)
+    criterion, _ = warmed("reference", torch.device("cpu"), loss=loss)
     criterion.eval()
     inputs = draw(torch.device("cpu"), (3, 4), torch.float64, form="v_prediction")
     arguments = inputs.arguments()

@@ -477,3 +477,16 @@ def test_bytes_are_refused():
 def test_bad_arguments_of_the_rest_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [GapWeighting, vadiff.weighting.InverseOptimalLoss])
+def test_a_criterion_takes_the_weighting_and_compiles_with_it(make):
+    weighting = make(gap_curve(), prediction_type="sample")
+    criterion = vadiff.DiffusionLoss(weighting, backend="reference")
+    log_snr = torch.tensor([-3.0, 0.0, 3.0, INF])
+    residual = torch.ones(4, 2, requires_grad=True)
+    loss = criterion(residual, torch.zeros(4, 2), log_snr, reduction="none")
+    torch.testing.assert_close(loss, weighting(log_snr))
+    step = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(residual, torch.zeros(4, 2), log_snr, reduction="none"), loss)
+    assert copy.deepcopy(criterion).weights.isfinite().all()

@@ -189,3 +189,16 @@ def test_unknown_names_and_directions_are_refused() -> None:
 def test_edm_on_a_process_with_another_alpha_is_refused(alpha: float | Tensor) -> None:
     with pytest.raises(ValueError, match=r"alpha is not 1.*x_t / alpha"):
         coefficients("edm", alpha, 0.5)
+
+
+@pytest.mark.parametrize("process", [VPCosine(), VPLinear(), EDM(), Flow(), Flow(data_at=1)])
+def test_time_inverts_log_snr(process: NoiseProcess) -> None:
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(process.time(process.log_snr(t)), t, rtol=1e-9, atol=1e-12)
+    assert process.time(torch.zeros(2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("process", [VPCosine(), Flow(), Flow(data_at=1)])
+def test_time_at_infinite_log_snr_is_an_end_of_the_process(process: NoiseProcess) -> None:
+    ends = process.time(torch.tensor([math.inf, -math.inf], dtype=torch.float64)).tolist()
+    assert sorted(ends) == pytest.approx([0.0, 1.0], abs=1e-12)

@@ -1,12 +1,14 @@
-"""vadiff.sampling: EDM's deterministic sampler."""
+"""vadiff.sampling: EDM's samplers, Euler's method for flows, labels, guidance, several devices."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from vadiff.sampling import heun, noise_levels
+from vadiff.sampling import Churn, draw, euler, flow_times, heun, noise_levels
 
 SIGMA_DATA = 0.5
 
@@ -80,3 +82,117 @@ def test_noise_levels_out_of_order_are_refused() -> None:
         noise_levels(sigma_min=2, sigma_max=1)
     with pytest.raises(ValueError, match="steps is 1, expected at least 2"):
         noise_levels(steps=1)
+
+
+def test_stochastic_sampler_keeps_the_distribution_of_the_data() -> None:
+    samples = heun(gaussian_denoiser, (4000,), range(4), levels=noise_levels(steps=256), churn=Churn(60.0))
+    assert samples.std().item() == pytest.approx(SIGMA_DATA, rel=0.02)
+    plain = heun(gaussian_denoiser, (4000,), range(4), levels=noise_levels(steps=64))
+    assert torch.corrcoef(torch.stack([samples.flatten(), plain.flatten()]))[0, 1] < 0.5  # the start is forgotten
+
+
+def test_churn_raises_sigma_between_its_limits_and_never_by_more_than_root_two() -> None:
+    churn = Churn(10.0, sigma_min=0.1, sigma_max=50.0)
+    assert churn.raised(1.0, steps=40) == pytest.approx(1.25)
+    assert churn.raised(1.0, steps=2) == pytest.approx(math.sqrt(2.0))
+    assert [churn.raised(sigma, 40) for sigma in (0.05, 60.0)] == [0.05, 60.0]
+
+
+def test_one_step_with_churn_is_the_papers_algorithm() -> None:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return 0.5 * x
+
+    stream = torch.Generator().manual_seed(7)
+    start, new = (torch.randn(3, generator=stream).double() for _ in range(2))
+    sample = heun(denoise, (3,), [7], levels=torch.tensor([2.0, 0.0]), churn=Churn(0.2, noise=1.5))
+    raised = 2.0 * 1.2
+    x = 2.0 * start + math.sqrt(raised**2 - 2.0**2) * 1.5 * new
+    assert torch.allclose(sample[0], (x + (0.0 - raised) * (x - 0.5 * x) / raised).float())
+
+
+@pytest.mark.parametrize("sampler", [heun, functools.partial(heun, churn=Churn(20.0)), euler])
+def test_sample_of_a_seed_depends_on_nothing_but_seed_and_label(sampler: Callable[..., Tensor]) -> None:
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        shift = 0.0 if labels is None else labels.view(-1, 1, 1).float() / 10
+        return gaussian_denoiser(x, sigma) + shift
+
+    seeds, labels = [3, 1, 4, 1, 5], torch.tensor([0, 1, 2, 3, 4])
+    together = sampler(denoise, (2, 3), seeds, labels=labels, guidance=2.0)
+    in_pairs = sampler(denoise, (2, 3), seeds, labels=labels, guidance=2.0, batch_size=2)
+    alone = sampler(denoise, (2, 3), [4], labels=torch.tensor([2]), guidance=2.0)
+    assert torch.equal(together, in_pairs)
+    assert torch.equal(together[2:3], alone)
+    assert not torch.equal(together[1], together[3])  # same seed, another class
+
+
+def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_denoiser() -> None:
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return torch.full_like(x, 1.0 if labels is None else 2.0)
+
+    def last(guidance: float) -> float:
+        return heun(denoise, (1,), [0], labels=torch.tensor([1]), guidance=guidance).item()
+
+    assert last(1.0) == pytest.approx(2.0)
+    assert last(0.0) == pytest.approx(1.0)
+    assert last(3.0) == pytest.approx(1.0 + 3.0 * (2.0 - 1.0))
+
+
+def test_euler_follows_the_exact_flow_with_an_error_of_first_order() -> None:
+    first = flow_times(10, sigma_max=50.0)[0].item()
+    noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(10)])
+    exact = noise * first * SIGMA_DATA / math.sqrt(((1 - first) * SIGMA_DATA) ** 2 + first**2)
+    errors = [
+        (euler(gaussian_denoiser, (4,), range(10), times=flow_times(steps, sigma_max=50.0)) - exact).abs().max().item()
+        for steps in (200, 400)
+    ]
+    assert errors[1] < 0.01
+    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_flow_times_fall_evenly_from_the_highest_noise_level_to_zero() -> None:
+    assert flow_times(4, sigma_max=4.0).tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def test_several_devices_give_the_images_of_one() -> None:
+    def sample(device: torch.device, seeds: Sequence[int]) -> Tensor:
+        return heun(gaussian_denoiser, (2,), seeds, device=device)
+
+    def drawn(devices: int, batch_size: int) -> Tensor:
+        batches = dict(draw(sample, range(5, 18), [torch.device("cpu")] * devices, batch_size))
+        return torch.cat([batches[start] for start in sorted(batches)])
+
+    assert torch.equal(drawn(1, 100), drawn(3, 2))
+    assert drawn(2, 4).shape == (13, 2)
+
+
+def test_failure_on_one_device_is_raised_and_ends_the_others() -> None:
+    begun: list[int] = []
+
+    def sample(device: torch.device, seeds: Sequence[int]) -> Tensor:
+        begun.append(seeds[0])
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(draw(sample, range(1000), [torch.device("cpu")], batch_size=1))
+    assert begun == [0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Churn(-1.0), "churn amount is -1.0, expected 0 or a positive number"),
+        (lambda: Churn(1.0, 2.0, 1.0), "churn sigma_min is 2.0 and sigma_max 1.0, expected"),
+        (lambda: flow_times(0), "steps is 0, expected at least 1"),
+        (lambda: flow_times(5, math.inf), "sigma_max is inf, expected a positive number"),
+        (lambda: euler(gaussian_denoiser, (1,), [0], times=torch.tensor([1.0, 0.0])), "times begin with 1.0, expected"),
+        (
+            lambda: heun(gaussian_denoiser, (1,), [0], labels=torch.zeros(2)),
+            r"labels has shape \(2,\), expected \(1,\)",
+        ),
+        (lambda: heun(gaussian_denoiser, (1,), [0], guidance=2.0), "guidance is 2.0 without labels"),
+        (lambda: list(draw(lambda device, seeds: torch.zeros(1), [0], [torch.device("cpu")], 0)), "batch_size is 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vadiff
 from vadiff.data.digits import SIGMA_DATA
-from vadiff.errors import RunError, TrainingError
+from vadiff.errors import DataError, RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
@@ -232,6 +232,14 @@ def test_run_directory_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_does_not_fit_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be halved 4 times"):
+        train(dataclasses.replace(TINY, channels=(8,) * 5), out=tmp_path / "run", progress=False)
+    with pytest.raises(DataError, match="which does not exist"):
+        train(dataclasses.replace(TINY, dataset="cifar10", data=str(tmp_path / "no")), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
     calls = 0
 
@@ -356,7 +364,7 @@ def test_sample_grid_and_tensorboard_files_are_written(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, steps=2, samples_every=2, sample_count=5, tensorboard=True, log_rms=True)
     lines = train(config, out=tmp_path, progress=False).metrics
     with Image.open(tmp_path / "samples" / "step-2.png") as picture:
-        assert picture.size == (24, 16)
+        assert picture.size == (26, 17)  # 3 x 2 images of 8 x 8 pixels, a line between them
     assert list((tmp_path / "tensorboard").glob("events*"))
     rms = lines[-1]["rms"]
     assert rms["weights"].keys() == rms["activations"].keys()

@@ -144,7 +144,7 @@ def fold_and_weigh(
     m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
     poisoned,  # scalar
-    state_ptr,  # [4*bins + 1] int64, in and out
+    state_ptr,  # [4*bins + 2] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
     n_ptr,  # [bins] float64, scratch
@@ -258,7 +258,7 @@ def statistics_kernel(
     sample_weight_ptr,  # [B] float32 or None
     weight_ptr,  # [B] float32 or None
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
-    state_ptr,  # [4*bins + 1] int64, in and out (FOLD)
+    state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
     per_sample_ptr,  # [B] float32 or None, out: ell
     saved_ptr,  # [2B + 1] float32, out: w*u*v, w*v*ell and, with one tile, the mean of w*u*v*ell
@@ -353,7 +353,7 @@ def fold_kernel(
     mean_ptr,  # scalar float32 or None, out
     saved_ptr,  # [2B + 1] float32 or None, out: the last is the mean loss
     merged_ptr,  # [4*bins + 1] float64 or None, out
-    state_ptr,  # [4*bins + 1] int64, in and out (FOLD)
+    state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
     workspace_ptr,  # [2*bins] float64, scratch (FOLD)
     parts,

@@ -1,4 +1,4 @@
-"""Which implementation runs a call: "auto", "reference" or "triton".
+"""Which implementation runs a call: "auto", "reference", "native" (csrc/) or "triton".
 
 An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". It is
 decided at call time, inside the operators; a captured CUDA graph keeps what it was captured with. "auto" takes the
@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from . import reference
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "VADIFF_BACKEND"
+
+_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # by device, best first; then the reference
+_REBUILD = "Build them again, from vadiff's source: pip install --force-reinstall --no-deps ."
 
 logger = logging.getLogger(__name__)
 
@@ -36,46 +40,69 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
-    if backend == "reference" or (backend == "auto" and tensor.device.type != "cuda"):
+    if backend == "auto":
+        return _best(tensor)
+    if backend == "reference":
         return reference
-    obstacle = _triton_obstacle(tensor)
-    if obstacle is None:
-        kernels = _load_triton()
-        assert isinstance(kernels, ModuleType)
-        return kernels
-    if backend == "triton":
-        raise RuntimeError(f"backend 'triton' cannot run this call: {obstacle}")
-    _say_once(f"vadiff runs on the reference backend: {obstacle}")
-    return reference
+    kernels = _usable(backend, tensor)
+    if isinstance(kernels, Obstacle):
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {kernels}") from kernels.__cause__
+    return kernels
 
 
 def backend_report() -> dict[str, tuple[bool, str]]:
     """For each backend, whether it can run on this machine, and why not (or where it does)."""
-    kernels = _load_triton()
-    if isinstance(kernels, str):
-        usable, remark = False, kernels
-    elif kernels.INTERPRETED:
-        usable, remark = True, "interpreted (TRITON_INTERPRET=1): for tests, slow"
-    elif torch.cuda.is_available():
-        usable, remark = True, "CUDA tensors in float32, bfloat16 and float16"
-    elif torch.version.cuda is None and torch.version.hip is None:
-        usable, remark = (
-            False,
-            "this torch is a build for CPUs; with an NVIDIA GPU, get the CUDA build from pytorch.org",
-        )
-    else:
-        usable, remark = False, "no CUDA device is visible to torch (torch.cuda.is_available() is False)"
-    return {"reference": (True, "any device, plain PyTorch"), "triton": (usable, remark)}
+    return {
+        "reference": (True, "any device, plain PyTorch"),
+        "native": _native_report(),
+        "triton": _triton_report(),
+    }
 
 
-def _triton_obstacle(tensor: Tensor) -> str | None:
-    if tensor.dtype == torch.float64:
-        return (
-            "float64 is computed by the reference backend only. Use backend='auto', or cast the prediction to float32"
-        )
-    kernels = _load_triton()
-    if isinstance(kernels, str):
+def _best(tensor: Tensor) -> ModuleType:
+    """The fastest that can run the call; what could not is said once."""
+    for backend in _PREFERRED.get(tensor.device.type, ()):
+        kernels = _usable(backend, tensor)
+        if not isinstance(kernels, Obstacle):
+            return kernels
+        _say_once(f"vadiff does not use the backend {backend!r}: {kernels}")
+    return reference
+
+
+class Obstacle(Exception):
+    """Why a backend cannot run, and what mends it; its cause is the error met."""
+
+
+def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
+    """The backend's module if it can run a call on `tensor`."""
+    kernels = _load_native() if backend == "native" else _load_triton()
+    if isinstance(kernels, Obstacle):
         return kernels
+    why_not = _native_obstacle(kernels, tensor) if backend == "native" else _triton_obstacle(kernels, tensor)
+    return kernels if why_not is None else Obstacle(why_not)
+
+
+def _native_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
+    if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and kernels.CUDA_ARCHITECTURES):
+        return None
+    if tensor.device.type == "cuda":
+        return f"its tensors are on {tensor.device}, and the native kernels were built for CPUs only. {native_build()}"
+    return f"its tensors are on {tensor.device}, and the native kernels run on CPUs and CUDA devices"
+
+
+def _native_report() -> tuple[bool, str]:
+    kernels = _load_native()
+    if isinstance(kernels, Obstacle):
+        return False, str(kernels)
+    instructions = kernels.instruction_set()
+    if kernels.CUDA_ARCHITECTURES:
+        return True, f"CPU tensors ({instructions}) and CUDA tensors ({kernels.CUDA_ARCHITECTURES}), all float dtypes"
+    return True, f"CPU tensors ({instructions}), all float dtypes. {native_build()}"
+
+
+def _triton_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "it computes in float32, and the tensors are float64. Use backend='auto', or cast the prediction"
     if tensor.device.type != "cuda" and not kernels.INTERPRETED:
         return (
             f"its tensors are on {tensor.device}, and Triton kernels run on CUDA devices. Move them there, or set "
@@ -84,19 +111,51 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
     return None
 
 
+def _triton_report() -> tuple[bool, str]:
+    kernels = _load_triton()
+    if isinstance(kernels, Obstacle):
+        return False, str(kernels)
+    if kernels.INTERPRETED:
+        return True, "interpreted (TRITON_INTERPRET=1): for tests, slow"
+    if torch.cuda.is_available():
+        return True, "CUDA tensors in float32, bfloat16 and float16"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return False, "this torch is a build for CPUs; with an NVIDIA GPU, get the CUDA build from pytorch.org"
+    return False, "no CUDA device is visible to torch (torch.cuda.is_available() is False)"
+
+
+def native_build() -> str:
+    """What the build of the native kernels left out and how to get it, as setup.py noted it; "" if nothing."""
+    note = Path(__file__).with_name("_native_build.txt")
+    return note.read_text().strip() if note.exists() else _REBUILD
+
+
 @functools.cache
-def _load_triton() -> ModuleType | str:
+def _load_native() -> ModuleType | Obstacle:
+    """The compiled kernels, or why they cannot be loaded; tried once."""
+    try:
+        return importlib.import_module("vadiff.native")
+    except ImportError as error:
+        if getattr(error, "name", None) == "vadiff._native" and isinstance(error, ModuleNotFoundError):
+            return _obstacle(f"the native kernels are not built. {native_build()}", error)
+        return _obstacle(f"the native kernels did not load ({error}). {_REBUILD}", error)
+
+
+@functools.cache
+def _load_triton() -> ModuleType | Obstacle:
     """The kernels, or why they cannot be loaded; tried once."""
     try:
         return importlib.import_module("vadiff.triton_kernels")
     except ImportError as error:
         missing = getattr(error, "name", None) == "triton"
-        mend = (
-            "Install it with: pip install triton"
-            if missing
-            else "Reinstall vadiff: pip install --force-reinstall vadiff"
-        )
-        return f"the Triton kernels did not load ({error}). {mend}"
+        package = "triton" if missing else "--force-reinstall vadiff"
+        return _obstacle(f"the Triton kernels did not load ({error}). Install: pip install {package}", error)
+
+
+def _obstacle(message: str, cause: Exception) -> Obstacle:
+    obstacle = Obstacle(message)
+    obstacle.__cause__ = cause
+    return obstacle
 
 
 @functools.cache

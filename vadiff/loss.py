@@ -25,6 +25,8 @@ from .weighting import (
 REDUCTIONS = ("mean", "none")
 LOSSES = ("mse", "huber")
 
+_NO_TABLE = TableRule()
+
 
 class DiffusionLoss(nn.Module):
     """Noise-level-aware denoising loss, to put in place of `F.mse_loss(prediction, target)`.
@@ -137,7 +139,7 @@ class DiffusionLoss(nn.Module):
             sample_weight = check_per_sample("sample_weight", sample_weight, prediction)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-        self._check_state_device(prediction, "prediction")
+        statistics = self._statistics_beside(prediction, "prediction")
         x0, eps = (  # a tensor with a plain 0 in front is not read
             None if not isinstance(coefficient, Tensor) and coefficient == 0.0 else tensor
             for coefficient, tensor in ((b, target), (c, noise))
@@ -146,16 +148,19 @@ class DiffusionLoss(nn.Module):
         mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr)
         loss, ell = ops.diffusion_loss(
             prediction, x0, eps, a, b, c, log_snr, base_weight, None if by_losses else sample_weight,
-            weight, *self._where(), self.huber_delta if self.loss == "huber" else 0.0,
+            weight, *statistics, self.huber_delta if self.loss == "huber" else 0.0,
             mean and not by_losses, self._records() and not by_losses, self.sync, self.backend,
         )  # fmt: skip
         if by_losses:
+            if base_weight is not None:  # u*v = 0 leaves a sample out; `reweight` knows v only
+                one = torch.ones_like(ell) if sample_weight is None else sample_weight
+                sample_weight = one.masked_fill(base_weight == 0, 0.0)
             loss = self.reweight(loss, log_snr, sample_weight)
             loss = loss.mean() if mean else loss
         elif isinstance(self.weighting, LearnedUncertainty):
             term = self._uncertainty_term(ell, log_snr, base_weight, sample_weight)
             loss = loss + (term.mean() if mean else term)
-        self.per_sample_loss = ell
+        self._keep(ell)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -167,7 +172,8 @@ class DiffusionLoss(nn.Module):
             sample_weight: v [B], as in `forward`.
 
         Returns:
-            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean.
+            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean. With
+            `weighting.LearnedUncertainty`, v*(g/e**u + u), differentiable by the head as well.
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
@@ -177,19 +183,19 @@ class DiffusionLoss(nn.Module):
         log_snr = check_per_sample("log_snr", log_snr, loss_per_sample, torch.float32)
         if sample_weight is not None:
             sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
-        self._check_state_device(loss_per_sample, "loss_per_sample")
-        self.per_sample_loss = loss_per_sample.detach()
+        statistics = self._statistics_beside(loss_per_sample, "loss_per_sample")
+        self._keep(loss_per_sample.detach())
         if isinstance(self.weighting, LossZScore):
-            weights = self.weighting.weights_of(loss_per_sample, self.sync and self._records())
+            weights = self.weighting.weights_of(loss_per_sample, sample_weight, self.sync and self._records())
             weight: Tensor | None = weights.to(loss_per_sample.dtype)
         else:
             weight = self._fixed_weight(log_snr)
         loss = ops.reweight(
-            loss_per_sample, log_snr, sample_weight, weight, *self._where(),
+            loss_per_sample, log_snr, sample_weight, weight, *statistics,
             self._records(), self.sync, self.backend,
         )  # fmt: skip
         if isinstance(self.weighting, LearnedUncertainty):
-            loss = loss + self._uncertainty_term(self.per_sample_loss, log_snr, None, sample_weight)
+            loss = loss + self._uncertainty_term(loss_per_sample.detach(), log_snr, None, sample_weight)
         return loss
 
     @property
@@ -216,7 +222,7 @@ class DiffusionLoss(nn.Module):
         """
         check_prediction("log_snr", log_snr)
         log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
-        self._check_state_device(log_snr, "log_snr")
+        self._statistics_beside(log_snr, "log_snr")
         if isinstance(self.weighting, AdaptiveWeighting):
             return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
         if isinstance(self.weighting, LearnedUncertainty):
@@ -263,14 +269,20 @@ class DiffusionLoss(nn.Module):
         scaled = g * (-h).exp()
         return (v * (h + scaled - scaled.detach())).masked_fill(left_out, 0.0)
 
-    def _where(self) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
+    def _statistics_beside(self, tensor: Tensor, name: str) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
+        """What the operators take of the statistics, after making sure that they are on the tensor's device."""
         statistics = self.statistics
-        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else TableRule()
-        return statistics.state, statistics.log_weights, statistics.bins, statistics.half_life, rule
-
-    def _check_state_device(self, tensor: Tensor, name: str) -> None:
-        if self.statistics.state.device != tensor.device:
+        state = statistics.state
+        if state.device != tensor.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, but the criterion is on {self.statistics.state.device}. "
+                f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
                 f"Use criterion.to({str(tensor.device)!r})."
             )
+        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else _NO_TABLE
+        return state, statistics.log_weights, statistics.bins, statistics.half_life, rule
+
+    def _keep(self, ell: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.per_sample_loss = ell
+        else:
+            object.__setattr__(self, "per_sample_loss", ell)  # a module's own takes microseconds

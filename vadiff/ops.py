@@ -274,9 +274,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         target, noise, *coefficients, log_snr = others[:9]
         output, target, noise = _one_layout(output, target, noise)
-        loss, ell, saved, gradient = torch.ops.vadiff.diffusion_loss(
-            output, target, noise, *coefficients, log_snr, base_weight, *others[9:]
-        )
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        loss, ell, saved, gradient = run(output, target, noise, *coefficients, log_snr, base_weight, *others[9:])
         ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
         ctx.mark_non_differentiable(ell)
         ctx.fused, ctx.mean = gradient.numel() > 0, loss.dim() == 0
@@ -296,17 +295,20 @@ class _Loss(torch.autograd.Function):
             return None, None, None
         by_output = by_base_weight = None
         saved, *inputs = ctx.saved_tensors
-        upstream = upstream.detach()
+        if upstream.requires_grad:
+            upstream = upstream.detach()
         if ctx.needs_input_grad[0]:
             if not ctx.fused:
-                by_output = torch.ops.vadiff.diffusion_loss_backward(
-                    upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend
+                run: Any = (
+                    torch.ops.vadiff.diffusion_loss_backward if _observed(inputs[0]) else _diffusion_loss_backward
                 )
+                by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend)
             elif _graph_is_kept():
                 by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)
             else:
                 by_output = inputs[0]
-                torch.ops.vadiff.scale_gradient_(by_output, upstream, saved, ctx.backend)
+                run = torch.ops.vadiff.scale_gradient_ if _observed(by_output) else _scale_gradient_in_place
+                run(by_output, upstream, saved, ctx.backend)
         if ctx.needs_input_grad[1]:
             samples = saved.numel() // 2
             by_base_weight = saved[samples : 2 * samples] * upstream
@@ -315,6 +317,10 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
             by_output, by_base_weight = _not_differentiable(by_output), _not_differentiable(by_base_weight)
         return by_output, by_base_weight, None
+
+
+# Function.apply without its Python, which looks for functorch's transforms: those are refused before.
+_apply = super(torch.autograd.Function, _Loss).apply
 
 
 def _not_differentiable(gradient: Tensor | None) -> Tensor | None:
@@ -335,6 +341,17 @@ def _refuse_transforms() -> None:
             "vadiff's loss has no rule for torch.func transforms and forward-mode differentiation: "
             "use loss.backward() or torch.autograd.grad"
         )
+
+
+def _observed(tensor: Tensor) -> bool:
+    """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a profiler, a
+    dispatch mode (fake tensors, tracing) or a tensor subclass. Otherwise what it would call is called."""
+    return (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _graph_is_kept() -> bool:
@@ -389,9 +406,11 @@ def diffusion_loss(
         bins.low, bins.high, half_life, *rule, huber_delta, mean, fused, update, sync, backend,
     )  # fmt: skip
     if recorded:
-        loss, ell = _Loss.apply(output, base_weight, others)
+        apply: Any = _Loss.apply if torch.compiler.is_compiling() else _apply
+        loss, ell = apply(output, base_weight, others)
     else:
-        loss, ell, _, _ = torch.ops.vadiff.diffusion_loss(output, *others[:9], base_weight, *others[9:])
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        loss, ell, _, _ = run(output, *others[:9], base_weight, *others[9:])
     return loss, ell
 
 

@@ -13,10 +13,11 @@ Notation, per sample i and bin k:
     w(lambda_i)                adaptive or fixed weight
     loss = mean_i w u v ell    every sample's weight comes from the statistics before this batch
 
-State of K bins: `state` int64 [4K + 1], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
-squared deviations) and mass (sum of v), and whose last entry counts skipped samples; `log_weights` int32 [K], the
-bits of float32 ln w at the bin centres. Integers, because `module.half()` casts every float buffer.
-A batch's statistics travel as one float64 vector [4K + 1] of the same layout.
+State of K bins: `state` int64 [4K + 2], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
+squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket by which a CUDA kernel counts
+its finished blocks, 0 between calls; `log_weights` int32 [K], the bits of float32 ln w at the bin centres. Integers,
+because `module.half()` casts every float buffer. A batch's statistics travel as one float64 vector [4K + 1]: n, mean,
+M2, mass, skipped.
 
 Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber's function as in
 `torch.nn.functional.huber_loss`.
@@ -211,17 +212,22 @@ def _chan(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return n, old[1] + delta * share, old[2] + new[2] + delta * delta * old[0] * share, old[3] + new[3]
 
 
+def moments_of(state: Tensor, bins: Bins) -> Tensor:
+    """n, mean, M2 and mass: a view of `state` as float64 [4, K]."""
+    return state[: 4 * bins.size].view(torch.float64).view(4, bins.size)
+
+
 def fold(state: Tensor, batch: Tensor, half_life: float, bins: Bins) -> None:
     """Forget, then merge one batch into `state`, in place.
 
     rho = 2**(-N / (half_life * K)) for the N samples that entered: one clock for all bins, counted in samples."""
-    moments = state[:-1].view(torch.float64).view(4, bins.size)
+    moments = moments_of(state, bins)
     new = batch[:-1].view(4, bins.size)
     rho = torch.exp2(-new[0].sum() / (half_life * bins.size))
     old = torch.stack([moments[0] * rho, moments[1], moments[2] * rho, moments[3] * rho])
     folded = torch.stack(_chan(old, new))
     moments.copy_(torch.where(folded[0] < EMPTY, 0.0, folded))
-    state[-1] += batch[-1].long()
+    state[4 * bins.size] += batch[-1].long()
 
 
 def variance(n: Tensor, m2: Tensor) -> Tensor:
@@ -392,7 +398,7 @@ def _update(
         batch = merge(gather(batch), bins)
     fold(state, batch, half_life, bins)
     if rule.statistic:
-        moments = state[:-1].view(torch.float64).view(4, bins.size)
+        moments = moments_of(state, bins)
         log_weights.view(torch.float32).copy_(weight_table(moments, bins, rule))
 
 

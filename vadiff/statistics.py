@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import is_number
-from .reference import Bins, variance
+from .reference import Bins, moments_of, variance
 
 
 class LogSNRStatistics(nn.Module):
@@ -30,7 +30,7 @@ class LogSNRStatistics(nn.Module):
         RuntimeError: from `load_state_dict`, when the saved bins or range differ from these; nothing is loaded then.
     """
 
-    state: Tensor  # int64 [4K + 1]: bits of float64 n, mean, M2, mass; then the count of skipped samples
+    state: Tensor  # int64 [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; the kernels' ticket
     log_weights: Tensor  # int32 [K]: bits of float32 ln w
     log_snr_range: Tensor  # int64 [2]: bits of float64 low, high
 
@@ -45,13 +45,13 @@ class LogSNRStatistics(nn.Module):
                 f"(float('inf') forgets nothing)"
             )
         self.half_life = float(half_life)
-        self.register_buffer("state", torch.zeros(4 * self.bins.size + 1, dtype=torch.int64))
+        self.register_buffer("state", torch.zeros(4 * self.bins.size + 2, dtype=torch.int64))
         self.register_buffer("log_weights", torch.zeros(self.bins.size, dtype=torch.int32))
         self.register_buffer("log_snr_range", torch.zeros(2, dtype=torch.int64))
         self.reset_parameters()
 
     def _moments(self) -> Tensor:
-        return self.state[:-1].view(torch.float64).view(4, self.bins.size)
+        return moments_of(self.state, self.bins)
 
     @property
     def count(self) -> Tensor:
@@ -84,7 +84,7 @@ class LogSNRStatistics(nn.Module):
     def skipped(self) -> Tensor:
         """How many samples were not recorded, for a NaN log-SNR or a non-finite loss or weight, over all ranks.
         int64 scalar."""
-        return self.state[-1].clone()
+        return self.state[4 * self.bins.size].clone()
 
     def reset(self) -> None:
         """Forget everything: empty bins, weights of 1."""
@@ -127,7 +127,7 @@ class LogSNRStatistics(nn.Module):
         if found.dtype != buffer.dtype:
             return f"has dtype {found.dtype}, expected {buffer.dtype}: the bits of the numbers, which a cast destroys"
         if found.shape != buffer.shape:
-            bins = (found.numel() - 1) // 4 if name == "state" else found.numel()
+            bins = (found.numel() - 2) // 4 if name == "state" else found.numel()
             return (
                 f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}, "
                 "or start with fresh statistics"

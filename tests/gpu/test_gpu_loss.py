@@ -15,6 +15,21 @@ from torch import Tensor
 
 import vadiff
 
+
+@pytest.fixture(params=["triton", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if not vadiff.backend_report()[request.param][0] or (request.param == "native" and not built_with_cuda()):
+        pytest.skip(f"{request.param} cannot run here: {vadiff.backend_report()[request.param][1]}")
+    name: str = request.param
+    return name
+
+
+def built_with_cuda() -> bool:
+    from vadiff import native
+
+    return native.CUDA_ARCHITECTURES is not None
+
+
 SHAPES = {"cifar": (512, 3, 32, 32), "latent": (64, 4, 64, 64), "video": (2, 16, 8, 30, 45), "odd": (33, 3, 17, 19)}
 
 
@@ -38,10 +53,10 @@ def step(criterion: vadiff.DiffusionLoss, prediction: Tensor, target: Tensor, lo
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_triton_agrees_with_the_reference_over_several_steps(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+def test_fused_kernels_agree_with_the_reference_over_several_steps(
+    backend: str, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> None:
-    fused = vadiff.DiffusionLoss(backend="triton").cuda()
+    fused = vadiff.DiffusionLoss(backend=backend).cuda()
     truth = vadiff.DiffusionLoss(backend="reference").cuda()
     for seed in range(4):
         prediction, target, log_snr = batch(shape, dtype, seed)
@@ -65,11 +80,11 @@ def test_triton_agrees_with_the_reference_over_several_steps(
 
 
 @pytest.mark.parametrize("samples", [512, 5000])
-def test_fifty_runs_give_the_same_bits(samples: int) -> None:
+def test_fifty_runs_give_the_same_bits(backend: str, samples: int) -> None:
     prediction, target, log_snr = batch((samples, 3, 32, 32))
     first: list[Tensor] = []
     for _ in range(50):
-        criterion = vadiff.DiffusionLoss(backend="triton").cuda()
+        criterion = vadiff.DiffusionLoss(backend=backend).cuda()
         losses = [step(criterion, prediction, target, log_snr) for _ in range(3)]
         assert prediction.grad is not None
         found = [*losses, prediction.grad.clone(), criterion.statistics.state, criterion.statistics.log_weights]
@@ -86,10 +101,11 @@ def kernels_launched(run: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
-@pytest.mark.parametrize(("samples", "forward"), [(512, 2), (2048, 2), (2049, 3)])
-def test_a_step_takes_two_launches_forward_and_one_backward(samples: int, forward: int) -> None:
+@pytest.mark.parametrize("samples", [512, 2048, 2049])
+def test_a_step_takes_one_or_two_launches_forward_and_one_backward(backend: str, samples: int) -> None:
+    forward = 1 if backend == "native" else 2 if samples <= 2048 else 3
     prediction, target, log_snr = batch((samples, 3, 32, 32))
-    criterion = vadiff.DiffusionLoss(backend="triton").cuda()
+    criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     assert len(kernels_launched(lambda: criterion(prediction, target, log_snr))) == forward
     upstream = torch.ones((), device="cuda")
 
@@ -100,9 +116,9 @@ def test_a_step_takes_two_launches_forward_and_one_backward(samples: int, forwar
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fused", "deferred"])
-def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+def test_a_step_does_not_wait_for_the_device(backend: str, dtype: torch.dtype) -> None:
     prediction, target, log_snr = batch(SHAPES["cifar"], dtype)
-    criterion = vadiff.DiffusionLoss(backend="triton").cuda()
+    criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     step(criterion, prediction, target, log_snr)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -111,9 +127,9 @@ def test_a_step_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_peak_memory_is_one_gradient_buffer() -> None:
+def test_peak_memory_is_one_gradient_buffer(backend: str) -> None:
     prediction, target, log_snr = batch((64, 4, 128, 128))
-    criterion = vadiff.DiffusionLoss(backend="triton").cuda()
+    criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     torch.autograd.grad(criterion(prediction, target, log_snr), prediction)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -124,9 +140,9 @@ def test_peak_memory_is_one_gradient_buffer() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fused", "deferred"])
-def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(dtype: torch.dtype) -> None:
+def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(backend: str, dtype: torch.dtype) -> None:
     static = batch(SHAPES["cifar"], dtype)
-    captured = vadiff.DiffusionLoss(backend="triton").cuda()
+    captured = vadiff.DiffusionLoss(backend=backend).cuda()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -154,7 +170,7 @@ def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(dtype: torch.dtyp
     assert captured.statistics.count.sum() > 2000
 
 
-def test_tensors_of_more_than_two_to_the_31_elements() -> None:
+def test_tensors_of_more_than_two_to_the_31_elements(backend: str) -> None:
     if torch.cuda.mem_get_info()[1] < 30 * 2**30:
         pytest.skip("needs a GPU with 30 GiB of memory")
     shape = (3, 2**30 - 2**20)  # 3.2e9 elements, 6 GiB in bfloat16
@@ -162,7 +178,7 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
     target = torch.zeros_like(prediction)
     target[2, -7:] = 1.0
     prediction.requires_grad_()
-    criterion = vadiff.DiffusionLoss("constant", loss="mse", backend="triton").cuda()
+    criterion = vadiff.DiffusionLoss("constant", loss="mse", backend=backend).cuda()
     criterion(prediction, target, torch.zeros(3, device="cuda"), reduction="none").sum().backward()
     assert criterion.per_sample_loss is not None
     torch.testing.assert_close(
@@ -178,10 +194,10 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
     assert (prediction.grad[2, -7:] != 0).all()
 
 
-def test_compiled_steps_match_eager_ones() -> None:
+def test_compiled_steps_match_eager_ones(backend: str) -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64)).cuda()
-    criteria = [vadiff.DiffusionLoss(backend="triton").cuda() for _ in range(2)]
+    criteria = [vadiff.DiffusionLoss(backend=backend).cuda() for _ in range(2)]
 
     def forward(criterion: vadiff.DiffusionLoss, x: Tensor, log_snr: Tensor) -> Tensor:
         loss: Tensor = criterion(network(x), x, log_snr)
@@ -203,10 +219,10 @@ def test_compiled_steps_match_eager_ones() -> None:
     )
 
 
-def test_a_gradient_scaler_sees_a_poisoned_batch_and_skips_it() -> None:
+def test_a_gradient_scaler_sees_a_poisoned_batch_and_skips_it(backend: str) -> None:
     layer = torch.nn.Linear(32, 32).cuda()
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.1), torch.amp.GradScaler("cuda", init_scale=65536.0)
-    criterion = vadiff.DiffusionLoss(backend="triton").cuda()
+    criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     x, log_snr = torch.randn(16, 32, device="cuda"), torch.zeros(16, device="cuda")
     for poison, moves in ((False, True), (True, False), (False, True)):
         before = layer.weight.detach().clone()
@@ -223,9 +239,9 @@ def test_a_gradient_scaler_sees_a_poisoned_batch_and_skips_it() -> None:
     assert criterion.statistics.skipped == 1
 
 
-def test_constant_weighting_equals_mse_loss_to_the_ulp() -> None:
+def test_constant_weighting_equals_mse_loss_to_the_ulp(backend: str) -> None:
     prediction, target, log_snr = batch(SHAPES["cifar"])
-    loss = step(vadiff.DiffusionLoss("constant", backend="triton").cuda(), prediction, target, log_snr)
+    loss = step(vadiff.DiffusionLoss("constant", backend=backend).cuda(), prediction, target, log_snr)
     mine = prediction.grad
     prediction.grad = None
     theirs = F.mse_loss(prediction, target)
@@ -235,8 +251,8 @@ def test_constant_weighting_equals_mse_loss_to_the_ulp() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_on_another_device_than_the_current_one() -> None:
+def test_tensors_on_another_device_than_the_current_one(backend: str) -> None:
     prediction, target, log_snr = (x.detach().to("cuda:1") for x in batch(SHAPES["odd"]))
-    criterion = vadiff.DiffusionLoss(backend="triton").to("cuda:1")
+    criterion = vadiff.DiffusionLoss(backend=backend).to("cuda:1")
     loss = step(criterion, prediction.requires_grad_(), target, log_snr)
     torch.testing.assert_close(loss, F.mse_loss(prediction, target).detach())

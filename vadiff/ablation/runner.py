@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ..extras import import_extra
-from .grid import Grid, PlannedRun
+from .grid import Grid, GridError, PlannedRun
 
 
 def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None) -> list[Path]:
@@ -28,11 +28,13 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
         The folders of the runs that failed, or could not begin because one that they need did.
 
     Raises:
-        IndexError: no such run.
+        GridError: no such run.
         KeyboardInterrupt: all processes were told to stop, and left a checkpoint.
     """
     runs = grid.runs(out)
     if index is not None:
+        if not 0 <= index < len(runs):
+            raise GridError(f"index is {index}, expected 0 to {len(runs) - 1}: a run of the grid")
         chosen = runs[index]
         runs = [run for run in runs if run.path in (chosen.path, chosen.needs)]
     waiting = [run for run in runs if not run.is_done]

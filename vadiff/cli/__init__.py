@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..errors import UserError
 from ..extras import MissingExtraError
-from . import ablate, demo, doctor, ema, optimal_loss, train
+from . import ablate, demo, doctor, ema, evaluate, optimal_loss, report, sample, train
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, ablate, ema, optimal_loss, demo, doctor)
+COMMANDS = (train, ema, sample, evaluate, report, ablate, optimal_loss, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not `(default: None)`: where None is one, the help says what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vadiff",
@@ -50,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
             command.NAME,
             help=command.HELP,
             description=command.DESCRIPTION,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         subparser.set_defaults(run=command.run, parser=subparser)
         command.add_arguments(subparser)

@@ -13,8 +13,8 @@ NAME = "demo"
 HELP = "compare three weightings on handwritten digits: pictures and a table"
 DESCRIPTION = (
     "Train the same small model with constant, loss_level and variance_aware weighting (same seed, same noise), draw "
-    "samples, write report.png to the folder --out and print the loss on held-out images per noise level. Takes "
-    "minutes."
+    "samples, write report.html (the page of `vadiff report`) and report.png to the folder --out, and print the loss "
+    "on held-out images per noise level. Takes minutes."
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..loss import DiffusionLoss
-from ..reference import TableRule, weight_table
+from ..reference import TableRule, moments_of, weight_table
 from .fixed import LogNormal, LogUniform
 from .sampler import LevelSampler, require_number
 from .table import Table
@@ -96,7 +96,7 @@ class _StatisticLevels(AdaptiveLevels):
         self._rule = TableRule(self.statistic, -1.0, smoothing, float("inf"), prior)
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
-        moments = self._numbers(criterion.statistics.state[:-1]).view(4, self.bins.size)
+        moments = moments_of(criterion.statistics.state, self.bins)
         spread = weight_table(moments, self.bins, self._rule).double().exp()
         return spread * criterion.weight_at(self.bin_centers).double()
 

@@ -111,7 +111,7 @@ class LevelSampler(nn.Module, ABC):
             TypeError: u is not a floating-point tensor.
             ValueError: u is not one-dimensional.
         """
-        return NoiseLevels(self._levels(_checked(u)).float(), None)
+        return NoiseLevels(self._levels(checked_uniforms(u)).float(), None)
 
     def _levels(self, u: Tensor) -> Tensor:
         """Log-SNR at u in (0, 1), float64, inside the range."""
@@ -141,7 +141,8 @@ class LevelSampler(nn.Module, ABC):
         """
 
 
-def _checked(u: Tensor) -> Tensor:
+def checked_uniforms(u: Tensor) -> Tensor:
+    """u [B] as float64."""
     if not u.is_floating_point():
         raise TypeError(
             f"u has dtype {u.dtype}, expected float64: uniform numbers in (0, 1), see vadiff.levels.uniforms"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..reference import bin_index
 from ..statistics import checked_bins
 from .fixed import EVERYWHERE, LogUniform
-from .sampler import LevelSampler, NoiseLevels, _checked
+from .sampler import LevelSampler, NoiseLevels, checked_uniforms
 
 _OPEN = 2.0**-54  # keeps a level off the ends, where an unbounded base has an infinite one
 
@@ -87,7 +87,7 @@ class Table(LevelSampler):
         self._numbers(self.ratio).copy_(factors / (factors * masses).sum())
 
     def forward(self, u: Tensor) -> NoiseLevels:
-        u = _checked(u)
+        u = checked_uniforms(u)
         ratio, masses, edges = (self._numbers(bits) for bits in (self.ratio, self.masses, self.edges))
         if u.device != ratio.device:
             raise ValueError(

@@ -17,6 +17,7 @@ from ..levels.fixed import LogUniform
 from ..levels.sampler import LevelSampler, require_number
 from ..loss import DiffusionLoss
 from ..process import PREDICTION_TYPES, loss_ratio
+from ..reference import moments_of
 from ..weighting.fixed import MAX_WEIGHT, SNRWeighting
 from .curve import OptimalLoss
 
@@ -224,7 +225,7 @@ class GapLevels(AdaptiveLevels):
         gap = ell.double() / k - self.optimal.log_loss_at(log_snr).exp()
         with torch.enable_grad():  # it records in training only
             self._recorder.reweight(gap.float(), log_snr)
-        n, mean = self._numbers(self._recorder.statistics.state[:-1]).view(4, self.bins.size)[:2]
+        n, mean, *_ = moments_of(self._recorder.statistics.state, self.bins)
         weight = self.weighting.log_x0_weight(self.bin_centers.double()).exp()
         factors = weight * mean.clamp(min=0.0)
         masses = self._numbers(self.masses) * (n > 0)

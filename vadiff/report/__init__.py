@@ -1,7 +1,18 @@
-"""Pictures and tables of trained runs."""
+"""Pictures, tables and pages about trained runs."""
 
 from .demo import run_demo
 from .figure import comparison_figure
+from .page import write_report
+from .runs import Group, History, group_runs, read_history
 from .table import held_out_table
 
-__all__ = ["comparison_figure", "held_out_table", "run_demo"]
+__all__ = [
+    "Group",
+    "History",
+    "comparison_figure",
+    "group_runs",
+    "held_out_table",
+    "read_history",
+    "run_demo",
+    "write_report",
+]

@@ -98,7 +98,7 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
         spread.append(f"{_spoken(name)} {(weights * std).max() / (weights * std).min():.1f}")
         ratio, error = (values.numpy() for values in run.held_out.ratio_to(first))
         levels = run.held_out.log_snr.numpy()
-        held_out.set_xlim(levels[0] - 0.5, levels[-1] + 0.5)
+        held_out.set_xlim(levels.min() - 0.5, levels.max() + 0.5)
         held_out.plot(levels, ratio, color=color, linestyle=dash, linewidth=2, marker="o", markersize=4)
         held_out.fill_between(levels, ratio - error, ratio + error, color=color, alpha=0.2, linewidth=0)
     _describe(

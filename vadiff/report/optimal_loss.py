@@ -52,6 +52,7 @@ def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | Non
         panel.set_xlabel("noise level σ      ← less noise · more noise →")
         panel.grid(alpha=0.25)
         panel.legend(frameon=False)
+    panels[0].set_ylim(bottom=0.0)
     figure.suptitle(
         f"{optimal.samples:,} samples, estimator {optimal.estimator}; bands: ± 2 standard errors", fontsize=10
     )

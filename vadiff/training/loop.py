@@ -85,10 +85,12 @@ def train(
     device = local_device(config.torch_device())
     with ranks(device) as group, own_global_state(device, deterministic=config.deterministic):
         if path is not None:
-            if group.is_main:
-                run_folder.prepare(path, config, resume=resume, overwrite=overwrite)
-            group.wait()
-        trainer = _Trainer(config, objective or OBJECTIVES[config.process], path, device, group)
+            run_folder.check(path, config, resume=resume, overwrite=overwrite)
+        trainer = _Trainer(config, objective or OBJECTIVES[config.process], path, device, group, resume=resume)
+        group.wait()
+        if path is not None and group.is_main:  # not before all parts are made: what does not fit writes nothing
+            run_folder.begin(path, config, resume=resume)
+        trainer.open_log()
         try:
             return trainer.run(progress)
         finally:
@@ -99,7 +101,14 @@ class _Trainer:
     """The parts of a run, and what is done with them."""
 
     def __init__(
-        self, config: TrainConfig, objective: Objective, out: Path | None, device: torch.device, group: Ranks
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        out: Path | None,
+        device: torch.device,
+        group: Ranks,
+        *,
+        resume: bool = False,
     ) -> None:
         self.config, self.objective, self.device, self.group = config, objective, device, group
         self.out = out if group.is_main else None  # only the main process writes
@@ -114,19 +123,23 @@ class _Trainer:
         self.power_averages = None  # on the main process only: they are the same on all
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
-        self.criterion = build_criterion(config, out).to(device)
-        self.levels = build_levels(config, out).to(device)
+        earlier = out if resume else None  # where there may be something to go on from
+        self.criterion = build_criterion(config, earlier).to(device)
+        self.levels = build_levels(config, earlier).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
         self.optimisation = Optimisation(config, parameters, device)
         self.network = self._trained_network()
         self.step, self.seconds = 0, 0.0
-        if out is not None and steps_saved(out):
-            self._load(load_checkpoint(out, device=device))
-        if self.out is not None:
-            remove_after(self.out / SNAPSHOTS, self.step)  # of a process that was killed
-        self.log = MetricsLog(self.out, tensorboard=config.tensorboard, after=self.step)
+        if earlier is not None and steps_saved(earlier):
+            self._load(load_checkpoint(earlier, device=device))
         self.timed_step = self.step  # since when images per second are counted
+
+    def open_log(self) -> None:
+        """Go on with the metrics; lines and snapshots after the step that is resumed are removed."""
+        if self.out is not None:
+            remove_after(self.out / SNAPSHOTS, self.step)
+        self.log = MetricsLog(self.out, tensorboard=self.config.tensorboard, after=self.step)
 
     def run(self, progress: bool) -> TrainedRun:
         """Train to the end, or until a signal."""

@@ -22,20 +22,30 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-def prepare(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Make `path` the run directory of `config`.
+def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Whether `path` can become, or go on as, the run directory of `config`; nothing is written.
 
     Raises:
         RunError: it is a file, or holds a run and neither `resume` nor `overwrite` is set, or a run of another config
-            is to be resumed, or the weight table that the config names is not there.
+            is to be resumed.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, expected a folder")
-    if (path / CONFIG).exists() and resume:
+    if not (path / CONFIG).exists():
+        return
+    if resume:
         _check_fits(path, config)
-    elif (path / CONFIG).exists() and not overwrite:
+    elif not overwrite:
         raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
-    else:
+
+
+def begin(path: Path, config: TrainConfig, *, resume: bool) -> None:
+    """Make `path` the run directory of `config`, after `check`: what is there of a run goes, unless it is resumed.
+
+    Raises:
+        RunError: the weight table that the config names is not there.
+    """
+    if not (resume and (path / CONFIG).exists()):
         table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
         _clear(path)
         path.mkdir(parents=True, exist_ok=True)

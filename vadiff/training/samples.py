@@ -43,13 +43,10 @@ def save_grid(run: Path, step: int, denoiser: Denoiser, count: int) -> None:
 
 
 def _grid(images: Tensor, columns: int) -> Tensor:
-    """[N, C, H, W] → [rows·H, columns·W, C], filled up with black."""
+    """[N, C, H, W] → [rows·(H+1) - 1, columns·(W+1) - 1, C], white lines between the images and in empty places."""
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
-    filled = torch.full((rows * columns, channels, height, width), -1.0)
-    filled[:count] = images
-    return (
-        filled.view(rows, columns, channels, height, width)
-        .permute(0, 3, 1, 4, 2)
-        .reshape(rows * height, columns * width, channels)
-    )
+    cells = torch.full((rows * columns, channels, height + 1, width + 1), 1.0)
+    cells[:count, :, :height, :width] = images
+    picture = cells.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    return picture.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]

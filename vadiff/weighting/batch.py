@@ -103,12 +103,15 @@ class LossZScore:
         if not is_number(self.alpha) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
 
-    def weights_of(self, loss: Tensor, sync: bool) -> Tensor:
-        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike."""
-        loss = loss.detach().double()
-        everyone = torch.ones_like(loss, dtype=torch.bool)
-        deviation = loss - _mean(loss, everyone, sync)
-        std = _mean(deviation.square(), everyone, sync).sqrt()
+    def weights_of(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
+        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike.
+
+        Samples whose sample weight is 0 are left out of mean and std, whatever their loss is.
+        """
+        counted = torch.ones_like(loss, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+        loss = torch.where(counted, loss.detach().double(), 0.0)
+        deviation = torch.where(counted, loss - _mean(loss, counted, sync), 0.0)
+        std = _mean(deviation.square(), counted, sync).sqrt()
         return (1.0 + self.alpha * deviation / torch.where(std == 0, 1.0, std)).float()
 
 

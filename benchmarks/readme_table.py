@@ -1,0 +1,103 @@
+"""The README's table of speeds, made from the committed result files.
+
+python benchmarks/readme_table.py            # print it
+python benchmarks/readme_table.py --write    # put it between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import figures
+from measurements import RESULTS, Measurement, Results, newest_by_device
+from providers import PROVIDERS
+from table import seconds
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- speed: made by benchmarks/readme_table.py -->", "<!-- end of speed -->"
+
+_ROWS = {
+    "CIFAR, batch 128, fp32": ("cifar-128", "fp32", "fused"),
+    "CIFAR, batch 512, fp32": ("cifar-512", "fp32", "fused"),
+    "the same, CUDA graph replay": ("cifar-512", "fp32", "graph"),
+    "latents 64 × 4 × 64 × 64, fp32": ("latents-64", "fp32", "fused"),
+    "latents 64 × 4 × 128 × 128, bf16": ("latents-128", "bf16", "fused"),
+    "video latents 8 × 16 × 16 × 60 × 90, bf16": ("video", "bf16", "fused"),
+    "larger than any cache, fp32": ("huge", "fp32", "fused"),
+    "training step of a small U-Net": ("unet", "fp32", "training-step"),
+}
+
+
+class MarkersError(ValueError):
+    """The README has no place for the table."""
+
+
+def markdown(found: list[Results]) -> str:
+    """One table of times and one of the design's figures for each device."""
+    if not found:
+        return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
+    return "\n\n".join("\n".join(_device(results)) for results in found)
+
+
+def _device(results: Results) -> Iterator[str]:
+    machine = results.machine
+    changed = ", with changes" if results.dirty else ""
+    yield (
+        f"**{machine['device']}**, torch {machine['torch']}, {results.date}, commit {results.commit[:10]}{changed}. "
+        "Loss, gradient and statistics of one call, median; in brackets how many times as fast as `F.mse_loss`, which "
+        "has neither statistics nor weights:"
+    )
+    yield ""
+    names = [name for name in PROVIDERS if any(m.provider == name for m in results.measurements)]
+    yield f"| | {' | '.join(PROVIDERS[name].title for name in names)} |"
+    yield f"| --- |{' --- |' * len(names)}"
+    for title, key in _ROWS.items():
+        cells = [_cell(results.find(*key, name)) for name in names]
+        if any(cells):
+            yield f"| {title} | {' | '.join(cells)} |"
+    yield ""
+    yield "| asked for by the design | | found | |"
+    yield "| --- | --- | --- | --- |"
+    for figure in figures.judge(results):
+        verdict = {True: "reached", False: "**missed**", None: ""}[figure.passed]
+        yield f"| {figure.title} | {figure.required} | {figure.found} | {verdict} |"
+
+
+def _cell(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return ""
+    against = measurement.times_as_fast_as.get("mse_loss")
+    return seconds(measurement.wall.median) + (f" ({against.value:.2f} ×)" if against else "")
+
+
+def inserted(readme: str, table: str) -> str:
+    """The README with `table` between the markers.
+
+    Raises:
+        MarkersError: they are not there, once each and in order.
+    """
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in head + tail:
+        raise MarkersError(f"README.md must hold the lines {BEGIN!r} and {END!r}, once each and in this order")
+    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write it into README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    table = markdown(newest_by_device(options.results))
+    if options.write:
+        README.write_text(inserted(README.read_text(), table))
+    else:
+        print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

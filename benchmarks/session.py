@@ -1,0 +1,190 @@
+"""How the benchmarks run under pytest: options, the contests of a run, its table and its result file.
+
+pytest-benchmark knows one function per test, timed for itself, one after the other. On a machine whose speed drifts
+that makes ratios between providers worthless. So there is a test per provider, as pytest-benchmark wants it (its
+JSON, `--benchmark-json`, comparison and history work), but the first test of a contest measures all its providers in
+turns, and each test then hands its own share of those times to pytest-benchmark through a clock that replays them.
+What pytest-benchmark has no place for (ratios of paired rounds, device time, refusals) goes to the result file and
+the table here. Providers deselected with -k do not take part.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import figures
+import pytest
+import table
+import torch
+from cases import Contest
+from copy_bandwidth import Yardstick
+from measurements import Measurement, NotMeasured, Results
+from providers import describe_error
+from pytest_benchmark.fixture import BenchmarkFixture
+
+Outcomes = list[Measurement | NotMeasured]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vadiff benchmarks")
+    group.addoption("--all", action="store_true", help="every case, dtype, mode and provider (an hour or two on a CPU)")
+    group.addoption("--quick", action="store_true", help="only see that everything runs: too few rounds to believe")
+    group.addoption("--results", type=Path, metavar="FOLDER", help="write <device>-<date>.json there")
+    group.addoption("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda where torch sees a GPU)")
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    """The device under measurement."""
+    name = config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch.cuda.is_available() is False. See `vadiff doctor`")
+    return torch.device(name)
+
+
+class Session:
+    """One run: its results, and for each contest the outcome of each provider."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = device_of(config)
+        self.quick = bool(config.getoption("--quick"))
+        self.all = bool(config.getoption("--all"))
+        self.folder: Path | None = config.getoption("--results")
+        asked = [config.getoption("-k"), *(arg for arg in config.args if "::" in arg)]
+        asked = [part for part in asked if part]
+        self.selection = "; ".join([*(["all"] if self.all else ["default"]), *asked])
+        self.entered: dict[Contest, list[str]] = {}  # contest → providers selected for it
+        self._outcomes: dict[Contest, Outcomes] = {}
+        self._results: Results | None = None
+
+    @functools.cached_property
+    def _yardstick(self) -> Yardstick:
+        return Yardstick(self.device, self.quick)
+
+    @property
+    def results(self) -> Results:
+        """Begun when something is measured."""
+        if self._results is None:
+            copy = self._yardstick.measure()
+            self._results = Results.begin(self.device, self.selection, self.quick, copy)
+        return self._results
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second now; the results keep the best of the run."""
+        copy = self._yardstick.measure()
+        if copy.best > self.results.copy.best:
+            self.results.copy = copy
+        return copy.best
+
+    @property
+    def has_results(self) -> bool:
+        return self._results is not None
+
+    def outcomes(self, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]) -> Outcomes:
+        """What `hold`, called once per contest with all providers selected for it, found for one provider.
+
+        Several, named "<provider>, <call>", where a provider stands for more than one call."""
+        if contest not in self._outcomes:
+            try:
+                found = hold(self.entered[contest])
+            except Exception as error:  # buffers that do not fit, say: the other contests go on
+                reason = describe_error(error)
+                found = [NotMeasured(*contest, name, "failed", reason) for name in self.entered[contest]]
+            self._outcomes[contest] = found
+            for outcome in found:
+                self.results.add(outcome)
+        return [outcome for outcome in self._outcomes[contest] if outcome.provider.split(",")[0] == provider]
+
+    def report(
+        self, benchmark: BenchmarkFixture, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]
+    ) -> None:
+        """Hand a provider's times to pytest-benchmark; fail if it was refused, skip if it cannot run here."""
+        found = self.outcomes(contest, provider, hold)
+        benchmark.group = str(contest)
+        for outcome in found:
+            if isinstance(outcome, NotMeasured) and outcome.kind != "not usable":
+                pytest.fail(f"{outcome.provider}, {outcome.kind}: {outcome.reason}", pytrace=False)
+        measured = [outcome for outcome in found if isinstance(outcome, Measurement)]
+        if not measured:
+            pytest.skip("; ".join(f"{o.provider}: {o.reason}" for o in found if isinstance(o, NotMeasured)))
+        benchmark.extra_info |= {"device": self.results.machine["device"], "call": measured[0].provider}
+        CLOCK.into(benchmark, measured[0].wall_times)
+
+
+ON_REQUEST = pytest.mark.on_request
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{ON_REQUEST.name}: runs with --all only")
+    # A remark of a compiler is no failure here, unlike in tests/.
+    config.addinivalue_line("filterwarnings", "default")
+    config.stash[_SESSION] = Session(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --all, leave out what is marked as not running by default."""
+    if config.stash[_SESSION].all:
+        return
+    left_out = [item for item in items if item.get_closest_marker(ON_REQUEST.name)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker(ON_REQUEST.name)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    entered = session.config.stash[_SESSION].entered
+    for item in session.items:
+        parameters = _parameters(item)
+        if "contest" in parameters:
+            entered.setdefault(parameters["contest"], []).append(parameters["provider"])
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig: pytest.Config) -> Session:
+    return pytestconfig.stash[_SESSION]
+
+
+class Replay:
+    """A clock for pytest-benchmark that has measured already: each `advance` moves it by the next recorded time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.steps: list[float] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def advance(self) -> None:
+        self.now += self.steps.pop(0)
+
+    def into(self, benchmark: BenchmarkFixture, seconds: list[float]) -> None:
+        """Hand recorded times to a benchmark whose timer is this clock's `time`."""
+        self.steps = list(seconds)
+        benchmark.pedantic(self.advance, rounds=len(seconds))
+
+
+CLOCK = Replay()
+REPLAYED = pytest.mark.benchmark(timer=CLOCK.time)  # for every test that calls `Session.report`
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    session = config.stash[_SESSION]
+    if not session.has_results:
+        return
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        session.results.selection += "; interrupted"
+    terminalreporter.section("vadiff benchmarks")
+    terminalreporter.write_line(table.render(session.results))
+    terminalreporter.write_line("")
+    terminalreporter.write_line(table.render_figures(figures.judge(session.results)))
+    if session.folder is not None:
+        terminalreporter.write_line(f"written to {os.path.relpath(session.results.write(session.folder))}")

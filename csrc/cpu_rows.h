@@ -1,0 +1,65 @@
+// The row kernels of the CPU: one pass over the elements of some work items. Implemented in cpu_rows.cpp, which is compiled
+// once per instruction set.
+#pragma once
+
+#include <stdint.h>
+
+namespace vadiff {
+
+// One tensor's elements, or null where it is not read.
+struct Elements {
+  const void* data;
+  int dtype;
+};
+
+// Coefficients and per-sample factors are C: float, or double for float64 outputs.
+template <class C>
+struct RowsTask {
+  Elements output, target, noise;    // [B, D], one layout
+  const C *a_each, *b_each, *c_each;  // [B] or null
+  C a, b, c;                          // used where there is none per sample
+  C huber_delta;                      // 0: squared error
+  int64_t elements;                   // D
+  int64_t splits, chunk;              // item = one of `splits` runs of `chunk` elements of one sample
+  const C* factor;                    // [B]: what the slope is multiplied with; null: no gradient
+  void* gradient;                     // [B, D] in the output's dtype
+  double* partial;                    // [B * splits], out: sums of element losses; null: not needed
+  bool stream;                        // write the gradient past the caches
+};
+
+template <class C>
+struct ScaleTask {
+  const void* gradient;
+  void* out;  // may be `gradient`
+  int dtype;
+  C upstream;
+  int64_t chunk, size;
+  bool stream;
+};
+
+template <class C>
+using RowsKernel = void (*)(const RowsTask<C>&, int64_t item);
+template <class C>
+using ScaleKernel = void (*)(const ScaleTask<C>&, int64_t item);
+
+struct RowKernels {
+  const char* name;
+  RowsKernel<float> rows_float;
+  RowsKernel<double> rows_double;
+  ScaleKernel<float> scale_float;
+  ScaleKernel<double> scale_double;
+};
+
+namespace generic {
+extern const RowKernels kernels;
+}
+#ifdef VADIFF_X86
+namespace avx2 {
+extern const RowKernels kernels;
+}
+namespace avx512 {
+extern const RowKernels kernels;
+}
+#endif
+
+}  // namespace vadiff

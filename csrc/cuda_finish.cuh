@@ -1,0 +1,245 @@
+// What comes after the elements, by one block: samples, statistics of the bins, weight table. A bin is computed by the thread
+// that owns it, so there are no atomics, and every sum has a fixed order.
+#pragma once
+
+#include "cuda_elements.cuh"
+#include "step.h"
+
+namespace vadiff {
+namespace cuda {
+
+constexpr int kSamples = 512;  // settled at a time, a tile of the batch statistics
+constexpr int kMaxBins = 1024;
+
+// In device memory.
+struct Scratch {
+  double* partial;  // [B * splits]
+  double* groups;   // [4 * max(K, kThreads)]: moments of each group of samples
+  double* batch;    // [4K]
+};
+
+__host__ __device__ inline int64_t scratch_size(int64_t samples, int64_t splits, int bins) {
+  return samples * splits + 4 * (bins > kThreads ? bins : kThreads) + 4 * int64_t(bins);
+}
+
+__host__ __device__ inline Scratch scratch_at(double* workspace, int64_t samples, int64_t splits, int bins) {
+  double* groups = workspace + samples * splits;
+  return {workspace, groups, groups + 4 * (bins > kThreads ? bins : kThreads)};
+}
+
+// On the multiprocessor: first a tile of samples, then what the table is made of.
+union alignas(16) Shared {
+  struct {
+    int bin_of[kSamples];  // -1: not entered
+    double base_loss[kSamples];
+  } tile;
+  struct {
+    double a[kMaxBins], n[kMaxBins], taps[kMaxBins];
+  } table;
+};
+
+// Sum over the block, the same in every thread. Has two barriers.
+__device__ inline double block_sum(double value) {
+  __shared__ double warps[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
+  __syncthreads();  // `warps` may be written again
+  return total;
+}
+
+template <class C>
+__device__ __forceinline__ C weight_of(const Levels<C>& levels, int64_t i, const Bins& bins) {
+  if (levels.weight) return levels.weight[i];
+  if (levels.log_weights) return C(expf(log_weight_at(levels.log_weights, levels.log_snr[i], bins)));
+  return C(1);
+}
+
+template <class C>
+__device__ __forceinline__ C value_or_one(const C* each, int64_t i) {
+  return each ? each[i] : C(1);
+}
+
+// Sum of a sample's partials by a group of `lanes` threads (a power of two, at most a warp), in all of them.
+__device__ inline double sum_of_partials(const double* partial, int64_t splits, int lane, int lanes) {
+  double sum = 0;
+  for (int64_t split = lane; split < splits; split += lanes) sum += __ldcg(partial + split);  // other blocks wrote them
+  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+// Per-sample results of the tile that starts at `first`. Adds to this thread's sum of weighted losses and count of poisoned.
+template <class C>
+__device__ void settle_tile(int64_t first, const C* loss, int64_t elements, int64_t splits, int64_t samples,
+                            const Levels<C>& levels, const Results<C>& results, const Bins& bins, const double* partial,
+                            Shared& shared, double& total, double& poisoned) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < splits) lanes *= 2;
+  const int lane = threadIdx.x % lanes, at_once = kThreads / lanes;
+  for (int start = 0; start < kSamples; start += at_once) {  // whole warps together: the sum shuffles
+    const int j = start + threadIdx.x / lanes;
+    const int64_t i = first + j;
+    const bool here = i < samples;
+    C ell = 0;
+    if (splits > 0)
+      ell = C(sum_of_partials(partial + (here ? i : 0) * splits, here ? splits : 0, lane, lanes) / double(elements));
+    else if (here)
+      ell = loss[i];
+    if (lane > 0) continue;
+    shared.tile.bin_of[j] = -1;
+    if (!here) continue;
+    const Sample<C> sample = classify(ell, levels.log_snr[i], value_or_one(levels.base_weight, i),
+                                      value_or_one(levels.sample_weight, i), weight_of(levels, i, bins));
+    if (results.ell) results.ell[i] = ell;
+    if (results.loss && !results.mean) results.loss[i] = sample.weighted;
+    results.saved[i] = sample.factor;
+    results.saved[samples + i] = sample.slope;
+    shared.tile.base_loss[j] = double(sample.base_loss);
+    if (sample.entered) shared.tile.bin_of[j] = bin_index(levels.log_snr[i], bins);
+    total += double(sample.weighted);
+    poisoned += sample.poisoned;
+  }
+}
+
+__device__ __forceinline__ void store_moments(double* to, int64_t stride, const Moments& m) {
+  to[0] = m.n, to[stride] = m.mean, to[2 * stride] = m.m2, to[3 * stride] = m.mass;
+}
+
+__device__ __forceinline__ Moments load_moments(const double* from, int64_t stride) {
+  return {from[0], from[stride], from[2 * stride], from[3 * stride]};
+}
+
+// Calls `each(j)` for the samples [first, last) of the tile that are in bin k; four bins a load, as few of them are.
+template <class Each>
+__device__ __forceinline__ void for_bin(int k, int first, int last, const Shared& shared, Each each) {
+  for (int j = first; j < last; j += 4) {
+    const int4 bins = *reinterpret_cast<const int4*>(shared.tile.bin_of + j);
+    if (bins.x == k) each(j);
+    if (bins.y == k) each(j + 1);
+    if (bins.z == k) each(j + 2);
+    if (bins.w == k) each(j + 3);
+  }
+}
+
+// Statistics of a tile, in two passes, merged into `groups`: where there are more threads than bins, groups of threads share
+// the samples.
+template <class C>
+__device__ void add_tile(int64_t first, const C* sample_weight, int bins, double* groups, const Shared& shared) {
+  const int count = bins < kThreads ? kThreads / bins : 1;
+  const int share = (kSamples / 4 + count - 1) / count * 4;
+  for (int task = threadIdx.x; task < count * bins; task += kThreads) {
+    const int k = task % bins, begin = task / bins * share, end = min(begin + share, kSamples);
+    Moments m = {0, 0, 0, 0};
+    for_bin(k, begin, end, shared, [&](int j) {
+      m.n += 1;
+      m.mean += shared.tile.base_loss[j];
+      m.mass += sample_weight ? double(sample_weight[first + j]) : 1.0;
+    });
+    if (m.n > 0) m.mean /= m.n;
+    for_bin(k, begin, end, shared, [&](int j) {
+      const double deviation = shared.tile.base_loss[j] - m.mean;
+      m.m2 += deviation * deviation;
+    });
+    if (first > 0) m = merge(load_moments(groups + task, count * bins), m);
+    store_moments(groups + task, count * bins, m);
+  }
+}
+
+// Merge the groups in their order.
+__device__ inline void merge_groups(int bins, const Scratch& s) {
+  const int count = bins < kThreads ? kThreads / bins : 1;
+  for (int k = threadIdx.x; k < bins; k += kThreads) {
+    Moments all = load_moments(s.groups + k, count * bins);
+    for (int group = 1; group < count; ++group)
+      all = merge(all, load_moments(s.groups + group * bins + k, count * bins));
+    store_moments(s.batch + k, bins, all);
+  }
+}
+
+// `smoothed` [2K]: scratch in device memory for the smoothed a and n, of which each thread reads only its own.
+__device__ inline void weight_table(const Update& update, double* smoothed, Shared& shared) {
+  const Bins& bins = update.bins;
+  const Rule& rule = update.rule;
+  const int size = bins.size;
+  const double* state = reinterpret_cast<const double*>(update.state);
+  double *a = shared.table.a, *n = shared.table.n, *taps = shared.table.taps, *smooth_a = smoothed, *smooth_n = smoothed + size;
+  double mass = 0;
+  for (int k = threadIdx.x; k < size; k += kThreads) {
+    const Moments m = load_moments(state + k, size);
+    const bool has_value = log_weight_of(m, rule, &a[k]);
+    n[k] = has_value ? m.n : 0;
+    mass += has_value ? m.mass : 0;
+    if (rule.smoothing > 0 && k <= rule.radius) taps[k] = tap_weight(k, rule, bins);
+  }
+  mass = block_sum(mass);  // its barriers also publish a, n and the taps
+  double centre = 0;
+  for (int k = threadIdx.x; k < size; k += kThreads) {
+    double a_k = a[k], n_k = n[k];
+    if (rule.smoothing > 0) smooth_bin(k, a, n, taps, rule, bins, &a_k, &n_k);
+    if (n[k] > 0 && mass > 0) centre += state[3 * size + k] / mass * a_k;
+    smooth_a[k] = a_k;
+    smooth_n[k] = n_k;
+  }
+  centre = block_sum(centre);
+  double total = 0, weighted = 0;
+  for (int k = threadIdx.x; k < size; k += kThreads) {
+    const double a_k = shrink(smooth_a[k], smooth_n[k], centre, rule);
+    const double loss = state[3 * size + k] * state[size + k];
+    total += loss;
+    weighted += loss * exp(a_k);
+    smooth_a[k] = a_k;
+  }
+  total = block_sum(total);
+  weighted = block_sum(weighted);
+  const double log_c = log_scale(total, weighted);
+  for (int k = threadIdx.x; k < size; k += kThreads) update.log_weights[k] = float(smooth_a[k] + log_c);
+}
+
+// Fold the batch statistics in `batch` [4K], which is scratch afterwards, or hand them out.
+__device__ inline void move_statistics(double* batch, double poisoned, const Update& update, Shared& shared) {
+  const int size = update.bins.size;
+  if (update.batch) {
+    for (int i = threadIdx.x; i < 4 * size; i += kThreads) update.batch[i] = batch[i];
+    if (threadIdx.x == 0) update.batch[4 * size] = poisoned;
+    return;
+  }
+  double entered = 0;
+  for (int k = threadIdx.x; k < size; k += kThreads) entered += batch[k];
+  const double rho = forgetting(block_sum(entered), update.half_life, size);
+  double* state = reinterpret_cast<double*>(update.state);
+  for (int k = threadIdx.x; k < size; k += kThreads)
+    store_moments(state + k, size, fold(load_moments(state + k, size), load_moments(batch + k, size), rho));
+  if (threadIdx.x == 0) update.state[4 * size] += int64_t(poisoned);
+  __syncthreads();
+  if (update.rule.statistic != kNone) weight_table(update, batch, shared);
+}
+
+// All of it. `loss` [B] where the per-sample losses come from elsewhere, with splits = 0.
+template <class C>
+__device__ void finish(const C* loss, int64_t elements, int64_t splits, int64_t samples, const Levels<C>& levels,
+                       const Results<C>& results, const Update& update, const Scratch& s) {
+  __shared__ Shared shared;
+  double total = 0, poisoned = 0;
+  for (int64_t first = 0; first < samples; first += kSamples) {
+    settle_tile(first, loss, elements, splits, samples, levels, results, update.bins, s.partial, shared, total, poisoned);
+    if (!update.update) continue;
+    __syncthreads();
+    add_tile(first, levels.sample_weight, update.bins.size, s.groups, shared);
+    __syncthreads();
+  }
+  const C mean = C(block_sum(total) / double(samples));
+  poisoned = block_sum(poisoned);
+  if (threadIdx.x == 0) {
+    results.saved[2 * samples] = mean;
+    if (results.loss && results.mean) *results.loss = mean;
+  }
+  if (!update.update) return;
+  merge_groups(update.bins.size, s);
+  __syncthreads();
+  move_statistics(s.batch, poisoned, update, shared);
+}
+
+}  // namespace cuda
+}  // namespace vadiff

@@ -1,0 +1,206 @@
+// The mathematics of one step, for host and device: every formula of vadiff/reference.py that is about one element, one
+// sample or one bin stands here once. Notation as there. No state, no loops over data, no C++ library.
+//
+// All functions are `static inline`: the row kernels are compiled several times, each for other instructions, and a shared
+// out-of-line copy could hand AVX-512 code to a machine without it.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define VADIFF_FN static __host__ __device__ __forceinline__
+#else
+#define VADIFF_FN static inline
+#endif
+
+namespace vadiff {
+
+constexpr double kEmpty = 1.0 / (1 << 20);  // a bin whose count falls below is emptied
+constexpr int kTile = 2048;                  // samples per two-pass tile of the batch statistics
+
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Statistic : int { kNone = 0, kStd = 1, kMean = 2, kRms = 3 };  // kNone: no weight table
+
+VADIFF_FN int dtype_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// elements: C is float, or double for float64 outputs
+
+template <class C>
+VADIFF_FN C element_loss(C r, C huber_delta) {  // r**2, or Huber's function of r where huber_delta > 0
+  if (!(huber_delta > 0)) return r * r;
+  C size = r < 0 ? -r : r;
+  return size <= huber_delta ? C(0.5) * r * r : huber_delta * (size - C(0.5) * huber_delta);
+}
+
+template <class C>
+VADIFF_FN C residual_slope(C r, C huber_delta) {  // 2r, or r clamped to +-delta; NaN stays NaN
+  if (!(huber_delta > 0)) return C(2) * r;
+  return r > huber_delta ? huber_delta : r < -huber_delta ? -huber_delta : r;
+}
+
+// A factor of 0 leaves a sample out, whatever its residuals are.
+template <class C>
+VADIFF_FN C element_gradient(C factor, C r, C huber_delta) {
+  return factor == 0 ? C(0) : factor * residual_slope(r, huber_delta);
+}
+
+// samples
+
+struct Bins {
+  int size;
+  float low, inv_width;
+  double width;
+};
+
+VADIFF_FN float clamp_position(float position, int size) {  // NaN goes to 0
+  float last = float(size - 1);
+  return position >= 0 ? (position < last ? position : last) : 0.0f;
+}
+
+VADIFF_FN int bin_index(float log_snr, const Bins& bins) {
+  return int(clamp_position(floorf((log_snr - bins.low) * bins.inv_width), bins.size));
+}
+
+// ln w, linear between the bin centres and flat beyond the outer two.
+VADIFF_FN float log_weight_at(const float* log_weights, float log_snr, const Bins& bins) {
+  float position = clamp_position((log_snr - bins.low) * bins.inv_width - 0.5f, bins.size);
+  float left = floorf(position);
+  if (left > float(bins.size - 2)) left = float(bins.size - 2);
+  const float* at = log_weights + int(left);
+  return at[0] + (position - left) * (at[1] - at[0]);
+}
+
+template <class C>
+VADIFF_FN bool is_finite(C x) {
+  return x - x == 0;
+}
+
+template <class C>
+struct Sample {
+  C base_loss;   // g = u*ell
+  C factor;      // w*u*v; NaN if poisoned, 0 if left out
+  C slope;       // w*v*ell, likewise
+  C weighted;    // w*u*v*ell, likewise
+  bool entered;  // goes into the bins
+  bool poisoned;
+};
+
+template <class C>
+VADIFF_FN Sample<C> classify(C ell, float log_snr, C u, C v, C w) {
+  const C nan = C(NAN);
+  Sample<C> s;
+  s.base_loss = u * ell;
+  bool left_out = u * v == 0;
+  s.poisoned = log_snr != log_snr || !is_finite(u) || !is_finite(v) ||
+               (!(is_finite(s.base_loss) && is_finite(ell)) && !left_out);
+  s.entered = !(s.poisoned || left_out);
+  s.factor = s.poisoned ? nan : left_out ? C(0) : w * u * v;
+  s.slope = s.poisoned ? nan : left_out ? C(0) : w * v * ell;
+  s.weighted = s.poisoned ? nan : left_out ? C(0) : s.factor * ell;
+  return s;
+}
+
+// What the forward pass multiplies the gradient with, before ell is known: a poisoned sample is found later, and then the
+// mean loss is NaN and the backward makes the whole gradient NaN.
+template <class C>
+VADIFF_FN C forward_factor(C u, C v, C w, C a, C scale) {
+  return u * v == 0 ? C(0) : w * u * v * a * scale;
+}
+
+// bins
+
+struct Moments {
+  double n, mean, m2, mass;
+};
+
+// Chan's merge. An empty side leaves the other's bits alone.
+VADIFF_FN Moments merge(const Moments& a, const Moments& b) {
+  double n = a.n + b.n;
+  double share = n > 0 ? b.n / n : 0;
+  double delta = b.n > 0 ? b.mean - a.mean : 0;
+  return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share, a.mass + b.mass};
+}
+
+VADIFF_FN double forgetting(double entered, double half_life, int bins) {  // rho
+  return exp2(-entered / half_life / bins);
+}
+
+VADIFF_FN Moments fold(const Moments& old, const Moments& batch, double rho) {
+  Moments folded = merge({old.n * rho, old.mean, old.m2 * rho, old.mass * rho}, batch);
+  return folded.n < kEmpty ? Moments{0, 0, 0, 0} : folded;
+}
+
+// From statistics to weights: the steps of reference.weight_table, bin by bin.
+
+struct Rule {
+  int statistic;
+  double strength, smoothing, log_clip, prior;
+  int radius;  // bins within three smoothing widths, to each side
+};
+
+// Step 1: a = -strength * ln s. False where the bin has no value.
+VADIFF_FN bool log_weight_of(const Moments& m, const Rule& rule, double* a) {
+  *a = 0;
+  if (!(m.n >= kEmpty)) return false;
+  double s = m.mean;
+  if (rule.statistic == kStd) s = sqrt(m.m2 / (m.n - 1 > m.n / 2 ? m.n - 1 : m.n / 2));
+  if (rule.statistic == kRms) s = sqrt(m.mean * m.mean + m.m2 / m.n);
+  if (!(s > 1e-6 * fabs(m.mean))) return false;
+  *a = -rule.strength * log(s);
+  return true;
+}
+
+VADIFF_FN double tap_weight(int offset, const Rule& rule, const Bins& bins) {  // exp(-d**2 / 2h**2)
+  double d = offset * bins.width;
+  return exp(-(d * d) / (2 * rule.smoothing * rule.smoothing));
+}
+
+// Step 2: local linear fit at bin k. a, n [K]: values and counts, n = 0 where there is no value. taps [radius + 1].
+VADIFF_FN void smooth_bin(int k, const double* a, const double* n, const double* taps, const Rule& rule, const Bins& bins,
+                          double* a_smooth, double* n_smooth) {
+  int first = k - rule.radius < 0 ? 0 : k - rule.radius;
+  int last = k + rule.radius >= bins.size ? bins.size - 1 : k + rule.radius;
+  double total = 0, d_mean = 0, a_mean = 0, lowest = INFINITY, highest = -INFINITY;
+  for (int j = first; j <= last; ++j) {
+    double q = n[j] * taps[j < k ? k - j : j - k];
+    total += q;
+    d_mean += q * ((j - k) * bins.width);
+    a_mean += q * a[j];
+    if (q > 0) {
+      lowest = a[j] < lowest ? a[j] : lowest;
+      highest = a[j] > highest ? a[j] : highest;
+    }
+  }
+  *n_smooth = total;
+  *a_smooth = 0;
+  if (!(total > 0)) return;
+  d_mean /= total;
+  a_mean /= total;
+  double variance = 0, covariance = 0;
+  for (int j = first; j <= last; ++j) {
+    double q = n[j] * taps[j < k ? k - j : j - k];
+    double deviation = (j - k) * bins.width - d_mean;
+    variance += q * deviation * deviation;
+    covariance += q * deviation * (a[j] - a_mean);
+  }
+  double ridge = 32 * rule.smoothing * rule.smoothing / total;
+  double fit = a_mean - d_mean * (covariance / total) / (variance / total + ridge);
+  *a_smooth = fit < lowest ? lowest : fit > highest ? highest : fit;
+}
+
+// Step 3: centre, clamp, shrink by confidence.
+VADIFF_FN double shrink(double a, double n, double centre, const Rule& rule) {
+  if (!(n > 0)) return 0;
+  a -= centre;
+  a = a < -rule.log_clip ? -rule.log_clip : a > rule.log_clip ? rule.log_clip : a;
+  return a * (n / (n + rule.prior));
+}
+
+// Step 4: ln c, from sum(m mu) and sum(m e**a mu).
+VADIFF_FN double log_scale(double total, double weighted) {
+  double c = total / weighted;
+  return c > 0 && is_finite(c) ? log(c) : 0;
+}
+
+}  // namespace vadiff

@@ -1,0 +1,267 @@
+"""What becomes of measurements: files, tables, the design's figures, the README, and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import figures
+import machine
+import pytest
+import readme_table
+import roofline
+import table
+import torch
+import training_step
+from cases import Contest
+from copy_bandwidth import CopyBandwidth
+from measure import Ratio, Times
+from measurements import Measurement, NotMeasured, Results, newest_by_device, read
+
+CPU = torch.device("cpu")
+SMALL = Contest("tiny", "fp32", "fused")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def measured(provider: str, seconds: float, contest: Contest = SMALL, **others: object) -> Measurement:
+    """Five equal rounds of one call that has to move 96 bytes."""
+    times = Times([seconds] * 5, [seconds] * 5, None, 1)
+    found = Measurement.of(contest, provider, (1, 8), times, bytes=96, sets=2, times_as_fast_as={})
+    return dataclasses.replace(found, **others)
+
+
+def results_of(
+    *outcomes: Measurement | NotMeasured, device: str = "A CPU, 2 threads", day: str = "2026-01-02"
+) -> Results:
+    copy = CopyBandwidth({"copy_": 8e9, "streaming": 1e10}, {})
+    found = Results(
+        {"device": device, "torch": "2.6", "vadiff": "0.1"}, day, "0123456789abcdef", False, "default", False, copy
+    )
+    for outcome in outcomes:
+        found.add(outcome)
+    return found
+
+
+def test_cache_sizes_are_read_as_the_kernel_prints_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, size in enumerate(("48K", "2048K", "1G")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(machine, "_CACHES", tmp_path)
+    assert machine.last_level_cache(CPU) == 2**30
+    assert machine.rotated_bytes(CPU) <= min(2**31, machine.free_memory(CPU) // 2)
+
+
+def test_a_result_file_is_named_by_device_and_date_and_reads_back(tmp_path: Path) -> None:
+    found = results_of(
+        measured("mse_loss", 1e-3, times_as_fast_as={"native": Ratio(0.5, 0.01)}),
+        NotMeasured(*SMALL, "triton", "not usable", "no GPU"),
+        device="Intel(R) Xeon(R) Processor, 2 threads",
+    )
+    path = found.write(tmp_path)
+    assert path.name == "intel-xeon-processor-2-threads-2026-01-02.json"
+    found.measurements[0].wall_times = []  # not kept
+    assert read(path) == found
+
+
+def test_the_newest_results_of_each_device_count_and_quick_ones_do_not(tmp_path: Path) -> None:
+    for device, day, quick in (("b", "2026-01-01", False), ("a", "2026-01-05", False), ("b", "2026-01-03", False)):
+        dataclasses.replace(results_of(device=device, day=day), quick=quick).write(tmp_path)
+    dataclasses.replace(results_of(device="b", day="2026-01-09"), quick=True).write(tmp_path)
+    (tmp_path / "experiment.json").write_text('{"experiment": "balance"}')
+    assert [(r.machine["device"], r.date) for r in newest_by_device(tmp_path)] == [
+        ("a", "2026-01-05"),
+        ("b", "2026-01-03"),
+    ]
+
+
+def test_the_table_shows_times_shares_ratios_and_refusals() -> None:
+    text = table.render(
+        results_of(
+            measured("mse_loss", 2e-3, times_as_fast_as={"native": Ratio(0.5, 0.0)}),
+            measured("native", 1e-3, times_as_fast_as={"mse_loss": Ratio(2.0, 0.0)}, share_of_copy=0.25),
+            NotMeasured(*SMALL, "triton", "not usable", "no GPU"),
+            NotMeasured(*SMALL, "reference", "wrong", "the loss is off by 1"),
+        )
+    )
+    row = next(line for line in text.splitlines() if line.startswith("B vadiff, native"))
+    assert row.split()[3:] == ["1.00", "ms"] * 3 + ["0.0", "25.0%", "2.00", "·"]
+    assert "not usable: triton: no GPU" in text
+    assert "reference: REFUSED, its results are wrong: the loss is off by 1" in text
+    assert "tiny fp32, 1 × 8: forward + backward; 3 moves" in text
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdicts"),
+    [
+        ({"hand_written": 6.0, "hand_written_compiled": 2.5, "mse_loss": 1.3}, [True, True, True]),
+        ({"hand_written": 4.9, "mse_loss": 1.1}, [False, None, False]),
+    ],
+)
+def test_figures_are_judged_by_the_ratios(ratios: dict[str, float], verdicts: list[bool | None]) -> None:
+    key = Contest("cifar-128", "fp32", "fused")
+    native = measured("native", 1e-3, key, times_as_fast_as={name: Ratio(value, 0.0) for name, value in ratios.items()})
+    found = figures.judge(results_of(native))
+    assert [figure.passed for figure in found[:3]] == verdicts
+    assert all(figure.found == "not measured: was not selected" for figure in found[3:])
+
+
+def test_a_step_dearer_by_one_per_cent_misses_its_figure() -> None:
+    for mse_over_native, passed in ((1 / 1.005, True), (1 / 1.011, False), (1.1, True)):
+        ratio = {"mse_loss": Ratio(mse_over_native, 0.001)}
+        results = results_of(measured("native", 5e-3, training_step.CONTEST, times_as_fast_as=ratio))
+        assert figures.judge(results)[-1].passed is passed
+
+
+def test_a_figure_without_a_measurement_gives_the_reason() -> None:
+    missing = NotMeasured("cifar-128", "fp32", "fused", "native", "wrong", "the loss is off")
+    assert figures.judge(results_of(missing))[0].found == "not measured: wrong: the loss is off"
+
+
+def gpu_results() -> Results:
+    fused = Contest("cifar-512", "fp32", "fused")
+    results = results_of(
+        measured("triton", 1e-4, fused, launches=3, times_as_fast_as={"hand_written": Ratio(9.0, 0.1)}),
+        measured("triton", 1e-4, fused._replace(mode="forward"), launches=2),
+        measured("triton", 1e-5, fused._replace(mode="graph"), times_as_fast_as={"hand_written": Ratio(11.0, 0.1)}),
+        measured("triton", 1e-3, Contest("huge", "fp32", "fused"), share_of_copy=0.93, peak_bytes=33, bytes=96),
+    )
+    results.machine["compute_capability"] = "9.0"
+    return results
+
+
+def test_the_figures_of_a_gpu_are_judged() -> None:
+    found = {figure.title: figure.passed for figure in figures.judge(gpu_results())}
+    assert found["2 GiB tensors fp32, triton, 3 moves"] is True
+    assert found["2 GiB tensors fp32, triton: peak memory"] is False  # 1.03 gradients
+    assert found["CIFAR batch 512 fp32, triton: host time"] is False  # 100 µs
+    assert found["CIFAR batch 512 fp32, triton, against hand_written"] is True
+    assert found["CIFAR batch 512 fp32, triton: graph replay"] is True
+    assert found["CIFAR batch 512 fp32, triton: launches forward"] is True
+    assert found["CIFAR batch 512 fp32, triton: launches backward"] is True
+    assert found["CIFAR batch 512 fp32, native: host time"] is None
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = gpu_results().write(tmp_path)
+    assert roofline.main([str(path), str(tmp_path / "roofline.png")]) == 0
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    readme = readme_table.README.read_text()
+    expected = readme_table.inserted(readme, readme_table.markdown(newest_by_device()))
+    assert readme == expected, "run: python benchmarks/readme_table.py --write"
+
+
+def test_the_readme_table_has_a_column_for_each_provider_and_a_row_for_each_case() -> None:
+    key = Contest("cifar-128", "fp32", "fused")
+    ratio = {"mse_loss": Ratio(2.0, 0.0)}
+    text = readme_table.markdown(
+        [results_of(measured("mse_loss", 2e-3, key), measured("native", 1e-3, key, times_as_fast_as=ratio))]
+    )
+    assert "| | F.mse_loss | vadiff, native |" in text
+    assert "| CIFAR, batch 128, fp32 | 2.00 ms | 1.00 ms (2.00 ×) |" in text
+    assert "| CIFAR batch 128 fp32, native, against mse_loss | ≥ 1.2 × | 2.00 × | reached |" in text
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text.replace(readme_table.BEGIN, ""),
+        lambda text: text.replace(readme_table.END, ""),
+        lambda text: f"{text}{readme_table.BEGIN}",
+        lambda text: f"{text}{readme_table.END}",
+    ],
+)
+def test_a_readme_without_its_markers_is_refused(spoil: Callable[[str], str]) -> None:
+    readme = f"head\n{readme_table.BEGIN}\nold\n{readme_table.END}\ntail\n"
+    assert "old" not in readme_table.inserted(readme, "new")
+    with pytest.raises(readme_table.MarkersError, match="once each"):
+        readme_table.inserted(spoil(readme), "new")
+
+
+# under pytest
+
+
+def run_benchmarks(*arguments: str, path: Path = BENCHMARKS) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "-n", "0", "-p", "no:cacheprovider", "--quick"]
+    # a worker of xdist hands its name on, and pytest-benchmark then writes nothing
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        [*command, "--device=cpu", *arguments], capture_output=True, text=True, timeout=120, check=False,
+        cwd=BENCHMARKS.parent, env={**environment, "PYTHONPATH": f"{path}{os.pathsep}{BENCHMARKS}"},
+    )  # fmt: skip
+
+
+def test_a_quick_run_measures_prints_and_writes(tmp_path: Path) -> None:
+    found = run_benchmarks(
+        "-k", "cifar-64-fp32-fused and not compiled", f"--results={tmp_path}",
+        f"--benchmark-json={tmp_path / 'rounds.json'}", "--benchmark-quiet",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "A F.mse_loss" in found.stdout
+    assert "not usable: triton: runs on CUDA devices only" in found.stdout
+    assert "the design's figures" in found.stdout
+    (path,) = (path for path in tmp_path.glob("*.json") if path.name != "rounds.json")
+    results = read(path)
+    assert results is not None
+    assert results.quick
+    assert results.find("cifar-64", "fp32", "fused", "hand_written") is not None
+    assert results.machine["torch"] == torch.__version__
+    assert '"name": "test_loss[cifar-64-fp32-fused-hand_written]"' in (tmp_path / "rounds.json").read_text()
+
+
+def test_a_run_with_a_wrong_provider_fails_and_shows_no_speed_for_it(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(
+        "import torch\n"
+        "import providers\n"
+        "class Wrong(providers._MSELoss):\n"
+        "    def __call__(self, batch, deferred):\n"
+        "        return 2 * super().__call__(batch, deferred)\n"
+        "providers.PROVIDERS['mse_loss'] = providers.Provider('F.mse_loss', lambda device: Wrong())\n"
+    )
+    chosen = "cifar-64-fp32-fused and (mse_loss or hand_written) and not compiled"
+    found = run_benchmarks("-p", "planted", "-k", chosen, path=tmp_path)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "mse_loss: REFUSED, its results are wrong: the gradient of step 1 is off by 1.0e+00" in found.stdout
+    assert "A hand-written, eager" in found.stdout
+    assert "1 failed, 1 passed" in found.stdout
+
+
+@pytest.fixture
+def stub_python(tmp_path: Path) -> Path:
+    """Stands in for Python in gpu.sh: installing fails, everything else succeeds at once."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\ncase "$*" in *"pip install"*) echo no compiler today; exit 3 ;; esac\n')
+    path.chmod(0o755)
+    return path
+
+
+def run_gpu_script(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BENCHMARKS / "gpu.sh"), *arguments], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHON": str(python)},
+    )  # fmt: skip
+
+
+def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Path, tmp_path: Path) -> None:
+    found = run_gpu_script(stub_python, str(tmp_path / "out"))
+    assert found.returncode == 1
+    stages = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
+    assert "FAILED, exit status 3" in stages["build"]
+    assert stages["tests"].endswith("ok")
+    assert stages["benchmarks"].endswith("ok")
+    assert "NOT RUN: the benchmarks left no result file" in stages["roofline"]
+    assert "no compiler today" in (tmp_path / "out" / "log.txt").read_text()
+    assert "no compiler today" in found.stdout  # the end of a failed stage is shown at once
+
+
+def test_the_gpu_script_refuses_a_folder_of_wheels_that_is_not_there(stub_python: Path, tmp_path: Path) -> None:
+    found = run_gpu_script(stub_python, "--wheels", str(tmp_path / "none"), str(tmp_path / "out"))
+    assert found.returncode == 2
+    assert "no such folder" in found.stderr

@@ -1,0 +1,98 @@
+"""What csrc/module.cpp defines. An address of 0 stands for "not given"."""
+
+cuda_architectures: str | None
+
+class Settings:
+    def __init__(
+        self,
+        bins: int,
+        low: float,
+        high: float,
+        half_life: float,
+        statistic: str,
+        strength: float,
+        smoothing: float,
+        log_clip: float,
+        prior: float,
+        radius: int,
+        /,
+    ) -> None: ...
+
+class Inputs:
+    def __init__(
+        self,
+        output: int,
+        output_dtype: int,
+        target: int,
+        target_dtype: int,
+        noise: int,
+        noise_dtype: int,
+        a_each: int,
+        b_each: int,
+        c_each: int,
+        a: float,
+        b: float,
+        c: float,
+        huber_delta: float,
+        elements: int,
+        /,
+    ) -> None: ...
+
+class Where:
+    def __init__(self, device: int, stream: int, workspace: int, /) -> None: ...
+
+def diffusion_loss(
+    inputs: Inputs,
+    log_snr: int,
+    base_weight: int,
+    sample_weight: int,
+    weight: int,
+    state: int,
+    log_weights: int,
+    settings: Settings,
+    samples: int,
+    loss: int,
+    mean: bool,
+    ell: int,
+    saved: int,
+    gradient: int,
+    update: bool,
+    batch: int,
+    where: int | Where,
+    /,
+) -> None: ...
+def diffusion_loss_backward(
+    inputs: Inputs,
+    upstream: int,
+    stride: int,
+    mean: bool,
+    saved: int,
+    samples: int,
+    gradient: int,
+    where: int | Where,
+    /,
+) -> None: ...
+def scale_gradient(
+    gradient: int, out: int, dtype: int, size: int, upstream: int, mean_loss: int, where: int | Where, /
+) -> None: ...
+def reweight(
+    loss: int,
+    dtype: int,
+    log_snr: int,
+    sample_weight: int,
+    weight: int,
+    state: int,
+    log_weights: int,
+    settings: Settings,
+    samples: int,
+    saved: int,
+    update: bool,
+    batch: int,
+    where: int | Where,
+    /,
+) -> None: ...
+def fold(parts: int, count: int, state: int, log_weights: int, settings: Settings, where: int | Where, /) -> None: ...
+def cpu_instruction_sets() -> tuple[str, ...]: ...
+def cpu_select(name: str, /) -> None: ...
+def cpu_selected() -> str: ...
+def cuda_workspace_size(samples: int, elements: int, bins: int, device: int, /) -> int: ...

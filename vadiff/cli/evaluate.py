@@ -1,0 +1,86 @@
+"""`vadiff evaluate`."""
+
+import argparse
+from pathlib import Path
+
+from ..evaluation.fidelity import LAYERS, METRICS
+from .sample import add_generation_options, devices_of, generation_of, seeds_of
+
+NAME = "evaluate"
+HELP = "FID and its kin, held-out loss and gradients per noise level"
+DESCRIPTION = (
+    "For a run directory: draw images, compare them with the training images, and measure the loss on held-out images "
+    "per noise level with averaged and raw weights. Writes metrics.json, held-out.csv and pictures to "
+    "RUN/evaluation/step-<n>, where `vadiff report` finds them. For a folder of images or an .npz archive: compare it "
+    "with the images of --reference."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", type=Path, metavar="RUN|FOLDER", help="run directory, folder of images or .npz archive"
+    )
+    parser.add_argument(
+        "--metrics", nargs="*", choices=METRICS, default=["fid", "kid", "prc"],
+        help="prc: precision and recall; isc: Inception score; nothing after --metrics: none",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, metavar="N", default=5000, help="how many to draw from a run")
+    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="their seeds count up from here")
+    parser.add_argument(
+        "--reference", type=Path, metavar="PATH", default=None,
+        help="real images: folder, .npz or run directory; without it the training images of the run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layer", choices=LAYERS, default="2048", help="Inception layer of fid, kid and prc; 2048 is the usual one"
+    )
+    parser.add_argument(
+        "--inception-weights", type=Path, metavar="PATH", default=None,
+        help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for machines without internet",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", default=None, help="features of references; the user's cache without"
+    )
+    levels = parser.add_argument_group("per noise level (runs only)")
+    levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
+    levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="at most so many; all without")
+    levels.add_argument("--gradients", action="store_true", help="gradient norm per level, cosines between levels")
+    levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
+    add_generation_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..report.evaluate import MetricSettings, evaluate_pictures, evaluate_run
+    from ..training import open_run
+
+    if options.inception_weights is not None and not options.inception_weights.is_file():
+        options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
+    if options.gradient_images < 2:
+        options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
+    if not options.target.exists():
+        options.parser.error(
+            f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
+        )
+    settings = MetricSettings(
+        options.metrics, options.reference, options.layer, options.inception_weights, options.cache
+    )
+    try:
+        if (options.target / "config.yaml").exists():
+            if not (options.metrics or options.gradients) and options.no_held_out:
+                options.parser.error("nothing to measure: no --metrics, --no-held-out and no --gradients")
+            opened = open_run(options.target)
+            evaluate_run(
+                opened,
+                generation_of(options, opened),
+                seeds_of(options),
+                settings,
+                held_out_images=0 if options.no_held_out else options.held_out_images,
+                gradient_images=options.gradient_images if options.gradients else 0,
+            )
+            return
+        if options.gradients:
+            options.parser.error(f"argument --gradients: {options.target} is not a run directory")
+        if options.reference is None and set(options.metrics) != {"isc"}:
+            options.parser.error("argument --reference: needed to compare a folder of images with")
+        evaluate_pictures(options.target, settings, devices_of(options)[0])
+    except (ValueError, FileNotFoundError) as error:
+        options.parser.error(str(error))
