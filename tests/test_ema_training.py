@@ -230,3 +230,24 @@ def test_magnitudes_figure_has_a_row_for_each_kind_and_common_axes(trained_lines
     assert len(panels[3].lines) == layers + 2
     with pytest.raises(ValueError, match="other has logged no magnitudes"):
         magnitudes_figure({"other": [{"step": 1}]})
+
+
+def test_report_shows_magnitudes_where_they_were_logged(copied: Path, tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, log_rms=True), out=tmp_path / "logged", progress=False)
+    for run, shown in ((tmp_path / "logged", True), (copied, False)):
+        assert main(["report", str(run)]) == 0
+        assert ("Magnitudes over training" in (run / "report.html").read_text()) is shown
+
+
+def test_averages_of_a_width_can_be_sampled_and_evaluated(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ["sample", str(copied), "--images", "2", "--steps", "2", "--devices", "cpu", "--weights"]
+    assert main([*sample, "ema-0.1"]) == 1
+    assert "`vadiff ema" in capsys.readouterr().err
+    write_averages(open_run(copied), [0.1])
+    assert main([*sample, "ema-0.1"]) == 0
+    assert len(list((copied / "generated").glob("*.png"))) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*sample, "ema-wide"])
+    assert "'ema-wide', expected ema, raw or ema- and a width" in capsys.readouterr().err
+    assert main(["evaluate", str(copied), "--metrics", "--devices", "cpu", "--weights", "ema-0.1"]) == 0
+    assert (copied / "evaluation" / "ema-0.1" / "step-6" / "held-out.csv").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,14 @@ def magnitudes_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         panel.set_ylabel(f"RMS of {_ROWS[row]}" if row != "relative" else _ROWS[row])
     panels[0][0].legend(frameon=False)
     return figure
+
+
+def magnitudes_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """`magnitudes_figure` as a file; the same data give the same file."""
+    file = io.BytesIO()
+    with import_extra("matplotlib", "report").rc_context({"svg.hashsalt": "vadiff"}):
+        magnitudes_figure(runs).savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def rms_over_training(lines: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
