@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
   for (int64_t at = thread * kVector; at < body; at += gridDim.x * kStep) {
     Raw<C> raw;
     C values[kVector];
-    load_raw<C>(raw, gradient, dtype, at);
+    load_raw<C, false>(raw, gradient, dtype, at);
     convert<C>(raw, gradient, dtype, at, values);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] *= factor;
@@ -219,19 +219,33 @@ int64_t resident(int64_t items, const Where& where) {
   return std::min(items, multiprocessors(where.device) * kBlocksPerSM<C>);
 }
 
-// Runs of whole steps, short enough that the blocks end together and long enough that their ends do not count.
-void split(int64_t samples, int64_t elements, int device, int64_t* splits, int64_t* chunk) {
-  const int64_t even = samples * elements / (48 * multiprocessors(device));
-  *chunk = std::min(std::max<int64_t>(even / kStep, 1) * kStep, (elements + kStep - 1) / kStep * kStep);
+// Into how many runs each sample is cut. Items are dealt out in rounds; one item over a round would leave nearly all blocks
+// idle for another, so the fewest rounds that are 95 % full are taken, or else the fullest of eight.
+void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, int64_t* chunk) {
+  const int64_t finest = std::max<int64_t>(elements / (kStep / 2), 1), fewest = (samples + blocks - 1) / blocks;
+  double fullest = 0;
+  *splits = 1;
+  for (int64_t rounds = fewest; rounds < fewest + 8; ++rounds) {
+    const int64_t candidate = std::max<int64_t>(std::min(rounds * blocks / samples, finest), 1), items = samples * candidate;
+    const double full = double(items) / double((items + blocks - 1) / blocks * blocks);
+    if (full > fullest) fullest = full, *splits = candidate;
+    if (full >= 0.95 || candidate == finest) break;
+  }
+  *chunk = ((elements + *splits - 1) / *splits + kVector - 1) / kVector * kVector;
   *splits = (elements + *chunk - 1) / *chunk;
 }
 
 }  // namespace
 
 int64_t workspace_size(int64_t samples, int64_t elements, int bins, int device) {
-  int64_t splits, chunk;
-  split(samples, elements, device, &splits, &chunk);
-  return scratch_size(samples, splits, bins);
+  int64_t most = 0;
+  if (samples == 0) return scratch_size(0, 0, bins);  // for calls that read no elements
+  for (int64_t blocks : {multiprocessors(device) * kBlocksPerSM<float>, multiprocessors(device) * kBlocksPerSM<double>}) {
+    int64_t splits, chunk;
+    split(samples, elements, blocks, &splits, &chunk);
+    most = std::max(most, splits);
+  }
+  return scratch_size(samples, most, bins);
 }
 
 }  // namespace cuda
@@ -242,7 +256,7 @@ template <class C>
 void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, const Results<C>& results,
                     const Update& update, const Where& where) {
   OnDevice guard(where.device);
-  split(samples, rows.elements, where.device, &rows.splits, &rows.chunk);
+  split(samples, rows.elements, multiprocessors(where.device) * kBlocksPerSM<C>, &rows.splits, &rows.chunk);
   const Scratch scratch = scratch_at(where.workspace, samples, rows.splits, update.bins.size);
   rows.partial = scratch.partial;
   Upstream<C> up{};
@@ -258,7 +272,7 @@ template <class C>
 void diffusion_loss_backward(RowsTask<C> rows, int64_t samples, const C* upstream, int64_t stride, bool mean, const C* saved,
                              const Where& where) {
   OnDevice guard(where.device);
-  split(samples, rows.elements, where.device, &rows.splits, &rows.chunk);
+  split(samples, rows.elements, multiprocessors(where.device) * kBlocksPerSM<C>, &rows.splits, &rows.chunk);
   rows.partial = nullptr;
   const double elements = double(rows.elements);
   const Upstream<C> up = {upstream, stride, saved, mean, C(mean ? 1 / (double(samples) * elements) : 1 / elements)};

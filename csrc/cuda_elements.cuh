@@ -22,13 +22,15 @@ struct Raw {
   uint4 words[sizeof(C) == 8 ? 4 : 2];
 };
 
-template <class C>
+// kReadOnly: nobody writes there while the kernel runs.
+template <class C, bool kReadOnly = true>
 __device__ __forceinline__ void load_raw(Raw<C>& raw, const void* data, int dtype, int64_t first) {
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + first * dtype_size(dtype));
-  raw.words[0] = __ldg(from);
-  if (dtype == kFloat32 || dtype == kFloat64) raw.words[1] = __ldg(from + 1);
+  auto load = [](const uint4* at) { return kReadOnly ? __ldg(at) : *at; };
+  raw.words[0] = load(from);
+  if (dtype == kFloat32 || dtype == kFloat64) raw.words[1] = load(from + 1);
   if constexpr (sizeof(C) == 8) {
-    if (dtype == kFloat64) raw.words[2] = __ldg(from + 2), raw.words[3] = __ldg(from + 3);
+    if (dtype == kFloat64) raw.words[2] = load(from + 2), raw.words[3] = load(from + 3);
   }
 }
 

@@ -478,3 +478,19 @@ def test_a_weighting_of_another_shape_is_refused_and_an_expanded_one_read_right(
     torch.testing.assert_close(make_criterion(Two((4,)))(x, y, log_snr), 2 * F.mse_loss(x, y))
     with pytest.raises(ValueError, match=r"weighting\(log_snr\) has shape \(1,\), expected \(4,\)"):
         make_criterion(Two((1,)))(x, y, log_snr)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_fixed_weighting_is_the_same_in_every_precision(backend, device, kernels, dtype):
+    if kernels == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels have no float64")
+    criterion = vadiff.DiffusionLoss("min_snr", backend=backend).to(device).eval()
+    prediction, target = (torch.randn(5, 3, 7).to(device, dtype) for _ in range(2))
+    log_snr = torch.tensor([-3.0, -1.0, 0.5, 2.0, 6.0], device=device)
+    ell = (prediction.double() - target.double()).square().mean((1, 2))
+    weight = vadiff.weighting.MinSNR()(log_snr).double()
+    torch.testing.assert_close(
+        criterion(prediction, target, log_snr, reduction="none").double(), weight * ell, rtol=1e-6, atol=0
+    )
+    losses = ell if dtype == torch.float64 else ell.float()
+    torch.testing.assert_close(criterion.reweight(losses, log_snr).double(), weight * ell, rtol=1e-6, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -113,3 +114,59 @@ assert dict(os.environ) == environment
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 3), True), ((12, 0), True)],
+)
+def test_native_kernels_run_on_the_architectures_they_were_built_for(capability: tuple[int, int], runs: bool) -> None:
+    obstacle = backends._architecture_obstacle("sm_80+sm_90+sm_100", capability)
+    assert (obstacle is None) == runs
+    assert runs or "VADIFF_CUDA_ARCHITECTURES=75" in str(obstacle)
+
+
+def negated(x: torch.Tensor) -> torch.Tensor:
+    """-x as a view that says so instead of doing it."""
+    lazy: torch.Tensor = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert lazy.is_neg()
+    return lazy
+
+
+def test_lazily_negated_tensors_are_taken_for_what_they_are(backend: str, device: torch.device) -> None:
+    prediction, target = torch.randn(1, 3, 8, device=device).requires_grad_(), torch.randn(1, 3, 8, device=device)
+    log_snr = torch.randn(1, device=device)
+    criterion = vadiff.DiffusionLoss(backend=backend).to(device).eval()
+    expected = criterion(prediction, -target, -log_snr)
+    (gradient,) = torch.autograd.grad(expected, prediction, torch.tensor(-2.0, device=device))
+    found = criterion(prediction, negated(target), negated(log_snr))
+    upstream = negated(torch.full((1,), 2.0, device=device)).view(())
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found, prediction, upstream)[0], gradient)
+
+
+def test_a_traced_criterion_computes_what_an_eager_one_does(backend: str, device: torch.device) -> None:
+    batch = [torch.randn(3, 4, device=device), torch.randn(3, 4, device=device), torch.randn(3, device=device)]
+    criterion = vadiff.DiffusionLoss(backend=backend).to(device).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and remarks on Python numbers
+        traced = torch.jit.trace(lambda p, t, s: criterion(p, t, s), batch, check_trace=False)
+    fresh = [torch.randn_like(x) for x in batch]
+    torch.testing.assert_close(traced(*fresh), criterion(*fresh))
+
+
+def test_a_subclass_sees_the_operators_whichever_argument_it_is(backend: str, device: torch.device) -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    criterion = vadiff.DiffusionLoss(backend=backend).to(device).eval()
+    batch = {
+        "prediction": torch.randn(3, 4, device=device),
+        "target": torch.randn(3, 4, device=device),
+        "log_snr": torch.randn(3, device=device),
+        "base_weight": torch.rand(3, device=device),
+        "sample_weight": torch.rand(3, device=device),
+    }
+    expected = criterion(**batch)
+    for name, tensor in batch.items():
+        found = criterion(**{**batch, name: two_tensor(tensor, tensor.clone())})
+        assert isinstance(found, two_tensor)
+        assert torch.equal(found.a, expected)

@@ -83,11 +83,26 @@ def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
 
 
 def _native_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
-    if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and kernels.CUDA_ARCHITECTURES):
+    if tensor.device.type == "cpu":
         return None
+    if tensor.device.type == "cuda" and kernels.CUDA_ARCHITECTURES:
+        return _architecture_obstacle(kernels.CUDA_ARCHITECTURES, torch.cuda.get_device_capability(tensor.device))
     if tensor.device.type == "cuda":
         return f"its tensors are on {tensor.device}, and the native kernels were built for CPUs only. {native_build()}"
     return f"its tensors are on {tensor.device}, and the native kernels run on CPUs and CUDA devices"
+
+
+@functools.cache
+def _architecture_obstacle(built: str, capability: tuple[int, int]) -> str | None:
+    """Why kernels compiled for `built`, as "sm_80+sm_90", the last one as PTX too, do not run on a GPU."""
+    major, minor = capability
+    compiled = [divmod(int(name.removeprefix("sm_")), 10) for name in built.split("+")]
+    if capability >= compiled[-1] or any(major == m and minor >= n for m, n in compiled):
+        return None
+    return (
+        f"the GPU has compute capability {major}.{minor}, and the native kernels were built for {built}. Build them "
+        f"again with VADIFF_CUDA_ARCHITECTURES={major}{minor}"
+    )
 
 
 def _native_report() -> tuple[bool, str]:

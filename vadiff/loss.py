@@ -82,7 +82,7 @@ class DiffusionLoss(nn.Module):
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-        if not is_number(huber_delta) or not 0 < huber_delta < math.inf:
+        if not is_number(huber_delta) or not torch.finfo(torch.float32).tiny <= huber_delta < math.inf:
             raise ValueError(f"huber_delta is {huber_delta!r}, expected a positive finite number")
         backends.check_name(backend)
         self.loss = loss
@@ -145,7 +145,7 @@ class DiffusionLoss(nn.Module):
             for coefficient, tensor in ((b, target), (c, noise))
         )
         by_losses = isinstance(self.weighting, LossZScore)  # known only afterwards: `reweight` records and weighs
-        mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr)
+        mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr, prediction)
         loss, ell = ops.diffusion_loss(
             prediction, x0, eps, a, b, c, log_snr, base_weight, None if by_losses else sample_weight,
             weight, *statistics, self.huber_delta if self.loss == "huber" else 0.0,
@@ -189,7 +189,7 @@ class DiffusionLoss(nn.Module):
             weights = self.weighting.weights_of(loss_per_sample, sample_weight, self.sync and self._records())
             weight: Tensor | None = weights.to(loss_per_sample.dtype)
         else:
-            weight = self._fixed_weight(log_snr)
+            weight = self._fixed_weight(log_snr, loss_per_sample)
         loss = ops.reweight(
             loss_per_sample, log_snr, sample_weight, weight, *statistics,
             self._records(), self.sync, self.backend,
@@ -241,7 +241,8 @@ class DiffusionLoss(nn.Module):
     def _records(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _fixed_weight(self, log_snr: Tensor) -> Tensor | None:
+    def _fixed_weight(self, log_snr: Tensor, prediction: Tensor) -> Tensor | None:
+        """w [B] in the arithmetic of the prediction; None where it is 1 or comes from the table."""
         weighting = self.weighting
         if isinstance(weighting, (AdaptiveWeighting, Constant, LossZScore)):
             return None
@@ -249,7 +250,7 @@ class DiffusionLoss(nn.Module):
             weight = weighting.for_batch(log_snr, sync=self.sync and self._records())
         else:
             weight = (-weighting(log_snr)).exp().detach()
-        return check_per_sample("weighting(log_snr)", weight, log_snr)
+        return check_per_sample("weighting(log_snr)", weight, prediction)
 
     def _uncertainty_term(
         self, ell: Tensor, log_snr: Tensor, base_weight: Tensor | None, sample_weight: Tensor | None

@@ -19,8 +19,6 @@ from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
 CUDA_ARCHITECTURES: str | None = _native.cuda_architectures  # None: built without CUDA
 
-ARITHMETIC = (torch.float32, torch.float64)
-
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
 
 
@@ -38,16 +36,22 @@ def _settings(bins: Bins, half_life: float, rule: TableRule) -> Any:
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None, dtype: torch.dtype) -> int:
+    """Of a contiguous tensor of that dtype: the kernels believe what they are told."""
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if tensor.dtype != dtype or not tensor.is_contiguous() or not address:
+        raise TypeError(f"a tensor is {tensor.dtype}, strides {tensor.stride()}, at {address}, expected dense {dtype}")
+    return address
 
 
 def _address_and_dtype(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
 
 
-def _each_and_number(coefficient: Coefficient) -> tuple[int, float]:
-    return (coefficient.data_ptr(), 0.0) if isinstance(coefficient, Tensor) else (0, coefficient)
+def _each_and_number(coefficient: Coefficient, dtype: torch.dtype) -> tuple[int, float]:
+    return (_address(coefficient, dtype), 0.0) if isinstance(coefficient, Tensor) else (0, coefficient)
 
 
 def _inputs(
@@ -59,7 +63,8 @@ def _inputs(
     c: Coefficient,
     huber_delta: float,
 ) -> Any:
-    (a_each, a), (b_each, b), (c_each, c) = _each_and_number(a), _each_and_number(b), _each_and_number(c)
+    dtype = compute_dtype(output)
+    (a_each, a), (b_each, b), (c_each, c) = (_each_and_number(x, dtype) for x in (a, b, c))
     return _native.Inputs(
         *_address_and_dtype(output), *_address_and_dtype(target), *_address_and_dtype(noise), a_each, b_each, c_each,
         a, b, c, huber_delta, output.numel() // output.shape[0],
@@ -90,7 +95,8 @@ def diffusion_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `vadiff.reference.diffusion_loss`."""
     samples = output.shape[0]
-    like = output if output.dtype in ARITHMETIC else output.new_empty(0, dtype=compute_dtype(output))
+    dtype = compute_dtype(output)
+    like = output if output.dtype == dtype else output.new_empty(0, dtype=dtype)
     settings = _settings(bins, half_life, rule)
     gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
     loss = like.new_empty(() if mean else samples)
@@ -99,10 +105,11 @@ def diffusion_loss(
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
     _native.diffusion_loss(
-        _inputs(output, target, noise, a, b, c, huber_delta), log_snr.data_ptr(), _address(base_weight),
-        _address(sample_weight), _address(weight), state.data_ptr(), log_weights.data_ptr(), settings, samples,
+        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32),
+        _address(base_weight, dtype), _address(sample_weight, dtype), _address(weight, dtype),
+        _address(state, torch.int64), _address(log_weights, torch.int32), settings, samples,
         loss.data_ptr(), mean, ell.data_ptr(), saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
-        _address(batch), where,
+        _address(batch, torch.float64), where,
     )  # fmt: skip
     if batch is not None:
         _fold(gather, batch, state, log_weights, settings, bins)
@@ -159,8 +166,10 @@ def reweight(
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(loss, 0, 1, bins.size)
     _native.reweight(
-        loss.data_ptr(), _DTYPES[loss.dtype], log_snr.data_ptr(), _address(sample_weight), _address(weight),
-        state.data_ptr(), log_weights.data_ptr(), settings, len(loss), saved.data_ptr(), update, _address(batch), where,
+        _address(loss, loss.dtype), _DTYPES[loss.dtype], _address(log_snr, torch.float32),
+        _address(sample_weight, loss.dtype), _address(weight, loss.dtype), _address(state, torch.int64),
+        _address(log_weights, torch.int32), settings, len(loss), saved.data_ptr(), update,
+        _address(batch, torch.float64), where,
     )  # fmt: skip
     if batch is not None:
         _fold(gather, batch, state, log_weights, settings, bins)
@@ -186,4 +195,4 @@ def _where(tensor: Tensor, samples: int = 0, elements: int = 0, bins: int = 0) -
         size = _native.cuda_workspace_size(samples, elements, bins, device)
         workspace = torch.empty(size, device=tensor.device, dtype=torch.float64)
     stream = torch.cuda.current_stream(device).cuda_stream
-    return _native.Where(device, stream, _address(workspace)), workspace
+    return _native.Where(device, stream, _address(workspace, torch.float64)), workspace

@@ -274,7 +274,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         target, noise, *coefficients, log_snr = others[:9]
         output, target, noise = _one_layout(output, target, noise)
-        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output, base_weight, *others[:12]) else _diffusion_loss
         loss, ell, saved, gradient = run(output, target, noise, *coefficients, log_snr, base_weight, *others[9:])
         ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
         ctx.mark_non_differentiable(ell)
@@ -300,14 +300,16 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if not ctx.fused:
                 run: Any = (
-                    torch.ops.vadiff.diffusion_loss_backward if _observed(inputs[0]) else _diffusion_loss_backward
+                    torch.ops.vadiff.diffusion_loss_backward
+                    if _observed(upstream, *inputs)
+                    else _diffusion_loss_backward
                 )
                 by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend)
             elif _graph_is_kept():
                 by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)
             else:
                 by_output = inputs[0]
-                run = torch.ops.vadiff.scale_gradient_ if _observed(by_output) else _scale_gradient_in_place
+                run = torch.ops.vadiff.scale_gradient_ if _observed(upstream, by_output) else _scale_gradient_in_place
                 run(by_output, upstream, saved, ctx.backend)
         if ctx.needs_input_grad[1]:
             samples = saved.numel() // 2
@@ -343,15 +345,19 @@ def _refuse_transforms() -> None:
         )
 
 
-def _observed(tensor: Tensor) -> bool:
-    """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a profiler, a
-    dispatch mode (fake tensors, tracing) or a tensor subclass. Otherwise what it would call is called."""
+def _observed(*tensors: Any) -> bool:
+    """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a tracer, a
+    profiler, a dispatch mode, a tensor subclass or a lazily negated tensor. Otherwise what it would call is called."""
     return (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in tensors)
     )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _graph_is_kept() -> bool:
@@ -409,7 +415,7 @@ def diffusion_loss(
         apply: Any = _Loss.apply if torch.compiler.is_compiling() else _apply
         loss, ell = apply(output, base_weight, others)
     else:
-        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output) else _diffusion_loss
+        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output, base_weight, *others[:12]) else _diffusion_loss
         loss, ell, _, _ = run(output, *others[:9], base_weight, *others[9:])
     return loss, ell
 

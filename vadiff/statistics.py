@@ -121,6 +121,7 @@ class LogSNRStatistics(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self.state[-1] = 0  # the ticket, should the state have been saved in the middle of a kernel
 
     def _misfit(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
         """Why a saved buffer cannot be loaded."""
