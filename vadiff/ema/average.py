@@ -31,7 +31,7 @@ class PowerFunctionEMA:
     float32 or, for float64 weights, in float64. Buffers are not averaged: they are saved as they are at that time.
 
     Args:
-        module: what is averaged; its parameters stay the same objects throughout.
+        module: what is averaged, on the device it will stay on; its parameters stay the same objects throughout.
         sigma_rel: the widths, relative to the time trained; two or more make the reconstruction of others precise.
 
     Raises:
