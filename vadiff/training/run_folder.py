@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 
 from ..errors import RunError
+from . import post_hoc
 from .assembly import TABLE_FILE, keep_table, read_table
 from .checkpoint import FOLDER
 from .config import TABLE, TrainConfig
+from .post_hoc import SNAPSHOTS
 from .run import CONFIG, METRICS
 
 # What may differ when a run goes on: nothing that changes what it computes, but for `steps`, to train longer.
 CHANGEABLE = {
     "steps", "data", "table", "device", "backend", "compile", "deterministic", "max_skipped_steps",
     "log_every", "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count",
+    "snapshot_every", "snapshot_precision",
     "held_out_every", "held_out_images", "held_out_draws", "held_out_levels", "held_out_sigma",
 }  # fmt: skip
 
@@ -68,6 +71,6 @@ def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else."""
     for name in (CONFIG, METRICS, TABLE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
-    for name in (FOLDER, "tensorboard", "samples"):
+    for name in (FOLDER, SNAPSHOTS, post_hoc.FOLDER, "tensorboard", "samples"):
         if (path / name).is_dir():
             shutil.rmtree(path / name)
