@@ -234,9 +234,9 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR
     "attack",
     [
         POINTERS,  # writes through an address of the attacker's choice
-        POINTERS.replace(b"'O'", b"'O,i8'"),
-        called("numpy.dtype", "S'V8'\n") + b"(I3\nS'|'\nN(S'a'\nt}S'a'\n(" + called("numpy.dtype", "S'O'\n")
-        + b"I0\ntsI8\nI1\nI63\ntb.",
+        POINTERS.replace(b"'O'", b"'O,i8'").replace(BUFFER, b"\x96" + (16).to_bytes(8, "little") + 16 * b"A"),
+        called("numpy.dtype", "S'V8'\n") + b"(I3\nS'|'\nN(S'a'\nt}S'a'\n(" + called("numpy.dtype", "S'u1'\n")
+        + b"I9999\ntsI8\nI1\nI63\ntb.",
         called("numpy.dtype", "S'V8'\n") + b".",
         called("numpy.dtype", "S'u1'\n") + b"(I3\nS'|'\nN(S'a'\nt}I8\nI1\nI63\ntb.",
         ARRAY + b"(I1\n(I9\nt" + called("numpy.dtype", "S'u1'\n") + b"I0\nS'short'\ntb.",
@@ -250,8 +250,9 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR
 )  # fmt: skip
 def test_pickle_gets_no_object_of_numpy_in_its_hands(attack: bytes) -> None:
     """In a process of its own: read with NumPy's constructors, several of these end the process."""
-    code = "import sys; from vadiff.data.pickled_arrays import load_arrays; load_arrays(sys.stdin.buffer.read())"
-    done = subprocess.run([sys.executable, "-c", code], input=attack, capture_output=True, timeout=60)
+    code = "import sys; from pickled_arrays import load_arrays; load_arrays(sys.stdin.buffer.read())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cifar.__file__).parent)}  # the module alone, without torch
+    done = subprocess.run([sys.executable, "-c", code], env=environment, input=attack, capture_output=True, timeout=60)
     assert done.returncode == 1, f"ended with {done.returncode}"
     assert b"Error" in done.stderr.splitlines()[-1]
 
