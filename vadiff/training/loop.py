@@ -353,10 +353,10 @@ class _Trainer:
 
     def _stop(self, number: int) -> None:
         skipped = self._skipped_in_a_row()
-        if not skipped:
+        if skipped < 2:  # one alone is how fp16 finds its scale: no reason to lose what was done
             self._save()
         name = signal.Signals(number).name
         where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
-        if skipped:
+        if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)
