@@ -1,6 +1,6 @@
 """vadiff: fused, noise-level-aware losses for diffusion and flow training."""
 
-from . import levels, log_snr, optimal_loss, process, weighting
+from . import ema, levels, log_snr, optimal_loss, process, weighting
 from ._version import __version__
 from .backends import backend_report
 from .loss import DiffusionLoss
@@ -11,6 +11,7 @@ __all__ = [
     "LogSNRStatistics",
     "__version__",
     "backend_report",
+    "ema",
     "levels",
     "log_snr",
     "optimal_loss",

@@ -40,7 +40,7 @@ class Generation:
         churn: EDM's stochastic sampler ("heun"); None is deterministic.
         label: the class of every image; None lets the classes of a conditional model take turns, seed by seed.
         guidance: of a conditional model; 1 is none.
-        weights: "ema" or "raw".
+        weights: "ema", "raw" or "ema-<width>", see `Run.denoiser`.
         step: of the checkpoint; None is the last.
         batch_size: images at a time and device; has no influence on the images.
         devices: where to draw; every device works on batches of its own.

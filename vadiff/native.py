@@ -72,7 +72,9 @@ def _inputs(
     huber_delta: float,
 ) -> Any:
     dtype = compute_dtype(output)
-    (a_each, a), (b_each, b), (c_each, c) = (_each_and_number(x, dtype) for x in (a, b, c))
+    a_each, a = _each_and_number(a, dtype)
+    b_each, b = _each_and_number(b, dtype)
+    c_each, c = _each_and_number(c, dtype)
     return _native.Inputs(
         *_address_and_dtype(output), *_address_and_dtype(target), *_address_and_dtype(noise), a_each, b_each, c_each,
         a, b, c, huber_delta, output.numel() // output.shape[0],
@@ -113,11 +115,11 @@ def diffusion_loss(
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
     _native.diffusion_loss(
-        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32),
+        _inputs(output, target, noise, a, b, c, huber_delta), log_snr.data_ptr(),
         _address(base_weight, dtype), _address(sample_weight, dtype), _address(weight, dtype),
-        _address(state, torch.int64), _address(log_weights, torch.int32), settings, samples,
-        loss.data_ptr(), mean, ell.data_ptr(), saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
-        _address(batch, torch.float64), where,
+        state.data_ptr(), log_weights.data_ptr(), settings, samples, loss.data_ptr(), mean, ell.data_ptr(),
+        saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
+        0 if batch is None else batch.data_ptr(), where,
     )  # fmt: skip
     if batch is not None:
         _fold(gather, batch, state, log_weights, settings, bins)

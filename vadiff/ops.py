@@ -94,14 +94,69 @@ def _diffusion_loss(
     sync: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _step(
+        output, target, noise, _either(a_each, a), _either(b_each, b), _either(c_each, c), log_snr,
+        base_weight, sample_weight, weight, state, log_weights, Bins(len(log_weights), low, high), half_life,
+        TableRule(statistic, strength, smoothing, clip, prior), huber_delta, mean, with_gradient, update, sync, backend,
+    )  # fmt: skip
+
+
+def _step(
+    output: Tensor,
+    target: Tensor | None,
+    noise: Tensor | None,
+    a: Coefficient,
+    b: Coefficient,
+    c: Coefficient,
+    log_snr: Tensor,
+    base_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
+    log_weights: Tensor,
+    bins: Bins,
+    half_life: float,
+    rule: TableRule,
+    huber_delta: float,
+    mean: bool,
+    with_gradient: bool,
+    update: bool,
+    sync: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if update:
         _refuse_inside_backward()
     output, target, noise = _one_layout(output, target, noise)
-    rule = TableRule(statistic, strength, smoothing, clip, prior)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backends.select(backend, output).diffusion_loss(
-        output, target, noise, _either(a_each, a), _either(b_each, b), _either(c_each, c), log_snr,
-        base_weight, sample_weight, weight, state, log_weights, Bins(len(log_weights), low, high), half_life, rule,
-        huber_delta, mean, with_gradient, update, _gather(sync),
+        output, target, noise, a, b, c, log_snr, base_weight, sample_weight, weight, state, log_weights, bins,
+        half_life, rule, huber_delta, mean, with_gradient, update, _gather(sync),
+    )  # fmt: skip
+    return result
+
+
+def _dispatched_step(
+    output: Tensor,
+    target: Tensor | None,
+    noise: Tensor | None,
+    a: Coefficient,
+    b: Coefficient,
+    c: Coefficient,
+    log_snr: Tensor,
+    base_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    weight: Tensor | None,
+    state: Tensor,
+    log_weights: Tensor,
+    bins: Bins,
+    half_life: float,
+    rule: TableRule,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_step` through the operator."""
+    (a_each, a), (b_each, b), (c_each, c) = _split(a), _split(b), _split(c)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.vadiff.diffusion_loss(
+        output, target, noise, a_each, b_each, c_each, a, b, c, log_snr, base_weight, sample_weight, weight, state,
+        log_weights, bins.low, bins.high, half_life, *rule, *others,
     )  # fmt: skip
     return result
 
@@ -265,26 +320,29 @@ def _fake_gradient(output: Tensor) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiates by `output` and `base_weight`; `others` are the operator's remaining arguments in its order.
+    """Differentiates by `output` and `base_weight`; `others` are the remaining arguments of `_step` in its order.
 
     They come in a tuple because torch unwraps each argument in Python, and refuses to compile one tensor passed twice.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        target, noise, *coefficients, log_snr = others[:9]
-        output, target, noise = _one_layout(output, target, noise)
-        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output, base_weight, *others[:12]) else _diffusion_loss
-        loss, ell, saved, gradient = run(output, target, noise, *coefficients, log_snr, base_weight, *others[9:])
+        target, noise, a, b, c, log_snr = others[:6]
+        step: Any = _dispatched_step if _observed(output, base_weight, *others[:8]) else _step
+        mean, fused = others[-5:-3]
+        if not fused:  # what is saved
+            output, target, noise = _one_layout(output, target, noise)
+        loss, ell, saved, gradient = step(output, target, noise, a, b, c, log_snr, base_weight, *others[6:])
         ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
         ctx.mark_non_differentiable(ell)
-        ctx.fused, ctx.mean = gradient.numel() > 0, loss.dim() == 0
-        ctx.numbers, ctx.huber_delta, ctx.backend = coefficients[3:], others[-6], others[-1]
+        ctx.fused, ctx.mean, ctx.backend = fused, mean, others[-1]
         # Never what is returned: `loss /= n` would spoil it.
         if ctx.fused:
             ctx.save_for_backward(saved, gradient)
         elif ctx.needs_input_grad[0]:
-            ctx.save_for_backward(saved, output, target, noise, *coefficients[:3])
+            (a_each, a), (b_each, b), (c_each, c) = _split(a), _split(b), _split(c)
+            ctx.numbers = a, b, c, others[-6]
+            ctx.save_for_backward(saved, output, target, noise, a_each, b_each, c_each)
         else:
             ctx.save_for_backward(saved)
         return loss, ell
@@ -304,7 +362,7 @@ class _Loss(torch.autograd.Function):
                     if _observed(upstream, *inputs)
                     else _diffusion_loss_backward
                 )
-                by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.huber_delta, ctx.backend)
+                by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.backend)
             elif _graph_is_kept():
                 by_output = torch.ops.vadiff.scale_gradient(inputs[0], upstream, saved, ctx.backend)
             else:
@@ -348,16 +406,21 @@ def _refuse_transforms() -> None:
 def _observed(*tensors: Any) -> bool:
     """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a tracer, a
     profiler, a dispatch mode, a tensor subclass or a lazily negated tensor. Otherwise what it would call is called."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in tensors)
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    ):
+        return True
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if tensor.is_neg():
+                return True
+        elif isinstance(tensor, Tensor):
+            return True
+    return False
 
 
 def _graph_is_kept() -> bool:
@@ -399,24 +462,18 @@ def diffusion_loss(
     recorded = torch.is_grad_enabled() and (
         output.requires_grad or (base_weight is not None and base_weight.requires_grad)
     )
-    fused = (
-        recorded
-        and mean
-        and output.requires_grad
-        and output.dtype in FUSED_DTYPES
-        and not torch.compiler.is_compiling()
-    )
-    (a_each, a), (b_each, b), (c_each, c) = _split(a), _split(b), _split(c)
+    compiling = torch.compiler.is_compiling()
+    fused = recorded and mean and output.requires_grad and output.dtype in FUSED_DTYPES and not compiling
     others = (
-        target, noise, a_each, b_each, c_each, a, b, c, log_snr, sample_weight, weight, state, log_weights,
-        bins.low, bins.high, half_life, *rule, huber_delta, mean, fused, update, sync, backend,
+        target, noise, a, b, c, log_snr, sample_weight, weight, state, log_weights, bins, half_life, rule, huber_delta,
+        mean, fused, update, sync, backend,
     )  # fmt: skip
     if recorded:
-        apply: Any = _Loss.apply if torch.compiler.is_compiling() else _apply
+        apply: Any = _Loss.apply if compiling else _apply
         loss, ell = apply(output, base_weight, others)
     else:
-        run: Any = torch.ops.vadiff.diffusion_loss if _observed(output, base_weight, *others[:12]) else _diffusion_loss
-        loss, ell, _, _ = run(output, *others[:9], base_weight, *others[9:])
+        step: Any = _dispatched_step if _observed(output, base_weight, *others[:8]) else _step
+        loss, ell, _, _ = step(output, *others[:6], base_weight, *others[6:])
     return loss, ell
 
 

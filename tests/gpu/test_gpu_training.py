@@ -24,9 +24,11 @@ CONFIG = TrainConfig(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("levels", ["log_normal", "second_moment"])
-def test_step_does_not_wait_for_the_device(precision: str, levels: str) -> None:
-    config = dataclasses.replace(CONFIG, precision=precision, levels=levels, levels_every=1, dropout=0.1)
+@pytest.mark.parametrize(
+    "settings", [{}, {"levels": "second_moment"}, {"model": "edm2", "weighting": "learned", "sigma_rel": (0.05, 0.1)}]
+)
+def test_step_does_not_wait_for_the_device(precision: str, settings: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, precision=precision, levels_every=1, dropout=0.1, **settings)
     trainer = _Trainer(config, edm_objective, None, torch.device("cuda", 0), Ranks())
     for step in range(3):  # kernels are built, the images' order is moved
         trainer._train_step(step)

@@ -79,7 +79,10 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--label", type=int, metavar="N", default=None, help="one class; all classes take turns without"
     )
     drawing.add_argument("--guidance", type=float, metavar="W", default=1.0, help="classifier-free; 1 is none")
-    drawing.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or as trained")
+    drawing.add_argument(
+        "--weights", type=_weights, metavar="NAME", default="ema",
+        help="ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
+    )  # fmt: skip
     drawing.add_argument("--batch-size", type=int, metavar="N", default=256, help="images at a time and device")
     drawing.add_argument(
         "--devices",
@@ -144,3 +147,15 @@ def devices_of(options: argparse.Namespace) -> tuple[torch.device, ...]:
             )
         devices.append(device)
     return tuple(devices)
+
+
+def _weights(text: str) -> str:
+    if text in ("ema", "raw"):
+        return text
+    prefix, _, width = text.partition("-")
+    try:
+        if prefix == "ema" and float(width) > 0.0:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, expected ema, raw or ema- and a width, as ema-0.1")

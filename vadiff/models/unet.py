@@ -37,14 +37,7 @@ def unet(
         ValueError: sizes that do not fit.
     """
     channel_count, height, width = image_shape
-    if not channels:
-        raise ValueError("channels is (), expected one width per resolution, one at least")
-    halvings = 2 ** (len(channels) - 1)
-    if height % halvings or width % halvings:
-        raise ValueError(
-            f"channels has {len(channels)} resolutions, but images of {height} × {width} cannot be halved "
-            f"{len(channels) - 1} times: give fewer widths, or an image size that is a multiple of {halvings}"
-        )
+    check_halvings(image_shape, channels)
     if any(width_ % norm_groups for width_ in channels):
         raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
     resolutions = [height >> level for level in range(len(channels))]
@@ -67,6 +60,23 @@ def unet(
         dropout=dropout,
         num_class_embeds=labels + 1 if labels else None,
     )
+
+
+def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -> None:
+    """Whether images of (C, H, W) have as many resolutions as there are widths.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if not channels:
+        raise ValueError("channels is (), expected one width per resolution, one at least")
+    _, height, width = image_shape
+    multiple = 2 ** (len(channels) - 1)
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"channels has {len(channels)} resolutions, but images of {height} × {width} cannot be halved "
+            f"{len(channels) - 1} times: give fewer widths, or an image size that is a multiple of {multiple}"
+        )
 
 
 class _UNet(nn.Module):

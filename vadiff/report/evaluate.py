@@ -79,6 +79,8 @@ def evaluate_run(
     generation = dataclasses.replace(generation, step=step)
     device = generation.devices[0]
     folder = run.path / "evaluation" / f"step-{step}"
+    if generation.weights not in ("ema", "raw"):  # an average made afterwards is none of the run's own measurements
+        folder = run.path / "evaluation" / generation.weights / f"step-{step}"
     files: dict[str, str | bytes] = {}
     data = run.images()
     if settings.metrics:

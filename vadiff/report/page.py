@@ -14,6 +14,7 @@ import numpy as np
 from .._version import __version__
 from ..extras import import_extra
 from . import charts, held_out_charts
+from .magnitudes import magnitudes_svg
 from .runs import Group, History
 from .style import Chart, all_nan_is_no_value
 
@@ -104,6 +105,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
 def sections_of(groups: Sequence[Group]) -> list[Section]:
     """The parts of the page for which the runs have something to show."""
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
+    found.append(_magnitudes(groups))
     found += [_held_out(groups), _gradients(groups), _metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
 
@@ -196,6 +198,19 @@ def _curves(groups: Sequence[Group]) -> Section:
             )
         )
     return section
+
+
+def _magnitudes(groups: Sequence[Group]) -> Section | None:
+    """Where runs have logged them (`log_rms`): the first run of each group."""
+    runs = {group.label: group.first.magnitudes for group in groups if group.first.magnitudes}
+    if not runs:
+        return None
+    text = (
+        "Root mean square per layer. Look for weights that grow, which makes the same update count less and less, and "
+        "for activations that drift apart."
+    )
+    picture = Picture("", _data_url(magnitudes_svg(runs)))
+    return Section("magnitudes", "Magnitudes over training", text, strips=[Strip("", [picture], wide=True)])
 
 
 def _held_out(groups: Sequence[Group]) -> Section | None:

@@ -20,7 +20,7 @@ Array = np.ndarray
 _NOT_COMPARED = {
     "accumulate", "backend", "checkpoint_every", "compile", "data", "data_seed", "deterministic", "device",
     "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
-    "samples_every", "seed", "tensorboard",
+    "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard",
 }  # fmt: skip
 _ENOUGH = 20.0  # samples in a bin, after forgetting, from which on it is drawn
 
@@ -44,6 +44,7 @@ class History:
     evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
     samples: list[tuple[int, Path]]  # (step, picture)
     gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
+    magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
     held_out_is_test: bool | None = None  # None where the run has not noted it
 
     @property
@@ -122,6 +123,7 @@ def read_history(run: "Run") -> History:
         evaluation=run.evaluations(),
         samples=_samples(run.path),
         gradients=_gradients(run.path),
+        magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
         held_out_is_test=None if facts is None else facts.held_out_is_test,
     )
 

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import levels, weighting
 from ..data import Images, cifar, digits, folder
 from ..errors import DataError, RunError
 from ..levels import LevelSampler
 from ..loss import DiffusionLoss
-from ..models import Denoiser, unet
+from ..models import Denoiser, EDM2UNet, unet
 from ..weighting import Weighting, WeightTable
 from .config import TABLE, TrainConfig
 
@@ -45,15 +47,17 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
         ValueError: sizes that do not fit the images.
     """
     labels = classes if config.class_conditional else 0
-    network = unet(
-        image_shape,
-        config.channels,
-        layers_per_block=config.layers_per_block,
-        attention_resolutions=config.attention_resolutions,
-        norm_groups=config.norm_groups,
-        dropout=config.dropout,
-        labels=labels,
-    )
+    sizes: dict[str, Any] = {
+        "layers_per_block": config.layers_per_block,
+        "attention_resolutions": config.attention_resolutions,
+        "dropout": config.dropout,
+        "labels": labels,
+    }
+    network: nn.Module
+    if config.model == "edm2":
+        network = EDM2UNet(image_shape, config.channels, **sizes)
+    else:
+        network = unet(image_shape, config.channels, norm_groups=config.norm_groups, **sizes)
     return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.process)
 
 

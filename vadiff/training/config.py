@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import backends, levels, weighting
+from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
 from ..models import PROCESSES
@@ -20,7 +21,7 @@ from ..models import PROCESSES
 TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
-MODELS = ("unet",)
+MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -80,11 +81,11 @@ class TrainConfig:
     log_snr_range: tuple[float, float] = _setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
     half_life: float = _setting(128.0, "of the statistics, in samples per bin on average", above=0)
 
-    model: str = _setting("unet", "network: unet (diffusers)", choices=MODELS)
+    model: str = _setting("unet", "network: unet (diffusers) or edm2 (EDM2's, config G)", choices=MODELS)
     channels: tuple[int, ...] = _setting((32, 48), "width of each resolution, from the image's down", at_least=1)
     layers_per_block: int = _setting(1, "residual blocks per resolution", at_least=1)
     attention_resolutions: tuple[int, ...] = _setting((), "heights in pixels of the resolutions with self-attention")
-    norm_groups: int = _setting(8, "groups of group normalisation; divides every width", at_least=1)
+    norm_groups: int = _setting(8, "groups of group normalisation in unet; divides every width", at_least=1)
     dropout: float = _setting(0.0, "in the residual blocks", at_least=0, below=1)
     class_conditional: bool = _setting(False, "tell the network the class")
     label_dropout: float = _setting(0.1, "share of labels withheld, for guidance", at_least=0, at_most=1)
@@ -103,6 +104,12 @@ class TrainConfig:
     schedule_steps: int = _setting(1000, "of inverse_sqrt: steps after which the learning rate falls", at_least=1)
     clip: float = _setting(math.inf, "largest norm of the gradient; inf for no clipping", above=0)
     ema_decay: float = _setting(0.99, "of the running average of the weights", at_least=0, below=1)
+    sigma_rel: tuple[float, ...] = _setting(
+        (), "relative widths of power-function averages to keep, as 0.05 0.1, from which `vadiff ema` makes any other",
+        above=0, below=12**-0.5,
+    )  # fmt: skip
+    snapshot_every: int = _setting(100, "steps between two snapshots of them; there is one at the end too", at_least=1)
+    snapshot_precision: str = _setting("fp16", "of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
     max_skipped_steps: int = _setting(25, "stop after so many non-finite steps in a row", at_least=1)
 
     seed: int = _setting(0, "of the initial weights, and of all else unless data_seed is given", at_least=0)
@@ -143,6 +150,8 @@ class TrainConfig:
             raise ValueError("channels is (), expected one width per resolution, one at least")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
+        if len(set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}, expected each width once")
         if TABLE in (self.weighting, self.levels) and self.table is None:
             raise ValueError(
                 "table is None, but weighting or levels is 'table': give the run directory to take it from"

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..data import Images, normalised
 from ..models import Denoiser
 from ..process import loss_ratio
+from .config import TrainConfig
 
 LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 
@@ -32,6 +34,21 @@ class HeldOutLoss(NamedTuple):
         ratio = self.mean / other.mean
         difference = self.per_image - ratio[:, None] * other.per_image
         return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
+
+
+def held_out_loss_of_run(config: TrainConfig, images: Images, denoiser: Denoiser) -> HeldOutLoss:
+    """The loss on the held-out images, at the levels and with the draws that a config says."""
+    number = min(config.held_out_images, len(images.held_out))
+    labels = images.held_out_labels
+    low, high = (math.log(sigma) for sigma in config.held_out_sigma)
+    log_sigmas = torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
+    return held_out_loss(
+        denoiser,
+        normalised(images.held_out[:number]),
+        None if labels is None else labels[:number],
+        log_snr_levels=(-2.0 * log_sigmas).tolist(),
+        draws=config.held_out_draws,
+    )
 
 
 @torch.no_grad()

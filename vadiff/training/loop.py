@@ -3,10 +3,10 @@
 import contextlib
 import copy
 import hashlib
-import math
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,23 +14,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data import normalised
+from ..ema import PowerFunctionEMA, remove_after
 from ..errors import RunError, TrainingError
 from ..extras import import_extra
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
-from ..models import Denoiser
+from ..models import Denoiser, normalize_weights
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .batches import Batch, Batches
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .config import TABLE, TrainConfig
 from .distributed import Ranks, local_device, ranks
-from .held_out import HeldOutLoss, held_out_loss
+from .held_out import HeldOutLoss, held_out_loss_of_run
 from .metrics import MetricsLog, memory_bytes, statistics_of
 from .objective import OBJECTIVES, Objective
 from .optimisation import Optimisation, RunningAverage, learning_rate_at
-from .rms import rms_per_layer
+from .post_hoc import SNAPSHOTS
+from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
@@ -132,6 +133,9 @@ class _Trainer:
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
+        self.power_averages = None  # on the main process only: they are the same on all
+        if config.sigma_rel and group.is_main:
+            self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
         earlier = out if resume else None  # where there may be something to go on from
         self.criterion = build_criterion(config, earlier).to(device)
         self.levels = build_levels(config, earlier).to(device)
@@ -150,7 +154,9 @@ class _Trainer:
         self.timed_step = self.step  # since when images per second are counted
 
     def open_log(self) -> None:
-        """Go on with the metrics; lines after the step that is resumed are removed."""
+        """Go on with the metrics; lines and snapshots after the step that is resumed are removed."""
+        if self.out is not None:
+            remove_after(self.out / SNAPSHOTS, self.step)
         self.log = MetricsLog(self.out, tensorboard=self.config.tensorboard, after=self.step)
 
     def run(self, progress: bool) -> TrainedRun:
@@ -167,23 +173,28 @@ class _Trainer:
             ) as bar,
         ):  # fmt: skip
             while self.step < config.steps:
+                weights = None
+                if config.log_rms and self.group.is_main and self._logs(self.step + 1):
+                    weights = weights_of_layers(self.denoiser)
                 self._train_step(self.step)
                 self.step += 1
                 bar.update(size)
                 if self.step % config.max_skipped_steps == 0:  # now and then: it waits for the device
                     self._check_skipped()
                 measured = self._due(config.held_out_every)
-                if measured or self._due(config.log_every):
-                    held_out = self._write_line(bar, measured)
+                if self._logs(self.step):
+                    held_out = self._write_line(bar, measured, weights)
                 if config.samples_every and self._due(config.samples_every) and self.out is not None:
                     save_grid(self.out, self.step, self.average, config.sample_count)
+                if self.power_averages is not None and self.out is not None and self._due(config.snapshot_every):
+                    self.power_averages.save(self.out / SNAPSHOTS, config.snapshot_precision)
                 self.save_due |= self._due(config.checkpoint_every)
                 if self.save_due and (self.step == config.steps or not self._skipped_in_a_row()):
                     self._save()
                 if number := stop.agreed():
                     self._stop(number)
         if held_out is None:  # the run had come to its end before
-            held_out = self._held_out(self.average)
+            held_out = held_out_loss_of_run(self.config, self.images, self.average)
         return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
 
     def _train_step(self, step: int) -> None:
@@ -200,7 +211,10 @@ class _Trainer:
             total += loss.detach() / len(parts)
         self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
         self.optimisation.step(step, total)
+        normalize_weights(self.denoiser)  # of a network that has such
         self.running_average.update()
+        if self.power_averages is not None:
+            self.power_averages.update(step + 1)
         if (step + 1) % config.levels_every == 0:
             self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # those that do not adapt ignore it
 
@@ -213,11 +227,19 @@ class _Trainer:
             self.criterion, output, batch.x0, batch.eps, batch.sigma, self.config.sigma_data, batch.sample_weight
         )
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def _write_line(self, bar: Any, measured: bool) -> HeldOutLoss | None:
-        """Read the totals, which waits for the device, and write a line; returns the held-out loss if `measured`."""
+    def _logs(self, step: int) -> bool:
+        """Whether there is a line of metrics after so many steps."""
+        return self._due(self.config.log_every, step) or self._due(self.config.held_out_every, step)
+
+    def _write_line(self, bar: Any, measured: bool, weights: Mapping[str, Tensor] | None = None) -> HeldOutLoss | None:
+        """Read the totals, which waits for the device, and write a line; returns the held-out loss if `measured`.
+
+        `weights` are those of the layers before the last step, if their updates are to be logged.
+        """
         totals = self.optimisation.totals
         loss, norm, clipped, finite, skipped = self.group.mean(totals[:5]).tolist()
         totals[:4] = 0.0
@@ -238,9 +260,10 @@ class _Trainer:
         held_out = None
         if self.group.is_main:
             if self.config.log_rms:
-                entry["rms"] = rms_per_layer(self.denoiser, self.batches.at(self.step - 1)[0])
+                entry["rms"] = rms_per_layer(self.denoiser, self.batches.at(self.step - 1)[0], weights)
             if measured:
-                raw, held_out = self._held_out(self.denoiser.eval()), self._held_out(self.average)
+                raw = held_out_loss_of_run(self.config, self.images, self.denoiser.eval())
+                held_out = held_out_loss_of_run(self.config, self.images, self.average)
                 self.denoiser.train()
                 entry["held_out"] = {
                     "log_snr": held_out.log_snr.tolist(),
@@ -287,20 +310,6 @@ class _Trainer:
                 "Several machines need a shared file system for --out, --data and --table, or the same files on each"
             )
 
-    def _held_out(self, denoiser: Denoiser) -> HeldOutLoss:
-        config = self.config
-        number = min(config.held_out_images, len(self.images.held_out))
-        labels = self.images.held_out_labels
-        low, high = (math.log(sigma) for sigma in config.held_out_sigma)
-        log_sigmas = torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
-        return held_out_loss(
-            denoiser,
-            normalised(self.images.held_out[:number]),
-            None if labels is None else labels[:number],
-            log_snr_levels=(-2.0 * log_sigmas).tolist(),
-            draws=config.held_out_draws,
-        )
-
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Where gradients stay on their rank until the last part of the batch."""
         if isinstance(self.network, nn.parallel.DistributedDataParallel):
@@ -334,6 +343,8 @@ class _Trainer:
                 "scaler": self.optimisation.scaler.state_dict(),
                 "totals": self.optimisation.totals,
             }
+            if self.power_averages is not None:
+                state["power_averages"] = self.power_averages.state_dict()
             save_checkpoint(self.out, self.step, state, self.config.keep_checkpoints)
         self.saved = self.step
 
@@ -348,6 +359,8 @@ class _Trainer:
         totals = self.optimisation.totals
         totals.copy_(state["totals"])
         totals[6] = totals[5]  # the longest row of skipped steps is that of this process
+        if self.power_averages is not None:
+            self.power_averages.load_state_dict(state["power_averages"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.saved = self.step
 

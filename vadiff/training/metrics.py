@@ -13,7 +13,7 @@ A line has, with K the number of bins:
     weights                   w at the bin centres, [K]
 
 and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noise level, of the trained weights and of
-their running average), rms (per layer) and evaluation. NaN and infinities are null.
+their running average), rms (weights, updates and activations per layer) and evaluation. NaN and infinities are null.
 """
 
 import json

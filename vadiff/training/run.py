@@ -6,6 +6,7 @@ metrics.jsonl        one JSON object per line: a few every so many steps, see `v
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
 samples/step-<n>.png
+snapshots/, ema/     see `vadiff.training.post_hoc`
 """
 
 import json
@@ -19,6 +20,7 @@ from ..data import Images
 from ..errors import RunError
 from ..loss import DiffusionLoss
 from ..models import Denoiser
+from . import post_hoc
 from .assembly import build_criterion, build_denoiser, load_images
 from .checkpoint import load_checkpoint, steps_saved
 from .config import TrainConfig
@@ -91,7 +93,8 @@ class Run:
         """The denoiser of a checkpoint, in eval mode.
 
         Args:
-            weights: "ema", the running average, which samples are drawn from; or "raw", those that were trained.
+            weights: "ema", the running average, which samples are drawn from; "raw", those that were trained; or
+                "ema-0.1", the power-function average of that width, which `vadiff ema` made.
             step: of the checkpoint; None is the latest.
             device: where to put it.
 
@@ -100,12 +103,15 @@ class Run:
             ValueError: no such weights.
             MissingExtraError: diffusers is not installed.
         """
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
-        state = load_checkpoint(self.path, step)
+        if weights in WEIGHTS:
+            state = load_checkpoint(self.path, step)
+        elif weights.startswith(post_hoc.PREFIX):
+            state = post_hoc.read_average(self.path, weights, step)
+        else:
+            raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {post_hoc.PREFIX}<sigma_rel>")
         channels, height, width = state["image_shape"]
         denoiser = build_denoiser(self.config, (channels, height, width), state["classes"])
-        denoiser.load_state_dict(state["ema" if weights == "ema" else "model"])
+        denoiser.load_state_dict(state["model" if weights == "raw" else "ema"])
         return denoiser.to(device).eval()
 
     def criterion(self, step: int | None = None) -> DiffusionLoss:

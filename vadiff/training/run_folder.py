@@ -12,15 +12,18 @@ from pathlib import Path
 
 from ..data import Images
 from ..errors import RunError
+from . import post_hoc
 from .assembly import TABLE_FILE, keep_table, read_table
 from .checkpoint import FOLDER
 from .config import TABLE, TrainConfig
+from .post_hoc import SNAPSHOTS
 from .run import CONFIG, DATA, METRICS, open_run
 
 # What has no bearing on what a run computes.
 IMMATERIAL = {
     "data", "table", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every", "tensorboard",
-    "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count",
+    "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
+    "snapshot_precision",
 }  # fmt: skip
 # What may differ besides when a run goes on: what it is measured by, and what helps against non-finite steps.
 _CHANGEABLE = IMMATERIAL | {
@@ -153,7 +156,9 @@ def _clear(path: Path) -> None:
     """Remove what `vadiff` writes to a run directory by itself, and nothing else."""
     for name in (CONFIG, METRICS, DATA, TABLE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
-    for name in (FOLDER, "tensorboard", "samples", "evaluation", "generated", "report"):
+    for name in (
+        FOLDER, SNAPSHOTS, post_hoc.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
+    ):  # fmt: skip
         if (path / name).is_dir():
             shutil.rmtree(path / name)
 
