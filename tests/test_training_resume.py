@@ -191,10 +191,12 @@ def test_what_was_made_after_the_resumed_step_is_dropped(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
     (tmp_path / "samples").mkdir()
     for step in (4, 6):
-        (tmp_path / "evaluation" / f"step-{step}").mkdir(parents=True)
+        for folder in ("evaluation", "ema"):
+            (tmp_path / folder / f"step-{step}").mkdir(parents=True)
         (tmp_path / "samples" / f"step-{step}.png").touch()
     train(CONFIG, out=tmp_path, resume=True, progress=False)
-    assert [entry.name for entry in (tmp_path / "evaluation").iterdir()] == ["step-4"]
+    for folder in ("evaluation", "ema"):
+        assert [entry.name for entry in (tmp_path / folder).iterdir()] == ["step-4"]
     assert [entry.name for entry in (tmp_path / "samples").iterdir()] == ["step-4.png"]
 
 

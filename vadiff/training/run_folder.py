@@ -31,6 +31,7 @@ _CHANGEABLE = IMMATERIAL | {
     "learning_rate", "clip", "precision",
 }  # fmt: skip
 _OPEN_ENDED = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
+_AVERAGES = f"{post_hoc.FOLDER}/step-*"
 _LOCK = ".lock"
 _ATTEMPTS, _PAUSE = 5, 0.05  # seconds
 
@@ -164,8 +165,8 @@ def _clear(path: Path) -> None:
 
 
 def _drop_later(path: Path, step: int) -> None:
-    """Remove sample grids and evaluations of steps that are yet to be done again."""
-    for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/step-*")):
+    """Remove sample grids, evaluations and averages of steps that are yet to be done again."""
+    for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/step-*"), *path.glob(_AVERAGES)):
         number = entry.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
