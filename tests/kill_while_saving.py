@@ -3,7 +3,9 @@
 The points are every operation on the file system that Python reports while saving, and the middle of the data. After
 each kill the checkpoints of the folder are read back; what is found is printed, one line of JSON for each point.
 
-    python kill_while_saving.py FOLDER
+    python kill_while_saving.py FOLDER [again]
+
+Saved is step 3, after steps 1 and 2; with `again` step 2, where only another step 2 is there and kept.
 """
 
 from __future__ import annotations
@@ -50,15 +52,15 @@ def kill_in_the_data(content: object, file: IO[bytes]) -> None:
     die()
 
 
-def save_in_child(run: Path, point: int) -> bool:
-    """Save step 3, to be killed at `point`; whether the child came to its end."""
+def save_in_child(run: Path, point: int, step: int, keep: int) -> bool:
+    """Save a step, to be killed at `point`; whether the child came to its end."""
     child = os.fork()
     if child == 0:
         if point == 0:
             torch.save = kill_in_the_data  # type: ignore[assignment]
         else:
             kill_at(point)
-        save_checkpoint(run, 3, state(3), keep=2)
+        save_checkpoint(run, step, state(step), keep)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return status == 0
@@ -66,16 +68,17 @@ def save_in_child(run: Path, point: int) -> bool:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    before, step, keep = ((2,), 2, 1) if sys.argv[2:] == ["again"] else ((1, 2), 3, 2)
     point, ended = 0, False
     while not ended:
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
-        for step in (1, 2):
-            save_checkpoint(run, step, state(step), keep=2)
-        ended = save_in_child(run, point)
+        for earlier in before:
+            save_checkpoint(run, earlier, state(earlier), keep)
+        ended = save_in_child(run, point, step, keep)
         latest = load_checkpoint(run)
         sound = all(torch.equal(load_checkpoint(run, s)["values"], state(s)["values"]) for s in steps_saved(run))
-        save_checkpoint(run, 4, state(4), keep=2)  # and training goes on, over what was left behind
+        save_checkpoint(run, 4, state(4), keep)  # and training goes on, over what was left behind
         left = sorted(entry.name for entry in (run / FOLDER).iterdir())
         line = {"point": point, "ended": ended, "latest": latest["step"], "sound": sound, "left": left}
         print(json.dumps(line), flush=True)

@@ -7,7 +7,10 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from vadiff.ablation import collect, read_grid, train_all, write_results
 from vadiff.ablation.collect import interval
 from vadiff.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.cli import main
-from vadiff.training import TrainConfig, open_run, train
-from vadiff.training.run_folder import begin
+from vadiff.errors import RunError
+from vadiff.training import TrainConfig, open_run, run_folder, train
+from vadiff.training.assembly import load_images
+from vadiff.training.run_folder import begin, lock
 
 EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
 
@@ -182,7 +187,7 @@ def test_command_trains_in_processes_of_their_own_and_goes_on_with_what_broke_of
     path, out = grid_file(tmp_path, text), tmp_path / "out"
     arguments = ["ablate", str(path), "--out", str(out), "--seeds", "1", "--steps", "3"]
     run = read_grid(path, {"steps": 3}).runs(out)[0]
-    begin(run.path, run.config, resume=False)  # it got no further
+    begin(run.path, run.config, load_images(run.config), resume=False)  # it got no further
     handler = signal.getsignal(signal.SIGTERM)
     try:
         assert main([*arguments, "--list"]) == 0
@@ -196,7 +201,7 @@ def test_command_trains_in_processes_of_their_own_and_goes_on_with_what_broke_of
 
 def write_run(run: PlannedRun, losses: list[list[float]], **last: Any) -> None:
     """A run with these held-out losses, [measurements][levels], at equal distances of images."""
-    run.path.mkdir(parents=True)
+    run.path.mkdir(parents=True, exist_ok=True)
     run.config.save(run.path / "config.yaml")
     lines = [
         {
@@ -244,7 +249,124 @@ def test_images_to_reach_the_baselines_final_loss(tmp_path: Path) -> None:
     write_run(runs["other", 1], [[2.0, 2.0], [2.0, 2.0]])  # never gets there
     (arm,) = collect(grid, tmp_path).arms
     assert arm.reached == 1
-    assert arm.images_to_reach.mean == pytest.approx(150 / 200)
+    assert math.isnan(arm.images_to_reach.mean)  # of the fast ones alone it would flatter
+    assert "1 of 2 reached" in collect(grid, tmp_path).as_text()
+    shutil.rmtree(runs["other", 1].path)
+    write_run(runs["other", 1], [[2.0, 2.0], [1.0, 1.0]])
+    results = collect(grid, tmp_path)
+    assert results.arms[0].images_to_reach.mean == pytest.approx((150 / 200 + 1.0) / 2)
+    low, high = results.arms[0].images_to_reach[1:3]
+    assert f"0.88 × [{low:.2f}, {high:.2f}]" in results.as_text()
+
+
+def test_metrics_are_those_that_evaluate_left_for_the_last_step(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    for (arm, seed), run in runs.items():
+        write_run(run, [[1.0, 1.0], [1.0, 1.0]])
+        for step, images in ((2, 100), (4, 200)):
+            folder = run.path / "evaluation" / f"step-{step}"
+            folder.mkdir(parents=True)
+            metrics = {"fid": 100.0 / step + seed + 3.0 * (arm == "other")}
+            content = {"step": step, "images_seen": images, "metrics": metrics}
+            (folder / "metrics.json").write_text(json.dumps(content))
+    assert collect(grid, tmp_path).arms[0].evaluation["fid"].mean == pytest.approx(3.0)
+    shutil.rmtree(runs["other", 0].path / "evaluation" / "step-4")
+    assert collect(grid, tmp_path).arms[0].evaluation == {}  # nothing to set beside the baseline's last
+    (runs["other", 1].path / "evaluation" / "step-4" / "metrics.json").write_text("{")
+    with pytest.raises(RunError, match=r"metrics\.json cannot be read"):
+        collect(grid, tmp_path)
+
+
+def test_pairs_that_were_measured_differently_are_named(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 1)
+    write_run(runs["constant", 0], [[1.0, 1.0]])
+    held_out = {"log_snr": [0.0, 3.0], "loss_raw": [9.0, 9.0], "loss_ema": [1.0, 1.0]}
+    write_run(runs["other", 0], [[1.0, 1.0]], held_out=held_out)
+    with pytest.raises(GridError, match=r"arm other, seed 0 measured its held-out loss at log_snr \[0\.0, 3\.0\]"):
+        collect(grid, tmp_path)
+    arms = {**grid.arms, "other": {"weighting": "loss_level", "sigma_data": 0.5}}
+    grid = dataclasses.replace(grid, arms=arms)
+    shutil.rmtree(runs["other", 0].path)
+    write_run({run.arm: run for run in grid.runs(tmp_path)}["other"], [[1.0, 1.0]])
+    with pytest.raises(GridError, match=r"arm other, seed 0 weighs its held-out loss by sigma_data 0\.5, the baseline"):
+        collect(grid, tmp_path)
+
+
+def test_run_of_other_settings_is_neither_gone_on_with_nor_collected(tmp_path: Path, in_process: list[Path]) -> None:
+    grid, runs = two_arms(tmp_path, 1)
+    write_run(runs["other", 0], [[1.0, 1.0]])
+    for text, message in (
+        (GRID.replace("steps = 4", "steps = 8"), "steps was 4, is 8, which changes the linear schedule"),
+        (GRID.replace("steps = 4", "steps = 4\nlearning_rate = 1e-4"), r"learning_rate was 0\.008, is 0\.0001"),
+        (GRID.replace("held_out_images = 8", "held_out_images = 9"), "held_out_images was 8, is 9"),
+    ):
+        edited = dataclasses.replace(read_grid(grid_file(tmp_path, text), seeds=1), arms=grid.arms)
+        for use in (collect, train_all):
+            with pytest.raises(GridError, match=f"other/seed-0 was trained with other settings: {message}"):
+                use(edited, tmp_path)
+    assert in_process == []
+
+
+def test_twin_of_a_run_that_was_trained_again_is_stale(tmp_path: Path, in_process: list[Path]) -> None:
+    grid = read_grid(grid_file(tmp_path), seeds=1)
+    train_all(grid, tmp_path, index=3)
+    path = tmp_path / "variance_aware" / "seed-0" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[-1]["weights"][0] *= 1.01
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for use in (collect, train_all):
+        with pytest.raises(GridError, match=r"twin/seed-0 is stale: .*variance_aware/seed-0 has ended with another"):
+            use(grid, tmp_path)
+
+
+def test_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks of a job array need the same run: one trains it, the other goes on when it is there."""
+    grid = read_grid(grid_file(tmp_path), seeds=1)
+    source = {run.arm: run for run in grid.runs(tmp_path)}["variance_aware"]
+    source.path.mkdir(parents=True)
+    trained: list[str] = []
+    waited = threading.Event()
+
+    def train_here(self: object, run: PlannedRun) -> bool:
+        trained.append(run.arm)
+        train(run.config, out=run.path, resume=True, progress=False)
+        return True
+
+    def is_in_use(path: Path) -> bool:
+        waited.set()
+        return run_folder.is_in_use(path)
+
+    monkeypatch.setattr("vadiff.ablation.runner._Children._train_once", train_here)
+    monkeypatch.setattr("vadiff.ablation.runner.is_in_use", is_in_use)
+    monkeypatch.setattr("vadiff.ablation.runner._POLL_SECONDS", 0.01)
+    with lock(source.path):  # as the other task has it
+        task = threading.Thread(target=train_all, args=(grid, tmp_path), kwargs={"index": 3})
+        task.start()
+        assert waited.wait(30)
+        assert trained == []
+        write_run(source, [[1.0, 1.0]], weights=[1.0] * 128)
+    task.join(60)
+    assert trained == ["twin"]
+
+
+def test_trial_goes_to_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", str(grid_file(tmp_path)), "--list", "--steps", "3"]) == 0
+    assert "runs/tiny-3-steps/constant/seed-0" in capsys.readouterr().out
+    assert main(["ablate", str(grid_file(tmp_path)), "--list"]) == 0
+    assert "runs/tiny/constant/seed-0" in capsys.readouterr().out
+
+
+def test_list_that_nobody_reads_to_its_end_is_no_failure(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vadiff", "ablate", str(grid_file(tmp_path)), "--list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode == 141
 
 
 def test_unfinished_and_unpaired_runs_are_left_out_and_named(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +46,15 @@ def test_only_the_latest_are_kept_and_counted_as_numbers(tmp_path: Path) -> None
     assert sorted(entry.name for entry in (tmp_path / FOLDER).iterdir()) == ["step-10", "step-100"]
 
 
+def killed_while_saving(*arguments: str | Path) -> list[dict[str, Any]]:
+    """What was found after a kill at each point."""
+    command = [sys.executable, Path(__file__).with_name("kill_while_saving.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def test_killed_at_any_point_of_saving_the_last_good_one_is_there(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_while_saving.py")
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120, check=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = killed_while_saving(tmp_path)
     assert len(lines) > 15
     assert [line["ended"] for line in lines] == [False] * (len(lines) - 1) + [True]
     assert all(line["sound"] for line in lines)
@@ -54,6 +63,44 @@ def test_killed_at_any_point_of_saving_the_last_good_one_is_there(tmp_path: Path
     assert latest[-1] == 3
     assert latest == sorted(latest)
     assert all(set(line["left"]) <= {"step-2", "step-3", "step-4"} for line in lines)
+
+
+def test_killed_while_saving_the_only_step_again_it_is_there(tmp_path: Path) -> None:
+    lines = killed_while_saving(tmp_path, "again")
+    assert len(lines) > 15
+    assert all(line["latest"] == 2 and line["sound"] for line in lines)
+    assert all(line["left"] == ["step-4"] for line in lines)
+
+
+def failing(function: Callable[..., None], call: int) -> Callable[..., None]:
+    """`function`, but its n-th call fails."""
+    calls = itertools.count(1)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        if next(calls) == call:
+            raise OSError("no such luck")
+        function(*arguments, **options)
+
+    return fail
+
+
+def test_step_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5, keep=1)
+    monkeypatch.setattr("os.rename", failing(os.rename, 2))
+    with pytest.raises(CheckpointError, match=r"no such luck. That of step 5 from before is as it was"):
+        save_checkpoint(tmp_path, 5, {"step": 5, "values": torch.zeros(3)}, keep=1)
+    assert [entry.name for entry in (tmp_path / FOLDER).iterdir()] == ["step-5"]
+    assert load_checkpoint(tmp_path)["values"][0] == 5.0
+
+
+def test_earlier_ones_that_cannot_be_removed_are_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr("shutil.rmtree", failing(shutil.rmtree, 1))
+    with pytest.raises(CheckpointError, match="step-2 is written, but earlier checkpoints could not be removed: no"):
+        save(tmp_path, 2, keep=1)
+    assert load_checkpoint(tmp_path)["step"] == 2
+    save(tmp_path, 3, keep=1)
+    assert [entry.name for entry in (tmp_path / FOLDER).iterdir()] == ["step-3"]
 
 
 @pytest.fixture

@@ -7,9 +7,12 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import torch
 from PIL import Image
 
 from vadiff.data import Images, cifar, digits, folder, normalised, pixels
+from vadiff.data.pickled_arrays import load_arrays
 from vadiff.errors import DataError
 
 TRAIN, TEST = 40, 20  # images per file here; the official files have thousands
@@ -213,6 +217,60 @@ def test_pickle_of_anything_but_numbers_is_refused(value: object, tmp_path: Path
     contents = changed("data_batch_1", lambda c: pickle.dumps({b"data": value}, protocol=2))
     with pytest.raises(DataError, match="is not safe to read"):
         cifar.load("cifar10", unpacked(tmp_path, contents))
+
+
+def called(name: str, arguments: str) -> bytes:
+    """A pickle that calls a function of NumPy, in the text protocol."""
+    module, function = name.rsplit(".", 1)
+    return f"c{module}\n{function}\n({arguments}tR".encode()
+
+
+BUFFER = b"\x96" + (8).to_bytes(8, "little") + b"AAAAAAAA"  # a writable one
+POINTERS = b"\x80\x05cnumpy\nndarray\n((I1\ntS'O'\n" + BUFFER + b"tRI0\nNs."
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        POINTERS,  # writes through an address of the attacker's choice
+        POINTERS.replace(b"'O'", b"'O,i8'").replace(BUFFER, b"\x96" + (16).to_bytes(8, "little") + 16 * b"A"),
+        called("numpy.dtype", "S'V8'\n") + b"(I3\nS'|'\nN(S'a'\nt}S'a'\n(" + called("numpy.dtype", "S'u1'\n")
+        + b"I9999\ntsI8\nI1\nI63\ntb.",
+        called("numpy.dtype", "S'V8'\n") + b".",
+        called("numpy.dtype", "S'u1'\n") + b"(I3\nS'|'\nN(S'a'\nt}I8\nI1\nI63\ntb.",
+        ARRAY + b"(I1\n(I9\nt" + called("numpy.dtype", "S'u1'\n") + b"I0\nS'short'\ntb.",
+        b"\x80\x05" + ARRAY + b"(I1\n(I8\nt" + called("numpy.dtype", "S'u1'\n") + b"I0\n" + BUFFER + b"tb.",
+        b"\x80\x02" + ARRAY + b"(I1\n(J\xff\xff\xff\xfft" + called("numpy.dtype", "S'u1'\n") + b"I0\nS''\ntb.",
+        ARRAY + b".",
+        ARRAY.replace(b"numpy\nndarray", b"numpy\ndtype") + b".",
+        b"c_codecs\nencode\n(N}S'__defaults__'\n(I1\ntstb.",
+        b"cnumpy\nndarray\n.",
+    ],
+)  # fmt: skip
+def test_pickle_gets_no_object_of_numpy_in_its_hands(attack: bytes) -> None:
+    """In a process of its own: read with NumPy's constructors, several of these end the process."""
+    code = "import sys; from pickled_arrays import load_arrays; load_arrays(sys.stdin.buffer.read())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cifar.__file__).parent)}  # the module alone, without torch
+    done = subprocess.run([sys.executable, "-c", code], env=environment, input=attack, capture_output=True, timeout=60)
+    assert done.returncode == 1, f"ended with {done.returncode}"
+    assert b"Error" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["u1", ">i2", "<f4", "f8", "bool"])
+def test_arrays_of_numbers_are_read_as_they_were(kind: str, protocol: int) -> None:
+    array = np.arange(6).reshape(2, 3).astype(kind)
+    shared = [1, "text", (2.5, None)]
+    content: dict[bytes, Any] = {b"c": array, b"f": np.asfortranarray(array), b"lists": [shared, shared]}
+    if protocol > 2:  # those before write empty bytes as a call
+        content[b"empty"] = array[:0]
+    read = load_arrays(pickle.dumps(content, protocol))
+    assert read.pop(b"lists") == content.pop(b"lists")
+    for name, expected in content.items():
+        assert read[name].dtype == expected.dtype
+        assert np.array_equal(read[name], expected)
+        assert read[name].flags.writeable
 
 
 def test_failed_download_says_where_to_get_the_file(monkeypatch: pytest.MonkeyPatch) -> None:

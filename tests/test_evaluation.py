@@ -18,6 +18,8 @@ from vadiff.evaluation import LevelGradients, image_metrics, level_gradients
 from vadiff.evaluation.fidelity import content_key
 from vadiff.models import Denoiser
 from vadiff.pictures import PictureWriter
+from vadiff.report.evaluate import _gradients, _gradients_rows
+from vadiff.statistics import LogSNRStatistics
 from vadiff.training import held_out_loss, open_run
 
 
@@ -259,6 +261,24 @@ def test_weighting_changes_the_shares_of_a_step_but_no_cosine_between_levels() -
     assert found.cosine_to_step(weighted=True).tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(0.5)])
 
 
+def test_share_of_a_step_is_that_of_the_mass(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of levels that are drawn often and weighted down in turn, samples would be counted too often."""
+    run = open_run(run_copy)
+    mass = torch.rand(128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    criterion = run.criterion()
+    monkeypatch.setattr(LogSNRStatistics, "mass", property(lambda self: mass))
+    gradients = _gradients(run, run.images(), None, torch.device("cpu"), 8, 8)
+    bins = (gradients.log_snr[:, None] - criterion.bin_centers).abs().argmin(1)
+    assert torch.allclose(gradients.share, mass[bins] / mass[bins].sum())
+
+
+def test_cosines_that_are_estimated_beyond_one_are_written_as_one() -> None:
+    products = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=torch.float64)
+    weight = torch.ones(2, dtype=torch.float64)
+    rows = _gradients_rows(LevelGradients(torch.tensor([0.0, 2.0], dtype=torch.float64), products, weight, weight / 2))
+    assert {value for name, value in rows[0].items() if name.startswith("cosine")} == {1.0}
+
+
 def test_level_whose_gradient_is_lost_in_noise_has_no_cosine() -> None:
     products = torch.tensor([[4.0, 1.0], [1.0, -0.1]], dtype=torch.float64)
     found = LevelGradients(LEVELS[:2], products, torch.ones(2).double(), torch.ones(2).double())
@@ -302,7 +322,8 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     assert all(float(row["loss_ema"]) > 0 and float(row["loss_raw"]) > 0 for row in rows)
     assert float(rows[0]["log_snr"]) == pytest.approx(-2 * math.log(float(rows[0]["sigma"])), abs=1e-5)
     with (folder / "gradients.csv").open() as file:
-        assert {"norm", "weighted_norm", "cosine_to_step_weighted"} <= set(next(csv.DictReader(file)))
+        rows = list(csv.DictReader(file))
+    assert {"norm", "weighted_norm", "cosine_to_step_weighted"} <= set(rows[0])
     pictures = {file.name for file in folder.iterdir() if file.suffix == ".png"}
     assert pictures == {
         "held-out.png", "gradient-norm-per-level.png", "gradient-share-per-level.png", "gradient-agreement.png",

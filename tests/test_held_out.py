@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,3 +43,10 @@ def test_held_out_loss_does_not_depend_on_the_batch_size() -> None:
     images = torch.randn(7, 1, 8, 8)
     whole, parted = (held_out_loss(Unhelpful(), images, batch_size=size) for size in (7, 3))
     assert torch.allclose(whole.per_image, parted.per_image, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [8, 5, 3])
+def test_noise_of_an_image_does_not_depend_on_how_many_there_are(side: int) -> None:
+    images = torch.zeros(7, 1, side, side)
+    whole, first = (held_out_loss(Unhelpful(), images[:number], draws=2).per_image for number in (7, 3))
+    assert torch.equal(whole[:, :3], first)

@@ -98,6 +98,40 @@ def test_history_reads_null_as_not_known(make_run: Callable[..., Path]) -> None:
     assert [step for step, _ in history.samples] == [2, 4]
 
 
+def with_lines(path: Path, *steps: int, scale: float = 1.0) -> Path:
+    """Keep the lines of these steps only, and multiply their losses."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [line | {"loss": line["step"] * scale} for line in lines if line["step"] in steps]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path
+
+
+def test_runs_that_log_at_other_steps_are_averaged_where_both_did(make_run: Callable[..., Path]) -> None:
+    paths = with_lines(make_run("a"), 1, 2, 3, 4), with_lines(make_run("b", seed=1, log_every=2), 2, 4, scale=3.0)
+    groups = group_runs([read_history(open_run(path)) for path in paths])
+    assert charts.group_images(groups[0]).tolist() == [128, 256]
+    panel = Figure().subplots()
+    charts.curve(groups, "loss", "loss", "loss", "Look here.", "loss").draw(panel)
+    assert panel.get_lines()[0].get_ydata().tolist() == [4.0, 8.0]  # of 2 and 6, 4 and 12
+    assert charts.log_values(groups[0], "mean").shape == (2, 128)
+
+
+def test_runs_of_a_group_without_a_common_line_are_named(make_run: Callable[..., Path]) -> None:
+    paths = with_lines(make_run("a"), 1, 3), with_lines(make_run("b", seed=1), 2)
+    with pytest.raises(RunError, match="have no line of metrics at the same number of images"):
+        group_runs([read_history(open_run(path)) for path in paths])
+
+
+def test_run_says_without_its_data_whether_held_out_images_are_a_test_set(make_run: Callable[..., Path]) -> None:
+    path = make_run("a", dataset="cifar10", data="gone")
+    content = json.loads((path / "data.json").read_text())
+    for is_test in (True, False):
+        (path / "data.json").write_text(json.dumps(content | {"held_out_is_test": is_test}))
+        assert read_history(open_run(path)).held_out_is_test is is_test
+    (path / "data.json").unlink()  # a run of before
+    assert read_history(open_run(path)).held_out_is_test is None
+
+
 def test_run_that_has_logged_nothing_is_named(make_run: Callable[..., Path]) -> None:
     path = make_run("run")
     (path / "metrics.jsonl").unlink()

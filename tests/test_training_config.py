@@ -101,3 +101,7 @@ def test_network_that_does_not_fit_the_images_is_refused() -> None:
         build_denoiser(dataclasses.replace(TINY, channels=(8,) * 5), (1, 8, 8), 0)
     with pytest.raises(ValueError, match="expected multiples of norm_groups = 8"):
         build_denoiser(dataclasses.replace(TINY, channels=(12,)), (1, 8, 8), 0)
+    with pytest.raises(ValueError, match=r"attention_resolutions is \(7,\), but the resolutions are \(8, 4\)"):
+        build_denoiser(dataclasses.replace(TINY, attention_resolutions=(7,)), (1, 8, 8), 0)
+    with pytest.raises(ValueError, match=r"channels is \(\), expected one width per resolution"):
+        dataclasses.replace(TINY, channels=())

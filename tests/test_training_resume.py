@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadiff.errors import CheckpointError, RunError
-from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, train
-from vadiff.training.checkpoint import load_checkpoint
+from vadiff.errors import CheckpointError, RunError, TrainingError
+from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
+from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = TrainConfig(
     steps=6, batch_size=64, channels=(8, 16), log_every=2, checkpoint_every=2, held_out_images=20, held_out_levels=3,
@@ -116,8 +117,116 @@ def test_longer_run_goes_on_and_another_config_does_not(tmp_path: Path) -> None:
     train(config, out=tmp_path / "parted", resume=True, progress=False)
     train(config, out=tmp_path / "whole", progress=False)
     assert_same(outcome(tmp_path / "whole")[0], outcome(tmp_path / "parted")[0])
-    with pytest.raises(RunError, match=r"another config: learning_rate was 0\.008, is 0\.1"):
-        train(dataclasses.replace(config, learning_rate=0.1), out=tmp_path / "parted", resume=True, progress=False)
+    with pytest.raises(RunError, match=r"another config: ema_decay was 0\.99, is 0\.9"):
+        train(dataclasses.replace(config, ema_decay=0.9), out=tmp_path / "parted", resume=True, progress=False)
+
+
+def test_number_of_steps_that_sets_the_schedule_stays(tmp_path: Path) -> None:
+    train(dataclasses.replace(CONFIG, steps=2), out=tmp_path, progress=False)
+    with pytest.raises(RunError, match="steps was 2, is 6, which changes the linear schedule"):
+        train(CONFIG, out=tmp_path, resume=True, progress=False)
+
+
+def test_what_helps_against_non_finite_steps_can_be_changed(tmp_path: Path) -> None:
+    train(CONFIG, out=tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    changed = dataclasses.replace(CONFIG, learning_rate=1e-4, clip=0.5, precision="bf16")
+    assert train(changed, out=tmp_path, resume=True, progress=False).metrics[-1]["learning_rate"] < 1e-4
+    assert open_run(tmp_path).config == changed
+
+
+def nothing_finite_after(calls: int) -> Objective:
+    """EDM's objective, NaN from its n-th call on."""
+    seen = 0
+
+    def objective(*arguments: Any) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return edm_objective(*arguments) * (math.nan if seen > calls else 1.0)
+
+    return objective
+
+
+def test_row_of_non_finite_steps_ends_the_run_between_lines_and_is_not_saved(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=40, log_every=30, checkpoint_every=1, max_skipped_steps=5)
+    with pytest.raises(TrainingError, match=r"7 steps in a row .* up to step 10. .* Go on with --resume"):
+        train(config, nothing_finite_after(3), out=tmp_path, progress=False)
+    assert open_run(tmp_path).checkpoints() == [1, 2, 3]
+    with pytest.raises(TrainingError, match=r"5 steps in a row .* up to step 5"):  # the row of before does not count
+        train(config, nothing_finite_after(-1), out=tmp_path / "new", progress=False)
+    state = load_checkpoint(tmp_path, 3)
+    state["totals"][6] = 5.0
+    save_checkpoint(tmp_path, 3, state, 3)
+    gentle = dataclasses.replace(config, learning_rate=1e-3)
+    assert train(gentle, out=tmp_path, resume=True, progress=False).metrics[-1]["step"] == 40
+
+
+def test_checkpoint_that_is_due_in_a_row_of_non_finite_steps_is_written_after_it(tmp_path: Path) -> None:
+    calls = 0
+
+    def objective(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return edm_objective(*arguments) * (math.nan if calls in (3, 4) else 1.0)
+
+    train(dataclasses.replace(CONFIG, checkpoint_every=4), objective, out=tmp_path, progress=False)
+    assert open_run(tmp_path).checkpoints() == [5, 6]
+
+
+def test_stopped_where_a_checkpoint_was_due_it_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+
+    def save(run: Path, step: int, *rest: Any) -> None:
+        saved.append(step)
+        save_checkpoint(run, step, *rest)
+
+    monkeypatch.setattr("vadiff.training.loop.save_checkpoint", save)
+    with pytest.raises(Stopped):
+        train(CONFIG, stopping_at(4), out=tmp_path, progress=False)
+    assert saved == [2, 4]
+
+
+def test_what_was_made_after_the_resumed_step_is_dropped(tmp_path: Path) -> None:
+    train(CONFIG, out=tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    (tmp_path / "samples").mkdir()
+    for step in (4, 6):
+        for folder in ("evaluation", "ema"):
+            (tmp_path / folder / f"step-{step}").mkdir(parents=True)
+        (tmp_path / "samples" / f"step-{step}.png").touch()
+    train(CONFIG, out=tmp_path, resume=True, progress=False)
+    for folder in ("evaluation", "ema"):
+        assert [entry.name for entry in (tmp_path / folder).iterdir()] == ["step-4"]
+    assert [entry.name for entry in (tmp_path / "samples").iterdir()] == ["step-4.png"]
+
+
+def test_overwritten_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    train(CONFIG, out=tmp_path, progress=False)
+    for folder in ("evaluation/step-6", "generated", "report"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("report.html", "notes.txt"):
+        (tmp_path / file).touch()
+    train(CONFIG, out=tmp_path, overwrite=True, progress=False)
+    left = {entry.name for entry in tmp_path.iterdir()} - {"config.yaml", "data.json", "metrics.jsonl", "checkpoints"}
+    assert left == {"notes.txt", ".lock"}
+
+
+def test_resume_with_another_number_of_images_is_refused(tmp_path: Path) -> None:
+    train(CONFIG, out=tmp_path, progress=False)
+    facts = json.loads((tmp_path / "data.json").read_text())
+    assert facts["held_out_is_test"] is False
+    (tmp_path / "data.json").write_text(json.dumps(facts | {"train": facts["train"] + 1}))
+    with pytest.raises(RunError, match=r"began with 1,[0-9]+ training and [0-9]+ held-out images, the data set now"):
+        train(CONFIG, out=tmp_path, resume=True, progress=False)
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    with run_folder.lock(tmp_path):
+        assert run_folder.is_in_use(tmp_path)
+        with pytest.raises(RunError, match="is in use: another process trains there"):
+            train(CONFIG, out=tmp_path, progress=False)
+    assert not run_folder.is_in_use(tmp_path)
+    train(CONFIG, out=tmp_path, progress=False)
 
 
 def test_corrupt_checkpoint_stops_the_resume_and_offers_the_last_good_one(tmp_path: Path) -> None:
@@ -157,6 +266,18 @@ def rank_main(rank: int, folder: str) -> None:
     out = Path(folder)
     train(CONFIG, out=out / "two ranks", progress=False)
     train(LEARNED, out=out / "learned", progress=False)
+    own = out / f"disk of machine {rank}"  # only that of rank 0 is written
+    train(CONFIG, out=own, progress=False)
+    with pytest.raises(RunError, match=r"rank 0 has checkpoint: step 6, .* rank 1 has checkpoint: none; .* shared"):
+        train(CONFIG, out=own, resume=True, progress=False)
+    twin = dataclasses.replace(CONFIG, weighting="table", table=str(out / f"source {rank}"))
+    source = out / f"source {rank}"
+    source.mkdir(exist_ok=True)
+    CONFIG.save(source / "config.yaml")
+    (source / "metrics.jsonl").write_text(json.dumps({"step": 6, "weights": [1.0 + rank] * 4}) + "\n")
+    with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
+        train(twin, out=out / "twin", progress=False)
+    assert not (out / "twin").exists()
     for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective

@@ -1,8 +1,8 @@
 """What came out of a grid: every arm against the baseline, pair by pair.
 
 The primary figure of a pair is the mean over the held-out noise levels of ln(loss of the arm / loss of the baseline),
-averaged weights, the same images and noise: the ratio is the same for the x0 loss and for EDM's. Below 0 the arm is
-better; -0.01 is 1 % less loss.
+averaged weights, the same images and noise: the ratio is the same for the x0 loss and for EDM's (of one sigma_data).
+Below 0 the arm is better; -0.01 is 1 % less loss.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..extras import import_extra
 from ..training.metrics import stacked
 from ..training.run import open_run
-from .grid import Grid, PlannedRun
+from .grid import Grid, GridError, PlannedRun
 
 
 class Interval(NamedTuple):
@@ -37,7 +37,7 @@ class ArmResult:
     arm: str
     held_out: Interval  # ln ratio to the baseline, mean over noise levels
     per_level: tuple[Interval, ...]  # ln ratio, by noise level
-    images_to_reach: Interval  # the baseline's final held-out loss, over the images that the baseline saw
+    images_to_reach: Interval  # the baseline's final held-out loss, ÷ images the baseline saw; NaN if a seed did not
     reached: int  # seeds that got there
     evaluation: Mapping[str, Interval]  # difference to the baseline in each metric of `vadiff evaluate`
     seconds: float  # of training, mean over seeds
@@ -67,7 +67,9 @@ class Results:
         ]
         for arm in self.arms:
             change = [f"{100 * math.expm1(value):+.2f}" for value in arm.held_out[:3]]
-            reach = f"{arm.images_to_reach.mean:.2f} × ({arm.reached} of {arm.held_out.number})"
+            reach = f"{arm.reached} of {arm.held_out.number} reached"
+            if arm.reached == arm.held_out.number:
+                reach = "{:.2f} × [{:.2f}, {:.2f}]".format(*arm.images_to_reach)
             line = f"{arm.arm:<{width}}  {arm.held_out.number:>5}  "
             line += f"{f'{change[0]} % [{change[1]}, {change[2]}]':>24}  {reach:>22}  {arm.seconds:>7.0f}"
             for metric in metrics:
@@ -108,9 +110,13 @@ def collect(grid: Grid, out: Path) -> Results:
     """Read the runs of a grid that are done.
 
     Raises:
+        GridError: a run was trained with other settings than the grid has, or a pair cannot be compared; the message
+            names it.
         MissingExtraError: SciPy is not installed.
     """
     runs = {(run.arm, run.seed): run for run in grid.runs(out)}
+    for run in runs.values():
+        run.check()
     done = {key: _Outcome.of(run) for key, run in runs.items() if run.is_done}
     paired = {key: outcome for key, outcome in done.items() if (grid.baseline, key[1]) in done}
     arms = []
@@ -128,6 +134,7 @@ class _Outcome:
     """What one run came to."""
 
     log_snr: list[float]  # [L]
+    sigma_data: float
     images: Tensor  # [R], at each measurement of the held-out loss
     log_loss: Tensor  # [R, L] float64, ln of the held-out loss, averaged weights
     evaluation: dict[str, float]
@@ -135,16 +142,16 @@ class _Outcome:
 
     @classmethod
     def of(cls, run: PlannedRun) -> "_Outcome":
-        entries = open_run(run.path).metrics()
+        opened = open_run(run.path)
+        entries = opened.metrics()
         measured = [entry for entry in entries if "held_out" in entry]
-        evaluations: dict[str, float] = {}
-        for entry in entries:
-            evaluations |= {k: v for k, v in entry.get("evaluation", {}).items() if isinstance(v, (int, float))}
+        evaluations = dict(opened.evaluations()).get(entries[-1]["images"], {})  # those of the end only
         return cls(
             measured[-1]["held_out"]["log_snr"],
+            run.config.sigma_data,
             stacked(measured, "images"),
             stacked(measured, "held_out", "loss_ema").log(),
-            evaluations,
+            {name: value for name, value in evaluations.items() if isinstance(value, (int, float))},
             max(entry["seconds"] for entry in entries if "seconds" in entry),
         )
 
@@ -162,6 +169,8 @@ class _Outcome:
 
 
 def _arm_result(arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> ArmResult:
+    for seed, (mine, other) in pairs.items():
+        _check_comparable(arm, seed, mine, other)
     ratios = torch.stack([mine.log_loss[-1] - other.log_loss[-1] for mine, other in pairs.values()])  # [S, L]
     reach = [m.images_to(float(o.log_loss[-1].mean())) / float(o.images[-1]) for m, o in pairs.values()]
     reached = [share for share in reach if not math.isnan(share)]
@@ -170,7 +179,8 @@ def _arm_result(arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> Arm
         arm,
         interval(ratios.mean(1).tolist()),
         tuple(interval(level.tolist()) for level in ratios.T),
-        interval(reached),
+        # Of those that got there alone it would flatter: the slow ones are missing.
+        interval(reached) if len(reached) == len(reach) else Interval(math.nan, math.nan, math.nan, len(reach)),
         len(reached),
         {
             name: interval([m.evaluation[name] - o.evaluation[name] for m, o in pairs.values()])
@@ -179,6 +189,17 @@ def _arm_result(arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> Arm
         float(np.mean([mine.seconds for mine, _ in pairs.values()])),
         dict(zip(pairs, ratios.mean(1).tolist(), strict=True)),
     )
+
+
+def _check_comparable(arm: str, seed: int, mine: _Outcome, other: _Outcome) -> None:
+    for name in ("sigma_data", "log_snr"):
+        values = getattr(mine, name), getattr(other, name)
+        if values[0] != values[1]:
+            what = "weighs its held-out loss by" if name == "sigma_data" else "measured its held-out loss at"
+            raise GridError(
+                f"arm {arm}, seed {seed} {what} {name} {values[0]}, the baseline {values[1]}: their losses cannot be "
+                "compared. Give both arms the same"
+            )
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -31,8 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import RunError, UserError
 from ..extras import import_extra
+from ..training import run_folder
+from ..training.assembly import TABLE_FILE, read_table
 from ..training.config import TrainConfig
 from ..training.presets import PRESETS
 from ..training.run import open_run
@@ -60,6 +62,35 @@ class PlannedRun:
             return 0
         entries = open_run(self.path).metrics()
         return int(entries[-1]["step"]) if entries else 0
+
+    def check(self) -> None:
+        """Whether what is in its folder is, so far, the run that is planned.
+
+        Raises:
+            GridError: it was trained with other settings, or with the weights that the other run had before.
+        """
+        if not (self.path / "config.yaml").is_file():
+            return
+        saved = open_run(self.path).config
+        ignored = run_folder.IMMATERIAL | ({"steps"} if saved.steps < self.config.steps else set())
+        if differing := run_folder.differences(saved, self.config, ignored):
+            raise GridError(
+                f"{self.path} was trained with other settings: {'; '.join(differing)}. Mend the experiment, choose "
+                "another --out, or remove that folder to train it again"
+            )
+        if self.needs is None or not (self.path / TABLE_FILE).is_file() or not (self.needs / "config.yaml").is_file():
+            return
+        try:
+            current = read_table(self.config, None)
+        except RunError as error:  # that run is being trained again
+            raise GridError(
+                f"{self.path} has a weight table that cannot be compared with its source: {error}"
+            ) from error
+        if read_table(self.config, self.path) != current:
+            raise GridError(
+                f"{self.path} is stale: {self.needs} has ended with another weight table since. Remove the folder "
+                f"{self.path} to train it again"
+            )
 
     @property
     def is_done(self) -> bool:

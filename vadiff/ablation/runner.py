@@ -10,13 +10,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ..extras import import_extra
+from ..training.run_folder import is_in_use
 from .grid import Grid, GridError, PlannedRun
+
+_POLL_SECONDS = 1.0  # between two looks at a run that another process trains
 
 
 def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None) -> list[Path]:
     """Train what is missing, and go on with what broke off.
 
-    A run's output goes to `train.log` in its folder. A run whose weight table comes from another one waits for that.
+    A run's output goes to `train.log` in its folder. A run whose weight table comes from another one waits for that,
+    also where another process, as that of a job array, is training it.
 
     Args:
         grid: what to train.
@@ -28,7 +32,7 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
         The folders of the runs that failed, or could not begin because one that they need did.
 
     Raises:
-        GridError: no such run.
+        GridError: no such run, or one that was trained with other settings than it should be; nothing is trained then.
         KeyboardInterrupt: all processes were told to stop, and left a checkpoint.
     """
     runs = grid.runs(out)
@@ -37,6 +41,8 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
             raise GridError(f"index is {index}, expected 0 to {len(runs) - 1}: a run of the grid")
         chosen = runs[index]
         runs = [run for run in runs if run.path in (chosen.path, chosen.needs)]
+    for run in runs:
+        run.check()
     waiting = [run for run in runs if not run.is_done]
     done = {run.path for run in runs} - {run.path for run in waiting}
     failed: list[Path] = []
@@ -71,11 +77,23 @@ class _Children:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._stopping = False
+        self._stopping = threading.Event()
 
     def train(self, run: PlannedRun) -> bool:
         """Train one run to its end; whether it got there."""
         run.path.mkdir(parents=True, exist_ok=True)
+        while not run.is_done:
+            if is_in_use(run.path):
+                if self._stopping.wait(_POLL_SECONDS):
+                    return False
+            elif run.is_done:  # it ended between the two looks
+                break
+            elif not self._train_once(run) and not is_in_use(run.path):  # it failed, and not for another's being faster
+                return False
+        return True
+
+    def _train_once(self, run: PlannedRun) -> bool:
+        """Train a run in a process; whether that came to the run's end."""
         with tempfile.TemporaryDirectory() as folder, (run.path / "train.log").open("ab") as log:
             config = Path(folder) / "config.yaml"
             run.config.save(config)
@@ -83,7 +101,7 @@ class _Children:
             command += ["--resume", "--out", str(run.path)]
             environment = {"OMP_NUM_THREADS": "1", **os.environ}  # side by side, more threads get in each other's way
             with self._lock:
-                if self._stopping:
+                if self._stopping.is_set():
                     return False
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -97,6 +115,6 @@ class _Children:
     def stop(self) -> None:
         """Tell all of them to write a checkpoint and end."""
         with self._lock:
-            self._stopping = True
+            self._stopping.set()
             for process in self._processes:
                 process.send_signal(signal.SIGTERM)

@@ -1,6 +1,8 @@
 """The command `vadiff`: one module per command, imported for its arguments; what is heavy is imported when it runs."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted.
+        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted, 141 when
+        nobody reads its output any more.
 
     Raises:
         SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
@@ -28,9 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except (MissingExtraError, UserError) as error:
         print(f"vadiff: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("\nvadiff: interrupted", file=sys.stderr)
         return 130

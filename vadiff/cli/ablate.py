@@ -16,7 +16,10 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, metavar="GRID.toml", help="the experiment")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="default: runs/NAME")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        help="default: runs/NAME, or runs/NAME-N-steps with --steps N",
+    )  # fmt: skip
     parser.add_argument("--data", metavar="PATH", default=argparse.SUPPRESS, help="where the data set is")
     parser.add_argument("--device", default=argparse.SUPPRESS, help="of all runs: auto, cpu, cuda, cuda:N")
     parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time, side by side on the device")
@@ -38,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error(f"argument --jobs: {options.jobs}, expected at least 1")
     overrides = {name: getattr(options, name) for name in ("data", "device", "steps") if name in options}
     grid = read_grid(options.grid, overrides, seeds=getattr(options, "seeds", None))
-    out = options.out if "out" in options else Path("runs") / grid.name
+    name = f"{grid.name}-{options.steps}-steps" if "steps" in options else grid.name  # a trial is another experiment
+    out = options.out if "out" in options else Path("runs") / name
     if options.list:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")

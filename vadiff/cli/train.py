@@ -18,7 +18,8 @@ DESCRIPTION = (
     "Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/. "
     "A flag that is not given has the value of the preset. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. "
     "Exit status: 0 at the end of training, 1 for what can be mended (the message says how), 2 for flags that do not "
-    "fit, 143 after SIGTERM and 130 after SIGINT, with a checkpoint that --resume goes on from."
+    "fit, 143 after SIGTERM and 130 after SIGINT, with a checkpoint that --resume goes on from. Under torchrun the "
+    "status is torchrun's own: 1 for anything but 0, also after a signal, with a checkpoint all the same."
 )
 
 

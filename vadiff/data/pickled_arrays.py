@@ -1,15 +1,22 @@
 """An unpickler that builds nothing but NumPy arrays of numbers and plain containers.
 
 A pickle is a program; reading one with `pickle.load` runs whatever its author put in. CIFAR's python layout is pickled.
+No object of NumPy is ever within its reach: their constructors take buffers and formats at their word, and write where
+those say. A pickle gets placeholders, which check what they are told; arrays are made when it has ended.
 """
 
 import io
+import math
 import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-_reconstruct = np.empty(0).__reduce__()[0]  # its module has another name in NumPy 2 than in NumPy 1
+_NUMBERS = re.compile("b1|[iu][1248]|f[248]")
+_BYTE_ORDERS = ("|", "=", "<", ">")
+_PLAIN = (bytes, str, int, float, complex, bool, type(None))
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -17,7 +24,7 @@ class UnsafePickleError(pickle.UnpicklingError):
 
 
 def load_arrays(content: bytes) -> Any:
-    """The object in a pickle that holds arrays of numbers, lists, mappings, text, bytes and numbers only.
+    """The object in a pickle that holds arrays of numbers, lists, tuples, mappings, text, bytes and numbers only.
 
     Pickles of Python 2 are read with their text as bytes, as `encoding="bytes"` does.
 
@@ -25,7 +32,7 @@ def load_arrays(content: bytes) -> Any:
         UnsafePickleError: the pickle asks for anything else; nothing of it was run.
         Exception: the pickle is broken, in whatever way pickle puts it.
     """
-    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    return _with_arrays(_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -38,24 +45,127 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UnsafePickleError("it refers to objects outside of itself")
 
 
-def _encode(text: str, encoding: str) -> bytes:
+class _NDArray:
+    """In place of the class numpy.ndarray: can be named, neither called nor changed."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("it changes a class or a function")
+
+
+class _Function(_NDArray):
+    """A function that a pickle can call but not change: on a bare one it could set attributes."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+class _DType:
+    """In place of a dtype."""
+
+    __slots__ = ("_order", "name")
+
+    def __init__(self, name: Any, *flags: Any) -> None:  # the flags are how Python copies it
+        name = name.decode("latin1") if type(name) is bytes else name
+        if type(name) is not str or not _NUMBERS.fullmatch(name):
+            raise UnsafePickleError(f"it asks for an array of {name!r}, expected numbers")
+        self.name: str = name
+        self._order = "="
+
+    def __setstate__(self, state: Any) -> None:
+        # Version, byte order, subarray, names, fields, and three that only structures and text have a use for.
+        if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:5] != (None, None, None):
+            raise UnsafePickleError(f"it asks for a dtype of state {state!r}, expected one of numbers")
+        order = state[1].decode("latin1") if type(state[1]) is bytes else state[1]
+        if order not in _BYTE_ORDERS:
+            raise UnsafePickleError(f"it asks for the byte order {order!r}, expected one of {' '.join(_BYTE_ORDERS)}")
+        self._order = order
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return int(self.name[1:])
+
+    def real(self) -> np.dtype[Any]:
+        return np.dtype(self._order + self.name)
+
+
+class _Array:
+    """In place of an array."""
+
+    __slots__ = ("_data", "_dtype", "_order", "_shape")
+
+    def __init__(self) -> None:
+        self._dtype: _DType | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not tuple or len(state) != 5:
+            raise UnsafePickleError("it gives an array something other than version, shape, dtype, order and data")
+        _, shape, dtype, by_columns, data = state
+        if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
+            raise UnsafePickleError(f"it asks for an array of shape {shape!r}, expected whole numbers")
+        if type(dtype) is not _DType:
+            raise UnsafePickleError(f"it asks for an array of {type(dtype).__name__}, expected numbers")
+        if type(data) is not bytes:
+            raise UnsafePickleError(f"it fills an array from {type(data).__name__}, expected bytes")
+        expected = math.prod(shape) * dtype.itemsize
+        if len(data) != expected:
+            raise UnsafePickleError(f"it fills an array of {expected} bytes with {len(data)}")
+        self._shape, self._dtype, self._order, self._data = shape, dtype, "F" if by_columns else "C", data
+
+    def real(self) -> np.ndarray:
+        if self._dtype is None:
+            raise UnsafePickleError("it asks for an array without saying what is in it")
+        flat = np.frombuffer(self._data, self._dtype.real())
+        return flat.reshape(self._shape, order="F" if self._order == "F" else "C").copy()
+
+
+def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
+    """`value` with arrays in place of their placeholders; `done` holds what was met before, by its identity."""
+    if id(value) in done:
+        return done[id(value)]
+    if type(value) is _Array:
+        done[id(value)] = value.real()
+    elif type(value) is list:
+        items = done[id(value)] = []
+        items.extend(_with_arrays(item, done) for item in value)
+    elif type(value) is dict:
+        entries = done[id(value)] = {}
+        entries.update((_with_arrays(key, done), _with_arrays(item, done)) for key, item in value.items())
+    elif type(value) is tuple:
+        done[id(value)] = tuple(_with_arrays(item, done) for item in value)
+    elif type(value) in _PLAIN:
+        return value
+    else:
+        raise UnsafePickleError(f"it holds {type(value).__name__.lstrip('_')}, expected arrays and plain containers")
+    return done[id(value)]
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
     """How protocol 2 writes bytes under Python 3; other codecs could decompress or import."""
-    if encoding != "latin1":
+    if type(text) is not str or encoding != "latin1":
         raise UnsafePickleError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
 
 
-def _dtype(*arguments: Any) -> np.dtype[Any]:
-    dtype = np.dtype(*arguments)
-    if dtype.hasobject or dtype.fields is not None:
-        raise UnsafePickleError(f"it asks for an array of {dtype}, expected numbers")
-    return dtype
+def _reconstruct(kind: Any, *unused: Any) -> _Array:
+    """What NumPy's own makes is empty as well: shape, dtype and data come as its state."""
+    if kind is not _NDARRAY:
+        raise UnsafePickleError("it asks for a kind of array that is not numpy.ndarray")
+    return _Array()
 
 
+_NDARRAY = _NDArray()
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Function(_DType),
+    ("_codecs", "encode"): _Function(_encode),
+    ("numpy.core.multiarray", "_reconstruct"): _Function(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): _Function(_reconstruct),
 }

@@ -19,7 +19,7 @@ class LevelGradients(NamedTuple):
     log_snr: Tensor  # [L]
     products: Tensor  # [L, L] estimates of g_i·g_j without the bias of noisy gradients
     weight: Tensor  # [L] the run's weight w at each level
-    share: Tensor  # [L] the level's share of the training samples, summing to 1
+    share: Tensor  # [L] the level's share p of the mass (samples times sample weights), summing to 1
 
     @property
     def norm(self) -> Tensor:
@@ -73,7 +73,7 @@ def level_gradients(
         labels: [N] int64, or None.
         log_snr: [L] noise levels.
         weight: [L] the run's weight at these levels.
-        share: [L] share of the training samples there; only the proportions count.
+        share: [L] mass there: training samples, each times its sample weight; only the proportions count.
         seed: of the noise.
         batch_size: images at a time; changes the result by rounding only.
 

@@ -41,6 +41,11 @@ def unet(
     if any(width_ % norm_groups for width_ in channels):
         raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
     resolutions = [height >> level for level in range(len(channels))]
+    if attention_resolutions and not set(attention_resolutions) & set(resolutions):
+        raise ValueError(
+            f"attention_resolutions is {tuple(attention_resolutions)}, but the resolutions are {tuple(resolutions)}: "
+            "none has self-attention. Give one of them, or () for no attention"
+        )
     attends = [resolution in attention_resolutions for resolution in resolutions]
     return _UNet(
         sample_size=(height, width),
@@ -63,6 +68,8 @@ def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -
     Raises:
         ValueError: they have not.
     """
+    if not channels:
+        raise ValueError("channels is (), expected one width per resolution, one at least")
     _, height, width = image_shape
     multiple = 2 ** (len(channels) - 1)
     if height % multiple or width % multiple:

@@ -1,5 +1,6 @@
 """The charts of a report: each a function from groups of runs to a `Chart`."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -215,8 +216,11 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
-            rows = [run.scalars.get(scalar, np.full(len(run.images), np.nan)) for run in group.runs]
-            draw_spread(panel, group_images(group), _stacked(rows), color, dash, group.label if len(groups) > 1 else "")
+            images = group_images(group)
+            rows = [
+                run.scalars.get(scalar, np.full(len(run.images), np.nan))[run.rows_at(images)] for run in group.runs
+            ]
+            draw_spread(panel, images, np.stack(rows), color, dash, group.label if len(groups) > 1 else "")
         images_axis(panel)
         panel.set_ylabel(label)
         if scalar in ("base_loss", "loss"):
@@ -291,20 +295,16 @@ def _last(group: Group, name: str) -> Array:
 
 def log_values(group: Group, what: str) -> Array:
     """log10 of a statistic over training, mean over the group's runs, [R, K], NaN where too few samples were seen."""
-    rows = min(len(run.images) for run in group.runs)
+    images = group_images(group)
     with np.errstate(divide="ignore", invalid="ignore"), all_nan_is_no_value():
-        logs = [np.log10(np.where(run.seen, getattr(run, what), np.nan))[:rows] for run in group.runs]
+        logs = [np.log10(np.where(run.seen, getattr(run, what), np.nan))[run.rows_at(images)] for run in group.runs]
         mean: Array = np.nanmean(logs, 0)
     return np.where(np.isfinite(mean), mean, np.nan)
 
 
 def group_images(group: Group) -> Array:
     """Images seen at each entry that all runs of a group have."""
-    return group.first.images[: min(len(run.images) for run in group.runs)]
-
-
-def _stacked(rows: Sequence[Array]) -> Array:
-    return np.stack([row[: min(map(len, rows))] for row in rows])
+    return functools.reduce(np.intersect1d, [run.images for run in group.runs])
 
 
 def aligned(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[Array, Array]:

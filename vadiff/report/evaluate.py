@@ -179,7 +179,7 @@ def _gradients(
         None if data.train_labels is None else data.train_labels[chosen],
         log_snr,
         criterion.weight_at(log_snr.float()),
-        criterion.statistics.count[_bin_of(log_snr, criterion.bin_centers)],
+        criterion.statistics.mass[_bin_of(log_snr, criterion.bin_centers)],
         batch_size=batch_size,
     )
 
@@ -244,15 +244,15 @@ def _gradients_rows(gradients: LevelGradients) -> list[dict[str, float]]:
         "norm": gradients.norm,
         "weight": gradients.weight,
         "weighted_norm": gradients.weight * gradients.norm,
-        "sample_share": gradients.share,
+        "mass_share": gradients.share,
         "step_share": gradients.step_share(weighted=False),
         "step_share_weighted": gradients.step_share(weighted=True),
-        "cosine_to_step": gradients.cosine_to_step(weighted=False),
-        "cosine_to_step_weighted": gradients.cosine_to_step(weighted=True),
+        "cosine_to_step": gradients.cosine_to_step(weighted=False).clamp(-1.0, 1.0),  # estimates can lie beyond
+        "cosine_to_step_weighted": gradients.cosine_to_step(weighted=True).clamp(-1.0, 1.0),
     }
     columns |= {
         f"cosine_to_{level:.2f}": cosine
-        for level, cosine in zip(gradients.log_snr.tolist(), gradients.cosine.T, strict=True)
+        for level, cosine in zip(gradients.log_snr.tolist(), gradients.cosine.T.clamp(-1.0, 1.0), strict=True)
     }
     names, values = list(columns), [column.tolist() for column in columns.values()]
     return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]

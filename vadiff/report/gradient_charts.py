@@ -33,7 +33,7 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
         panel.set_ylim(bottom=0)
 
     def agreement(panel: Any) -> None:
-        own, weighted = (gradients.cosine_to_step(weighted=choice).numpy() for choice in (False, True))
+        own, weighted = (gradients.cosine_to_step(weighted=choice).numpy().clip(-1.0, 1.0) for choice in (False, True))
         lines(panel, own, weighted, "cosine with the training step")
         panel.axhline(0.0, color="#7b8794", linewidth=1)
         panel.set_ylim(min(-0.05, np.nanmin([own, weighted], initial=0.0) - 0.05), 1.05)

@@ -121,7 +121,8 @@ def comparable(groups: Sequence[Group]) -> bool:
 
 def _last(group: Group, name: str) -> tuple[Array, Array]:
     """(log_snr [L], last held-out losses [seeds, L])."""
-    found = [run.held_out[-1][1] for run in group.runs]
+    common = set.intersection(*({at for at, _ in run.held_out} for run in group.runs))
+    found = [dict(run.held_out)[max(common)] if common else run.held_out[-1][1] for run in group.runs]
     return found[0]["log_snr"], np.stack([values[name] for values in found])
 
 

@@ -1,8 +1,6 @@
 """What the report shows: histories of runs as arrays, and runs that differ in their seed only as one group."""
 
 import contextlib
-import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import RunError, UserError
-from ..extras import MissingExtraError
+from ..errors import RunError
 from ..training import TrainConfig
-from ..training.assembly import load_images
 
 if TYPE_CHECKING:
     from ..training import Run
@@ -49,7 +45,7 @@ class History:
     samples: list[tuple[int, Path]]  # (step, picture)
     gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
-    held_out_is_test: bool | None = None  # None where the data set is no longer at hand
+    held_out_is_test: bool | None = None  # None where the run has not noted it
 
     @property
     def seen(self) -> Array:
@@ -58,6 +54,10 @@ class History:
             return self.count > 0
         enough = np.minimum(_ENOUGH, self.count[-1].max(initial=0.0) / 2)
         return (self.count >= enough) & (self.count > 0)
+
+    def rows_at(self, images: Array) -> Array:
+        """Which entries were written after these numbers of images, all of which must be there. [X]"""
+        return np.searchsorted(self.images, images)
 
     @property
     def relative_std(self) -> Array:
@@ -91,7 +91,7 @@ def read_history(run: "Run") -> History:
     Raises:
         RunError: nothing was logged yet, or its files are damaged.
     """
-    lines = run.metrics()
+    lines, facts = run.metrics(), run.data_facts()
     logged = [line for line in lines if "statistics" in line]
     if not logged:
         raise RunError(f"{run.path} has logged nothing yet: train for at least log_every steps, then report")
@@ -120,11 +120,11 @@ def read_history(run: "Run") -> History:
         std=np.sqrt(statistics["variance"]),
         weights=np.array([line["weights"] for line in logged], dtype=float),
         held_out=_held_out(lines),
-        evaluation=_evaluations(run.path, lines),
+        evaluation=run.evaluations(),
         samples=_samples(run.path),
         gradients=_gradients(run.path),
         magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
-        held_out_is_test=_held_out_is_test(config["dataset"], config["data"], config["image_size"]),
+        held_out_is_test=None if facts is None else facts.held_out_is_test,
     )
 
 
@@ -133,6 +133,9 @@ def group_runs(histories: Sequence[History]) -> list[Group]:
 
     A group is called by its weighting, if that differs, and by what else its settings have other than the first's; by
     the run's folder where nothing differs.
+
+    Raises:
+        RunError: runs that differ in their seed only have logged at no common number of images.
     """
     groups: list[tuple[dict[str, Any], list[History]]] = []
     for history in histories:
@@ -153,6 +156,12 @@ def group_runs(histories: Sequence[History]) -> list[Group]:
             telling = [name for name in differing if name == "weighting" or settings.get(name) != first[name]]
         label = _label({name: settings.get(name) for name in telling}) if telling else members[0].name
         ordered = sorted(members, key=lambda history: history.config["seed"])
+        if not set.intersection(*({*run.images.tolist()} for run in ordered)):
+            paths = ", ".join(str(run.path) for run in ordered)
+            raise RunError(
+                f"{paths} differ in their seed only, but have no line of metrics at the same number of images: let "
+                "them end, or report them one by one"
+            )
         named.append(Group(label, tuple(ordered)))
     return named
 
@@ -181,25 +190,6 @@ def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Arra
         for line in lines
         if line.get("held_out")
     ]
-
-
-def _evaluations(path: Path, lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
-    """From metrics.jsonl, and from what `vadiff evaluate` left in the run; the latter counts where both have one."""
-    found = {line["images"]: dict(line["evaluation"]) for line in lines if line.get("evaluation")}
-    for file in sorted(path.glob("evaluation/step-*/metrics.json")):
-        content = json.loads(file.read_text())
-        found.setdefault(content["images_seen"], {}).update(content["metrics"])
-    return sorted(found.items())
-
-
-@functools.lru_cache
-def _held_out_is_test(dataset: str, data: str | None, image_size: int) -> bool | None:
-    """Whether the held-out images are a test set; None where the data set is no longer there."""
-    if dataset != "digits" and data is None:
-        return True  # the official archive, which has one; a report downloads nothing to make sure
-    with contextlib.suppress(UserError, MissingExtraError):
-        return load_images(TrainConfig(dataset=dataset, data=data, image_size=image_size)).held_out_is_test
-    return None
 
 
 def _gradients(path: Path) -> list[Path]:

@@ -146,6 +146,8 @@ class TrainConfig:
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
+        if not self.channels:
+            raise ValueError("channels is (), expected one width per resolution, one at least")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if len(set(self.sigma_rel)) < len(self.sigma_rel):

@@ -39,6 +39,14 @@ class Ranks:
             if parameter.grad is not None:
                 parameter.grad = self.mean(parameter.grad)
 
+    def gather(self, text: str) -> list[str]:
+        """The text of every rank, in their order; every rank must call it."""
+        if self.size == 1:
+            return [text]
+        found = [""] * self.size
+        torch.distributed.all_gather_object(found, text)
+        return found
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

@@ -65,7 +65,7 @@ def held_out_loss(
     """EDM's loss of a denoiser with `draws` fixed noises per image and level.
 
     A flow denoiser is measured in the same way, by its estimate of x0. The noise depends on the seed, the place of an
-    image in `images` and the draw only; it is the same for every level.
+    image in `images` and the draw only, not on how many there are; it is the same for every level.
 
     Args:
         denoiser: used in the mode it is in; call `.eval()` first if it has dropout.
@@ -79,10 +79,9 @@ def held_out_loss(
     device = next(denoiser.parameters()).device
     levels = torch.tensor(log_snr_levels)
     weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
-    noises = torch.Generator().manual_seed(seed)
     errors = torch.zeros(len(levels), len(images), device=device)
-    for _ in range(draws):
-        noise = torch.randn(images.shape, generator=noises)
+    for draw in range(draws):
+        noise = _noise(images.shape, seed, draw)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             clean = images[part].to(device)
@@ -93,3 +92,11 @@ def held_out_loss(
                 error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
                 errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
     return HeldOutLoss(levels, errors.cpu())
+
+
+def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
+    """Noise of which the first n images are the same however many there are."""
+    generator = torch.Generator().manual_seed(seed + (draw << 32))
+    size = shape.numel()
+    rounded = -(-size // 16) * 16  # torch fills sixteen at a time, and draws an incomplete sixteen differently
+    return torch.randn(rounded, generator=generator)[:size].view(shape)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import signal
 import sys
 import time
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ema import PowerFunctionEMA, remove_after
-from ..errors import TrainingError
+from ..errors import RunError, TrainingError
 from ..extras import import_extra
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..models import Denoiser, normalize_weights
 from . import run_folder
-from .assembly import build_criterion, build_denoiser, build_levels, load_images
+from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .batches import Batch, Batches
-from .checkpoint import load_checkpoint, save_checkpoint, steps_saved
-from .config import TrainConfig
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
+from .config import TABLE, TrainConfig
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .metrics import MetricsLog, memory_bytes, statistics_of
@@ -76,20 +77,32 @@ def train(
     Raises:
         MissingExtraError: a package of the extra `train` is not installed.
         DataError: the data set is missing, truncated or corrupt.
-        RunError: `out` holds a run already, or one of another config.
+        RunError: `out` holds a run already, or one of another config or of other images; another process trains there;
+            or the ranks do not find the same in it.
         CheckpointError: a checkpoint is corrupt, or cannot be written; the message names the last good one.
         TrainingError: too many non-finite steps in a row.
-        Stopped: SIGTERM or SIGINT; a checkpoint was written.
+        Stopped: SIGTERM or SIGINT; a checkpoint was written, unless the steps before were non-finite.
     """
     path = None if out is None else Path(out)
     device = local_device(config.torch_device())
-    with ranks(device) as group, own_global_state(device, deterministic=config.deterministic):
+    with (
+        ranks(device) as group,
+        own_global_state(device, deterministic=config.deterministic),
+        contextlib.ExitStack() as locks,
+    ):
+        was_there = path is not None and path.is_dir()
+        if path is not None and was_there and group.is_main:
+            locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
         trainer = _Trainer(config, objective or OBJECTIVES[config.process], path, device, group, resume=resume)
         group.wait()
         if path is not None and group.is_main:  # not before all parts are made: what does not fit writes nothing
-            run_folder.begin(path, config, resume=resume)
+            if not was_there:
+                path.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(run_folder.lock(path))
+                run_folder.check(path, config, resume=resume, overwrite=overwrite)  # another may have been faster
+            run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step)
         trainer.open_log()
         try:
             return trainer.run(progress)
@@ -131,8 +144,13 @@ class _Trainer:
         self.optimisation = Optimisation(config, parameters, device)
         self.network = self._trained_network()
         self.step, self.seconds = 0, 0.0
-        if earlier is not None and steps_saved(earlier):
-            self._load(load_checkpoint(earlier, device=device))
+        self.saved: int | None = None  # the step of the latest checkpoint
+        self.save_due = False
+        self._agree(earlier)
+        if earlier is not None:
+            run_folder.check_images(earlier, self.images)
+            if steps_saved(earlier):
+                self._load(load_checkpoint(earlier, device=device))
         self.timed_step = self.step  # since when images per second are counted
 
     def open_log(self) -> None:
@@ -161,6 +179,8 @@ class _Trainer:
                 self._train_step(self.step)
                 self.step += 1
                 bar.update(size)
+                if self.step % config.max_skipped_steps == 0:  # now and then: it waits for the device
+                    self._check_skipped()
                 measured = self._due(config.held_out_every)
                 if self._logs(self.step):
                     held_out = self._write_line(bar, measured, weights)
@@ -168,7 +188,8 @@ class _Trainer:
                     save_grid(self.out, self.step, self.average, config.sample_count)
                 if self.power_averages is not None and self.out is not None and self._due(config.snapshot_every):
                     self.power_averages.save(self.out / SNAPSHOTS, config.snapshot_precision)
-                if self._due(config.checkpoint_every):
+                self.save_due |= self._due(config.checkpoint_every)
+                if self.save_due and (self.step == config.steps or not self._skipped_in_a_row()):
                     self._save()
                 if number := stop.agreed():
                     self._stop(number)
@@ -220,7 +241,7 @@ class _Trainer:
         `weights` are those of the layers before the last step, if their updates are to be logged.
         """
         totals = self.optimisation.totals
-        loss, norm, clipped, finite, skipped, _, longest = self.group.mean(totals).tolist()
+        loss, norm, clipped, finite, skipped = self.group.mean(totals[:5]).tolist()
         totals[:4] = 0.0
         now = time.monotonic()
         entry = {
@@ -252,13 +273,42 @@ class _Trainer:
             self.log.add(entry)
             bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
         self.timed_step, self.since = self.step, time.monotonic()
+        self._check_skipped()
+        return held_out
+
+    def _check_skipped(self) -> None:
+        """Whether too many steps in a row were left out; waits for the device."""
+        longest = int(self.optimisation.totals[6])
         if longest >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"{longest:.0f} steps in a row had a non-finite gradient, the last up to step {self.step}. They "
-                "were left out, so the weights are good; but a lower learning_rate, a clip, or precision bf16 in place "
-                f"of fp16 is needed. Metrics up to here are in {self.out or 'memory'}"
+                f"{longest} steps in a row had a non-finite gradient, the last up to step {self.step}. They were left "
+                "out of the weights, and no checkpoint was written since the first. Go on with --resume and a lower "
+                "--learning-rate, a --clip, or --precision bf16 in place of fp16. Metrics up to here are in "
+                f"{self.out or 'memory'}"
             )
-        return held_out
+
+    def _skipped_in_a_row(self) -> int:
+        """How many steps up to this one were left out; waits for the device.
+
+        Meanwhile nothing is saved: what cannot go on would take the place of checkpoints that can.
+        """
+        return int(self.optimisation.totals[5])
+
+    def _agree(self, earlier: Path | None) -> None:
+        """Whether all ranks go on from the same: on several machines, each looks into its own folder."""
+        config = self.config
+        parts = ["no checkpoint" if earlier is None else f"checkpoint: {fingerprint(earlier)}"]
+        parts.append(f"{len(self.images.train):,} training images")
+        if TABLE in (config.weighting, config.levels):
+            weights = repr(read_table(config, earlier).weights)
+            parts.append(f"weight table {hashlib.sha256(weights.encode()).hexdigest()[:12]}…")
+        found = self.group.gather("; ".join(parts))
+        if len(set(found)) > 1:
+            other = next(rank for rank, text in enumerate(found) if text != found[0])
+            raise RunError(
+                f"the ranks do not begin from the same: rank 0 has {found[0]}; rank {other} has {found[other]}. "
+                "Several machines need a shared file system for --out, --data and --table, or the same files on each"
+            )
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Where gradients stay on their rank until the last part of the batch."""
@@ -276,6 +326,9 @@ class _Trainer:
         return network
 
     def _save(self) -> None:
+        self.save_due = False
+        if self.saved == self.step:
+            return
         if self.out is not None:
             state = {
                 "step": self.step,
@@ -293,6 +346,7 @@ class _Trainer:
             if self.power_averages is not None:
                 state["power_averages"] = self.power_averages.state_dict()
             save_checkpoint(self.out, self.step, state, self.config.keep_checkpoints)
+        self.saved = self.step
 
     def _load(self, state: dict[str, Any]) -> None:
         self.denoiser.load_state_dict(state["model"])
@@ -300,14 +354,22 @@ class _Trainer:
         self.criterion.load_state_dict(state["criterion"])
         self.levels.load_state_dict(state["levels"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
-        self.optimisation.scaler.load_state_dict(state["scaler"])
-        self.optimisation.totals.copy_(state["totals"])
+        if state["scaler"]:  # empty where the precision was another
+            self.optimisation.scaler.load_state_dict(state["scaler"])
+        totals = self.optimisation.totals
+        totals.copy_(state["totals"])
+        totals[6] = totals[5]  # the longest row of skipped steps is that of this process
         if self.power_averages is not None:
             self.power_averages.load_state_dict(state["power_averages"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
 
     def _stop(self, number: int) -> None:
-        self._save()
+        skipped = self._skipped_in_a_row()
+        if skipped < 2:  # one alone is how fp16 finds its scale: no reason to lose what was done
+            self._save()
         name = signal.Signals(number).name
         where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
+        if skipped >= 2:
+            where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

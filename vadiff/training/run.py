@@ -1,6 +1,7 @@
 """A run directory, opened to look at, sample from or evaluate.
 
 config.yaml          the config
+data.json            how many images, and whether those held out are a test set
 metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.training.metrics`
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
@@ -11,7 +12,7 @@ snapshots/, ema/     see `vadiff.training.post_hoc`
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +25,16 @@ from .assembly import build_criterion, build_denoiser, load_images
 from .checkpoint import load_checkpoint, steps_saved
 from .config import TrainConfig
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, DATA = "config.yaml", "metrics.jsonl", "data.json"
 WEIGHTS = ("ema", "raw")
+
+
+class DataFacts(NamedTuple):
+    """What a run notes about its data set."""
+
+    train: int  # images
+    held_out: int  # images
+    held_out_is_test: bool  # False where they were taken from the training set
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,38 @@ class Run:
     def checkpoints(self) -> list[int]:
         """The steps of the checkpoints that are there, ascending."""
         return steps_saved(self.path)
+
+    def data_facts(self) -> DataFacts | None:
+        """What was noted about the data set when the run began, None where nothing was.
+
+        Raises:
+            RunError: the note is damaged.
+        """
+        path = self.path / DATA
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            return DataFacts(int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} cannot be read: {error}. Remove it, then go on with --resume") from error
+
+    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        """(images seen, metric → value) for each step that was evaluated, ascending.
+
+        From metrics.jsonl, and from what `vadiff evaluate` left in the run; the latter counts where both have one.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        found = {line["images"]: dict(line["evaluation"]) for line in self.metrics() if line.get("evaluation")}
+        for file in sorted(self.path.glob("evaluation/step-*/metrics.json")):
+            try:
+                content = json.loads(file.read_text())
+                found.setdefault(content["images_seen"], {}).update(content["metrics"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
+        return sorted(found.items())
 
     def denoiser(self, weights: str = "ema", step: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
         """The denoiser of a checkpoint, in eval mode.
