@@ -405,6 +405,10 @@ def test_interrupted_ablation_tells_its_processes_to_stop(tmp_path: Path, monkey
             told.set()
 
     monkeypatch.setattr("subprocess.Popen", lambda *arguments, **options: Process())
-    with pytest.raises(KeyboardInterrupt):
-        train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped == [signal.SIGTERM]
