@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 
 import vadiff
@@ -68,9 +69,8 @@ def train(weighting: str, images: Tensor, steps: int, batch: int = 256) -> vadif
 def picture(criteria: dict[str, vadiff.DiffusionLoss], path: Path) -> dict[str, float]:
     """Draw it; highest ÷ lowest standard deviation of the weighted loss, by weighting."""
     spread = {}
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "vadiff", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    looks = {"svg.hashsalt": "vadiff", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(looks):
         figure = Figure(figsize=(9.6, 3.1), layout="constrained", facecolor="white")
         loss, weight, balance = figure.subplots(1, 3)
         for name, criterion in criteria.items():
@@ -92,6 +92,9 @@ def picture(criteria: dict[str, vadiff.DiffusionLoss], path: Path) -> dict[str, 
         balance.set_ylabel("std of the weighted loss")
         for panel in (loss, weight, balance):
             panel.set_yscale("log", nonpositive="clip")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.set_xlabel("log-SNR (nats)    less noise →")
             panel.grid(alpha=0.3)
         figure.legend(*balance.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -103,7 +106,7 @@ def picture(criteria: dict[str, vadiff.DiffusionLoss], path: Path) -> dict[str, 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DOCS / "picture.svg", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=2000, help="default: %(default)s")
     options = parser.parse_args(arguments)
     images = load_digits().train.flatten(1)
     criteria = {name: train(name, images, options.steps) for name in NAMES}
