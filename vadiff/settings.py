@@ -45,7 +45,7 @@ def settings_for(
     settings.setdefault("bins", min(1024, max(2, math.ceil((high - low) / width))))
     weighting = overrides.get("weighting", "variance_aware")
     if weighting == "variance_aware":
-        halved = fine_tuning and form in ("epsilon", "sample", "v_prediction")
+        halved = fine_tuning and form not in ("edm", "flow")
         settings["weighting"] = VarianceAware(strength=_FINE_TUNING_STRENGTH if halved else 1.0)
     elif isinstance(weighting, str) and takes_prediction_type(weighting):
         if form is None:

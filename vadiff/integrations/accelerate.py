@@ -23,8 +23,8 @@ def prepare(accelerator: Accelerator, criterion: DiffusionLoss) -> Any:
 
     A criterion without parameters is registered for checkpointing, under every launcher, and returned as it is.
     One with parameters of its own (`weighting.LearnedUncertainty`) goes through `accelerator.prepare`: it is then
-    saved as a model and, on several processes, wrapped, so that its gradient is averaged; use what is returned, and give
-    its parameters to the optimizer as well.
+    saved as a model and, on several processes, wrapped, so that its gradient is averaged. Use what is returned, and
+    give its parameters to the optimizer as well.
 
     Statistics of several processes are merged by the criterion itself, so each has to call it equally often. With
     gradient accumulation each micro-batch is one call, and `half_life` counts samples: nothing needs to be set.

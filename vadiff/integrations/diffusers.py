@@ -10,7 +10,6 @@ Nothing here imports diffusers: `vadiff.schedulers` reads the scheduler's tables
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch

@@ -1,9 +1,9 @@
-"""kohya's sd-scripts and what is built like them: a mixin for `NetworkTrainer`, and the `post_process_loss` slot itself.
+"""kohya's sd-scripts and what is built like them: a mixin for `NetworkTrainer`, and the `post_process_loss` slot.
 
 At the end of train_network.py, sdxl_train_network.py, flux_train_network.py, ...:
 
     class Trainer(kohya.AdaptiveLoss, NetworkTrainer):
-        criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", prediction_type="epsilon", fine_tuning=True)
+        criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
 
 and `trainer = Trainer()` in place of `NetworkTrainer()`. The trainer's own flags (`--min_snr_gamma`,
 `--debiased_estimation_loss`, `--weighting_scheme`, masks, data-set weights) stay in effect: they are the base loss.
@@ -69,8 +69,8 @@ def post_process_loss(
 def refresh_all_snr(noise_scheduler: Any) -> None:
     """Make `noise_scheduler.all_snr` that of its present `alphas_cumprod`.
 
-    The trainers fill it before `--zero_terminal_snr` changes the schedule and never again, so that `--min_snr_gamma` and
-    its kin weigh by the old one. A zero becomes 2⁻²⁴: Min-SNR's weights are at their limits there, instead of 0/0.
+    The trainers fill it before `--zero_terminal_snr` changes the schedule and never again, so that `--min_snr_gamma`
+    and its kin weigh by the old one. A zero becomes 2⁻²⁴: Min-SNR's weights are at their limits there, instead of 0/0.
     Does nothing to a scheduler that has no such table.
     """
     cached = getattr(noise_scheduler, "all_snr", None)
@@ -106,8 +106,8 @@ class AdaptiveLoss:
             )
         if any(True for _ in self.criterion.parameters()):
             raise ValueError(
-                "criterion has parameters (a learned weighting), and the trainer's optimizer takes those of its network "
-                "only. Use weighting='loss_level', what they converge to."
+                "criterion has parameters (a learned weighting), and the trainer's optimizer takes its network's only. "
+                "Use weighting='loss_level', what they converge to."
             )
         prepare(accelerator, self.criterion)
         return super().post_process_network(args, accelerator, network, text_encoders, unet)  # type: ignore[misc]
