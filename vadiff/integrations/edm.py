@@ -91,7 +91,7 @@ class EDMLoss(nn.Module):
 
     def _weighted(self, denoised: Tensor, images: Tensor, sigma: Tensor) -> Tensor:
         """w·lambda·mean((D - y)²), [B]."""
-        log_snr = from_sigma(sigma.flatten())
+        log_snr = from_sigma(sigma.flatten().double())  # lambda to half a unit in the last place
         base_weight = loss_ratio("edm", log_snr, sigma_data=self.sigma_data)
         criterion = moved_beside(self.criterion, denoised)
         loss: Tensor = criterion(denoised, images, log_snr, base_weight=base_weight, reduction="none")
