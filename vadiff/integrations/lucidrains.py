@@ -95,7 +95,12 @@ def _ask_for_losses(
     if levels is None:
         samples = (args[0] if args else kwargs["img" if name == "times" else "images"]).shape[0]
         levels = diffusion.random_times(samples) if name == "times" else diffusion.noise_distribution(samples)
-    per_sample = kwargs.get("loss_reduction") == "none" or kwargs.get("return_reduced_loss") is False
+    if kwargs.get("return_reduced_loss") is False:  # GaussianDiffusion1D
+        raise ValueError(
+            "return_reduced_loss=False gives a loss per element, without the diffusion's own weights; expected "
+            "loss_reduction='none' for one per sample"
+        )
+    per_sample = kwargs.get("loss_reduction") == "none"
     return args, {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _Asked("none")}
 
 
