@@ -58,7 +58,7 @@ bench: install  ## speed of every provider on the CPU, beside the design's figur
 	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
 docs: install  ## the documentation as a web site in site/; a warning is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 release-check: install  ## sdist and wheel into dist/, checked: in an empty environment the wheel passes the tests (15 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/release-check $(PYTHON)
