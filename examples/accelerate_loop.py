@@ -39,7 +39,7 @@ def test_loss(accelerator: Accelerator, model: nn.Module) -> float:
 
 
 def train(name: str, criterion: vadiff.DiffusionLoss | None, folder: str) -> None:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, log_with="tensorboard", project_dir=folder)
+    accelerator = Accelerator(gradient_accumulation_steps=2, log_with="tensorboard", project_dir=folder)
     accelerator.init_trackers("run")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(65, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64))
@@ -80,7 +80,7 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None, folder: str) -> Non
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        if Accelerator(cpu=True).is_main_process:
+        if Accelerator().is_main_process:
             print(f"{'accelerate, flow':24} {'loss before':>12} {'loss after':>12} {'ms per step':>12}")
         train("F.mse_loss", None, f"{folder}/own")
         train("vadiff, variance_aware", vadiff.DiffusionLoss.for_process("flow"), f"{folder}/vadiff")
