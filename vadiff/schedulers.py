@@ -25,7 +25,15 @@ from . import process
 from .log_snr import from_alphas_cumprod, from_flow_time, from_sigma
 from .reference import Coefficient
 
-__all__ = ["coefficients_of", "log_snr_of", "log_snr_range_of", "loss_form_of", "prediction_type_of", "sigma_of"]
+__all__ = [
+    "coefficients_of",
+    "log_snr_of",
+    "log_snr_range_of",
+    "loss_form_of",
+    "prediction_type_of",
+    "sigma_data_of",
+    "sigma_of",
+]
 
 _BY_ALPHA, _BY_SIGMA, _FLOW = "alphas_cumprod", "sigmas", "flow"
 
@@ -142,11 +150,15 @@ def coefficients_of(
     log_snr = log_snr_of(scheduler, timesteps).double()
     if predicted == "edm":
         sigma = log_snr.mul(-0.5).exp()
-        sigma_data = float(_option(scheduler, "sigma_data", 0.5))
-        c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data)
+        c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data_of(scheduler))
         return -c_out if _option(scheduler, "prediction_type") == "v_prediction" else c_out, b, c
     # For what is predicted in variance-preserving terms; a flow's coefficients are numbers.
     return process.coefficients(predicted, log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt())
+
+
+def sigma_data_of(scheduler: Any) -> float:
+    """Standard deviation of the data, as the scheduler has it; 0.5, EDM's, where it has none."""
+    return float(_option(scheduler, "sigma_data", 0.5))
 
 
 def log_snr_range_of(scheduler: Any) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import torch
 from . import schedulers
 from .log_snr import from_alphas_cumprod
 from .process import EDM, PREDICTION_TYPES, Flow, NoiseProcess, VPCosine, VPLinear
+from .statistics import checked_bins
 from .weighting import VarianceAware, from_name, takes_prediction_type
 
 _BIN = 0.25  # width in log-SNR: the default of 128 bins over 32
@@ -41,8 +42,8 @@ def settings_for(
     width = _BIN_FINE_TUNING if fine_tuning else _BIN
     low, high = math.floor(low / width) * width, math.ceil(high / width) * width
     settings: dict[str, Any] = {"log_snr_range": (low, high), **overrides}
-    low, high = settings["log_snr_range"]
-    settings.setdefault("bins", min(1024, max(2, math.ceil((high - low) / width))))
+    bounds = checked_bins(2, settings["log_snr_range"])
+    settings.setdefault("bins", min(1024, max(2, math.ceil((bounds.high - bounds.low) / width))))
     weighting = overrides.get("weighting", "variance_aware")
     if weighting == "variance_aware":
         halved = fine_tuning and form not in ("edm", "flow")
@@ -53,7 +54,7 @@ def settings_for(
                 f"weighting is {weighting!r}, which depends on what the loss is written in, and prediction_type is "
                 f"None: expected one of {', '.join(PREDICTION_TYPES)}"
             )
-        settings["weighting"] = from_name(weighting, prediction_type=form)
+        settings["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
     return settings
 
 
