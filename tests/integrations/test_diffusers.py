@@ -219,6 +219,20 @@ def test_a_batch_with_min_snr_is_the_formula_in_float64(form: str) -> None:
     assert zero == {"epsilon": 1.0, "v_prediction": 0.0}[form]
 
 
+def test_a_weighting_written_for_another_prediction_type_is_refused() -> None:
+    """As the +1 and the missing +1 of so many scripts: here the weight and the loss have to be of one form."""
+    scheduler = scheduler_for("v_prediction")
+    values = batch(scheduler)
+    wrong = vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type="epsilon"))
+    with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
+        scheduler_loss(wrong, scheduler, **values)
+    scheduler_loss(wrong, scheduler, **values, prediction_type="epsilon")
+    edm = EDMEulerScheduler()
+    values["timesteps"] = edm.timesteps[values["timesteps"]]
+    with pytest.raises(ValueError, match=r"Use EDM\(prediction_type='sample'\)"):
+        scheduler_loss(vadiff.DiffusionLoss(vadiff.weighting.EDM(prediction_type="edm")), edm, **values)
+
+
 class TinyUNet(nn.Module):
     """The real thing, as small as it gets."""
 

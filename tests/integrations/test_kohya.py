@@ -233,6 +233,21 @@ def test_the_slot_as_a_function_keeps_other_factors_out_of_the_statistics() -> N
     assert (n * mu).sum() == 8.0
 
 
+def test_min_snr_written_for_epsilon_is_refused_where_v_is_predicted() -> None:
+    """The mistake most trainers made; the trainers' --min_snr_gamma would come on top."""
+    args = arguments(v_parameterization=True)
+    loss = torch.ones(3, requires_grad=True)
+    timesteps = torch.tensor([3, 400, 900])
+    for given, refused in (("epsilon", True), ("v_prediction", False)):
+        trainer = adaptive(vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type=given)))
+        scheduler = trainer.get_noise_scheduler(args)
+        if refused:
+            with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
+                trainer.post_process_loss(loss, args, timesteps, scheduler)
+        else:
+            assert trainer.post_process_loss(loss, args, timesteps, scheduler).isfinite().all()
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_two_timesteps_for_each_loss_are_an_error(samples: int) -> None:
     criterion = vadiff.DiffusionLoss()
