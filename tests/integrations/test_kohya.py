@@ -41,13 +41,13 @@ class NetworkTrainer:
     def get_noise_scheduler(self, args: Any) -> Any:
         if args.flow:
             return FlowMatchEulerDiscreteScheduler(shift=3.0)
-        scheduler = DDPMScheduler(
+        scheduler: Any = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             prediction_type="v_prediction" if args.v_parameterization else "epsilon",
         )  # fmt: skip
         scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         if args.zero_terminal_snr:  # after the table was filled
-            fixed = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+            fixed: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
             scheduler.alphas_cumprod = fixed.alphas_cumprod
         return scheduler
 

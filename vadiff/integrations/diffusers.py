@@ -85,9 +85,9 @@ def scheduler_loss(
         base_weight = weight if base_weight is None else weight * base_weight
     return criterion(
         model_pred,
-        clean.to(model_pred.dtype),
+        clean,
         log_snr,
-        noise=noise.to(model_pred.dtype),
+        noise=noise,
         coefficients=coefficients_at(scheduler, log_snr, prediction_type),
         base_weight=base_weight,
         sample_weight=sample_weight,
