@@ -182,11 +182,11 @@ def test_timesteps_that_do_not_fit_are_an_error_that_says_what_would(
 
 def test_a_scheduler_whose_add_noise_reads_its_table_backwards_is_refused() -> None:
     """DPM-Solver's before set_timesteps: the noise of timestep 0 is that of 999."""
-    backwards = diffusers.DPMSolverMultistepScheduler(**SD)
+    backwards: Any = diffusers.DPMSolverMultistepScheduler(**SD)
     assert backwards.add_noise(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0])).item() > 0.9
     with pytest.raises(ValueError, match=r"DDPMScheduler.from_config\(scheduler.config\)"):
         log_snr_of(backwards, torch.tensor([0]))
-    forwards = diffusers.DDPMScheduler.from_config(backwards.config)
+    forwards: Any = diffusers.DDPMScheduler.from_config(backwards.config)
     assert log_snr_of(forwards, torch.tensor([0])).item() == pytest.approx(7.069, abs=1e-3)
     assert log_snr_range_of(backwards) == log_snr_range_of(forwards)
     backwards.set_timesteps(1000)
@@ -223,7 +223,7 @@ def test_prediction_types_are_the_scheduler_s() -> None:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_edm_coefficients_are_those_of_the_scheduler_s_own_preconditioning(kind: str) -> None:
     """Its v_prediction has a negative c_out."""
-    found = diffusers.EDMEulerScheduler(prediction_type=kind, sigma_data=0.7)
+    found: Any = diffusers.EDMEulerScheduler(prediction_type=kind, sigma_data=0.7)
     timesteps = found.timesteps[[3, 500, 990]]
     output, clean, noise = torch.randn(3, 3, 4, dtype=torch.float64)
     sigma = sigma_of(found, timesteps).double()[:, None]

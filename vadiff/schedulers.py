@@ -146,8 +146,15 @@ def coefficients_of(
 
     Raises as `log_snr_of` and `prediction_type_of`.
     """
+    return coefficients_at(scheduler, log_snr_of(scheduler, timesteps), prediction_type)
+
+
+def coefficients_at(
+    scheduler: Any, log_snr: Tensor, prediction_type: str | None = None
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """`coefficients_of` at log-SNR [B] that is known already."""
     predicted = prediction_type_of(scheduler) if prediction_type is None else prediction_type
-    log_snr = log_snr_of(scheduler, timesteps).double()
+    log_snr = log_snr.double()
     if predicted == "edm":
         sigma = log_snr.mul(-0.5).exp()
         c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data_of(scheduler))
@@ -242,10 +249,10 @@ def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: "
             f"alphas_cumprod has {last + 1} entries."
         )
+    table = table.double()
     below = position.clamp(0, last).nan_to_num(0.0).floor().long()
     share = (position - below).clamp(0.0, 1.0)
-    lower = from_alphas_cumprod(table.double(), below)
-    upper = from_alphas_cumprod(table.double(), (below + 1).clamp(max=last))
+    lower, upper = from_alphas_cumprod(table, below), from_alphas_cumprod(table, (below + 1).clamp(max=last))
     return _mix(lower, upper, share).masked_fill(outside, math.nan).float()
 
 
@@ -253,7 +260,7 @@ def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
     """λ = -2 ln sigma, linear in the timestep between entries of the table and on beyond its ends. [B] float32."""
     times = torch.as_tensor(scheduler.timesteps).to(timesteps.device, non_blocking=True).double()  # [T], falling
     sigmas = torch.as_tensor(scheduler.sigmas).to(timesteps.device, non_blocking=True)[: len(times)]
-    times, sigmas = times.flip(0), sigmas.flip(0)
+    times, sigmas = times.flip(0), sigmas.flip(0).double()
     position, span = timesteps.double(), times[-1] - times[0]
     outside = ~((position >= times[0] - span) & (position <= times[-1] + span))
     if _on_cpu(timesteps) and bool(outside.any()):
@@ -263,9 +270,9 @@ def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
             "vadiff.log_snr.from_sigma(sigmas) for noise levels of your own."
         )
     below = (torch.searchsorted(times, position, right=True) - 1).clamp(0, len(times) - 2)
-    log_snr = from_sigma(sigmas.double())
     share = (position - times[below]) / (times[below + 1] - times[below])
-    return _mix(log_snr[below], log_snr[below + 1], share).masked_fill(outside, math.nan).float()
+    lower, upper = from_sigma(sigmas[below]), from_sigma(sigmas[below + 1])
+    return _mix(lower, upper, share).masked_fill(outside, math.nan).float()
 
 
 def _mix(lower: Tensor, upper: Tensor, share: Tensor) -> Tensor:

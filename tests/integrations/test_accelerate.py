@@ -161,7 +161,7 @@ def test_each_micro_batch_is_recorded_and_the_step_s_gradient_is_their_mean() ->
     assert run.criterion.statistics.half_life == 16.0
     criterion = vadiff.DiffusionLoss("constant", bins=8, log_snr_range=(-8.0, 8.0), half_life=16.0)
     own = Run("constant")
-    net, total = own.net, 0.0
+    net, total = own.net, torch.zeros(())
     for micro in range(MICRO):
         clean, noise, t = micro_batch(0, micro, 0, 1)
         noisy = (1 - t[:, None]) * clean + t[:, None] * noise

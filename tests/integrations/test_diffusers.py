@@ -102,7 +102,7 @@ def test_scheduler_loss_is_that_of_edm_style_training(prediction_type: str) -> N
 
     At sigma = 80, c_out is 0.5 and c_skip·x_t made of two rounded numbers: 1e-5 of the loss.
     """
-    scheduler = EDMEulerScheduler(prediction_type=prediction_type)
+    scheduler: Any = EDMEulerScheduler(prediction_type=prediction_type)
     values = batch(scheduler)
     values["timesteps"] = scheduler.timesteps[values["timesteps"]]
     sigmas = sigma_of(scheduler, values["timesteps"])[:, None, None, None]
@@ -116,7 +116,7 @@ def test_scheduler_loss_is_that_of_edm_style_training(prediction_type: str) -> N
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_edm_style_training_with_euler_s_scheduler_keeps_its_weights(prediction_type: str) -> None:
     """There the script weighs the denoised image's error by sigma**-2, element by element, as [B, 1, 1, 1]."""
-    scheduler = EulerDiscreteScheduler(prediction_type=prediction_type)
+    scheduler: Any = EulerDiscreteScheduler(prediction_type=prediction_type)
     values = batch(scheduler)
     timesteps = scheduler.timesteps[values["timesteps"]]
     sigmas = sigma_of(scheduler, timesteps)[:, None, None, None]
@@ -159,7 +159,7 @@ def test_the_sd3_and_flux_scripts_keep_their_weighting_scheme(shape: str, scheme
 
 
 def test_train_unconditional_s_sample_prediction_keeps_its_snr_weights() -> None:
-    scheduler = DDPMScheduler()  # the script's flag says what is predicted, not its scheduler
+    scheduler: Any = DDPMScheduler()  # the script's flag says what is predicted, not its scheduler
     values = batch(scheduler)
     alpha_bar = scheduler.alphas_cumprod[values["timesteps"]][:, None, None, None]
     snr_weights = alpha_bar / (1 - alpha_bar)
@@ -191,7 +191,8 @@ def test_snr_gamma_is_the_paper_s_formula_at_every_timestep(form: str, zero_term
 
 
 def test_snr_gamma_of_a_flow_and_of_edm() -> None:
-    flow, edm = scheduler_for("flow"), EDMEulerScheduler()
+    flow: Any = scheduler_for("flow")
+    edm: Any = EDMEulerScheduler()
     sigma = (flow.timesteps / 1000).double()  # flow.sigmas but for half an ulp, which 1 - sigma makes 1e-4
     snr = ((1 - sigma) / sigma) ** 2
     expected = snr.clamp(max=5.0) / (1 + snr.sqrt()) ** 2
@@ -217,6 +218,20 @@ def test_a_batch_with_min_snr_is_the_formula_in_float64(form: str) -> None:
         assert gradient_of(ours, values).isfinite().all()
     zero = criterion.weight_at(torch.tensor([-torch.inf])).item()
     assert zero == {"epsilon": 1.0, "v_prediction": 0.0}[form]
+
+
+def test_a_weighting_written_for_another_prediction_type_is_refused() -> None:
+    """As the +1 and the missing +1 of so many scripts: here the weight and the loss have to be of one form."""
+    scheduler = scheduler_for("v_prediction")
+    values = batch(scheduler)
+    wrong = vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type="epsilon"))
+    with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
+        scheduler_loss(wrong, scheduler, **values)
+    scheduler_loss(wrong, scheduler, **values, prediction_type="epsilon")
+    edm: Any = EDMEulerScheduler()
+    values["timesteps"] = edm.timesteps[values["timesteps"]]
+    with pytest.raises(ValueError, match=r"Use EDM\(prediction_type='sample'\)"):
+        scheduler_loss(vadiff.DiffusionLoss(vadiff.weighting.EDM(prediction_type="edm")), edm, **values)
 
 
 class TinyUNet(nn.Module):

@@ -41,13 +41,13 @@ class NetworkTrainer:
     def get_noise_scheduler(self, args: Any) -> Any:
         if args.flow:
             return FlowMatchEulerDiscreteScheduler(shift=3.0)
-        scheduler = DDPMScheduler(
+        scheduler: Any = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             prediction_type="v_prediction" if args.v_parameterization else "epsilon",
         )  # fmt: skip
         scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         if args.zero_terminal_snr:  # after the table was filled
-            fixed = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+            fixed: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
             scheduler.alphas_cumprod = fixed.alphas_cumprod
         return scheduler
 
@@ -231,6 +231,21 @@ def test_the_slot_as_a_function_keeps_other_factors_out_of_the_statistics() -> N
     n, mu = criterion.statistics.count, criterion.statistics.mean.nan_to_num()
     assert n.sum() == 2
     assert (n * mu).sum() == 8.0
+
+
+def test_min_snr_written_for_epsilon_is_refused_where_v_is_predicted() -> None:
+    """The mistake most trainers made; the trainers' --min_snr_gamma would come on top."""
+    args = arguments(v_parameterization=True)
+    loss = torch.ones(3, requires_grad=True)
+    timesteps = torch.tensor([3, 400, 900])
+    for given, refused in (("epsilon", True), ("v_prediction", False)):
+        trainer = adaptive(vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type=given)))
+        scheduler = trainer.get_noise_scheduler(args)
+        if refused:
+            with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
+                trainer.post_process_loss(loss, args, timesteps, scheduler)
+        else:
+            assert trainer.post_process_loss(loss, args, timesteps, scheduler).isfinite().all()
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import weighting
 from ..loss import DiffusionLoss
-from ..schedulers import coefficients_of, log_snr_of, loss_form_of, prediction_type_of, sigma_of
+from ..schedulers import coefficients_at, coefficients_of, log_snr_of, loss_form_of, prediction_type_of, sigma_of
+from .form import criterion_in_form
 
 __all__ = [
     "coefficients_of",
@@ -54,7 +55,8 @@ def scheduler_loss(
     and the loss is that of the denoised image, as in `--do_edm_style_training`.
 
     Args:
-        criterion: on the device of `model_pred`.
+        criterion: on the device of `model_pred`. A weighting that depends on the prediction type has to have this one
+            (`DiffusionLoss.for_process(scheduler, weighting="min_snr")` gives it).
         scheduler, timesteps: as given to `scheduler.add_noise`; [B].
         model_pred: what the network returned, [B, ...].
         clean: latents or images without noise, [B, ...].
@@ -68,23 +70,25 @@ def scheduler_loss(
 
     Raises:
         ValueError, TypeError, IndexError: shapes that do not fit (two timesteps for each sample, as in prior
-            preservation, included), or as `log_snr_of` and `prediction_type_of`.
+            preservation, included); a fixed weighting written for another form of the loss than this one; or as
+            `log_snr_of` and `prediction_type_of`.
 
     Example:
         >>> loss = scheduler_loss(criterion, noise_scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0)
     """
     _check_as_many("timesteps", timesteps, len(model_pred))
+    form = _form_of(scheduler, prediction_type)
+    criterion = criterion_in_form(criterion, form)
     log_snr = log_snr_of(scheduler, timesteps)
     if snr_gamma is not None:
-        weight = snr_gamma_weight(scheduler, timesteps, snr_gamma, prediction_type)
+        weight = weighting.MinSNR(snr_gamma, prediction_type=form)(log_snr)
         base_weight = weight if base_weight is None else weight * base_weight
-    a, b, c = coefficients_of(scheduler, timesteps, prediction_type)
     return criterion(
         model_pred,
-        clean.to(model_pred.dtype),
+        clean,
         log_snr,
-        noise=noise.to(model_pred.dtype),
-        coefficients=(a, b, c),
+        noise=noise,
+        coefficients=coefficients_at(scheduler, log_snr, prediction_type),
         base_weight=base_weight,
         sample_weight=sample_weight,
         reduction=reduction,
@@ -110,7 +114,7 @@ def snr_gamma_weight(
 
     Raises as `log_snr_of` and `prediction_type_of`; ValueError for a gamma that is not positive.
     """
-    form = loss_form_of(scheduler) if prediction_type in (None, "edm") else prediction_type
+    form = _form_of(scheduler, prediction_type)
     return weighting.MinSNR(gamma, prediction_type=form)(log_snr_of(scheduler, timesteps))
 
 
@@ -193,6 +197,13 @@ def per_sample(weight: Tensor | None, samples: int) -> Tensor | None:
         )
     _check_as_many("weight", weight, samples)
     return weight.detach().flatten().float()
+
+
+def _form_of(scheduler: Any, prediction_type: str | None) -> str:
+    """What the loss is written in; that of an EDM network is the image's."""
+    if prediction_type is None:
+        return loss_form_of(scheduler)
+    return "sample" if prediction_type == "edm" else prediction_type
 
 
 def _check_as_many(name: str, values: Tensor, samples: int) -> None:

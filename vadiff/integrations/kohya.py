@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..log_snr import from_alphas_cumprod
 from ..loss import DiffusionLoss
-from ..schedulers import log_snr_of
+from ..schedulers import log_snr_of, loss_form_of
+from .form import criterion_in_form, moved_beside
 
 __all__ = ["AdaptiveLoss", "post_process_loss", "refresh_all_snr"]
 
@@ -53,13 +54,13 @@ def post_process_loss(
         [B]; take its mean.
 
     Raises:
-        ValueError, TypeError, IndexError: as `DiffusionLoss.reweight` and `vadiff.schedulers.log_snr_of`.
+        ValueError, TypeError, IndexError: a fixed weighting written for another prediction type than the scheduler's;
+            or as `DiffusionLoss.reweight` and `vadiff.schedulers.log_snr_of`.
     """
     if not loss.requires_grad:
         return loss
     log_snr = log_snr_of(noise_scheduler, timesteps.to(loss.device))
-    if criterion.statistics.state.device != loss.device:
-        criterion.to(loss.device)
+    criterion = moved_beside(criterion_in_form(criterion, loss_form_of(noise_scheduler), loss_is_given=True), loss)
     if sample_weight is None:
         return criterion.reweight(loss, log_snr)
     sample_weight = sample_weight.to(loss)
