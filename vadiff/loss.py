@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, live, ops
+from . import backends, live, ops, settings
 from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
 from .reference import Bins, Coefficient, TableRule, log_weight_at
 from .statistics import LogSNRStatistics
@@ -91,6 +91,38 @@ class DiffusionLoss(nn.Module):
         self.sync = bool(sync)
         self.per_sample_loss: Tensor | None = None
         self.base_loss: Tensor | None = None
+
+    @classmethod
+    def for_process(
+        cls, process: Any, *, prediction_type: str | None = None, fine_tuning: bool = False, **overrides: Any
+    ) -> DiffusionLoss:
+        """A criterion with range, bins and weighting that suit a noise process.
+
+        The bins are 0.25 wide in log-SNR and cover what the process has: sigma from 0.002 to 80 for EDM, t from 0.001
+        to 0.999 for what is continuous, the finite part of a scheduler's table. Fine-tuning sees fewer samples: bins of
+        0.5. There, too, the weights of a variance-preserving process go half the way (strength 0.5): its losses
+        spread over orders of magnitude, and the network was trained on their own balance.
+
+        Args:
+            process: "edm", "flow", "stable_diffusion", "vp_cosine" or "vp_linear"; an object from `vadiff.process`; or
+                a scheduler of diffusers (or one with such tables), of which the prediction type is taken too.
+            prediction_type: what the loss is written in, where the process does not say; one of
+                `vadiff.process.PREDICTION_TYPES`. A weighting given by a name that depends on it ("min_snr", ...) gets
+                it.
+            fine_tuning: whether a trained network is trained further, as a LoRA is.
+            overrides: any argument of `DiffusionLoss`, which then is as given.
+
+        Raises:
+            ValueError: no such process; a weighting that depends on the prediction type, where none is known; or as
+                `DiffusionLoss`.
+            TypeError: the process is none of these, or as `DiffusionLoss`.
+
+        Example:
+            >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
+            >>> criterion.weighting, criterion.statistics.bins
+            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0), Bins(size=26, low=-5.5, high=7.5))
+        """
+        return cls(**settings.settings_for(process, prediction_type, fine_tuning, **overrides))
 
     def forward(
         self,
