@@ -44,7 +44,7 @@ class DiffusionLoss(nn.Module):
         half_life: samples per bin, on average, after which a sample counts half; `float("inf")` is plain Welford.
         loss: "mse", or "huber" (`torch.nn.functional.huber_loss`'s definition).
         huber_delta: where Huber's function turns from quadratic to linear.
-        backend: "auto", "reference" or "triton"; see `vadiff.backends`.
+        backend: "auto", "native", "triton" or "reference"; see `vadiff.backends`.
         sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
             must then call the criterion equally often.
 
