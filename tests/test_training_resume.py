@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vadiff.errors import CheckpointError, RunError, TrainingError
+from vadiff.optimal_loss import OptimalLoss
 from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
 from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -31,6 +32,7 @@ EVERYTHING = dataclasses.replace(
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
 
+GAP = dataclasses.replace(CONFIG, weighting="gap", levels="gap", batch_size=8, levels_every=1)
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
 
 TIMED = ("images_per_second", "seconds", "memory_bytes")
@@ -278,6 +280,18 @@ def rank_main(rank: int, folder: str) -> None:
     with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
+    curve = out / "curve of the first.csv"
+    scheduled = dataclasses.replace(GAP, optimal_loss=str(curve) if rank == 0 else "nowhere.csv")
+    if rank == 0:
+        sigma, loss = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64), torch.tensor([1e-9, 7.0, 20.0])
+        ones = torch.ones(3, dtype=torch.int64)
+        OptimalLoss(sigma, loss.double(), 0.0 * loss, ones, 64, 20.0, samples=1500).save(curve)
+    train(scheduled, out=out / "gap", progress=False)
+    torch.distributed.barrier()
+    if rank == 0:
+        curve.write_text("nothing")
+    with pytest.raises(RunError, match="is not an optimal-loss curve"):  # on both: none waits for the other
+        train(scheduled, out=out / "no gap", progress=False)
     for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
@@ -301,6 +315,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_resumed_are_as_never_stopped(two_ranks: Path, name: str) -> None:
     whole, parted = outcome(two_ranks / name / "whole"), outcome(two_ranks / name / "parted")
     assert_same(list(whole), list(parted))
+
+
+def test_ranks_are_trained_with_the_optimal_loss_that_the_first_one_has(two_ranks: Path) -> None:
+    assert open_run(two_ranks / "gap").metrics()[-1]["step"] == GAP.steps
+    assert OptimalLoss.load(two_ranks / "gap" / "optimal_loss.csv").loss.tolist()[1:] == [7.0, 20.0]
+    assert not (two_ranks / "no gap").exists()
 
 
 def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> None:

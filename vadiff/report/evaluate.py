@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import Images, normalised
 from ..evaluation import LevelGradients, image_metrics, level_gradients
-from ..evaluation.fidelity import content_key
+from ..evaluation.fidelity import content_key, weights_key, within_reach
 from ..extras import import_extra
 from ..generation import Generation, generate
 from ..pictures import read_pictures
@@ -84,6 +84,7 @@ def evaluate_run(
     files: dict[str, str | bytes] = {}
     data = run.images()
     if settings.metrics:
+        settings = _within_reach(settings)
         reference = data.train if settings.reference is None else _reference(settings.reference)
         images = _draw(run, seeds, generation)
         values = compare(images, reference, settings, device)
@@ -116,7 +117,15 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
         UserError: the reference is a run whose data set is missing.
     """
     reference = None if settings.reference is None else _reference(settings.reference)
-    return compare(read_pictures(path), reference, settings, device)
+    return compare(read_pictures(path), reference, _within_reach(settings), device)
+
+
+def _within_reach(settings: MetricSettings) -> MetricSettings:
+    """Without what the Inception weights cannot give, which is said: before images are drawn, not after."""
+    possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
+    if len(possible) < len(settings.metrics):
+        print(f"isc (Inception score) is left out: {settings.inception_weights} is not finite up to the last layer")
+    return dataclasses.replace(settings, metrics=possible)
 
 
 def compare(
@@ -211,6 +220,7 @@ def _metrics_json(
         "first_seed": seeds[0],
         "generation": how | {"churn": repr(generation.churn) if generation.churn else None},
         "layer": settings.layer,
+        "inception_weights": weights_key(settings.inception_weights),
         "reference_images": len(reference),
         "reference_sha256": content_key(reference),
     }
