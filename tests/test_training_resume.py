@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
 from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
 from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
@@ -32,6 +33,8 @@ EVERYTHING = dataclasses.replace(
 )  # fmt: skip
 
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
+
+AVERAGES = dataclasses.replace(CONFIG, model="edm2", weighting="learned", sigma_rel=(0.05, 0.1), snapshot_every=2)
 
 TIMED = ("images_per_second", "seconds", "memory_bytes")
 
@@ -71,6 +74,8 @@ def assert_same(one: Any, other: Any) -> None:
 def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The last checkpoint and the metrics of a run, without what depends on time."""
     state = {name: value for name, value in load_checkpoint(run).items() if name not in TIMED}
+    if "power_averages" in state:
+        del state["power_averages"]["run"]  # another one in each training run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
@@ -278,7 +283,8 @@ def rank_main(rank: int, folder: str) -> None:
     with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
-    for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
+    everything = dataclasses.replace(EVERYTHING, precision="fp32")
+    for config, name in ((CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
         if rank == 1:  # the signal reaches one rank only: both stop after the same step
@@ -297,10 +303,22 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", ["plain", "everything", "averages"])
 def test_two_ranks_resumed_are_as_never_stopped(two_ranks: Path, name: str) -> None:
     whole, parted = outcome(two_ranks / name / "whole"), outcome(two_ranks / name / "parted")
     assert_same(list(whole), list(parted))
+
+
+def test_two_ranks_resumed_leave_the_snapshots_of_one_run_that_was_never_stopped(two_ranks: Path) -> None:
+    whole, parted = (
+        [torch.load(two_ranks / "averages" / run / "snapshots" / f"{step}.pt") for step in (2, 4, 6)]
+        for run in ("whole", "parted")
+    )
+    for one, other in zip(whole, parted, strict=True):
+        assert_same({**one, "run": ""}, {**other, "run": ""})
+    assert len({snapshot["run"] for snapshot in parted}) == 1
+    mixed = [reconstruct(two_ranks / "averages" / run / "snapshots", [0.15])[0.15] for run in ("whole", "parted")]
+    assert_same(*mixed)
 
 
 def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> None:
