@@ -160,7 +160,7 @@ def _native_loads() -> None:
     """Skips where nothing could have compiled the kernels; fails where they are missing nevertheless."""
     from vadiff import backends
 
-    kernels = backends._load_native()
+    kernels = backends.load_native()
     if isinstance(kernels, backends.Obstacle):
         compilers = [shutil.which(name) for name in ("c++", "g++", "clang++")]
         if isinstance(kernels.__cause__, ModuleNotFoundError) and not any(compilers):

@@ -120,7 +120,7 @@ def test_committed_experiments_are_the_arms_that_were_fixed(name: str) -> None:
     grid = read_grid(EXPERIMENTS / f"{name}.toml", {"device": "cpu"})
     assert set(grid.arms) == {
         "constant", "constant_half_rate", "constant_twice_rate", "variance_aware", "loss_level", "cauchy",
-        "static_twin", "sampling_twin",
+        "static_twin", "sampling_twin", "min_snr", "learned", "second_moment", "gap",
     }  # fmt: skip
     assert grid.seeds == tuple(range({"digits": 10, "cifar10_mini": 5}[name]))
     config = grid.base

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
+from vadiff.optimal_loss import OptimalLoss
 from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
 from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -32,6 +33,7 @@ EVERYTHING = dataclasses.replace(
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
 
+GAP = dataclasses.replace(CONFIG, weighting="gap", levels="gap", batch_size=8, levels_every=1)
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
 
 AVERAGES = dataclasses.replace(CONFIG, model="edm2", weighting="learned", sigma_rel=(0.05, 0.1), snapshot_every=2)
@@ -283,6 +285,18 @@ def rank_main(rank: int, folder: str) -> None:
     with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
+    curve = out / "curve of the first.csv"
+    scheduled = dataclasses.replace(GAP, optimal_loss=str(curve) if rank == 0 else "nowhere.csv")
+    if rank == 0:
+        sigma, loss = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64), torch.tensor([1e-9, 7.0, 20.0])
+        ones = torch.ones(3, dtype=torch.int64)
+        OptimalLoss(sigma, loss.double(), 0.0 * loss, ones, 64, 20.0, samples=1500).save(curve)
+    train(scheduled, out=out / "gap", progress=False)
+    torch.distributed.barrier()
+    if rank == 0:
+        curve.write_text("nothing")
+    with pytest.raises(RunError, match="is not an optimal-loss curve"):  # on both: none waits for the other
+        train(scheduled, out=out / "no gap", progress=False)
     everything = dataclasses.replace(EVERYTHING, precision="fp32")
     for config, name in ((CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages")):
         train(config, out=out / name / "whole", progress=False)
@@ -319,6 +333,12 @@ def test_two_ranks_resumed_leave_the_snapshots_of_one_run_that_was_never_stopped
     assert len({snapshot["run"] for snapshot in parted}) == 1
     mixed = [reconstruct(two_ranks / "averages" / run / "snapshots", [0.15])[0.15] for run in ("whole", "parted")]
     assert_same(*mixed)
+
+
+def test_ranks_are_trained_with_the_optimal_loss_that_the_first_one_has(two_ranks: Path) -> None:
+    assert open_run(two_ranks / "gap").metrics()[-1]["step"] == GAP.steps
+    assert OptimalLoss.load(two_ranks / "gap" / "optimal_loss.csv").loss.tolist()[1:] == [7.0, 20.0]
+    assert not (two_ranks / "no gap").exists()
 
 
 def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> None:

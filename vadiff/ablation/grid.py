@@ -39,6 +39,7 @@ from ..extras import import_extra
 from ..training import run_folder
 from ..training.assembly import TABLE_FILE, read_table
 from ..training.config import TrainConfig
+from ..training.optimal_curve import CURVE_FILE, read_curve
 from ..training.presets import PRESETS
 from ..training.run import open_run
 from .evaluation import Evaluation
@@ -82,6 +83,7 @@ class PlannedRun:
                 f"{self.path} was trained with other settings: {'; '.join(differing)}. Mend the experiment, choose "
                 "another --out, or remove that folder to train it again"
             )
+        self._check_curve()
         if self.needs is None or not (self.path / TABLE_FILE).is_file() or not (self.needs / "config.yaml").is_file():
             return
         try:
@@ -94,6 +96,23 @@ class PlannedRun:
             raise GridError(
                 f"{self.path} is stale: {self.needs} has ended with another weight table since. Remove the folder "
                 f"{self.path} to train it again"
+            )
+
+    def _check_curve(self) -> None:
+        """Whether the optimal loss it was trained with is that of the file the plan names, where it names one."""
+        kept = self.path / CURVE_FILE
+        if not kept.is_file():
+            return
+        try:
+            named, own = read_curve(self.config, None), read_curve(self.config, self.path)
+        except RunError as error:
+            raise GridError(
+                f"{self.path} has an optimal loss that cannot be compared with its source: {error}"
+            ) from error
+        if named is not None and own is not None and named.as_rows() != own.as_rows():
+            raise GridError(
+                f"{self.path} is stale: {self.config.optimal_loss} has changed since. Remove the folder {self.path} to "
+                "train it again"
             )
 
     @property

@@ -118,6 +118,12 @@ class OptimalLoss:
             k = k * (process.alpha(time).square() + process.sigma(time).square())
         return ConvertedLoss(time, k * self.loss, k * self.stderr)
 
+    def as_rows(self) -> list[tuple[object, ...]]:
+        """What `save` writes, a row per level: sigma, loss, stderr, draws, and what belongs to the whole curve."""
+        whole = (self.elements, self.total_variance, self.samples, self.estimator)
+        columns = (self.sigma.tolist(), self.loss.tolist(), self.stderr.tolist(), self.draws.tolist())
+        return [(*row, *whole) for row in zip(*columns, strict=True)]
+
     def save(self, path: str | Path) -> None:
         """Write the curve as CSV, one line per level. Replaces the file in one step."""
         path = Path(path)
@@ -126,10 +132,7 @@ class OptimalLoss:
         with draft.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
-            whole = (self.elements, repr(self.total_variance), self.samples, self.estimator)
-            columns = (self.sigma.tolist(), self.loss.tolist(), self.stderr.tolist(), self.draws.tolist())
-            for sigma, loss, stderr, draws in zip(*columns, strict=True):
-                writer.writerow((repr(sigma), repr(loss), repr(stderr), draws, *whole))
+            writer.writerows(self.as_rows())
         os.replace(draft, path)
 
     @classmethod
