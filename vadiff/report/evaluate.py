@@ -84,9 +84,9 @@ def evaluate_run(
     files: dict[str, str | bytes] = {}
     data = run.images()
     if settings.metrics:
-        settings = _within_reach(settings)
-        reference = data.train if settings.reference is None else _reference(settings.reference)
-        images = _draw(run, seeds, generation)
+        settings = settings_within_reach(settings)
+        reference = data.train if settings.reference is None else reference_images(settings.reference)
+        images = draw_images(run, seeds, generation)
         values = compare(images, reference, settings, device)
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
@@ -116,11 +116,11 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
         ValueError: no readable images, or settings that do not fit.
         UserError: the reference is a run whose data set is missing.
     """
-    reference = None if settings.reference is None else _reference(settings.reference)
-    return compare(read_pictures(path), reference, _within_reach(settings), device)
+    reference = None if settings.reference is None else reference_images(settings.reference)
+    return compare(read_pictures(path), reference, settings_within_reach(settings), device)
 
 
-def _within_reach(settings: MetricSettings) -> MetricSettings:
+def settings_within_reach(settings: MetricSettings) -> MetricSettings:
     """Without what the Inception weights cannot give, which is said: before images are drawn, not after."""
     possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
     if len(possible) < len(settings.metrics):
@@ -149,11 +149,13 @@ def compare(
     return values
 
 
-def _reference(path: Path) -> Tensor:
+def reference_images(path: Path) -> Tensor:
+    """Real images, [N, C, H, W] uint8: the training images of a run directory, or those of a folder or an archive."""
     return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
 
 
-def _draw(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+    """One image per seed, in their order, with a progress bar. [len(seeds), C, H, W] uint8"""
     tqdm = import_extra("tqdm", "train").tqdm
     batches = {}
     with tqdm(total=len(seeds), unit="image", desc="drawing", disable=None) as bar:
