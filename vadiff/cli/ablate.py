@@ -9,8 +9,9 @@ HELP = "train a grid of configs over seeds, and compare them pair by pair"
 DESCRIPTION = (
     "Train what a TOML file describes: arms (sets of fields of the config) times seeds. What is trained already is "
     "left alone, what broke off goes on. Then collect, for each arm against the baseline with the same seed, the mean "
-    "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png. Exit "
-    "status 1 where a run failed; the others are collected."
+    "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with "
+    "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. "
+    "Exit status 1 where a run failed; the others are collected."
 )
 
 
@@ -25,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time, side by side on the device")
     parser.add_argument("--seeds", type=int, metavar="N", default=argparse.SUPPRESS, help="the first N seeds only")
     parser.add_argument("--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="of all runs, for a trial")
+    parser.add_argument("--gap", action="store_true", help="measure each run's loss above the optimal one, too")
+    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images it is measured on")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--index", type=int, metavar="I", default=argparse.SUPPRESS,
@@ -35,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..ablation import collect, read_grid, train_all, write_results
+    from ..ablation import collect, collect_gaps, read_grid, train_all, write_gaps, write_results
 
+    if options.gap_images < 2:
+        options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if options.jobs < 1:
         options.parser.error(f"argument --jobs: {options.jobs}, expected at least 1")
     overrides = {name: getattr(options, name) for name in ("data", "device", "steps") if name in options}
@@ -54,5 +59,9 @@ def run(options: argparse.Namespace) -> None:
         write_results(results, out)
         print(results.as_text())
         print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
+        if options.gap:
+            gaps = collect_gaps(grid, out, images=options.gap_images)
+            write_gaps(gaps, out)
+            print(f"\n{gaps.as_text()}\nWritten to {out / 'gaps'}.csv, .txt and .png")
     if failed:
         options.parser.exit(1, f"vadiff: {len(failed)} runs failed: {', '.join(str(path) for path in failed)}\n")
