@@ -11,10 +11,10 @@ VADIFF_NATIVE ?= $(if $(shell command -v c++ 2>/dev/null),1,auto)
 COMPILING := VADIFF_NATIVE=$(VADIFF_NATIVE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize bench lint clean
+.PHONY: help install demo test sanitize bench docs release-check lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) (makes .venv)  JOBS=$(JOBS) (test processes)"
 
 install: $(STAMP) $(NATIVE)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
@@ -25,7 +25,8 @@ install: $(STAMP) $(NATIVE)  ## create .venv with vadiff (editable) and all extr
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'Installing into .venv: minutes the first time'
 	$(PYTHON) -m venv .venv
-	$(COMPILING) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,eval,report,test,dev]'
+	$(COMPILING) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,eval,report,integrations,test,docs,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps dctorch k-diffusion torchcfm
 	$(BIN)/python -c 'import torchvision' 2>/dev/null \
 		|| $(BIN)/pip install --quiet --no-deps torchvision==0.15.2 \
 		|| $(BIN)/pip uninstall --quiet --yes torchvision
@@ -56,6 +57,12 @@ sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and U
 bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
 	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
+docs: install  ## the documentation as a web site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+release-check: install  ## sdist and wheel into dist/, checked: in an empty environment the wheel passes the tests (15 minutes)
+	PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/release-check $(PYTHON)
+
 lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,5 +70,5 @@ lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/mypy $(wildcard vadiff tests benchmarks) build/mypy/vadiff/triton_kernels
 
 clean:  ## remove build products and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find vadiff triton_kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

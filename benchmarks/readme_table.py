@@ -1,7 +1,7 @@
-"""The README's table of speeds, made from the committed result files.
+"""The tables of speeds in README and docs, made from the committed result files.
 
-python benchmarks/readme_table.py            # print it
-python benchmarks/readme_table.py --write    # put it between the markers in README.md
+python benchmarks/readme_table.py            # print them
+python benchmarks/readme_table.py --write    # put them between the markers in README.md and docs/performance.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from measurements import RESULTS, Measurement, Results, newest_by_device
 from providers import PROVIDERS
 from table import seconds
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- speed: made by benchmarks/readme_table.py -->", "<!-- end of speed -->"
 
 _ROWS = {
@@ -34,17 +36,26 @@ _ROWS = {
 
 
 class MarkersError(ValueError):
-    """The README has no place for the table."""
+    """A page has no place for the tables."""
 
 
-def markdown(found: list[Results]) -> str:
-    """One table of times and one of the design's figures for each device."""
+def tables(found: list[Results]) -> dict[Path, str]:
+    """What each page has between its markers."""
+    return {README: markdown(found, figures_in="docs/performance.md"), PERFORMANCE: markdown(found)}
+
+
+def markdown(found: list[Results], figures_in: str | None = None) -> str:
+    """One table of times and one of the design's figures per device; the latter only counted if they are elsewhere.
+
+    Args:
+        figures_in: the page that has them.
+    """
     if not found:
         return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
-    return "\n\n".join("\n".join(_device(results)) for results in found)
+    return "\n\n".join("\n".join(_device(results, figures_in)) for results in found)
 
 
-def _device(results: Results) -> Iterator[str]:
+def _device(results: Results, figures_in: str | None) -> Iterator[str]:
     machine = results.machine
     changed = ", with changes" if results.dirty else ""
     yield (
@@ -63,9 +74,17 @@ def _device(results: Results) -> Iterator[str]:
         if any(cells):
             yield f"| {title}{cached} | {' | '.join(cells)} |"
     yield ""
+    judged = figures.judge(results)
+    if figures_in is not None:
+        reached, missed, open_ = ([figure.passed for figure in judged].count(passed) for passed in (True, False, None))
+        yield (
+            f"Of the [{len(judged)} figures]({figures_in}) that the design asks for or reports, {reached} are reached, "
+            f"{missed} missed, {open_} without a bound or not measured."
+        )
+        return
     yield "| asked for by the design | | found | |"
     yield "| --- | --- | --- | --- |"
-    for figure in figures.judge(results):
+    for figure in judged:
         verdict = {True: "reached", False: "**missed**", None: ""}[figure.passed]
         yield f"| {figure.title} | {figure.required} | {figure.found} | {verdict} |"
 
@@ -77,29 +96,31 @@ def _cell(measurement: Measurement | None) -> str:
     return seconds(measurement.wall.median) + (f" ({against.value:.2f} ×)" if against else "")
 
 
-def inserted(readme: str, table: str) -> str:
-    """The README with `table` between the markers.
+def inserted(page: str, table: str) -> str:
+    """A page with `table` between the markers.
 
     Raises:
         MarkersError: they are not there, once each and in order.
     """
-    head, begin, rest = readme.partition(BEGIN)
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in head + tail:
-        raise MarkersError(f"README.md must hold the lines {BEGIN!r} and {END!r}, once each and in this order")
+        raise MarkersError(f"the page must hold the lines {BEGIN!r} and {END!r}, once each and in this order")
     return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write it into README.md")
+    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/performance.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
     options = parser.parse_args(arguments)
-    table = markdown(newest_by_device(options.results))
+    found = newest_by_device(options.results)
     if options.write:
-        README.write_text(inserted(README.read_text(), table))
+        written = {page: inserted(page.read_text(), table) for page, table in tables(found).items()}
+        for page, text in written.items():
+            page.write_text(text)
     else:
-        print(table)
+        print(markdown(found))
     return 0
 
 

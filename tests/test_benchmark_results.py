@@ -213,10 +213,21 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    readme = readme_table.README.read_text()
-    expected = readme_table.inserted(readme, readme_table.markdown(newest_by_device()))
-    assert readme == expected, "run: python benchmarks/readme_table.py --write"
+def test_readme_and_docs_show_the_committed_results() -> None:
+    for page, expected in readme_table.tables(newest_by_device()).items():
+        text = page.read_text()
+        assert text == readme_table.inserted(text, expected), "run: python benchmarks/readme_table.py --write"
+
+
+def test_the_readme_counts_the_figures_that_the_docs_list() -> None:
+    key = Contest("cifar-128", "fp32", "fused")
+    ratios = {"hand_written": Ratio(6.0, 0.0), "mse_loss": Ratio(1.0, 0.0)}
+    results = results_of(measured("native", 1e-3, key, times_as_fast_as=ratios))
+    found = figures.judge(results)
+    text = readme_table.markdown([results], figures_in="elsewhere.md")
+    assert f"Of the [{len(found)} figures](elsewhere.md)" in text
+    assert f"1 are reached, 1 missed, {len(found) - 2} without" in text
+    assert "asked for by the design | | found" not in text
 
 
 def test_the_readme_table_has_a_column_for_each_provider_and_a_row_for_each_case() -> None:

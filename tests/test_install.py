@@ -11,10 +11,13 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+
+import vadiff
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once
@@ -123,7 +126,44 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_that_one_made(sdist: Pat
     names = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
     assert needed | {"setup.py", "pyproject.toml", "LICENSE", "triton_kernels/rows.py", "vadiff/py.typed"} <= names
-    assert not {name for name in names if name.endswith((".so", "_native_build.txt"))}
+    assert not {name for name in names if name.endswith((".so", "_native_build.txt")) or name.startswith("tests/")}
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel made of the source distribution, without native kernels."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(
+        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, sdist, VADIFF_NATIVE="0"
+    )  # fmt: skip
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_wheel_has_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        found = {name for name in file.namelist() if ".dist-info/" not in name}
+    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("vadiff/**/*.py")}
+    wanted |= {f"vadiff/{path.relative_to(ROOT)}" for path in ROOT.glob("triton_kernels/**/*.py")}
+    data = {"vadiff/py.typed", "vadiff/_native.pyi", "vadiff/report/page.html", "vadiff/_native_build.txt"}
+    assert found == wanted | data
+
+
+def test_the_version_of_a_wheel_is_the_packages_and_stands_in_one_place(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = file.read(name).decode()
+    assert f"\nVersion: {vadiff.__version__}\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    code = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("vadiff/**/*.py")]
+    assert [path.name for path in code if f'"{vadiff.__version__}"' in path.read_text()] == ["_version.py"]
+
+
+def test_an_index_would_take_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
+    pytest.importorskip("twine")
+    (archive,) = sdist.parent.glob("*.tar.gz")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive)
+    assert said.count("PASSED") == 2
 
 
 def test_without_any_compiler_it_installs_and_works(sdist: Path, tmp_path: Path) -> None:

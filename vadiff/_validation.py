@@ -44,6 +44,8 @@ def check_per_sample(
     samples = prediction.shape[0]
     if tensor.dim() != 1 or tensor.shape[0] != samples:
         advice = f" Use {name}.flatten()." if tensor.numel() == samples and tensor.dim() != 0 else ""
+        if tensor.shape == (2 * samples,):
+            advice = f" With prior preservation, take the half that these samples are: {name}.chunk(2)[0]."
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected ({samples},): one value per sample.{advice}"
         )

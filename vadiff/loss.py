@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, ops
+from . import backends, live, ops, settings
 from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
 from .reference import Bins, Coefficient, TableRule, log_weight_at
 from .statistics import LogSNRStatistics
@@ -44,7 +44,7 @@ class DiffusionLoss(nn.Module):
         half_life: samples per bin, on average, after which a sample counts half; `float("inf")` is plain Welford.
         loss: "mse", or "huber" (`torch.nn.functional.huber_loss`'s definition).
         huber_delta: where Huber's function turns from quadratic to linear.
-        backend: "auto", "reference" or "triton"; see `vadiff.backends`.
+        backend: "auto", "native", "triton" or "reference"; see `vadiff.backends`.
         sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
             must then call the criterion equally often.
 
@@ -91,6 +91,38 @@ class DiffusionLoss(nn.Module):
         self.sync = bool(sync)
         self.per_sample_loss: Tensor | None = None
         self.base_loss: Tensor | None = None
+
+    @classmethod
+    def for_process(
+        cls, process: Any, *, prediction_type: str | None = None, fine_tuning: bool = False, **overrides: Any
+    ) -> DiffusionLoss:
+        """A criterion with range, bins and weighting that suit a noise process.
+
+        The bins are 0.25 wide in log-SNR and cover what the process has: sigma from 0.002 to 80 for EDM, t from 0.001
+        to 0.999 for what is continuous, the finite part of a scheduler's table. Fine-tuning sees fewer samples: bins of
+        0.5. There, too, the weights of a variance-preserving process go half the way (strength 0.5): its losses
+        spread over orders of magnitude, and the network was trained on their own balance.
+
+        Args:
+            process: "edm", "flow", "stable_diffusion", "vp_cosine" or "vp_linear"; an object from `vadiff.process`; or
+                a scheduler of diffusers (or one with such tables), of which the prediction type is taken too.
+            prediction_type: what the loss is written in, where the process does not say; one of
+                `vadiff.process.PREDICTION_TYPES`. A weighting given by a name that depends on it ("min_snr", ...) gets
+                it.
+            fine_tuning: whether a trained network is trained further, as a LoRA is.
+            overrides: any argument of `DiffusionLoss`, which then is as given.
+
+        Raises:
+            ValueError: no such process; a weighting that depends on the prediction type, where none is known; or as
+                `DiffusionLoss`.
+            TypeError: the process is none of these, or as `DiffusionLoss`.
+
+        Example:
+            >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
+            >>> criterion.weighting, criterion.statistics.bins
+            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0), Bins(size=26, low=-5.5, high=7.5))
+        """
+        return cls(**settings.settings_for(process, prediction_type, fine_tuning, **overrides))
 
     def forward(
         self,
@@ -287,3 +319,58 @@ class DiffusionLoss(nn.Module):
             self.per_sample_loss = ell
         else:
             object.__setattr__(self, "per_sample_loss", ell)  # a module's own takes microseconds
+
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw base loss (mean ± standard deviation) and weight against log-SNR; empty bins are left out.
+
+        Args:
+            ax: matplotlib axes, onto which the weight comes with an axis of its own on the right; a pair of axes, the
+                first for the loss; or None for a new pyplot figure with two panels.
+
+        Returns:
+            The axes of the loss and those of the weight; `axes.figure.savefig(path)` writes the picture.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed; the message says how to get it.
+            TypeError: ax is something else.
+        """
+        return live.plot(self, ax)
+
+    def summary(self, bands: int = live.BANDS) -> str:
+        """A table as text, one line per band of log-SNR in which samples were seen.
+
+        Share of the samples, mean, standard deviation and std/mean of the base loss, mean weight; what was skipped.
+
+        Args:
+            bands: into how many intervals `log_snr_range` is divided.
+
+        Raises:
+            ValueError: bands is no positive integer.
+
+        Example:
+            >>> print(vadiff.DiffusionLoss("constant").summary())
+            Constant(): base loss by noise level, 0 samples after forgetting
+            no samples recorded yet: they are in training mode, with grad enabled
+        """
+        return live.summary(self, bands)
+
+    def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = live.BANDS) -> None:
+        """Hand the statistics to an experiment tracker. Waits for the GPU once; call it every hundred steps or so.
+
+        The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
+        `std`, `relative_std`, `weight` and `share`, and `<prefix>/skipped`. A SummaryWriter also gets the picture of
+        `plot`, where matplotlib is installed, and a histogram of the log-SNR seen.
+
+        Args:
+            writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
+                `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
+                function of (values, step). Under several processes, call it in one of them.
+            step: optimiser steps so far.
+            prefix: what the names begin with.
+            bands: into how many intervals `log_snr_range` is divided.
+
+        Raises:
+            TypeError: the writer is none of these, or step is no integer; nothing is written then.
+            ValueError: bands is no positive integer.
+        """
+        live.log_to(self, writer, step, prefix, bands)

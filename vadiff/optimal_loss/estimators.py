@@ -68,7 +68,9 @@ def estimate(
 
     Example:
         >>> images = torch.randn(1000, 3, 8, 8)
-        >>> vadiff.optimal_loss.estimate(images, [0.5, 1.0, 2.0], draws=256).loss / images[0].numel()
+        >>> optimal = vadiff.optimal_loss.estimate(images, [0.5, 1.0, 2.0], draws=256)
+        >>> (optimal.loss / images[0].numel()).tolist()  # [T]: as a mean over elements
+        [...]
     """
     require_count("draws", draws, 1)
     levels = _checked_sigmas(sigmas)

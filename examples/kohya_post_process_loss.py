@@ -1,0 +1,111 @@
+"""kohya's sd-scripts in small: a LoRA is trained on the threes among handwritten digits, v-prediction, --min_snr_gamma.
+
+    python examples/kohya_post_process_loss.py            # needs vadiff[train] and accelerate; seconds on a CPU
+
+With the real scripts, NetworkTrainer below is `from train_network import NetworkTrainer`, and the class `Trainer` with
+its criterion is all that is added.
+"""
+
+import argparse
+import time
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import vadiff
+from vadiff.integrations import kohya
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--min_snr_gamma", type=float, default=5.0)
+args = parser.parse_args()
+
+digits = load_digits()
+images = torch.from_numpy(digits.images.reshape(-1, 64) / 8 - 1).float()  # [1797, 64] in [-1, 1]
+threes = images[torch.from_numpy(digits.target) == 3]
+
+
+class Denoiser(nn.Module):
+    """The network that is fine-tuned: an MLP over pixels and timestep, with a LoRA beside its largest layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(65, 256), nn.Linear(256, 256), nn.Linear(256, 64)
+        self.down, self.up = nn.Linear(256, 4, bias=False), nn.Linear(4, 256, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        x = nn.functional.silu(self.first(torch.cat([noisy, timesteps[:, None] / 1000], 1)))
+        return self.last(nn.functional.silu(self.middle(x) + self.up(self.down(x))))
+
+
+class NetworkTrainer:
+    """What the scripts' trainer does about its loss, and the order in which it does it."""
+
+    def post_process_network(self, args, accelerator, network, text_encoders, unet):
+        pass
+
+    def post_process_loss(self, loss: Tensor, args: argparse.Namespace, timesteps: Tensor, noise_scheduler) -> Tensor:
+        snr = noise_scheduler.all_snr[timesteps]
+        return loss * snr.clamp(max=args.min_snr_gamma) / (snr + 1)
+
+    def process_batch(self, network: Denoiser, clean: Tensor, noise_scheduler: DDPMScheduler) -> Tensor:
+        noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
+        target = noise_scheduler.get_velocity(clean, noise, timesteps)
+        pred = network(noise_scheduler.add_noise(clean, noise, timesteps), timesteps)
+        loss = nn.functional.mse_loss(pred.float(), target.float(), reduction="none").mean(1)
+        return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
+
+    def train(self, network: Denoiser, data: Tensor, steps: int, lr: float) -> float:
+        """Milliseconds per step."""
+        self.post_process_network(args, Accelerator(cpu=True), network, [], None)
+        noise_scheduler = make_scheduler()
+        optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=lr)
+        torch.manual_seed(1)
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = self.process_batch(network, data[torch.randint(0, len(data), (32,))], noise_scheduler)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return 1e3 * (time.perf_counter() - start) / steps
+
+
+class Trainer(kohya.AdaptiveLoss, NetworkTrainer):  # the lines that are added
+    criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", prediction_type="v_prediction", fine_tuning=True)
+
+
+def make_scheduler() -> DDPMScheduler:
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    return scheduler
+
+
+@torch.no_grad()
+def own_loss(network: Denoiser) -> float:
+    torch.manual_seed(2)
+    return NetworkTrainer().process_batch(network, threes.repeat(10, 1), make_scheduler()).item()
+
+
+torch.manual_seed(0)
+base = Denoiser()
+NetworkTrainer().train(base, images, steps=args.steps, lr=1e-3)
+base.requires_grad_(False)
+base.down.requires_grad_(True)
+base.up.requires_grad_(True)
+
+print(f"{'kohya, LoRA':24} {'loss before':>12} {'loss after':>12} {'ms per step':>12}")
+for name, trainer in (("NetworkTrainer", NetworkTrainer()), ("with AdaptiveLoss", Trainer())):
+    network = Denoiser().requires_grad_(False)
+    network.load_state_dict(base.state_dict())
+    network.down.requires_grad_(True)
+    network.up.requires_grad_(True)
+    before = own_loss(network)
+    milliseconds = trainer.train(network, threes, steps=args.steps, lr=3e-3)
+    print(f"{name:24} {before:12.4f} {own_loss(network):12.4f} {milliseconds:12.2f}")
+print(Trainer.criterion.summary())

@@ -1,0 +1,319 @@
+"""kohya's trainers are not on PyPI: a stand-in calls the same methods in the same order, with the same tables.
+
+Order of a step: loss of each element → times weighting [B, 1, 1, 1] → times mask → mean over the sample → times the
+data set's weights → post_process_loss → mean. Validation takes the same way, without a gradient in the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+import vadiff
+from vadiff.integrations import kohya
+from vadiff.schedulers import log_snr_of
+
+SHAPES = {"image": (6, 4, 8, 8), "video": (6, 4, 3, 8, 8)}
+LOSS_ULPS, GRADIENT_ULPS = 2, 2
+
+
+def arguments(**given: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{"v_parameterization": False, "zero_terminal_snr": False, "min_snr_gamma": None, "flow": False, **given}
+    )
+
+
+class NetworkTrainer:
+    """The methods of the trainer that have to do with the loss, by what they are documented to do."""
+
+    def get_noise_scheduler(self, args: Any) -> Any:
+        if args.flow:
+            return FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler: Any = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            prediction_type="v_prediction" if args.v_parameterization else "epsilon",
+        )  # fmt: skip
+        scheduler.all_snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+        if args.zero_terminal_snr:  # after the table was filled
+            fixed: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+            scheduler.alphas_cumprod = fixed.alphas_cumprod
+        return scheduler
+
+    def post_process_network(
+        self, args: Any, accelerator: Any, network: nn.Module, text_encoders: Any, unet: Any
+    ) -> None:
+        self.prepared = network
+
+    def post_process_loss(self, loss: Tensor, args: Any, timesteps: Tensor, noise_scheduler: Any) -> Tensor:
+        if args.min_snr_gamma:
+            snr = torch.stack([noise_scheduler.all_snr[t] for t in timesteps])
+            weight = snr.clamp(max=args.min_snr_gamma) / (snr + 1 if args.v_parameterization else snr)
+            loss = loss * weight.float()
+        return loss
+
+    def process_batch(
+        self, network: nn.Module, batch: dict[str, Any], args: Any, noise_scheduler: Any, is_train: bool = True
+    ) -> Tensor:
+        clean, noise, timesteps = batch["clean"], batch["noise"], batch["timesteps"]
+        target = noise_scheduler.get_velocity(clean, noise, timesteps) if args.v_parameterization else noise
+        if args.flow:
+            target = noise - clean
+        with torch.set_grad_enabled(is_train):
+            pred = network(clean)
+        loss = nn.functional.mse_loss(pred.float(), target.float(), reduction="none")
+        if batch.get("weighting") is not None:
+            loss = loss * batch["weighting"]
+        if batch.get("mask") is not None:
+            loss = loss * batch["mask"]
+        loss = loss.mean(dim=list(range(1, loss.ndim))) * batch["loss_weights"]
+        self.per_sample = loss.detach()
+        return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
+
+    def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
+        self.logged = logs
+
+
+def adaptive(criterion: vadiff.DiffusionLoss, **options: Any) -> Any:
+    """What a user writes: the mixin, the trainer, a criterion."""
+    return type("Trainer", (kohya.AdaptiveLoss, NetworkTrainer), {"criterion": criterion, **options})()
+
+
+def batch(scheduler: Any, shape: tuple[int, ...] = SHAPES["image"], seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    clean, noise = torch.randn(2, *shape, generator=generator)
+    indices = torch.randint(0, 1000, shape[:1], generator=generator)
+    timesteps = scheduler.timesteps[indices] if hasattr(scheduler, "scale_noise") else indices
+    return {"clean": clean, "noise": noise, "timesteps": timesteps, "loss_weights": torch.ones(shape[0])}
+
+
+class Network(nn.Module):
+    """A LoRA: the frozen layer passes its input on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.lora = nn.Parameter(0.1 * torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base * x + torch.einsum("oc,bc...->bo...", self.lora, x)
+
+
+def ulps(found: Tensor, expected: Tensor) -> float:
+    spacing = np.spacing(expected.detach().abs().numpy())
+    return float(np.max((found - expected).detach().abs().numpy() / spacing))
+
+
+SETTINGS = {
+    "epsilon": {},
+    "epsilon, min-SNR": {"min_snr_gamma": 5.0},
+    "v": {"v_parameterization": True},
+    "v, min-SNR": {"v_parameterization": True, "min_snr_gamma": 5.0},
+    "flow": {"flow": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_constant_weighting_is_the_trainer_s_own_loss_and_gradient(setting: str, shape: str) -> None:
+    """With every factor of the trainer in it: weighting, mask, weights of the data set, --min_snr_gamma."""
+    args, network = arguments(**SETTINGS[setting]), Network()
+    results = []
+    for trainer in (NetworkTrainer(), adaptive(vadiff.DiffusionLoss("constant"))):
+        scheduler = trainer.get_noise_scheduler(args)
+        values = batch(scheduler, SHAPES[shape])
+        ones = [1] * (len(SHAPES[shape]) - 1)
+        values["weighting"] = torch.linspace(0.5, 2.0, 6).view(6, *ones)
+        values["mask"] = torch.rand(6, 1, *SHAPES[shape][2:], generator=torch.Generator().manual_seed(5))
+        values["loss_weights"] = torch.linspace(0.2, 1.0, 6)
+        loss = trainer.process_batch(network, values, args, scheduler)
+        network.zero_grad()
+        loss.backward()
+        assert network.base.grad is None
+        results.append((loss, network.lora.grad.clone()))
+    (own, own_gradient), (ours, gradient) = results
+    assert ulps(ours, own) <= LOSS_ULPS + 4 * ("min-SNR" in setting)  # its table is made in float64 here
+    torch.testing.assert_close(gradient, own_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_ten_steps_record_the_trainer_s_losses_and_weigh_by_them() -> None:
+    criterion = vadiff.DiffusionLoss(bins=13, log_snr_range=(-5.5, 7.5), half_life=math.inf)
+    trainer, args, network = adaptive(criterion), arguments(v_parameterization=True), Network()
+    scheduler = trainer.get_noise_scheduler(args)
+    optimizer = torch.optim.SGD([network.lora], lr=0.01)
+    log_snrs, losses = [], []
+    for step in range(10):
+        values = batch(scheduler, (16, 4, 8, 8), seed=step)
+        loss = trainer.process_batch(network, values, args, scheduler)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        alpha_bar = scheduler.alphas_cumprod[values["timesteps"]].double()
+        log_snrs.append((alpha_bar / (1 - alpha_bar)).log())
+        losses.append(trainer.per_sample.double())
+    log_snr, recorded = torch.cat(log_snrs).numpy(), torch.cat(losses).numpy()
+    bins = np.clip(np.floor(log_snr + 5.5), 0, 12).astype(int)
+    for k in range(13):
+        inside = recorded[bins == k]
+        assert criterion.statistics.count[k] == len(inside)
+        if len(inside) > 1:
+            assert criterion.statistics.mean[k].item() == pytest.approx(inside.mean(), rel=1e-6)
+            assert criterion.statistics.variance[k].item() == pytest.approx(inside.var(ddof=1), rel=1e-5)
+    assert criterion.weights.max() > 1.1 * criterion.weights.min()
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_min_snr_is_that_of_the_schedule_after_its_zero_terminal_snr_fix(v: bool) -> None:
+    """The trainer's own table is from before it; at S = 0 the formula is 0/0 for epsilon."""
+    args = arguments(v_parameterization=v, zero_terminal_snr=True, min_snr_gamma=5.0)
+    trainer = adaptive(vadiff.DiffusionLoss("constant"))
+    scheduler = trainer.get_noise_scheduler(args)
+    stale = scheduler.all_snr.clone()
+    timesteps = torch.tensor([0, 146, 700, 990, 999])
+    loss = torch.ones(5, requires_grad=True)
+    weights = trainer.post_process_loss(loss, args, timesteps, scheduler).detach().double()
+    alpha_bar = scheduler.alphas_cumprod[timesteps].double()
+    snr = alpha_bar / (1 - alpha_bar)
+    expected = snr.clamp(max=5.0) / (snr + 1) if v else (5.0 / snr).clamp(max=1.0)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+    own = NetworkTrainer().post_process_loss(loss, args, timesteps, SimpleNamespace(all_snr=stale)).detach().double()
+    assert not v or (own - expected).abs()[3] > 0.2 * expected[3]  # what it was
+
+
+def test_all_snr_follows_the_schedule_and_is_not_made_up_where_there_is_none() -> None:
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments())
+    before = scheduler.all_snr.clone()
+    kohya.refresh_all_snr(scheduler)
+    torch.testing.assert_close(scheduler.all_snr, before, rtol=1e-4, atol=0)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod / 2
+    kohya.refresh_all_snr(scheduler)
+    assert (scheduler.all_snr < before).all()
+    flow = FlowMatchEulerDiscreteScheduler()
+    kohya.refresh_all_snr(flow)
+    assert not hasattr(flow, "all_snr")
+
+
+def test_validation_losses_come_back_as_they_are_and_are_not_recorded() -> None:
+    criterion = vadiff.DiffusionLoss()
+    trainer, args, network = adaptive(criterion), arguments(), Network()
+    scheduler = trainer.get_noise_scheduler(args)
+    for seed in range(20):
+        trainer.process_batch(network, batch(scheduler, seed=seed), args, scheduler)
+    state = criterion.statistics.state.clone()
+    values = batch(scheduler)
+    loss = trainer.process_batch(network, values, args, scheduler, is_train=False)
+    assert loss == NetworkTrainer().process_batch(network, values, args, scheduler, is_train=False)
+    assert torch.equal(criterion.statistics.state, state)
+
+
+def test_the_slot_as_a_function_keeps_other_factors_out_of_the_statistics() -> None:
+    criterion = vadiff.DiffusionLoss("constant", bins=2, log_snr_range=(-100.0, 100.0))
+    slot = functools.partial(kohya.post_process_loss, criterion)
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments())
+    base = torch.tensor([2.0, 4.0, 6.0], requires_grad=True)
+    share = torch.tensor([0.5, 0.0, 0.25])
+    timesteps = torch.tensor([3, 400, 900])
+    loss = slot(base * share, arguments(), timesteps, scheduler, sample_weight=share)
+    assert loss.tolist() == [1.0, 0.0, 1.5]
+    loss.sum().backward()
+    assert base.grad.tolist() == share.tolist()
+    n, mu = criterion.statistics.count, criterion.statistics.mean.nan_to_num()
+    assert n.sum() == 2
+    assert (n * mu).sum() == 8.0
+
+
+def test_min_snr_written_for_epsilon_is_refused_where_v_is_predicted() -> None:
+    """The mistake most trainers made; the trainers' --min_snr_gamma would come on top."""
+    args = arguments(v_parameterization=True)
+    loss = torch.ones(3, requires_grad=True)
+    timesteps = torch.tensor([3, 400, 900])
+    for given, refused in (("epsilon", True), ("v_prediction", False)):
+        trainer = adaptive(vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type=given)))
+        scheduler = trainer.get_noise_scheduler(args)
+        if refused:
+            with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
+                trainer.post_process_loss(loss, args, timesteps, scheduler)
+        else:
+            assert trainer.post_process_loss(loss, args, timesteps, scheduler).isfinite().all()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_two_timesteps_for_each_loss_are_an_error(samples: int) -> None:
+    criterion = vadiff.DiffusionLoss()
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments())
+    loss = torch.ones(samples, requires_grad=True)
+    with pytest.raises(ValueError, match="With prior preservation, take the half"):
+        kohya.post_process_loss(criterion, loss, None, torch.arange(2 * samples), scheduler)
+    with pytest.raises(ValueError, match="one value per sample"):
+        kohya.post_process_loss(criterion, torch.ones(2, 4, 8, 8, requires_grad=True), None, torch.arange(2), scheduler)
+    assert criterion.statistics.count.sum() == 0
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield Accelerator(cpu=True)
+    reset()
+
+
+def test_state_is_in_what_the_trainer_saves_and_resumes(accelerator: Accelerator, tmp_path: Path) -> None:
+    """--save_state and --resume are Accelerate's; the network's hooks there do not see the criterion."""
+    args, network = arguments(), Network()
+    criterion = vadiff.DiffusionLoss()
+    trainer = adaptive(criterion)
+    trainer.post_process_network(args, accelerator, network, [], None)
+    assert trainer.prepared is network
+    scheduler = trainer.get_noise_scheduler(args)
+    for seed in range(5):
+        trainer.process_batch(network, batch(scheduler, seed=seed), args, scheduler)
+    accelerator.save_state(str(tmp_path))
+    saved = {name: value.clone() for name, value in criterion.state_dict().items()}
+    trainer.process_batch(network, batch(scheduler, seed=9), args, scheduler)
+    accelerator.load_state(str(tmp_path))
+    assert criterion.statistics.count.sum() > 0
+    torch.testing.assert_close(dict(criterion.state_dict()), saved, rtol=0, atol=0)
+
+
+def test_statistics_are_logged_beside_the_trainer_s_numbers() -> None:
+    trainer, args, network = adaptive(vadiff.DiffusionLoss(), log_every=5), arguments(), Network()
+    scheduler = trainer.get_noise_scheduler(args)
+    trainer.process_batch(network, batch(scheduler), args, scheduler)
+    trainer.step_logging(None, {"loss/current": 1.0}, 4, 1)
+    assert trainer.logged == {"loss/current": 1.0}
+    trainer.step_logging(None, {"loss/current": 1.0}, 5, 1)
+    assert trainer.logged["loss/current"] == 1.0
+    assert any(name.startswith("vadiff/base_loss/") for name in trainer.logged)
+
+
+def test_a_trainer_without_a_criterion_or_with_one_to_be_trained_is_refused() -> None:
+    class Forgotten(kohya.AdaptiveLoss, NetworkTrainer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Forgotten\.criterion is missing"):
+        Forgotten().post_process_network(arguments(), None, Network(), [], None)
+    with pytest.raises(ValueError, match="Use weighting='loss_level'"):
+        adaptive(vadiff.DiffusionLoss("learned")).post_process_network(arguments(), None, Network(), [], None)
+
+
+def test_flow_timesteps_are_read_as_the_scheduler_counts_them() -> None:
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments(flow=True))
+    criterion = vadiff.DiffusionLoss("constant", bins=2, log_snr_range=(-10.0, 10.0))
+    timesteps = scheduler.timesteps[[1, 990]]
+    kohya.post_process_loss(criterion, torch.tensor([1.0, 2.0], requires_grad=True), None, timesteps, scheduler)
+    assert criterion.statistics.mean.tolist() == [1.0, 2.0]  # much noise, little noise
+    assert log_snr_of(scheduler, timesteps).sign().tolist() == [-1, 1]

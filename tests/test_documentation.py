@@ -1,0 +1,281 @@
+"""README and docs: their code runs, their commands parse, their links and quotations lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib.util
+import json
+import pkgutil
+import re
+import shlex
+import sys
+import textwrap
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import vadiff
+from vadiff.cli import _parser
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted(DOCS.rglob("*.md"))]
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
+
+SHELL = ("sh", "bash", "console")
+_BLOCK = re.compile(
+    r"^<!-- runs first:\n(?P<hidden>.*?)^-->|^(?P<fence> *```)(?P<language>[^\n]*)\n(?P<text>.*?)^ *```", re.M | re.S
+)
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its first line of text
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The code blocks of a page, those in a comment `runs first` as well."""
+    whole = page.read_text()
+    for found in _BLOCK.finditer(whole):
+        hidden = found["hidden"] is not None
+        line = whole.count("\n", 0, found.start("hidden" if hidden else "text")) + 1
+        language = "python" if hidden else found["language"].split(" ")[0]
+        yield Block(page, line, language, textwrap.dedent(found["hidden" if hidden else "text"]))
+
+
+def of_language(*languages: str) -> list[Any]:
+    return [pytest.param(b, id=str(b)) for page in PAGES for b in blocks(page) if b.language in languages]
+
+
+def with_python() -> list[Any]:
+    pages = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
+
+
+@pytest.mark.parametrize("page", with_python())
+def test_python_of_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook: dict[str, dict[str, Any]] = {  # what a notebook has, and a test has not
+        "IPython": {"get_ipython": lambda: None, "version_info": (9, 0)},
+        "IPython.display": {"clear_output": lambda wait: None},
+    }
+    for name, members in notebook.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with warnings.catch_warnings():
+        for block in blocks(page):
+            if block.language == "python":
+                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+                exec(code, namespace)
+
+
+def test_what_a_diff_leaves_is_python() -> None:
+    for block in (block for page in PAGES for block in blocks(page) if block.language == "diff"):
+        kept = [line[1:] for line in block.text.splitlines() if not line.startswith("-")]
+        ast.parse(textwrap.dedent("\n".join(kept)), str(block))
+
+
+def with_examples() -> list[Any]:
+    """Every docstring that has a `>>>` in it."""
+    found = []
+    for module in pkgutil.walk_packages(vadiff.__path__, "vadiff."):
+        path = Path(module.module_finder.path, *module.name.rpartition(".")[2:])
+        source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
+        if source.is_file() and ">>>" in source.read_text():
+            loaded = importlib.import_module(module.name)
+            found += [test for test in doctest.DocTestFinder().find(loaded, module.name) if test.examples]
+    return [pytest.param(test, id=test.name) for test in found]
+
+
+@pytest.mark.parametrize("test", with_examples())
+def test_examples_of_docstrings_give_what_they_say(test: doctest.DocTest) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    prediction, timesteps = torch.randn(8, 4, 8, 8, requires_grad=True), torch.arange(8)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    scheduler = types.SimpleNamespace(  # what is read of one of diffusers'
+        alphas_cumprod=torch.cumprod(1 - betas, 0), betas=betas, config=types.SimpleNamespace(prediction_type="epsilon")
+    )
+    test.globs |= {
+        "torch": torch, "vadiff": vadiff, "criterion": vadiff.DiffusionLoss(), "noise_scheduler": scheduler,
+        "model_pred": prediction, "target": torch.randn(8, 4, 8, 8), "latents": torch.randn(8, 4, 8, 8),
+        "noise": torch.randn(8, 4, 8, 8), "timesteps": timesteps,
+    }  # fmt: skip
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=options).run(test, out=said.append, clear_globs=False)
+    assert result.failed == 0, "".join(said)
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """Words of each command, without variables in front."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+@pytest.mark.parametrize("block", of_language(*SHELL))
+def test_commands_have_flags_files_and_targets_that_exist(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(block):
+        check_command(words)
+
+
+def check_command(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "vadiff":
+        assert parses(arguments), shlex.join(words)
+    elif program in ("torchrun", "accelerate") or (program == "python" and arguments[:1] == ["-m"]):
+        if "-m" in arguments:
+            check_command(arguments[arguments.index("-m") + 1 :])
+        else:
+            assert any((ROOT / word).is_file() for word in arguments), shlex.join(words)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(word for word in arguments if "=" not in word) <= set(targets), shlex.join(words)
+    elif program == "pip":
+        assert arguments[0] == "install"
+        extras = {
+            extra for word in arguments for extra in ",".join(re.findall(r"^(?:vadiff|\.)\[(.*)\]", word)).split(",")
+        }
+        assert extras - {""} <= known_extras(), shlex.join(words)
+    elif program in ("python", ".venv/bin/python"):
+        assert (ROOT / arguments[0]).is_file(), shlex.join(words)
+    elif program in ("pytest", ".venv/bin/pytest"):
+        paths = [word for word in arguments if not word.startswith("-") and not word.isdigit()]
+        assert all((ROOT / path).exists() for path in paths), shlex.join(words)
+    elif program != "cd":
+        assert (ROOT / program).is_file(), f"what is this? {shlex.join(words)}"
+
+
+def parses(arguments: list[str]) -> bool:
+    """Whether `vadiff` would run with these arguments, or print help."""
+    try:
+        _parser().parse_args(arguments)
+    except SystemExit as stopped:
+        return stopped.code == 0
+    return True
+
+
+def known_extras() -> set[str]:
+    return set(_toml((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def _toml(text: str) -> dict[str, Any]:
+    module = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    return importlib.import_module(module).loads(text)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["vadiff train --preset digit", "make all-of-it", "python nowhere.py", "pip install 'vadiff[reports]'", "rm -rf x"],
+)
+def test_a_command_that_is_wrong_would_be_noticed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize("block", of_language("toml", "yaml", "json"))
+def test_configurations_parse(block: Block, tmp_path: Path) -> None:
+    if block.language == "json":
+        json.loads(block.text)
+    elif block.language == "yaml":
+        pytest.importorskip("yaml").safe_load(block.text)
+    elif "arms" in _toml(block.text):
+        from vadiff.ablation.grid import read_grid
+
+        (tmp_path / "grid.toml").write_text(block.text)
+        assert read_grid(tmp_path / "grid.toml").runs(tmp_path)
+
+
+def test_every_block_says_what_it_is_in() -> None:
+    known = {"python", "diff", "toml", "yaml", "json", "text", *SHELL}
+    assert [str(block) for page in PAGES for block in blocks(page) if block.language not in known] == []
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("[A-Z]*.md")), ids=lambda page: page.name)
+def test_links_of_pages_that_mkdocs_does_not_check_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+
+def test_errors_that_the_faq_explains_are_those_of_the_code() -> None:
+    code = re.sub(
+        r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in ROOT.glob("vadiff/**/*.py")) or _installed()
+    )
+    code = re.sub(r"\{[^{}]*\}", "…", code)
+    titles = re.findall(r"^### `(.*)`$", (DOCS / "faq.md").read_text(), re.M)
+    assert len(titles) > 5
+    missing = []
+    for title in titles:
+        pattern = ".{0,60}".join(map(re.escape, re.split(r" … |8|'triton'", title)))
+        if not re.search(pattern, code):
+            missing.append(title)
+    assert missing == []
+
+
+def _installed() -> str:
+    return "".join(path.read_text() for path in Path(vadiff.__file__).parent.rglob("*.py"))
+
+
+def trainer_table(page: Path) -> str:
+    """The rows of "your trainer → the lines to change", with links as seen from the root."""
+    found = re.search(r"<!-- trainers -->\n(.*?)\n<!-- end of trainers -->", page.read_text(), re.S)
+    assert found is not None
+    prefix = "" if page.parent == ROOT else f"{page.parent.relative_to(ROOT)}/"
+    return re.sub(r"\]\(([^)]*)\)", lambda link: f"]({prefix}{link[1]})", found[1]).strip()
+
+
+def test_readme_and_docs_have_the_same_table_of_trainers_and_all_of_them() -> None:
+    table = trainer_table(ROOT / "README.md")
+    assert table == trainer_table(DOCS / "trainers" / "index.md")
+    for page in DOCS.glob("trainers/*.md"):
+        assert page.name == "index.md" or f"(docs/trainers/{page.name})" in table
+
+
+def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None:
+    lines = (ROOT / "benchmarks/results/ablation-digits/results.txt").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text().replace("−", "-")
+    for arm, form in (
+        ("variance_aware", "{} % ({} to {})"),
+        ("constant_twice_rate", "{} % for twice the learning rate"),
+    ):
+        (row,) = (line for line in lines if line.startswith(f"{arm} "))
+        mean, low, high = re.findall(r"[+-]\d+\.\d+", row)
+        assert form.format(mean, low, high) in readme
+    picture = DOCS / "ablation-digits.png"
+    assert picture.read_bytes() == (ROOT / "benchmarks/results/ablation-digits/results.png").read_bytes()
+
+
+def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    experiments = ROOT / "benchmarks" / "experiments"
+    specification = importlib.util.spec_from_file_location("picture", experiments / "picture.py")
+    assert specification is not None
+    assert specification.loader is not None
+    picture = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(picture)
+    written = []
+    for name in ("a.svg", "b.svg"):
+        picture.main(["--steps", "5", "--out", str(tmp_path / name)])
+        written.append((tmp_path / name).read_text())
+    assert "vadiff.DiffusionLoss()" in capsys.readouterr().out
+    assert written[0] == written[1]
+    assert "<svg" in written[0]

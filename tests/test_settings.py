@@ -1,0 +1,144 @@
+"""DiffusionLoss.for_process: range, bins and weighting that suit a process, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import vadiff
+from vadiff import process, settings, weighting
+from vadiff.schedulers import log_snr_of
+
+for_process = vadiff.DiffusionLoss.for_process
+CUT = torch.tensor([0.001, 0.999], dtype=torch.float64)
+ENDS = {
+    "edm": process.EDM().log_snr(torch.tensor([0.002, 80.0], dtype=torch.float64)),
+    "flow": process.Flow().log_snr(CUT),
+    "stable_diffusion": torch.tensor([7.0694, -5.3640]),
+    "vp_cosine": process.VPCosine().log_snr(CUT),
+    "vp_linear": process.VPLinear().log_snr(CUT),
+}
+
+
+def limits(criterion: vadiff.DiffusionLoss) -> tuple[float, float]:
+    return criterion.statistics.bins.low, criterion.statistics.bins.high
+
+
+@pytest.mark.parametrize("fine_tuning", [False, True])
+@pytest.mark.parametrize("name", ENDS)
+def test_bins_cover_the_process_and_little_else(name: str, fine_tuning: bool) -> None:
+    assert name in settings.available()
+    assert len(ENDS) == len(settings.available())
+    criterion = for_process(name, fine_tuning=fine_tuning)
+    low, high = limits(criterion)
+    width = 0.5 if fine_tuning else 0.25
+    assert low <= ENDS[name].min() < low + width
+    assert high - width < ENDS[name].max() <= high
+    assert criterion.statistics.bins.width == pytest.approx(width)
+
+
+@pytest.mark.parametrize(
+    ("noise_process", "name"),
+    [
+        (process.EDM(), "edm"),
+        (process.Flow(), "flow"),
+        (process.Flow(data_at=1), "flow"),
+        (process.VPCosine(), "vp_cosine"),
+        (process.VPLinear(), "vp_linear"),
+        (diffusers.EDMEulerScheduler(), "edm"),
+        (
+            diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            "stable_diffusion",
+        ),
+    ],
+)
+def test_a_process_and_a_scheduler_are_as_good_as_the_name(noise_process: Any, name: str) -> None:
+    assert limits(for_process(noise_process)) == limits(for_process(name))
+
+
+def test_a_process_may_be_none_of_those_with_a_name() -> None:
+    assert limits(for_process(process.VPLinear(beta_max=5.0)))[0] > limits(for_process("vp_linear"))[0]
+    cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True)
+    low, high = limits(for_process(cosine))
+    log_snr = log_snr_of(cosine, torch.arange(999))
+    assert low <= log_snr.min() < low + 0.25
+    assert high - 0.25 < log_snr.max() <= high
+
+
+@pytest.mark.parametrize(
+    ("described", "prediction_type", "strength"),
+    [
+        ("stable_diffusion", None, 0.5),
+        ("stable_diffusion", "epsilon", 0.5),
+        ("stable_diffusion", "v_prediction", 0.5),
+        (diffusers.DDPMScheduler(), None, 0.5),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), None, 1.0),
+        ("flow", None, 1.0),
+        ("edm", None, 1.0),
+        ("vp_cosine", "edm", 1.0),
+    ],
+)
+def test_fine_tuning_in_a_variance_preserving_form_goes_half_the_way(
+    described: Any, prediction_type: str | None, strength: float
+) -> None:
+    tuned = for_process(described, prediction_type=prediction_type, fine_tuning=True)
+    assert tuned.weighting == weighting.VarianceAware(strength=strength)
+    assert for_process(described, prediction_type=prediction_type).weighting == weighting.VarianceAware()
+
+
+@pytest.mark.parametrize(
+    ("described", "prediction_type", "form"),
+    [
+        (diffusers.DDPMScheduler(prediction_type="v_prediction"), None, "v_prediction"),
+        (diffusers.DDPMScheduler(prediction_type="v_prediction"), "sample", "sample"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), None, "flow"),
+        (diffusers.EDMEulerScheduler(), None, "sample"),
+        ("edm", None, "edm"),
+        ("vp_cosine", "epsilon", "epsilon"),
+    ],
+)
+def test_a_weighting_by_name_is_told_what_the_loss_is_written_in(
+    described: Any, prediction_type: str | None, form: str
+) -> None:
+    criterion = for_process(described, prediction_type=prediction_type, weighting="min_snr")
+    assert criterion.weighting == weighting.MinSNR(prediction_type=form)
+    assert for_process(described, weighting="constant").weighting == weighting.Constant()
+
+
+def test_a_weighting_by_name_gets_the_scheduler_s_sigma_data() -> None:
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=1.0)
+    expected = weighting.EDM(prediction_type="sample", sigma_data=1.0)
+    assert for_process(scheduler, weighting="edm").weighting == expected
+
+
+def test_everything_may_be_overridden() -> None:
+    criterion = for_process("flow", bins=10, log_snr_range=(-5.0, 5.0), half_life=7.0, loss="huber", huber_delta=0.1)
+    assert criterion.statistics.bins.size == 10
+    assert limits(criterion) == (-5.0, 5.0)
+    assert (criterion.statistics.half_life, criterion.loss, criterion.huber_delta) == (7.0, "huber", 0.1)
+    given = weighting.LossLevel(strength=0.3)
+    assert for_process("flow", weighting=given).weighting == given
+    assert for_process("flow", log_snr_range=(-2.0, 2.0)).statistics.bins.size == 16
+
+
+@pytest.mark.parametrize(
+    ("described", "options", "error", "message"),
+    [
+        ("sd", {}, ValueError, "process is 'sd', expected one of edm, flow, stable_diffusion, vp_cosine, vp_linear"),
+        (3, {}, TypeError, "process is a int, expected a name"),
+        ("edm", {"prediction_type": "eps"}, ValueError, "prediction_type is 'eps', expected one of epsilon"),
+        ("vp_cosine", {"weighting": "min_snr"}, ValueError, "prediction_type is None: expected one of epsilon"),
+        ("edm", {"weighting": "minsnr"}, ValueError, "weighting is 'minsnr', expected one of"),
+        ("edm", {"bin": 3}, TypeError, "bin"),
+        ("edm", {"log_snr_range": 3}, ValueError, "log_snr_range is 3, expected two numbers"),
+        ("edm", {"log_snr_range": (5.0, -5.0)}, ValueError, "expected finite low < high"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    described: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        for_process(described, **options)

@@ -1,0 +1,217 @@
+"""HF diffusers' training scripts: log-SNR from their scheduler, and the places where their losses are computed.
+
+The line to change in train_text_to_image.py, train_text_to_image_lora.py and their kin:
+
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")                    # before
+    loss = criterion(model_pred.float(), target.float(), log_snr_of(noise_scheduler, timesteps))  # after
+
+Nothing here imports diffusers: `vadiff.schedulers` reads the scheduler's tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import weighting
+from ..loss import DiffusionLoss
+from ..schedulers import coefficients_at, coefficients_of, log_snr_of, loss_form_of, prediction_type_of, sigma_of
+from .form import criterion_in_form
+
+__all__ = [
+    "coefficients_of",
+    "log_snr_of",
+    "loss_form_of",
+    "per_sample",
+    "prediction_type_of",
+    "prior_preservation_loss",
+    "reweight_elements",
+    "scheduler_loss",
+    "sigma_of",
+    "snr_gamma_weight",
+]
+
+
+def scheduler_loss(
+    criterion: DiffusionLoss,
+    scheduler: Any,
+    model_pred: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    snr_gamma: float | None = None,
+    prediction_type: str | None = None,
+    base_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """All of it in one call: target, log-SNR and Min-SNR weights, by the scheduler's prediction type.
+
+    The target is not made, and neither is `get_velocity` called: the residual a·output + b·x0 + c·eps is taken as the
+    data is read. For EDM's schedulers `model_pred` is the raw output of the network, before `precondition_outputs`,
+    and the loss is that of the denoised image, as in `--do_edm_style_training`.
+
+    Args:
+        criterion: on the device of `model_pred`. A weighting that depends on the prediction type has to have this one
+            (`DiffusionLoss.for_process(scheduler, weighting="min_snr")` gives it).
+        scheduler, timesteps: as given to `scheduler.add_noise`; [B].
+        model_pred: what the network returned, [B, ...].
+        clean: latents or images without noise, [B, ...].
+        noise: what was mixed in, [B, ...].
+        snr_gamma: Min-SNR's gamma, as `--snr_gamma`; becomes part of the base loss. None for none.
+        prediction_type: of the network where it is not the scheduler's.
+        base_weight, sample_weight, reduction: as of `DiffusionLoss.forward`. [B].
+
+    Returns:
+        The loss, a float32 scalar; [B] for reduction "none".
+
+    Raises:
+        ValueError, TypeError, IndexError: shapes that do not fit (two timesteps for each sample, as in prior
+            preservation, included); a fixed weighting written for another form of the loss than this one; or as
+            `log_snr_of` and `prediction_type_of`.
+
+    Example:
+        >>> loss = scheduler_loss(criterion, noise_scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0)
+    """
+    _check_as_many("timesteps", timesteps, len(model_pred))
+    form = _form_of(scheduler, prediction_type)
+    criterion = criterion_in_form(criterion, form)
+    log_snr = log_snr_of(scheduler, timesteps)
+    if snr_gamma is not None:
+        weight = weighting.MinSNR(snr_gamma, prediction_type=form)(log_snr)
+        base_weight = weight if base_weight is None else weight * base_weight
+    return criterion(
+        model_pred,
+        clean,
+        log_snr,
+        noise=noise,
+        coefficients=coefficients_at(scheduler, log_snr, prediction_type),
+        base_weight=base_weight,
+        sample_weight=sample_weight,
+        reduction=reduction,
+    )
+
+
+def snr_gamma_weight(
+    scheduler: Any, timesteps: Tensor, gamma: float = 5.0, prediction_type: str | None = None
+) -> Tensor:
+    """What `--snr_gamma` is meant to be, exact in every form of the loss and at zero SNR.
+
+    min(S, gamma)/S for epsilon, min(S, gamma)/(S + 1) for v, min(S, gamma) for sample, min(S, gamma)/(1 + √S)² for a
+    flow, S = e**log_snr. Of the scripts some add 1 to the v weight, or 1 to S before the minimum, divide a sample loss
+    by S, or give 0/0 at zero terminal SNR. Source: arXiv 2303.09556; `vadiff.weighting.MinSNR`.
+
+    Args:
+        scheduler, timesteps: as of `log_snr_of`.
+        gamma: where the SNR is cut off.
+        prediction_type: what the loss is written in; by default the scheduler's (`loss_form_of`).
+
+    Returns:
+        [B] float32; pass it as `base_weight=`. (To weigh by it alone, give the criterion `weighting.MinSNR`.)
+
+    Raises as `log_snr_of` and `prediction_type_of`; ValueError for a gamma that is not positive.
+    """
+    form = _form_of(scheduler, prediction_type)
+    return weighting.MinSNR(gamma, prediction_type=form)(log_snr_of(scheduler, timesteps))
+
+
+def prior_preservation_loss(
+    criterion: DiffusionLoss,
+    model_pred: Tensor,
+    target: Tensor,
+    log_snr: Tensor,
+    prior_loss_weight: float = 1.0,
+    *,
+    base_weight: Tensor | None = None,
+) -> Tensor:
+    """DreamBooth's mean over the instance half + prior_loss_weight · mean over the class half, in one call.
+
+    Goes in before `torch.chunk(model_pred, 2)`: all 2·B samples keep their own timestep, are recorded and weighted.
+
+    Args:
+        model_pred, target: [2·B, ...], instance images first.
+        log_snr: [2·B].
+        prior_loss_weight: as `--prior_loss_weight`.
+        base_weight: [2·B], as of `DiffusionLoss.forward`.
+
+    Raises:
+        ValueError: a batch that is not even, or as `DiffusionLoss.forward`.
+    """
+    samples = len(model_pred)
+    if samples % 2:
+        raise ValueError(f"model_pred has {samples} samples, expected an even number: instance and class images")
+    factor = torch.ones(samples, device=model_pred.device)
+    factor[samples // 2 :] = prior_loss_weight
+    return 2.0 * criterion(model_pred, target, log_snr, base_weight=base_weight, sample_weight=factor)
+
+
+def reweight_elements(criterion: DiffusionLoss, loss: Tensor, log_snr: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """For loops that hold their loss element by element, weighted and all: what to take the mean of.
+
+    Args:
+        loss: [B, ...], the trainer's own: times its weights of shape [B, 1, 1, 1] or [B, 1, 1, 1, 1], but not yet
+            times its mask.
+        log_snr: [B].
+        mask: of a shape that broadcasts against `loss` from the batch on, as [B, 1, H, W]; 0 to 1. The statistics
+            hold the mean over what the mask lets through; its share of the sample is the sample's weight.
+
+    Returns:
+        [B]; with constant weighting its mean is `(loss * mask).mean()`.
+
+    Raises:
+        ValueError: a mask that has another batch or does not broadcast; or as `DiffusionLoss.reweight`.
+    """
+    if loss.dim() < 2:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}, expected (B, ...). Use criterion.reweight for (B,).")
+    elements = tuple(range(1, loss.dim()))
+    if mask is None:
+        return criterion.reweight(loss.mean(elements), log_snr)
+    fits = mask.dim() == loss.dim() and len(mask) == len(loss)
+    if not fits or any(size not in (1, full) for size, full in zip(mask.shape, loss.shape, strict=True)):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, expected that of loss, {tuple(loss.shape)}, or 1 in place of any "
+            "dimension but the first"
+        )
+    share = mask.expand_as(loss).float().mean(elements).detach()  # [B]
+    masked = (loss * mask).mean(elements) / share.where(share != 0, 1.0)  # the kernel leaves v = 0 out, not its NaN
+    return criterion.reweight(masked, log_snr, share)
+
+
+def per_sample(weight: Tensor | None, samples: int) -> Tensor | None:
+    """A trainer's weight of shape [B], [B, 1, 1, 1] or [B, 1, 1, 1, 1] as [B] float32, for `base_weight=`.
+
+    None, which some trainers have for "no weights", stays None.
+
+    Raises:
+        ValueError: anything but one number per sample.
+    """
+    if weight is None:
+        return None
+    if weight.dim() == 0 or len(weight) != weight.numel():
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected ({samples},), or that with dimensions of 1 behind: one "
+            "number per sample. Weights that vary inside a sample go through reweight_elements."
+        )
+    _check_as_many("weight", weight, samples)
+    return weight.detach().flatten().float()
+
+
+def _form_of(scheduler: Any, prediction_type: str | None) -> str:
+    """What the loss is written in; that of an EDM network is the image's."""
+    if prediction_type is None:
+        return loss_form_of(scheduler)
+    return "sample" if prediction_type == "edm" else prediction_type
+
+
+def _check_as_many(name: str, values: Tensor, samples: int) -> None:
+    if isinstance(values, Tensor) and values.dim() > 0 and len(values) != samples:
+        advice = ""
+        if len(values) == 2 * samples:
+            advice = (
+                f" With prior preservation the first half is that of the instance images: {name}.chunk(2)[0]; or "
+                "prior_preservation_loss on the whole batch."
+            )
+        raise ValueError(f"{name} has {len(values)} entries, expected {samples}: one per sample.{advice}")

@@ -1,0 +1,172 @@
+"""Loss objects for NVlabs' EDM and EDM2 training loops, from the papers' formulas.
+
+Both loops make their loss object from a class name and options, call it as ``loss_fn(net=…, images=…, labels=…)``, and
+run ``.sum().mul(loss_scaling / batch_gpu_total).backward()`` on the [B, C, H, W] tensor that comes back. Name one of
+these classes instead, or put one in the loop.
+
+State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume: nothing to do. EDM
+pickles the loss object into each network snapshot but makes a new one on resume: load the state from the snapshot,
+``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Statistics are merged over ranks and the same bits on
+all of them, which EDM checks of every module that it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..levels.sampler import require_number
+from ..log_snr import from_sigma
+from ..loss import DiffusionLoss
+from ..process import loss_ratio
+from ..weighting import Constant
+from .form import criterion_in_form, moved_beside
+
+__all__ = ["EDM2Loss", "EDMLoss"]
+
+
+class EDMLoss(nn.Module):
+    """EDM's objective E[lambda(sigma)·|D(y + sigma·eps; sigma) - y|²] with weights and statistics per noise level.
+
+    ln(sigma) ~ N(P_mean, P_std²) and lambda = 1/sigma² + 1/sigma_data² (Karras et al., arXiv 2206.00364, table 1 and
+    section 5); lambda is the base weight, so the bins hold lambda times the squared error of D, which is the squared
+    error of the raw network output F. Random numbers are drawn in the order sigma, augmentation, eps.
+
+    Args:
+        P_mean, P_std: of ln(sigma).
+        sigma_data: standard deviation of the data.
+        criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings. "constant" is
+            EDM's own loss.
+
+    Raises:
+        ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss than "edm".
+    """
+
+    def __init__(
+        self,
+        P_mean: float = -1.2,
+        P_std: float = 1.2,
+        sigma_data: float = 0.5,
+        criterion: DiffusionLoss | str = "variance_aware",
+    ) -> None:
+        super().__init__()
+        self.P_mean = require_number("P_mean", P_mean)
+        self.P_std = require_number("P_std", P_std, above=0.0)
+        self.sigma_data = require_number("sigma_data", sigma_data, above=0.0)
+        self.criterion = criterion_in_form(criterion, "edm", sigma_data=self.sigma_data)
+
+    def forward(
+        self,
+        net: Callable[..., Tensor],
+        images: Tensor,
+        labels: Tensor | None = None,
+        augment_pipe: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            net: the denoiser D, called with noisy images [B, ...], sigma [B, 1, ...] and labels, and with
+                `augment_labels` where there is an `augment_pipe`.
+            images: clean images, [B, C, H, W] or of any shape with the batch in front.
+            labels: passed on.
+            augment_pipe: images → (augmented images, augment labels).
+
+        Returns:
+            Of the images' shape, a view of one number per sample: its loss w·lambda·mean((D - y)²), so that sum and
+            mean, and their gradients, are those of the weighted element-wise loss. float32.
+        """
+        sigma = self._sigma(images)
+        conditions = {}
+        if augment_pipe is not None:
+            images, conditions["augment_labels"] = augment_pipe(images)
+        denoised = net(images + torch.randn_like(images) * sigma, sigma, labels, **conditions)
+        return _spread(self._weighted(denoised, images, sigma), images)
+
+    def _sigma(self, images: Tensor) -> Tensor:
+        """Noise levels of a batch, [B, 1, ...] float32."""
+        normal = torch.randn([images.shape[0]] + [1] * (images.dim() - 1), device=images.device)
+        return (self.P_mean + self.P_std * normal).exp()
+
+    def _weighted(self, denoised: Tensor, images: Tensor, sigma: Tensor) -> Tensor:
+        """w·lambda·mean((D - y)²), [B]."""
+        log_snr = from_sigma(sigma.flatten().double())  # lambda to half a unit in the last place
+        base_weight = loss_ratio("edm", log_snr, sigma_data=self.sigma_data)
+        criterion = moved_beside(self.criterion, denoised)
+        loss: Tensor = criterion(denoised, images, log_snr, base_weight=base_weight, reduction="none")
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"P_mean={self.P_mean:g}, P_std={self.P_std:g}, sigma_data={self.sigma_data:g}"
+
+
+class EDM2Loss(EDMLoss):
+    """`EDMLoss` for EDM2's networks, which have a head for the uncertainty u(sigma).
+
+    EDM2's own loss is lambda/e**u·|D - y|² + u, with u trained along (Karras et al., arXiv 2312.02696, equations 13 to
+    21): it divides each noise level by its mean loss, whatever weight stands in front. So either the head weighs or the
+    criterion does. Where the criterion does, the head's gradient is zero, not missing: distributed training goes on.
+
+    Args:
+        P_mean, P_std, sigma_data: as for `EDMLoss`; these defaults are for ImageNet-512 latents.
+        criterion: as for `EDMLoss`.
+        uncertainty: whether the head weighs. None: if the criterion's weighting is "constant", which is EDM2's own loss
+            with statistics of lambda·|D - y|².
+
+    Raises:
+        ValueError, TypeError: as `EDMLoss`; or both are to weigh.
+    """
+
+    def __init__(
+        self,
+        P_mean: float = -0.4,
+        P_std: float = 1.0,
+        sigma_data: float = 0.5,
+        criterion: DiffusionLoss | str = "variance_aware",
+        uncertainty: bool | None = None,
+    ) -> None:
+        super().__init__(P_mean, P_std, sigma_data, criterion)
+        constant = isinstance(self.criterion.weighting, Constant)
+        if uncertainty and not constant:
+            raise ValueError(
+                f"uncertainty is True with {self.criterion.weighting}, expected False: the head would learn to divide "
+                "by the weighted loss and so undo the weighting. Use criterion='constant' to let the head weigh."
+            )
+        self.uncertainty = constant if uncertainty is None else bool(uncertainty)
+
+    def forward(  # type: ignore[override]
+        self,
+        net: Callable[..., tuple[Tensor, Tensor]],
+        images: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            net: called with noisy images, sigma [B, 1, 1, 1], labels and ``return_logvar=True``; returns D and u, one
+                number per sample.
+            images, labels: as for `EDMLoss`.
+
+        Returns:
+            As `EDMLoss`; with u in it where the head weighs, and then it may be negative.
+        """
+        sigma = self._sigma(images)
+        denoised, logvar = net(images + torch.randn_like(images) * sigma, sigma, labels, return_logvar=True)
+        u = logvar.flatten().float()
+        if u.shape != images.shape[:1]:
+            raise ValueError(
+                f"net returned a logvar of shape {tuple(logvar.shape)}, expected one number per sample: "
+                f"({images.shape[0]}, 1, 1, 1)"
+            )
+        loss = self._weighted(denoised, images, sigma)
+        loss = loss * (-u).exp() + u if self.uncertainty else loss + 0.0 * u
+        return _spread(loss, images)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, uncertainty={self.uncertainty}"
+
+
+def _spread(loss: Tensor, images: Tensor) -> Tensor:
+    """[B] as a view of the images' shape: a mean over elements, once for each of them."""
+    return loss.view([-1] + [1] * (images.dim() - 1)).expand_as(images)

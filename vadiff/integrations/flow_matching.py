@@ -1,0 +1,103 @@
+"""Flow matching as torchcfm and facebookresearch's flow_matching write it: noise at t = 0, data at t = 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..levels.sampler import require_number
+from ..log_snr import from_flow_time
+from ..loss import DiffusionLoss
+from ..process import coefficients
+from .form import criterion_in_form
+
+__all__ = ["FlowMatchingLoss", "log_snr"]
+
+
+def log_snr(t: Tensor, *, data_at: int = 1, sigma: float = 0.0) -> Tensor:
+    """λ of the path x_t = t·x1 + (1 - t)·x0 + sigma·eps, x1 data and x0 noise: ln(t² / ((1 - t)² + sigma²)).
+
+    Args:
+        t: [B] times in [0, 1], any floating dtype.
+        data_at: 1; 0 where t = 0 is data (SD3, diffusers).
+        sigma: noise that the path has on top, torchcfm's ``ConditionalFlowMatcher(sigma)``.
+
+    Returns:
+        [B] float32 (float64 for float64 t); at t = 1 +inf where sigma is 0, at t = 0 -inf.
+
+    Raises:
+        TypeError: t is not a floating-point tensor.
+        ValueError: t is not [B], or out of range, or another argument is out of bounds.
+    """
+    require_number("sigma", sigma, at_least=0.0)
+    straight = from_flow_time(t, data_at)
+    if sigma == 0.0:
+        return straight
+    time = t.double() if data_at == 1 else 1.0 - t.double()
+    return (2.0 * time.log() - ((1.0 - time).square() + sigma**2).log()).to(straight.dtype)
+
+
+class FlowMatchingLoss(nn.Module):
+    """The loss of the velocity, weighted and recorded per noise level.
+
+    In place of ``torch.mean((vt - ut) ** 2)`` it is ``loss(vt, ut, t)``.
+
+    Args:
+        criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
+            the plain mean. Fixed weights have to be written for "flow"; they are exact for sigma = 0.
+        data_at, sigma: see `log_snr`.
+
+    Raises:
+        ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss.
+    """
+
+    def __init__(
+        self, criterion: DiffusionLoss | str = "variance_aware", *, data_at: int = 1, sigma: float = 0.0
+    ) -> None:
+        super().__init__()
+        log_snr(torch.zeros(1), data_at=data_at, sigma=sigma)  # checks the two
+        self.criterion = criterion_in_form(criterion, "flow")
+        self.data_at = data_at
+        self.sigma = float(sigma)
+
+    def forward(
+        self,
+        velocity: Tensor,
+        target: Tensor,
+        t: Tensor,
+        *,
+        noise: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            velocity: what the network returned, [B, ...].
+            target: the path's velocity, torchcfm's `ut`, flow_matching's `dx_t`; or the data x1 if `noise` is given.
+            t: [B] times in [0, 1].
+            noise: x0; the target velocity x1 - x0 (x0 - x1 where data_at = 0) is then never written to memory.
+            sample_weight, reduction: as for `vadiff.DiffusionLoss`.
+
+        Returns:
+            The loss, a float32 scalar, or [B] for "none".
+
+        Raises:
+            ValueError, TypeError: a bad argument; the message names it.
+        """
+        terms = None
+        if noise is not None:
+            terms = coefficients("flow", 1.0, 1.0, data_at=self.data_at)  # the same at every level of the path
+        loss: Tensor = self.criterion(
+            velocity,
+            target,
+            log_snr(t, data_at=self.data_at, sigma=self.sigma),
+            noise=noise,
+            coefficients=terms,
+            sample_weight=sample_weight,
+            reduction=reduction,
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"data_at={self.data_at}, sigma={self.sigma:g}"

@@ -1,0 +1,67 @@
+"""What the integrations ask of a criterion: fixed weights written for the loss that the trainer computes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import weighting as weightings
+from ..loss import DiffusionLoss
+
+
+def criterion_in_form(
+    criterion: DiffusionLoss | str,
+    prediction_type: str,
+    *,
+    sigma_data: float = 0.5,
+    loss_is_given: bool = False,
+) -> DiffusionLoss:
+    """A criterion for a trainer whose base loss is that of one prediction type.
+
+    Args:
+        criterion: a criterion, or the name of a weighting for one with the default settings.
+        prediction_type: what the base loss is written in, one of `vadiff.process.PREDICTION_TYPES`. A weighting by name
+            is made for it.
+        sigma_data: standard deviation of the data, the trainer's ("edm" only).
+        loss_is_given: the trainer computes the loss per sample itself, the criterion only weighs it.
+
+    Returns:
+        The criterion.
+
+    Raises:
+        TypeError: neither a criterion nor a name.
+        ValueError: no such name, or a criterion whose fixed weighting is written for another loss.
+    """
+    if isinstance(criterion, str):
+        options = {"prediction_type": prediction_type} if weightings.takes_prediction_type(criterion) else {}
+        if options and prediction_type == "edm":
+            return DiffusionLoss(weightings.from_name(criterion, **options, sigma_data=sigma_data))
+        return DiffusionLoss(weightings.from_name(criterion, **options))
+    if not isinstance(criterion, DiffusionLoss):
+        raise TypeError(
+            f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss or the name of a weighting "
+            f"({', '.join(weightings.available())})"
+        )
+    weighting = criterion.weighting
+    if isinstance(weighting, weightings.SNRWeighting):
+        name = type(weighting).__name__
+        if weighting.prediction_type != prediction_type:
+            raise ValueError(
+                f"criterion has {name}(prediction_type={weighting.prediction_type!r}), expected {prediction_type!r}: "
+                f"that is the form of the loss it would weigh here. Use {name}(prediction_type={prediction_type!r})."
+            )
+        if prediction_type == "edm" and weighting.sigma_data != sigma_data:
+            raise ValueError(
+                f"criterion has {name}(sigma_data={weighting.sigma_data:g}), expected {sigma_data:g}: the trainer's"
+            )
+    if loss_is_given and criterion.loss != "mse":
+        raise ValueError(
+            f"criterion has loss={criterion.loss!r}, expected 'mse': the trainer computes the loss per sample itself"
+        )
+    return criterion
+
+
+def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:
+    """The criterion, on the tensor's device: trainers that take a loss for a plain function never move it."""
+    if criterion.statistics.state.device != tensor.device:
+        criterion.to(tensor.device)
+    return criterion

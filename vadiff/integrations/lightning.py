@@ -1,0 +1,81 @@
+"""Lightning: a callback that logs the statistics of a LightningModule's criteria.
+
+Nothing else is needed. A criterion that is an attribute of the LightningModule is moved, saved in checkpoints and
+restored with it; statistics are merged over ranks; with accumulation, every batch is recorded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..extras import MissingExtraError
+from ..live import BANDS
+from ..loss import DiffusionLoss
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    # The same framework has two names and two sets of classes: the one in use already comes first.
+    for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        try:
+            Callback = importlib.import_module(package).Callback
+            break
+        except ImportError as error:
+            trouble = error
+    else:
+        raise MissingExtraError(f"lightning does not import ({trouble}). It comes with: pip install lightning")
+
+__all__ = ["StatisticsLogger"]
+
+
+class StatisticsLogger(Callback):
+    """Hands the statistics of every criterion in the LightningModule to the trainer's loggers, from rank zero.
+
+    Names begin with ``vadiff/`` and what the criterion is called in the LightningModule; see `DiffusionLoss.log_to`.
+    Only a step that logs waits for the device.
+
+    Args:
+        every_n_steps: optimiser steps between records; None is the trainer's `log_every_n_steps`.
+        bands: see `DiffusionLoss.log_to`.
+
+    Raises:
+        ValueError: an argument out of bounds; or, when training starts, the LightningModule has no criterion.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, bands: int = BANDS) -> None:
+        super().__init__()
+        if every_n_steps is not None and (
+            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
+        ):
+            raise ValueError(f"every_n_steps is {every_n_steps!r}, expected a positive integer, or None")
+        self.every_n_steps = every_n_steps
+        self.bands = bands
+        self._logged_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _criteria(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no vadiff.DiffusionLoss among its modules: set self.criterion = "
+                "vadiff.DiffusionLoss() in its __init__, so that Lightning moves it, saves it and restores it"
+            )
+        self._logged_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step  # does not move while gradients accumulate
+        every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or step == self._logged_at or step % max(every, 1):
+            return
+        self._logged_at = step
+        for name, criterion in _criteria(pl_module):
+            for logger in trainer.loggers:
+                criterion.log_to(logger, step, f"vadiff/{name}", self.bands)
+
+
+def _criteria(module: nn.Module) -> list[tuple[str, DiffusionLoss]]:
+    return [(name, found) for name, found in module.named_modules() if isinstance(found, DiffusionLoss)]

@@ -1,0 +1,148 @@
+"""lucidrains' denoising-diffusion-pytorch: weights and statistics for its diffusions, through their own arguments.
+
+`GaussianDiffusion`, `GaussianDiffusion1D` and `ElucidatedDiffusion` take the noise levels of a call (``times=``,
+``sigma=``) and give the losses per sample when asked (``loss_reduction="none"``): that is all that is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..log_snr import from_alphas_cumprod, from_sigma
+from ..loss import DiffusionLoss
+from ..process import loss_ratio
+from ..weighting import SNRWeighting
+from .form import criterion_in_form, moved_beside
+
+__all__ = ["attach", "log_snr"]
+
+_FORMS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+
+
+def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") -> Any:
+    """Weigh and record the losses of every ``diffusion(images)`` from now on.
+
+    Works with the library's `Trainer`: the criterion becomes ``diffusion.criterion``, is saved and loaded with the
+    model, and copied with it. The objective's own weights (`loss_weight`) stay and are part of the base loss. For
+    GaussianDiffusion they turn every objective into the epsilon loss, so that is what fixed weights have to be written
+    for, whatever the network predicts; for ElucidatedDiffusion it is "edm".
+
+    A loop that calls `p_losses` itself needs no attaching:
+    ``criterion.reweight(diffusion.p_losses(x, t, loss_reduction="none"), log_snr(diffusion, t)).mean()``.
+
+    Args:
+        diffusion: one of the three.
+        criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
+            the diffusion's own loss.
+
+    Returns:
+        The diffusion.
+
+    Raises:
+        TypeError: not such a diffusion, or of a version without the arguments.
+        ValueError: a criterion is attached already, or has fixed weights for another loss or on top of Min-SNR of the
+            diffusion's own; or the diffusion's `loss_weight` is not finite (a schedule that ends at zero SNR).
+    """
+    level = _level_name(diffusion)
+    if hasattr(diffusion, "criterion"):
+        raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or make it anew.")
+    form = "edm" if level == "sigma" else "epsilon"
+    sigma_data = float(diffusion.sigma_data) if level == "sigma" else 0.5
+    criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True)
+    if level == "times":
+        _check_loss_weight(diffusion, criterion)
+    device = next(diffusion.parameters()).device
+    diffusion.criterion = criterion.to(device)
+    diffusion.register_forward_pre_hook(_ask_for_losses, with_kwargs=True)
+    diffusion.register_forward_hook(_weigh, with_kwargs=True)
+    return diffusion
+
+
+def log_snr(diffusion: Any, levels: Tensor) -> Tensor:
+    """Log-SNR of a diffusion's noise levels, from its schedule as it is now.
+
+    Args:
+        diffusion: a GaussianDiffusion, GaussianDiffusion1D or ElucidatedDiffusion.
+        levels: times [B] integers, or for ElucidatedDiffusion sigma [B].
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        TypeError: not such a diffusion, or levels of the wrong kind.
+        ValueError: levels of another shape.
+    """
+    if _level_name(diffusion) == "sigma":
+        return from_sigma(levels)
+    table: Tensor = diffusion.alphas_cumprod
+    return from_alphas_cumprod(table, levels)
+
+
+class _Asked(str):
+    """The `loss_reduction` "none" where the caller wants the mean: equal to it for the diffusion, known to the hook."""
+
+
+def _ask_for_losses(
+    diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the diffusion's forward: noise levels drawn by its own method, and losses per sample."""
+    name = _level_name(diffusion)
+    levels = kwargs.get(name)
+    if levels is None:
+        samples = (args[0] if args else kwargs["img" if name == "times" else "images"]).shape[0]
+        levels = diffusion.random_times(samples) if name == "times" else diffusion.noise_distribution(samples)
+    if kwargs.get("return_reduced_loss") is False:  # GaussianDiffusion1D
+        raise ValueError(
+            "return_reduced_loss=False gives a loss per element, without the diffusion's own weights; expected "
+            "loss_reduction='none' for one per sample"
+        )
+    per_sample = kwargs.get("loss_reduction") == "none"
+    return args, {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _Asked("none")}
+
+
+def _weigh(diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Tensor) -> Tensor:
+    """After it: the criterion's weights, and the mean if that is what was asked for."""
+    levels = log_snr(diffusion, kwargs[_level_name(diffusion)])
+    losses = moved_beside(diffusion.criterion, losses).reweight(losses, levels)
+    return losses.mean() if isinstance(kwargs["loss_reduction"], _Asked) else losses
+
+
+def _level_name(diffusion: Any) -> str:
+    """What a diffusion's forward calls its noise levels."""
+    arguments = inspect.signature(type(diffusion).forward).parameters
+    if "loss_reduction" in arguments:
+        if "times" in arguments and hasattr(diffusion, "random_times") and hasattr(diffusion, "alphas_cumprod"):
+            return "times"
+        if "sigma" in arguments and hasattr(diffusion, "noise_distribution") and hasattr(diffusion, "sigma_data"):
+            return "sigma"
+    raise TypeError(
+        f"diffusion is a {type(diffusion).__name__} whose forward takes {', '.join(arguments)}; expected a "
+        "GaussianDiffusion, GaussianDiffusion1D or ElucidatedDiffusion of denoising-diffusion-pytorch 2.3.4 or later, "
+        "with times= or sigma= and loss_reduction="
+    )
+
+
+def _check_loss_weight(diffusion: Any, criterion: DiffusionLoss) -> None:
+    """That a GaussianDiffusion's own weights are finite and, under fixed weights, make the epsilon loss."""
+    weight = diffusion.loss_weight.double()
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"diffusion.loss_weight is not finite at {int((~weight.isfinite()).sum())} timesteps: the schedule reaches "
+            f"zero SNR, where {diffusion.objective} has no weight. Use objective='pred_v'."
+        )
+    if not isinstance(criterion.weighting, SNRWeighting):
+        return
+    times = torch.arange(len(weight), device=weight.device)
+    levels = from_alphas_cumprod(diffusion.alphas_cumprod.double(), times)
+    ratio = loss_ratio("epsilon", levels) / loss_ratio(_FORMS[diffusion.objective], levels)
+    # 1 - alphas_cumprod, from which both are made, has three digits at the least noise.
+    if not torch.allclose(weight, ratio, rtol=1e-2, atol=1e-12):
+        raise ValueError(
+            f"diffusion has a loss_weight of its own (min_snr_loss_weight=True?), on top of which "
+            f"{type(criterion.weighting).__name__} would come: make it with min_snr_loss_weight=False, or use "
+            "criterion='constant'"
+        )

@@ -1,0 +1,239 @@
+"""What a criterion has seen so far, for people: axes, a table as text, and curves for an experiment tracker.
+
+The methods `plot`, `summary` and `log_to` of `DiffusionLoss` are these functions. Reading copies the statistics to the
+host, which waits for the GPU once: do it every so many steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .extras import MissingExtraError, import_extra
+from .reference import moments_of, variance
+
+if TYPE_CHECKING:
+    from .loss import DiffusionLoss
+
+BANDS = 16
+LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
+
+_LOSS_COLOR, _WEIGHT_COLOR = "#0072B2", "#D55E00"
+_WIDE = 10.0  # values that spread further than this are drawn on a logarithmic axis
+
+
+class Bands(NamedTuple):
+    """Statistics of the base loss g over neighbouring bins; [N] float64 each, NaN where a band is empty."""
+
+    edges: Tensor  # [N + 1] log-SNR
+    samples: Tensor  # effective number of samples, after forgetting
+    mean: Tensor
+    std: Tensor
+    weight: Tensor  # mean over the samples of the weight at their bin's centre
+
+    @property
+    def share(self) -> Tensor:
+        """Part of the samples that fell into each band; NaN before the first sample."""
+        return self.samples / self.samples.sum()
+
+
+def bands_of(criterion: DiffusionLoss, bands: int = BANDS) -> Bands:
+    """The statistics of a criterion, merged into `bands` intervals of log-SNR, on the CPU.
+
+    Moments merge by Chan's formula, so a band's standard deviation is that of its samples, not a mean of deviations.
+
+    Args:
+        criterion: trained or not.
+        bands: number of intervals, at least 1; no more than there are bins. Where the number of bins is no multiple of
+            it, some intervals hold a bin more.
+
+    Raises:
+        ValueError: bands is no positive integer.
+    """
+    bins = criterion.statistics.bins
+    if not isinstance(bands, numbers.Integral) or isinstance(bands, bool) or bands < 1:
+        raise ValueError(f"bands is {bands!r}, expected a positive integer")
+    number = min(int(bands), bins.size)
+    n, mean, m2, _ = moments_of(criterion.statistics.state.cpu(), bins)  # [K] float64 each
+    weight = criterion.weights.cpu().double()  # [K]
+    band = torch.arange(bins.size) * number // bins.size  # [K] the band of each bin
+
+    def total(values: Tensor) -> Tensor:  # [K] → [N]
+        return torch.zeros(number, dtype=torch.float64).index_add_(0, band, values)
+
+    count = total(n)
+    average = total(n * mean) / count  # NaN where a band is empty
+    away = (mean - average[band]).where(n > 0, 0.0)
+    first = torch.searchsorted(band, torch.arange(number + 1))  # the bin that each band begins with
+    return Bands(
+        edges=bins.low + first.double() * bins.width,
+        samples=count,
+        mean=average,
+        std=variance(count, total(m2 + n * away.square())).sqrt(),
+        weight=total((n * weight).where(n > 0, 0.0)) / count,
+    )
+
+
+def summary(criterion: DiffusionLoss, bands: int = BANDS) -> str:
+    """A table of the noise levels seen, as text without a newline at the end; see `DiffusionLoss.summary`."""
+    found = bands_of(criterion, bands)
+    statistics = criterion.statistics
+    lines = [f"{criterion.weighting}: base loss by noise level, {found.samples.sum():,.0f} samples after forgetting"]
+    if found.samples.sum() > 0:
+        edges = [f"{edge:.4g}" for edge in found.edges.tolist()]
+        lines.append(f"{'log-SNR':>17}  samples       mean        std  std/mean   weight")
+        columns = (found.share, found.mean, found.std, found.std / found.mean, found.weight)
+        for low, high, values in zip(edges, edges[1:], zip(*map(Tensor.tolist, columns), strict=True), strict=False):
+            share, mean, std, relative, weight = values
+            if share > 0:
+                lines.append(
+                    f"{low:>7} to {high:>6}  {share:6.1%}  {mean:9.4g}  {std:9.4g}  {relative:8.2f}  {_number(weight)}"
+                )
+    else:
+        lines.append("no samples recorded yet: they are in training mode, with grad enabled")
+    skipped = int(statistics.skipped)
+    if skipped:
+        lines.append(f"skipped: {skipped:,} samples with a NaN log-SNR or a non-finite loss or weight")
+    return "\n".join(lines)
+
+
+def plot(criterion: DiffusionLoss, ax: Any = None) -> tuple[Any, Any]:
+    """Draw base loss and weight over log-SNR; see `DiffusionLoss.plot`."""
+    if ax is None:
+        pyplot = import_extra("matplotlib.pyplot", "report")
+        _, panels = pyplot.subplots(2, 1, sharex=True, figsize=(6.4, 5.2), layout="constrained")
+    elif hasattr(ax, "twinx"):
+        panels = (ax, ax.twinx())
+    else:
+        panels = ax
+    try:
+        loss_axes, weight_axes = panels
+    except (TypeError, ValueError):
+        raise TypeError(f"ax is a {type(ax).__name__}, expected matplotlib axes, a pair of them, or None") from None
+    _draw(criterion, loss_axes, weight_axes)
+    return loss_axes, weight_axes
+
+
+def log_to(criterion: DiffusionLoss, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
+    """Hand the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
+    log = _logger(writer)
+    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+        raise TypeError(f"step is {step!r}, expected an integer: how many optimiser steps were made")
+    log(dict(_scalars(criterion, bands_of(criterion, bands), prefix)), int(step))
+    if hasattr(writer, "add_figure"):
+        with contextlib.suppress(MissingExtraError):  # the numbers are there without matplotlib
+            writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))
+    if hasattr(writer, "add_histogram_raw"):
+        _add_histogram(criterion, writer, int(step), prefix)
+
+
+def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
+    """How a dict of numbers is given to this kind of tracker."""
+    if hasattr(writer, "add_scalar"):  # torch.utils.tensorboard.SummaryWriter and its kin
+
+        def scalar_by_scalar(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        return scalar_by_scalar
+    if isinstance(writer, nn.Module):  # a LightningModule, whose `log` takes a name and one value
+        raise TypeError(f"writer is a module ({type(writer).__name__}): pass its tracker, in Lightning self.logger")
+    if hasattr(writer, "log_metrics"):  # Lightning's loggers, MLflow, Comet
+        return lambda values, step: writer.log_metrics(values, step=step)
+    if hasattr(writer, "log"):  # W&B, Accelerate, Trackio
+        return lambda values, step: writer.log(values, step=step)
+    if callable(writer):
+        return lambda values, step: writer(values, step)
+    raise TypeError(
+        f"writer is a {type(writer).__name__}, expected a SummaryWriter, something with .log(values, step=...) or "
+        ".log_metrics(values, step=...), or a function of (values, step)"
+    )
+
+
+def _scalars(criterion: DiffusionLoss, found: Bands, prefix: str) -> Iterator[tuple[str, float]]:
+    """Names, of characters that every tracker takes, and values; those that are not numbers are left out."""
+    edges = [f"{edge:.4g}" for edge in found.edges.tolist()]
+    columns = {
+        "base_loss": found.mean,
+        "std": found.std,
+        "relative_std": found.std / found.mean,
+        "weight": found.weight,
+        "share": found.share,
+    }
+    for name, values in columns.items():
+        for low, high, count, value in zip(edges, edges[1:], found.samples.tolist(), values.tolist(), strict=False):
+            if count > 0 and math.isfinite(value):
+                yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
+    yield f"{prefix}/skipped", float(criterion.statistics.skipped)
+
+
+def _add_histogram(criterion: DiffusionLoss, writer: Any, step: int, prefix: str) -> None:
+    """Where in log-SNR the samples fell, as a histogram of TensorBoard."""
+    bins, counts = criterion.statistics.bins, criterion.statistics.count.cpu()
+    if counts.sum() > 0:
+        centers = criterion.bin_centers.cpu().double()
+        writer.add_histogram_raw(
+            f"{prefix}/log_snr",
+            min=bins.low,
+            max=bins.low + bins.size * bins.width,
+            num=counts.sum().item(),
+            sum=(counts * centers).sum().item(),
+            sum_squares=(counts * centers.square()).sum().item(),
+            bucket_limits=(centers + bins.width / 2).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+
+def _figure(criterion: DiffusionLoss) -> Any:
+    """A figure that pyplot does not know of, and so need not be closed."""
+    figure = import_extra("matplotlib.figure", "report").Figure(figsize=(6.4, 5.2), layout="constrained")
+    _draw(criterion, *figure.subplots(2, 1, sharex=True))
+    return figure
+
+
+def _draw(criterion: DiffusionLoss, loss_axes: Any, weight_axes: Any) -> None:
+    statistics = criterion.statistics
+    count, mean, variances = (values.cpu() for values in (statistics.count, statistics.mean, statistics.variance))
+    centers, weight = criterion.bin_centers.cpu().double(), criterion.weights.cpu().double()  # [K]
+    seen = count > 0
+    drawn = seen if seen.any() else ~seen  # all bins of an untrained criterion, whose weights are there already
+    centers, mean, std, weight = (values[drawn] for values in (centers, mean, variances.sqrt(), weight))
+    if seen.any():
+        loss_axes.fill_between(centers, mean - std, mean + std, color=_LOSS_COLOR, alpha=0.25, linewidth=0)
+        loss_axes.plot(centers, mean, color=_LOSS_COLOR, marker=".", label="mean")
+        if _wide(mean):
+            loss_axes.set_yscale("log", nonpositive="clip")
+            loss_axes.set_ylim(mean.min().item() / 3, (mean + std).max().item() * 1.5)
+    else:
+        loss_axes.text(0.5, 0.5, "no samples recorded yet", ha="center", va="center", transform=loss_axes.transAxes)
+    loss_axes.set_ylabel("base loss, mean ± std\nover samples", color=_LOSS_COLOR)
+    if not weight.isnan().all():
+        weight_axes.axhline(1.0, color="0.7", linewidth=0.8)
+        weight_axes.plot(centers, weight, color=_WEIGHT_COLOR, linestyle="--", marker=".")
+        if _wide(weight):
+            weight_axes.set_yscale("log")
+    else:
+        weight_axes.text(
+            0.5, 0.25, "weights depend on the whole batch", ha="center", va="center", transform=weight_axes.transAxes
+        )
+    weight_axes.set_ylabel("weight w\n(1 = own objective)", color=_WEIGHT_COLOR)
+    weight_axes.set_xlabel(LOG_SNR)
+    loss_axes.grid(alpha=0.3)
+    loss_axes.set_title(f"{criterion.weighting}", fontsize="medium", wrap=True)
+
+
+def _wide(values: Tensor) -> bool:
+    """Whether values, NaN aside, are positive and spread over more than an order of magnitude."""
+    values = values[~values.isnan()]
+    return bool(len(values) and values.min() > 0 and values.max() > _WIDE * values.min())
+
+
+def _number(value: float) -> str:
+    return f"{value:7.3g}" if value == value else f"{'-':>7}"

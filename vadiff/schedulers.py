@@ -1,0 +1,285 @@
+"""Noise levels of a training batch from a scheduler of HF diffusers, or of anyone else's with the same tables.
+
+A scheduler is recognised by what it has, so diffusers is not imported here:
+
+| has | noise | timesteps |
+|---|---|---|
+| `alphas_cumprod` (DDPM, DDIM, Euler, DPM-Solver, ...) | variance preserving, ᾱ from the table | 0 to T-1; between whole ones log-SNR is interpolated |
+| `sigmas`, `timesteps` (EDM, consistency models, continuous Euler) | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4; between them log-SNR is interpolated, which in EDM is exact |
+| `scale_noise` (FlowMatch...) | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
+
+The tables are read at each call and nothing is kept: a schedule changed later is a schedule changed. A table on the CPU
+goes to the device of the timesteps without waiting for it. Values out of range raise on the CPU; elsewhere they come
+out as NaN, which a criterion counts and never records.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import process
+from .log_snr import from_alphas_cumprod, from_flow_time, from_sigma
+from .reference import Coefficient
+
+__all__ = [
+    "coefficients_of",
+    "log_snr_of",
+    "log_snr_range_of",
+    "loss_form_of",
+    "prediction_type_of",
+    "sigma_data_of",
+    "sigma_of",
+]
+
+_BY_ALPHA, _BY_SIGMA, _FLOW = "alphas_cumprod", "sigmas", "flow"
+
+
+def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """λ = ln(alpha²/sigma²) of each sample, as the scheduler's `add_noise` or `scale_noise` mixes data and noise.
+
+    Args:
+        scheduler: see the table above.
+        timesteps: [B], what the trainer gives `add_noise`; integers where the scheduler counts in integers.
+
+    Returns:
+        λ, [B] float32 on the device of `timesteps`; -inf at zero terminal SNR (`rescale_betas_zero_snr`) and at t = 1
+        of a flow.
+
+    Raises:
+        TypeError: no such scheduler; integer timesteps where they would be taken for indices.
+        ValueError: timesteps are not [B] or, on the CPU, out of range; a flow with `invert_sigmas` or
+            `use_flow_sigmas`; sigmas that run against the timesteps, as those of DPM-Solver, UniPC and DEIS do before
+            `set_timesteps`: their `add_noise` then mixes in the noise of another timestep.
+        IndexError: timesteps on the CPU beyond `alphas_cumprod`.
+
+    Example:
+        >>> loss = criterion(model_pred, target, log_snr_of(noise_scheduler, timesteps))
+    """
+    kind = _kind_of(scheduler)
+    _check_timesteps(timesteps)
+    if kind == _BY_ALPHA:
+        _check_direction(scheduler)
+        table = scheduler.alphas_cumprod.to(timesteps.device, non_blocking=True)
+        if timesteps.is_floating_point():
+            return _interpolate_alphas(table, timesteps)
+        return from_alphas_cumprod(table, timesteps).float()
+    if not timesteps.is_floating_point():
+        raise TypeError(
+            f"timesteps has dtype {timesteps.dtype}, but {type(scheduler).__name__} has floating-point timesteps: "
+            "integers may be indices into them. Use scheduler.timesteps[indices], or timesteps.float() if they are "
+            "not indices."
+        )
+    if kind == _FLOW:
+        return from_flow_time(_flow_time(scheduler, timesteps)).float()
+    return _interpolate_sigmas(scheduler, timesteps)
+
+
+def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """What the scheduler calls sigma, of each sample.
+
+    The value of its table `sigmas`: sigma/alpha of Euler's and DPM-Solver's, the noise level of EDM's, the time of a
+    flow. Of a scheduler without that table, as DDPM's, the standard deviation √(1 - ᾱ) of the noise.
+
+    Args and errors as of `log_snr_of`. [B] float32.
+    """
+    kind = _kind_of(scheduler)
+    log_snr = log_snr_of(scheduler, timesteps).double()
+    if kind == _FLOW:
+        return _flow_time(scheduler, timesteps)
+    if kind == _BY_ALPHA and not isinstance(getattr(scheduler, "sigmas", None), Tensor):
+        return log_snr.neg().sigmoid().sqrt().float()
+    return log_snr.mul(-0.5).exp().float()
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What the network predicts, in the words of `vadiff.process.PREDICTION_TYPES`.
+
+    `flow` for flow matching, `edm` for a scheduler with EDM's preconditioning (its own "epsilon" and "v_prediction"
+    are the sign of c_out), else the scheduler's `config.prediction_type`.
+
+    Raises:
+        ValueError: a prediction type that is none of these.
+        TypeError: no such scheduler.
+    """
+    if _kind_of(scheduler) == _FLOW:
+        return "flow"
+    if hasattr(scheduler, "precondition_outputs"):
+        return "edm"
+    found = _option(scheduler, "prediction_type")
+    if found not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"{type(scheduler).__name__} has prediction_type {found!r}, expected 'epsilon', 'sample' or "
+            "'v_prediction'. Pass prediction_type= where the network predicts one of vadiff.process.PREDICTION_TYPES."
+        )
+    return str(found)
+
+
+def loss_form_of(scheduler: Any) -> str:
+    """What the loss is written in: `prediction_type_of`, but `sample` for EDM's, where trainers compare images.
+
+    A weight that is a function of SNR has to be converted to this form.
+
+    Raises as `prediction_type_of`.
+    """
+    predicted = prediction_type_of(scheduler)
+    return "sample" if predicted == "edm" else predicted
+
+
+def coefficients_of(
+    scheduler: Any, timesteps: Tensor, prediction_type: str | None = None
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """(a, b, c) of the residual a·output + b·x0 + c·eps, for `criterion(output, x0, ..., noise=eps, coefficients=)`.
+
+    For EDM's schedulers the output is the raw network's, before `precondition_outputs`, and the residual that of the
+    denoised image; with their `v_prediction` c_out is negative.
+
+    Args:
+        scheduler, timesteps: as of `log_snr_of`.
+        prediction_type: of the network where it is not the scheduler's (train_unconditional.py takes it by a flag).
+
+    Returns:
+        Numbers, or [B] float64 where they depend on the noise level. See `vadiff.process.coefficients`.
+
+    Raises as `log_snr_of` and `prediction_type_of`.
+    """
+    return coefficients_at(scheduler, log_snr_of(scheduler, timesteps), prediction_type)
+
+
+def coefficients_at(
+    scheduler: Any, log_snr: Tensor, prediction_type: str | None = None
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """`coefficients_of` at log-SNR [B] that is known already."""
+    predicted = prediction_type_of(scheduler) if prediction_type is None else prediction_type
+    log_snr = log_snr.double()
+    if predicted == "edm":
+        sigma = log_snr.mul(-0.5).exp()
+        c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data_of(scheduler))
+        return -c_out if _option(scheduler, "prediction_type") == "v_prediction" else c_out, b, c
+    # For what is predicted in variance-preserving terms; a flow's coefficients are numbers.
+    return process.coefficients(predicted, log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt())
+
+
+def sigma_data_of(scheduler: Any) -> float:
+    """Standard deviation of the data, as the scheduler has it; 0.5, EDM's, where it has none."""
+    return float(_option(scheduler, "sigma_data", 0.5))
+
+
+def log_snr_range_of(scheduler: Any) -> tuple[float, float]:
+    """Lowest and highest finite log-SNR of the scheduler's tables. Waits for the device they are on.
+
+    Raises as `log_snr_of`.
+    """
+    kind = _kind_of(scheduler)
+    if kind == _BY_ALPHA:
+        table = scheduler.alphas_cumprod.cpu()
+        log_snr = from_alphas_cumprod(table, torch.arange(len(table)))
+    else:
+        log_snr = log_snr_of(scheduler, torch.as_tensor(scheduler.timesteps).cpu().float())
+    finite = log_snr[log_snr.isfinite()]
+    return finite.min().item(), finite.max().item()
+
+
+def _kind_of(scheduler: Any) -> str:
+    name = type(scheduler).__name__
+    if _option(scheduler, "use_flow_sigmas", False) or _option(scheduler, "invert_sigmas", False):
+        raise ValueError(
+            f"{name} has use_flow_sigmas or invert_sigmas, with which its timesteps are not those of training. "
+            "Use FlowMatchEulerDiscreteScheduler, or vadiff.log_snr.from_flow_time(t, data_at=...)."
+        )
+    continuous = _option(scheduler, "timestep_type") == "continuous"
+    if continuous and _option(scheduler, "prediction_type") == "v_prediction":  # as EulerDiscreteScheduler has it
+        return _BY_SIGMA
+    if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        return _BY_ALPHA
+    if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "config"):
+        return _FLOW
+    if getattr(scheduler, "sigmas", None) is not None and getattr(scheduler, "timesteps", None) is not None:
+        return _BY_SIGMA
+    raise TypeError(
+        f"scheduler is a {name}, expected one with alphas_cumprod, with sigmas and timesteps, or with scale_noise "
+        "(flow matching), as diffusers' schedulers for training have. vadiff.log_snr has what else there is."
+    )
+
+
+def _option(scheduler: Any, name: str, default: Any = None) -> Any:
+    """An entry of the scheduler's config, which is a dict with attributes."""
+    return getattr(getattr(scheduler, "config", None), name, default)
+
+
+def _check_timesteps(timesteps: Tensor) -> None:
+    if not isinstance(timesteps, Tensor):
+        raise TypeError(f"timesteps is a {type(timesteps).__name__}, expected a torch.Tensor of shape (B,)")
+    if timesteps.dim() != 1:
+        advice = "timesteps.expand(batch_size)" if timesteps.dim() == 0 else "timesteps.flatten()"
+        raise ValueError(f"timesteps has shape {tuple(timesteps.shape)}, expected (B,): one per sample. Use {advice}.")
+
+
+def _check_direction(scheduler: Any) -> None:
+    sigmas, times = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if not isinstance(sigmas, Tensor) or not isinstance(times, Tensor) or not (_on_cpu(sigmas) and _on_cpu(times)):
+        return
+    if sigmas[0] < sigmas[-1] and times[0] > times[-1]:
+        raise ValueError(
+            f"scheduler is a {type(scheduler).__name__} with sigmas that rise while its timesteps fall: its add_noise "
+            "would mix in the noise of another timestep. Train with DDPMScheduler.from_config(scheduler.config)."
+        )
+
+
+def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """t in [0, 1], data at 0. [B] float32."""
+    steps = _option(scheduler, "num_train_timesteps", 1000)
+    if _on_cpu(timesteps) and not bool(((timesteps >= 0) & (timesteps <= steps)).all()):
+        raise ValueError(
+            f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {steps}: "
+            "values of scheduler.timesteps, which are sigmas * num_train_timesteps."
+        )
+    return (timesteps.double() / steps).float()
+
+
+def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
+    """λ at timesteps between the whole ones, linear in between. [B] float32."""
+    position, last = timesteps.double(), len(table) - 1
+    outside = ~((position >= 0) & (position <= last))  # NaN, too
+    if _on_cpu(timesteps) and bool(outside.any()):
+        raise IndexError(
+            f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: "
+            f"alphas_cumprod has {last + 1} entries."
+        )
+    table = table.double()
+    below = position.clamp(0, last).nan_to_num(0.0).floor().long()
+    share = (position - below).clamp(0.0, 1.0)
+    lower, upper = from_alphas_cumprod(table, below), from_alphas_cumprod(table, (below + 1).clamp(max=last))
+    return _mix(lower, upper, share).masked_fill(outside, math.nan).float()
+
+
+def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """λ = -2 ln sigma, linear in the timestep between entries of the table and on beyond its ends. [B] float32."""
+    times = torch.as_tensor(scheduler.timesteps).to(timesteps.device, non_blocking=True).double()  # [T], falling
+    sigmas = torch.as_tensor(scheduler.sigmas).to(timesteps.device, non_blocking=True)[: len(times)]
+    times, sigmas = times.flip(0), sigmas.flip(0).double()
+    position, span = timesteps.double(), times[-1] - times[0]
+    outside = ~((position >= times[0] - span) & (position <= times[-1] + span))
+    if _on_cpu(timesteps) and bool(outside.any()):
+        raise ValueError(
+            f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected values of "
+            f"scheduler.timesteps, {times[0].item():g} to {times[-1].item():g}. Use scheduler.timesteps[indices], or "
+            "vadiff.log_snr.from_sigma(sigmas) for noise levels of your own."
+        )
+    below = (torch.searchsorted(times, position, right=True) - 1).clamp(0, len(times) - 2)
+    share = (position - times[below]) / (times[below + 1] - times[below])
+    lower, upper = from_sigma(sigmas[below]), from_sigma(sigmas[below + 1])
+    return _mix(lower, upper, share).masked_fill(outside, math.nan).float()
+
+
+def _mix(lower: Tensor, upper: Tensor, share: Tensor) -> Tensor:
+    """lower + share·(upper - lower), also beside an infinite end."""
+    between = lower + share * (upper - lower)
+    return torch.where(share == 0, lower, torch.where(share == 1, upper, between))
+
+
+def _on_cpu(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()

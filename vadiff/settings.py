@@ -1,0 +1,89 @@
+"""What a criterion should be set to for a noise process; behind `DiffusionLoss.for_process`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import schedulers
+from .log_snr import from_alphas_cumprod
+from .process import EDM, PREDICTION_TYPES, Flow, NoiseProcess, VPCosine, VPLinear
+from .statistics import checked_bins
+from .weighting import VarianceAware, from_name, takes_prediction_type
+
+_BIN = 0.25  # width in log-SNR: the default of 128 bins over 32
+_BIN_FINE_TUNING = 0.5  # a fine-tune sees some thousand samples, not millions
+_FINE_TUNING_STRENGTH = 0.5
+_EARLIEST, _LATEST = 1e-3, 1.0 - 1e-3  # times at which a continuous process is cut off, as one of 1,000 steps is
+
+_PROCESSES: dict[str, NoiseProcess] = {
+    "edm": EDM(),
+    "flow": Flow(),
+    "vp_cosine": VPCosine(),
+    "vp_linear": VPLinear(),
+}
+STABLE_DIFFUSION = "stable_diffusion"
+
+
+def available() -> tuple[str, ...]:
+    """Names of processes that `DiffusionLoss.for_process` knows, sorted."""
+    return tuple(sorted([*_PROCESSES, STABLE_DIFFUSION]))
+
+
+def settings_for(
+    process: Any, prediction_type: str | None = None, fine_tuning: bool = False, **overrides: Any
+) -> dict[str, Any]:
+    """Arguments of `DiffusionLoss`; see `DiffusionLoss.for_process`."""
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+    form, low, high = _described(process, prediction_type)
+    width = _BIN_FINE_TUNING if fine_tuning else _BIN
+    low, high = math.floor(low / width) * width, math.ceil(high / width) * width
+    settings: dict[str, Any] = {"log_snr_range": (low, high), **overrides}
+    bounds = checked_bins(2, settings["log_snr_range"])
+    settings.setdefault("bins", min(1024, max(2, math.ceil((bounds.high - bounds.low) / width))))
+    weighting = overrides.get("weighting", "variance_aware")
+    if weighting == "variance_aware":
+        halved = fine_tuning and form not in ("edm", "flow")
+        settings["weighting"] = VarianceAware(strength=_FINE_TUNING_STRENGTH if halved else 1.0)
+    elif isinstance(weighting, str) and takes_prediction_type(weighting):
+        if form is None:
+            raise ValueError(
+                f"weighting is {weighting!r}, which depends on what the loss is written in, and prediction_type is "
+                f"None: expected one of {', '.join(PREDICTION_TYPES)}"
+            )
+        settings["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
+    return settings
+
+
+def _described(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:
+    """What the loss is written in, where that is known, and lowest and highest log-SNR."""
+    if isinstance(process, str):
+        if process == STABLE_DIFFUSION:
+            return prediction_type, *_stable_diffusion()
+        if process not in _PROCESSES:
+            raise ValueError(f"process is {process!r}, expected one of {', '.join(available())}")
+        process = _PROCESSES[process]
+    if isinstance(process, NoiseProcess):
+        is_edm = isinstance(process, EDM)
+        ends = (0.002, 80.0) if is_edm else (_EARLIEST, _LATEST)  # EDM's sigma_min and sigma_max
+        low, high = sorted(process.log_snr(torch.tensor(ends, dtype=torch.float64)).tolist())
+        implied = "edm" if is_edm else "flow" if isinstance(process, Flow) else None
+        return prediction_type or implied, low, high
+    try:
+        low, high = schedulers.log_snr_range_of(process)
+    except TypeError as error:
+        raise TypeError(
+            f"process is a {type(process).__name__}, expected a name ({', '.join(available())}), an object from "
+            "vadiff.process, or a scheduler as diffusers has them"
+        ) from error
+    return prediction_type or schedulers.loss_form_of(process), low, high
+
+
+def _stable_diffusion() -> tuple[float, float]:
+    """Of Stable Diffusion's 1,000 steps: betas from 0.00085 to 0.012, evenly spaced in their roots."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    log_snr = from_alphas_cumprod((1.0 - betas).cumprod(0), torch.tensor([999, 0]))
+    return log_snr[0].item(), log_snr[1].item()
