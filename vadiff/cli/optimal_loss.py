@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -80,13 +81,18 @@ def run(options: argparse.Namespace) -> None:
 
     seen: list[Estimate] = []
     with import_extra("tqdm", "train").tqdm(total=options.limit, unit="draw", desc=NAME, disable=None) as bar:
+        started = time.perf_counter()
 
         def progress(so_far: Estimate) -> None:
+            draws = int(so_far.optimal.draws.max())
+            if seen and so_far.levels_done > seen[0].levels_done:  # for logs, where there is no bar
+                spent = time.perf_counter() - started
+                bar.write(f"{so_far.levels_done} of {len(sigmas)} levels done after {draws:,} draws, {spent:.0f} s")
+                sys.stdout.flush()
             seen[:] = [so_far]
-            bar.update(int(so_far.optimal.draws.max()) - bar.n)
+            bar.update(draws - bar.n)
             bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done")
 
-        started = time.perf_counter()
         try:
             if labels is None:
                 optimal = estimate_until(

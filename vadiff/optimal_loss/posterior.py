@@ -18,7 +18,7 @@ which the source is one: sum_n p_n |x_n - x_s|²/2, linear in p and without the 
 C = N/L, where the others stand for all the data; a larger C leans against it.
 
 Bias against the full estimate of the same draws, in % of the total variance: the worst of 3 to 7 noise levels, on draws
-(and for mixture and Gaussian, data) that played no part in the choice; errors of the worst level are 0.3 to 1.3:
+(and for mixture and Gaussian, data) that played no part in the choice; errors 0.3 to 1.3, last column up to 2.4:
 
                                  digits    digits    mixture   mixture   Gaussian  CIFAR-10   CIFAR-10
     N / L                        1797/180  1797/45   6000/600  6000/150  4000/200  10k/1000   25k/1000
