@@ -151,9 +151,7 @@ class _LeftOut(ModuleType):
         self._trouble = trouble
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(f"{self.__name__} was left out: {self._trouble}") from self._trouble
+        raise AttributeError(f"{self.__name__} was left out: {self._trouble}") from self._trouble
 
 
 def _is_one(weighting: Any) -> bool:
