@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'Installing into .venv: minutes the first time'
 	$(PYTHON) -m venv .venv
 	$(COMPILING) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,eval,report,integrations,test,docs,dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps k-diffusion torchcfm
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps dctorch k-diffusion torchcfm
 	$(BIN)/python -c 'import torchvision' 2>/dev/null \
 		|| $(BIN)/pip install --quiet --no-deps torchvision==0.15.2 \
 		|| $(BIN)/pip uninstall --quiet --yes torchvision

@@ -9,21 +9,23 @@ from griffe import Extension, Object
 
 
 class PlainDocstrings(Extension):
-    """Escapes asterisks outside of code."""
+    """Escapes asterisks outside of code; `Example:` is what Google's style calls `Examples:`."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             lines = obj.docstring.value.splitlines()
-            obj.docstring.value = "\n".join(
-                line if line.lstrip().startswith(">>>") else escaped(line) for line in lines
-            )
+            obj.docstring.value = "\n".join(map(as_markdown, lines))
 
 
-def escaped(line: str) -> str:
-    """Asterisks with a backslash in front, but between backticks.
+def as_markdown(line: str) -> str:
+    """A line of a docstring.
 
-    >>> escaped("a**2, `b**2`")
+    >>> as_markdown("a**2, `b**2`")
     'a\\\\*\\\\*2, `b**2`'
     """
+    if line.strip() == "Example:":
+        return line.replace("Example:", "Examples:")
+    if line.lstrip().startswith(">>>"):
+        return line
     parts = re.split("(`+[^`]*`+)", line)
     return "".join(part if part.startswith("`") else part.replace("*", r"\*") for part in parts)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 import types
@@ -16,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+import vadiff
 from vadiff.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,10 +86,57 @@ def test_python_of_a_page_runs_from_top_to_bottom(
                 exec(code, namespace)
 
 
+def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
+    """A page that runs here could owe that to modules that another test has imported."""
+    code = "import vadiff; print(*dir(vadiff))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    there = set(done.stdout.split())
+    taken = {
+        f"{page.relative_to(ROOT)}: vadiff.{node.attr}": node.attr
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "python"
+        for node in ast.walk(ast.parse(block.text))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vadiff"
+    }
+    assert len(taken) > 10
+    assert [where for where, attribute in taken.items() if attribute not in there] == []
+
+
 def test_what_a_diff_leaves_is_python() -> None:
     for block in (block for page in PAGES for block in blocks(page) if block.language == "diff"):
         kept = [line[1:] for line in block.text.splitlines() if not line.startswith("-")]
         ast.parse(textwrap.dedent("\n".join(kept)), str(block))
+
+
+def with_examples() -> list[Any]:
+    """Every docstring that has a `>>>` in it."""
+    found = []
+    for module in pkgutil.walk_packages(vadiff.__path__, "vadiff."):
+        path = Path(module.module_finder.path, *module.name.rpartition(".")[2:])
+        source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
+        if source.is_file() and ">>>" in source.read_text():
+            loaded = importlib.import_module(module.name)
+            found += [test for test in doctest.DocTestFinder().find(loaded, module.name) if test.examples]
+    return [pytest.param(test, id=test.name) for test in found]
+
+
+@pytest.mark.parametrize("test", with_examples())
+def test_examples_of_docstrings_give_what_they_say(test: doctest.DocTest) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    prediction, timesteps = torch.randn(8, 4, 8, 8, requires_grad=True), torch.arange(8)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    scheduler = types.SimpleNamespace(  # what is read of one of diffusers'
+        alphas_cumprod=torch.cumprod(1 - betas, 0), betas=betas, config=types.SimpleNamespace(prediction_type="epsilon")
+    )
+    test.globs |= {
+        "torch": torch, "vadiff": vadiff, "criterion": vadiff.DiffusionLoss(), "noise_scheduler": scheduler,
+        "model_pred": prediction, "target": torch.randn(8, 4, 8, 8), "latents": torch.randn(8, 4, 8, 8),
+        "noise": torch.randn(8, 4, 8, 8), "timesteps": timesteps,
+    }  # fmt: skip
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=options).run(test, out=said.append, clear_globs=False)
+    assert result.failed == 0, "".join(said)
 
 
 def commands(block: Block) -> Iterator[list[str]]:
@@ -197,8 +249,6 @@ def test_errors_that_the_faq_explains_are_those_of_the_code() -> None:
 
 
 def _installed() -> str:
-    import vadiff
-
     return "".join(path.read_text() for path in Path(vadiff.__file__).parent.rglob("*.py"))
 
 

@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
+from vadiff.optimal_loss import OptimalLoss
 from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
 from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -31,7 +33,10 @@ EVERYTHING = dataclasses.replace(
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
 
+GAP = dataclasses.replace(CONFIG, weighting="gap", levels="gap", batch_size=8, levels_every=1)
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
+
+AVERAGES = dataclasses.replace(CONFIG, model="edm2", weighting="learned", sigma_rel=(0.05, 0.1), snapshot_every=2)
 
 TIMED = ("images_per_second", "seconds", "memory_bytes")
 
@@ -71,6 +76,8 @@ def assert_same(one: Any, other: Any) -> None:
 def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The last checkpoint and the metrics of a run, without what depends on time."""
     state = {name: value for name, value in load_checkpoint(run).items() if name not in TIMED}
+    if "power_averages" in state:
+        del state["power_averages"]["run"]  # another one in each training run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
@@ -278,7 +285,20 @@ def rank_main(rank: int, folder: str) -> None:
     with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
-    for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
+    curve = out / "curve of the first.csv"
+    scheduled = dataclasses.replace(GAP, optimal_loss=str(curve) if rank == 0 else "nowhere.csv")
+    if rank == 0:
+        sigma, loss = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64), torch.tensor([1e-9, 7.0, 20.0])
+        ones = torch.ones(3, dtype=torch.int64)
+        OptimalLoss(sigma, loss.double(), 0.0 * loss, ones, 64, 20.0, samples=1500).save(curve)
+    train(scheduled, out=out / "gap", progress=False)
+    torch.distributed.barrier()
+    if rank == 0:
+        curve.write_text("nothing")
+    with pytest.raises(RunError, match="is not an optimal-loss curve"):  # on both: none waits for the other
+        train(scheduled, out=out / "no gap", progress=False)
+    everything = dataclasses.replace(EVERYTHING, precision="fp32")
+    for config, name in ((CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
         if rank == 1:  # the signal reaches one rank only: both stop after the same step
@@ -297,10 +317,28 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", ["plain", "everything", "averages"])
 def test_two_ranks_resumed_are_as_never_stopped(two_ranks: Path, name: str) -> None:
     whole, parted = outcome(two_ranks / name / "whole"), outcome(two_ranks / name / "parted")
     assert_same(list(whole), list(parted))
+
+
+def test_two_ranks_resumed_leave_the_snapshots_of_one_run_that_was_never_stopped(two_ranks: Path) -> None:
+    whole, parted = (
+        [torch.load(two_ranks / "averages" / run / "snapshots" / f"{step}.pt") for step in (2, 4, 6)]
+        for run in ("whole", "parted")
+    )
+    for one, other in zip(whole, parted, strict=True):
+        assert_same({**one, "run": ""}, {**other, "run": ""})
+    assert len({snapshot["run"] for snapshot in parted}) == 1
+    mixed = [reconstruct(two_ranks / "averages" / run / "snapshots", [0.15])[0.15] for run in ("whole", "parted")]
+    assert_same(*mixed)
+
+
+def test_ranks_are_trained_with_the_optimal_loss_that_the_first_one_has(two_ranks: Path) -> None:
+    assert open_run(two_ranks / "gap").metrics()[-1]["step"] == GAP.steps
+    assert OptimalLoss.load(two_ranks / "gap" / "optimal_loss.csv").loss.tolist()[1:] == [7.0, 20.0]
+    assert not (two_ranks / "no gap").exists()
 
 
 def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> None:

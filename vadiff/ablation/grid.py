@@ -20,6 +20,9 @@ table = { arm = "variance_aware" }           # the run of that arm with the same
 [grid]                       # in place of arms, or besides: every combination is an arm
 weighting = ["constant", "variance_aware"]
 learning_rate = [1e-3, 2e-3]
+
+[evaluate]                   # how --evaluate compares images of each run with real ones, see `Evaluation`
+layer = "768"
 """
 
 import dataclasses
@@ -36,10 +39,12 @@ from ..extras import import_extra
 from ..training import run_folder
 from ..training.assembly import TABLE_FILE, read_table
 from ..training.config import TrainConfig
+from ..training.optimal_curve import CURVE_FILE, read_curve
 from ..training.presets import PRESETS
 from ..training.run import open_run
+from .evaluation import Evaluation
 
-_KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid"}
+_KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid", "evaluate"}
 
 
 class GridError(UserError):
@@ -78,6 +83,7 @@ class PlannedRun:
                 f"{self.path} was trained with other settings: {'; '.join(differing)}. Mend the experiment, choose "
                 "another --out, or remove that folder to train it again"
             )
+        self._check_curve()
         if self.needs is None or not (self.path / TABLE_FILE).is_file() or not (self.needs / "config.yaml").is_file():
             return
         try:
@@ -92,6 +98,23 @@ class PlannedRun:
                 f"{self.path} to train it again"
             )
 
+    def _check_curve(self) -> None:
+        """Whether the optimal loss it was trained with is that of the file the plan names, where it names one."""
+        kept = self.path / CURVE_FILE
+        if not kept.is_file():
+            return
+        try:
+            named, own = read_curve(self.config, None), read_curve(self.config, self.path)
+        except RunError as error:
+            raise GridError(
+                f"{self.path} has an optimal loss that cannot be compared with its source: {error}"
+            ) from error
+        if named is not None and own is not None and named.as_rows() != own.as_rows():
+            raise GridError(
+                f"{self.path} is stale: {self.config.optimal_loss} has changed since. Remove the folder {self.path} to "
+                "train it again"
+            )
+
     @property
     def is_done(self) -> bool:
         return self.steps_done() >= self.config.steps
@@ -103,6 +126,7 @@ class Grid:
 
     Attributes:
         arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run.
+        evaluation: what `evaluate_all` does.
     """
 
     name: str
@@ -110,6 +134,7 @@ class Grid:
     baseline: str
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]
+    evaluation: Evaluation
 
     def runs(self, out: Path) -> list[PlannedRun]:
         """All runs, seed by seed, those that others need before them.
@@ -175,7 +200,11 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
         raise GridError(f"{path}: baseline is {baseline!r}, expected one of the arms: {', '.join(arms) or 'none'}")
     for arm, settings in arms.items():
         _check_arm(path, arm, settings, arms)
-    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms)
+    try:
+        evaluation = Evaluation.from_table(content.get("evaluate", {}))
+    except (TypeError, ValueError) as error:
+        raise GridError(f"{path}: evaluate: {error}") from error
+    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms, evaluation)
 
 
 def _combinations(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ def fit_scaling_law(
 
     Example:
         >>> fit_scaling_law([1.0, 10.0, 100.0], [1.1, 0.6, 0.35], optimal=0.1)
-        ScalingLaw(beta=1.0, alpha=-0.30103, correlation=-1.0)
+        ScalingLaw(beta=1.0, alpha=-0.3010..., correlation=-1.0)
     """
     x, y = (np.asarray(values, dtype=np.float64) for values in (compute, loss))
     if x.ndim != 1 or x.shape != y.shape or len(x) < 2:

@@ -12,8 +12,9 @@ from ..errors import DataError, RunError
 from ..levels import LevelSampler
 from ..loss import DiffusionLoss
 from ..models import Denoiser, EDM2UNet, unet
-from ..weighting import Weighting, WeightTable
-from .config import TABLE, TrainConfig
+from ..optimal_loss import GapLevels, OptimalLoss
+from ..weighting import SNRWeighting, Weighting, WeightTable
+from .config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 
 _ADAPTIVE_LEVELS = ("second_moment", "loss_spread")
 TABLE_FILE = "table.json"  # in a run directory: the table it was told to use, so that it stands on its own
@@ -61,10 +62,21 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
     return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.process)
 
 
-def build_criterion(config: TrainConfig, run: Path | None = None) -> DiffusionLoss:
-    """A criterion without statistics. `run` is where the weight table of the run lies, for weighting "table"."""
+def build_criterion(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> DiffusionLoss:
+    """A criterion without statistics.
+
+    Args:
+        config: the run's.
+        run: where its weight table lies, for weighting "table".
+        optimal: the optimal loss of its training images, for a weighting made of that.
+
+    Raises:
+        ValueError: an option that the weighting does not have, or out of bounds, or no optimal loss where one is
+            needed.
+        RunError: there is no such table.
+    """
     return DiffusionLoss(
-        weighting=_weighting(config, run),
+        weighting=_weighting(config, run, optimal),
         bins=config.bins,
         log_snr_range=config.log_snr_range,
         half_life=config.half_life,
@@ -72,11 +84,16 @@ def build_criterion(config: TrainConfig, run: Path | None = None) -> DiffusionLo
     )
 
 
-def build_levels(config: TrainConfig, run: Path | None = None) -> LevelSampler:
-    """A sampler of noise levels, on the CPU. `run` is where the weight table of the run lies, for levels "table".
+def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> LevelSampler:
+    """A sampler of noise levels, on the CPU.
+
+    Args:
+        config: the run's.
+        run: where its weight table lies, for levels "table".
+        optimal: the optimal loss of its training images, for levels "gap".
 
     Raises:
-        ValueError: an option that the sampler does not have, or out of bounds.
+        ValueError: an option that the sampler does not have, or out of bounds, or no optimal loss where one is needed.
         RunError: there is no such table.
     """
     base = levels.LogNormal(config.p_mean, config.p_std)
@@ -89,6 +106,8 @@ def build_levels(config: TrainConfig, run: Path | None = None) -> LevelSampler:
     if config.levels in _ADAPTIVE_LEVELS:
         options = {"base": base, "bins": config.bins, "log_snr_range": config.log_snr_range, **options}
     try:
+        if config.levels == GAP:
+            return _gap_levels(config, run, _required(optimal, "levels"), options)
         return levels.from_name(config.levels, **options)
     except TypeError as error:
         raise ValueError(f"levels_options is {config.levels_options}: {error}") from None
@@ -121,13 +140,40 @@ def keep_table(table: WeightTable, run: Path) -> None:
     (run / TABLE_FILE).write_text(json.dumps(content) + "\n")
 
 
-def _weighting(config: TrainConfig, run: Path | None) -> Weighting:
+def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | None) -> Weighting:
     if config.weighting == TABLE:
         return read_table(config, run)
     options: dict[str, Any] = dict(config.weighting_options)
-    if weighting.takes_prediction_type(config.weighting):  # the bare name means a loss of eps; ours is that of F
+    made_of_curve = CURVE_WEIGHTINGS.get(config.weighting)
+    if made_of_curve or weighting.takes_prediction_type(config.weighting):
+        # The bare name means a loss of eps; ours is that of F.
         options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
     try:
+        if made_of_curve:
+            return made_of_curve(_required(optimal, "weighting"), **options)
         return weighting.from_name(config.weighting, **options)
     except TypeError as error:
         raise ValueError(f"weighting_options is {config.weighting_options}: {error}") from None
+
+
+def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, options: dict[str, Any]) -> GapLevels:
+    """Levels by weight times gap: the weight is the run's where it is one of the x0 loss, else that of the schedule."""
+    chosen = _weighting(config, run, optimal)
+    return GapLevels(
+        optimal,
+        chosen if isinstance(chosen, SNRWeighting) else None,
+        **{
+            "bins": config.bins,
+            "log_snr_range": config.log_snr_range,
+            "half_life": config.half_life,
+            "prediction_type": "sample" if config.process == "edm" else config.process,  # EDM's residual is D's
+            "sigma_data": config.sigma_data,
+            **options,
+        },
+    )
+
+
+def _required(optimal: OptimalLoss | None, name: str) -> OptimalLoss:
+    if optimal is None:
+        raise ValueError(f"optimal is None, expected the optimal loss of the training images: {name} is made of it")
+    return optimal

@@ -16,11 +16,15 @@ from .. import backends, levels, weighting
 from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
-from ..models import PROCESSES
+from ..models import PROCESSES, check_attention, check_halvings
+from ..optimal_loss import GapWeighting
 
 TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
+GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss
+CURVE_WEIGHTINGS = {GAP: GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
+_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # and widths, in pixels; of "images" it is image_size
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -61,13 +65,17 @@ class TrainConfig:
 
     process: str = _setting("edm", "what the network predicts: edm (EDM's F) or flow (velocity)", choices=PROCESSES)
     weighting: str = _setting(
-        "variance_aware", "of noise levels; table: as the run given by --table ended", choices="weightings"
+        "variance_aware",
+        "of noise levels; table: as the run given by --table ended; gap, inverse_optimal_loss: see --optimal-loss",
+        choices="weightings",
     )
     weighting_options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "arguments of the weighting, as strength=0.5"}
     )
     levels: str = _setting(
-        "log_normal", "how noise levels are drawn; table: by density times the weights of --table", choices="levels"
+        "log_normal",
+        "how noise levels are drawn; table: by density times the weights of --table; gap: see --optimal-loss",
+        choices="levels",
     )
     levels_options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "arguments of the level sampler, as floor=0.2"}
@@ -77,6 +85,11 @@ class TrainConfig:
     p_std: float = _setting(1.2, "of log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
     table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
+    optimal_loss: str | None = _setting(
+        None,
+        "CSV of `vadiff optimal-loss` with the training images' optimal loss, of which gap and inverse_optimal_loss "
+        "are made; without it, it is estimated before the first step",
+    )
     bins: int = _setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
     log_snr_range: tuple[float, float] = _setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
     half_life: float = _setting(128.0, "of the statistics, in samples per bin on average", above=0)
@@ -146,8 +159,9 @@ class TrainConfig:
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
-        if not self.channels:
-            raise ValueError("channels is (), expected one width per resolution, one at least")
+        height = _HEIGHTS.get(self.dataset, self.image_size)
+        check_halvings((1, height, height), self.channels)
+        check_attention(height, self.channels, self.attention_resolutions)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if len(set(self.sigma_rel)) < len(self.sigma_rel):
@@ -233,9 +247,9 @@ def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     """The values a field of `TrainConfig` may have, None where they are not a list of names."""
     allowed = field.metadata.get("choices")
     if allowed == "weightings":
-        return (*weighting.available(), TABLE)
+        return (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
     if allowed == "levels":
-        return levels.available()  # TABLE among them
+        return (*levels.available(), GAP)  # TABLE among them
     return allowed
 
 

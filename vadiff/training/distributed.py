@@ -4,12 +4,15 @@ Under `torchrun` every process trains the same network on its slice of the same 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,25 @@ class Ranks:
         found = [""] * self.size
         torch.distributed.all_gather_object(found, text)
         return found
+
+    def from_main(self, make: Callable[[], _Made]) -> _Made:
+        """What `make` returns in the main process, on every rank; every rank must call it.
+
+        What it raises there is raised on all of them.
+        """
+        if self.size == 1:
+            return make()
+        shared: list[Any] = [None]
+        if self.is_main:
+            try:
+                shared = [make()]
+            except Exception as error:  # the others wait for an answer
+                shared = [error]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        if isinstance(shared[0], Exception):
+            raise shared[0]
+        made: _Made = shared[0]
+        return made
 
     def wait(self) -> None:
         """Until every rank is here."""

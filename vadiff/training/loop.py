@@ -20,6 +20,7 @@ from ..extras import import_extra
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..models import Denoiser, normalize_weights
+from ..optimal_loss import OptimalLoss
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .batches import Batch, Batches
@@ -29,6 +30,7 @@ from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .metrics import MetricsLog, memory_bytes, statistics_of
 from .objective import OBJECTIVES, Objective
+from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import Optimisation, RunningAverage, learning_rate_at
 from .post_hoc import SNAPSHOTS
 from .rms import rms_per_layer, weights_of_layers
@@ -95,14 +97,16 @@ def train(
             locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
-        trainer = _Trainer(config, objective or OBJECTIVES[config.process], path, device, group, resume=resume)
+        trainer = _Trainer(
+            config, objective or OBJECTIVES[config.process], path, device, group, resume=resume, progress=progress
+        )
         group.wait()
         if path is not None and group.is_main:  # not before all parts are made: what does not fit writes nothing
             if not was_there:
                 path.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(run_folder.lock(path))
                 run_folder.check(path, config, resume=resume, overwrite=overwrite)  # another may have been faster
-            run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step)
+            run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal)
         trainer.open_log()
         try:
             return trainer.run(progress)
@@ -122,6 +126,7 @@ class _Trainer:
         group: Ranks,
         *,
         resume: bool = False,
+        progress: bool = False,
     ) -> None:
         self.config, self.objective, self.device, self.group = config, objective, device, group
         self.out = out if group.is_main else None  # only the main process writes
@@ -137,8 +142,9 @@ class _Trainer:
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
         earlier = out if resume else None  # where there may be something to go on from
-        self.criterion = build_criterion(config, earlier).to(device)
-        self.levels = build_levels(config, earlier).to(device)
+        self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
+        self.criterion = build_criterion(config, earlier, self.optimal).to(device)
+        self.levels = build_levels(config, earlier, self.optimal).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
         self.optimisation = Optimisation(config, parameters, device)
@@ -200,7 +206,7 @@ class _Trainer:
     def _train_step(self, step: int) -> None:
         config = self.config
         parts = self.batches.at(step)
-        total = torch.zeros((), device=self.device)
+        losses = []
         for number, batch in enumerate(parts):
             if config.dropout:
                 self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
@@ -208,10 +214,11 @@ class _Trainer:
             with contextlib.nullcontext() if last else self._no_sync():
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
-            total += loss.detach() / len(parts)
+            losses.append(loss.detach())
         self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
-        self.optimisation.step(step, total)
-        normalize_weights(self.denoiser)  # of a network that has such
+        self.optimisation.step(step, losses[0] if len(losses) == 1 else torch.stack(losses).mean())
+        if self.config.model == "edm2":
+            normalize_weights(self.denoiser)
         self.running_average.update()
         if self.power_averages is not None:
             self.power_averages.update(step + 1)
@@ -293,6 +300,18 @@ class _Trainer:
         Meanwhile nothing is saved: what cannot go on would take the place of checkpoints that can.
         """
         return int(self.optimisation.totals[5])
+
+    def _optimal_loss(self, earlier: Path | None, progress: bool) -> OptimalLoss:
+        """That of the training images. What the main process reads or estimates counts on all ranks."""
+
+        def on_main() -> OptimalLoss:
+            optimal = read_curve(self.config, earlier)
+            if optimal is None:
+                optimal = estimate_curve(self.config, self.images, self.device, progress=progress)
+            check_curve(optimal, self.config, self.images)
+            return optimal
+
+        return self.group.from_main(on_main)
 
     def _agree(self, earlier: Path | None) -> None:
         """Whether all ranks go on from the same: on several machines, each looks into its own folder."""

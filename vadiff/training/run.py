@@ -2,6 +2,7 @@
 
 config.yaml          the config
 data.json            how many images, and whether those held out are a test set
+optimal_loss.csv     the optimal loss, where the weighting or the levels are made of it
 metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.training.metrics`
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
@@ -24,6 +25,7 @@ from . import post_hoc
 from .assembly import build_criterion, build_denoiser, load_images
 from .checkpoint import load_checkpoint, steps_saved
 from .config import TrainConfig
+from .optimal_curve import read_curve
 
 CONFIG, METRICS, DATA = "config.yaml", "metrics.jsonl", "data.json"
 WEIGHTS = ("ema", "raw")
@@ -120,7 +122,7 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
         """
-        criterion = build_criterion(self.config, self.path)
+        criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
         criterion.load_state_dict(load_checkpoint(self.path, step)["criterion"])
         return criterion
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 from ..data import Images
 from ..errors import RunError
+from ..optimal_loss import OptimalLoss
 from . import post_hoc
 from .assembly import TABLE_FILE, keep_table, read_table
 from .checkpoint import FOLDER
 from .config import TABLE, TrainConfig
+from .optimal_curve import CURVE_FILE
 from .post_hoc import SNAPSHOTS
 from .run import CONFIG, DATA, METRICS, open_run
 
 # What has no bearing on what a run computes.
 IMMATERIAL = {
-    "data", "table", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every", "tensorboard",
-    "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
+    "data", "table", "optimal_loss", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every",
+    "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
     "snapshot_precision",
 }  # fmt: skip
 # What may differ besides when a run goes on: what it is measured by, and what helps against non-finite steps.
@@ -82,7 +84,15 @@ def check_images(path: Path, images: Images) -> None:
         )
 
 
-def begin(path: Path, config: TrainConfig, images: Images, *, resume: bool, step: int = 0) -> None:
+def begin(
+    path: Path,
+    config: TrainConfig,
+    images: Images,
+    *,
+    resume: bool,
+    step: int = 0,
+    optimal: OptimalLoss | None = None,
+) -> None:
     """Make `path` the run directory of `config`, after `check`: what is there of a run goes, unless it is resumed.
 
     Args:
@@ -91,6 +101,7 @@ def begin(path: Path, config: TrainConfig, images: Images, *, resume: bool, step
         images: the data set, whose size is noted.
         resume: keep what is there, but for what was made after `step`.
         step: where the run goes on.
+        optimal: the optimal loss that the run is trained with, kept in it.
 
     Raises:
         RunError: the weight table that the config names is not there.
@@ -103,6 +114,8 @@ def begin(path: Path, config: TrainConfig, images: Images, *, resume: bool, step
         path.mkdir(parents=True, exist_ok=True)
         if table is not None:
             keep_table(table, path)
+    if optimal is not None and not (path / CURVE_FILE).exists():
+        optimal.save(path / CURVE_FILE)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
@@ -155,7 +168,7 @@ def is_in_use(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove what `vadiff` writes to a run directory by itself, and nothing else."""
-    for name in (CONFIG, METRICS, DATA, TABLE_FILE, "report.html"):
+    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, SNAPSHOTS, post_hoc.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
