@@ -140,7 +140,7 @@ def import_k_diffusion() -> ModuleType:
     except MissingExtraError as error:
         for name in _NOT_FOR_TRAINING:
             del sys.modules[f"k_diffusion.{name}"]
-        raise MissingExtraError(f"{error}, and pip install --no-deps k-diffusion") from error
+        raise MissingExtraError(f"{error}, and pip install --no-deps dctorch k-diffusion") from error
 
 
 class _LeftOut(ModuleType):
