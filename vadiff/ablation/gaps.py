@@ -109,7 +109,6 @@ class Gaps:
             panel.set_xlabel("noise level σ      ← less noise · more noise →")
             plain_axes(panel)
         panels[0].set_ylabel("λ(σ) · mean squared error of D")
-        panels[0].set_yscale("log")
         panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
         figure.suptitle(f"{self.name}: {len(self.seeds)} seeds", x=0.02, ha="left", fontsize=16, weight="bold")
         return figure
