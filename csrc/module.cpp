@@ -3,10 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cpu.h"
+#include "direct.h"
+#include "settings.h"
 #ifdef VADIFF_CUDA
 #include "cuda.h"
 #endif
@@ -19,45 +18,7 @@ namespace py = pybind11;
 namespace vadiff {
 namespace {
 
-using Address = uintptr_t;
-
-constexpr int kInterface = 1;  // INTERFACE of vadiff/native.py: one more there and here when what Python calls changes
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// What does not change from step to step.
-struct Settings {
-  Bins bins;
-  double half_life;
-  Rule rule;
-
-  Settings(int size, double low, double high, double half_life, const std::string& statistic, double strength, double smoothing,
-           double log_clip, double prior, int radius)
-      : bins{size, float(low), float(size / (high - low)), (high - low) / size},
-        half_life(half_life),
-        rule{statistic_code(statistic), strength, smoothing, log_clip, prior, radius} {}
-
-  static int statistic_code(const std::string& name) {
-    if (name.empty()) return kNone;
-    if (name == "std") return kStd;
-    if (name == "mean") return kMean;
-    if (name == "rms") return kRms;
-    throw std::invalid_argument("statistic is '" + name + "', expected std, mean, rms or nothing");
-  }
-
-  Update update(bool move, Address state, Address log_weights, Address batch) const {
-    return {move, at<int64_t>(state), at<float>(log_weights), at<double>(batch), bins, half_life, rule};
-  }
-
-  template <class C>
-  Levels<C> levels(Address log_snr, Address base_weight, Address sample_weight, Address weight, Address log_weights) const {
-    return {at<float>(log_snr), at<C>(base_weight), at<C>(sample_weight), at<C>(weight),
-            rule.statistic == kNone ? nullptr : at<float>(log_weights)};
-  }
-};
+constexpr int kInterface = 2;  // INTERFACE of vadiff/native.py: one more there and here when what Python calls changes
 
 // The residual's tensors and coefficients, as the calls below give them.
 struct Inputs {
@@ -173,6 +134,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<int, double, double, double, const std::string&, double, double, double, double, int>());
   py::class_<Inputs>(m, "Inputs", py::module_local()).def(py::init(&inputs));
   define_kernels<int>(m);
+  define_direct_step(m);
   m.def("cpu_instruction_sets", &cpu_instruction_sets, "What is compiled in and runs here, the best first.");
   m.def("cpu_select", &cpu_select, "Use this instruction set from now on; for tests and benchmarks.");
   m.def("cpu_selected", [] { return cpu::selected(); });

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -125,6 +126,26 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of torch-fidelity's Inception network with random numbers in it; NaN from Mixed_7 on."""
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = FeatureExtractorInceptionV3("random", ["64"], feature_extractor_weights_path=str(path))
+    state = network.state_dict()
+    for name, value in state.items():
+        if name.startswith(("Mixed_7", "fc")) and value.is_floating_point():
+            value.fill_(math.nan)
+    torch.save(state, path)
+    return path
+
+
 def usable(backend: str) -> str:
     if backend == "native":
         _native_loads()
@@ -139,7 +160,7 @@ def _native_loads() -> None:
     """Skips where nothing could have compiled the kernels; fails where they are missing nevertheless."""
     from vadiff import backends
 
-    kernels = backends._load_native()
+    kernels = backends.load_native()
     if isinstance(kernels, backends.Obstacle):
         compilers = [shutil.which(name) for name in ("c++", "g++", "clang++")]
         if isinstance(kernels.__cause__, ModuleNotFoundError) and not any(compilers):

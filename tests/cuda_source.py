@@ -38,7 +38,7 @@ def emulated_module(folder: Path) -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             flags = [*FLAGS.split(), *(f"-I{path}" for path in includes)]
-            sources = ["cpu_rows.cpp", "cpu.cpp", "module.cpp", "-xc++ cuda.cu"]
+            sources = ["cpu_rows.cpp", "cpu.cpp", "direct.cpp", "module.cpp", "-xc++ cuda.cu"]
             compiling = [
                 subprocess.Popen(
                     [compiler, *flags, "-c", *source.split(), "-o", str(folder / f"{i}.o")], cwd=ROOT / "csrc"
@@ -60,7 +60,7 @@ def emulated_module(folder: Path) -> ModuleType:
 
 def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on the native backend runs the CUDA kernels, on CPU tensors."""
-    from vadiff import native
+    from vadiff import eager, native
 
     module = emulated_module(folder)
 
@@ -73,4 +73,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     monkeypatch.setattr(native, "_native", module)
     monkeypatch.setattr(native, "_where", where)
-    monkeypatch.setattr(native, "_settings", functools.lru_cache(native._settings.__wrapped__))  # of this module's type
+    monkeypatch.setattr(
+        native, "settings_of", functools.lru_cache(native.settings_of.__wrapped__)
+    )  # of this module's type
+    monkeypatch.setattr(eager, "_native", lambda: None)  # the short way knows CPU kernels only

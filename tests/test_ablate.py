@@ -20,7 +20,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vadiff.ablation import collect, read_grid, train_all, write_results
+from vadiff.ablation import Evaluation, collect, evaluate_all, read_grid, train_all, write_results
 from vadiff.ablation.collect import interval
 from vadiff.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.cli import main
@@ -126,6 +126,8 @@ def test_committed_experiments_are_the_arms_that_were_fixed(name: str) -> None:
     config = grid.base
     assert (config.held_out_levels, config.held_out_sigma, config.data_seed) == (12, (0.02, 20.0), None)
     assert all(run.config.steps == config.steps for run in grid.runs(Path("out")))
+    if name == "cifar10_mini":
+        assert grid.evaluation == Evaluation(("fid", "kid"), "768", 5000, 0)
 
 
 @pytest.fixture
@@ -275,6 +277,124 @@ def test_metrics_are_those_that_evaluate_left_for_the_last_step(tmp_path: Path) 
     (runs["other", 1].path / "evaluation" / "step-4" / "metrics.json").write_text("{")
     with pytest.raises(RunError, match=r"metrics\.json cannot be read"):
         collect(grid, tmp_path)
+
+
+def evaluated(run: PlannedRun, **settings: Any) -> None:
+    """What `vadiff evaluate` leaves."""
+    folder = run.path / "evaluation" / f"step-{run.config.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "step": run.config.steps, "images_seen": 100, "metrics": {"fid-64": 5.0}, "images": 6, "first_seed": 0,
+        "generation": {"sampler": "heun", "weights": "ema"}, "layer": "64", "inception_weights": "published",
+        **settings,
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"images": 7}, "arm other, seed 1 was evaluated with images 7, arm constant, seed 0 with 6: their metrics"),
+        ({"layer": "768"}, "arm other, seed 1 was evaluated with layer '768', arm constant, seed 0 with '64'"),
+        ({"inception_weights": "abc"}, "seed 1 was evaluated with inception_weights 'abc', .* with 'published'"),
+        ({"generation": {"sampler": "euler", "weights": "ema"}}, r"evaluated with generation\.sampler 'euler'"),
+    ],
+)
+def test_runs_that_were_evaluated_differently_are_named_and_not_averaged(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    for run in runs.values():
+        write_run(run, [[1.0, 1.0]])
+        evaluated(run)
+    assert collect(grid, tmp_path).arms[0].evaluation["fid-64"].mean == 0.0
+    evaluated(runs["other", 1], **settings)
+    with pytest.raises(GridError, match=message):
+        collect(grid, tmp_path)
+
+
+def test_evaluate_measures_each_run_once_from_the_same_seeds(
+    tmp_path: Path, in_process: list[Path], inception_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = GRID[: GRID.index("[arms.twin]")] + '[arms.constant]\nweighting = "constant"\n[arms.other]\n'
+    path = grid_file(tmp_path, text + '[evaluate]\nmetrics = ["fid"]\nlayer = "64"\nimages = 6\nfirst_seed = 3\n')
+    commands: list[list[str]] = []
+
+    def call(self: object, command: list[str], log: Path) -> int:
+        commands.append(command)
+        assert log.name == "evaluate.log"
+        return main(command)
+
+    monkeypatch.setattr("vadiff.ablation.runner._Children._call", call)
+    monkeypatch.setattr("vadiff.training.run.Run.images", few_images)
+    arguments = ["ablate", str(path), "--out", str(tmp_path / "out"), "--seeds", "1", "--evaluate"]
+    arguments += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(arguments) == 0
+        assert [Path(command[1]).parent.name for command in commands] == ["constant", "other"]
+        assert "fid-64" in (tmp_path / "out" / "results.txt").read_text()
+        content = json.loads((tmp_path / "out" / "other/seed-0/evaluation/step-4/metrics.json").read_text())
+        assert (content["first_seed"], content["images"], content["layer"]) == (3, 6, "64")
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert list(results["arms"]["other"]["evaluation"]) == ["fid-64"]
+        assert main(arguments) == 0
+        assert len(commands) == 2  # nothing is measured twice
+        path.write_text(path.read_text().replace("images = 6", "images = 5"))
+        assert main(arguments) == 0
+        assert len(commands) == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def few_images(run: Any) -> Any:
+    images = load_images(run.config)
+    return images._replace(train=images.train[:6], train_labels=None)
+
+
+def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    for run in runs.values():
+        write_run(run, [[1.0, 1.0]])
+    seen: list[Path] = []
+
+    def evaluate(self: object, run: PlannedRun, options: list[str]) -> bool:
+        seen.append(run.path)
+        return run.path != runs["other", 0].path
+
+    monkeypatch.setattr("vadiff.ablation.runner._Children.evaluate", evaluate)
+    assert evaluate_all(grid, tmp_path, jobs=2) == [runs["other", 0].path]
+    assert len(seen) == 4
+    assert evaluate_all(grid, tmp_path, index=1) == [runs["other", 0].path]
+    assert seen[4:] == [runs["other", 0].path]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('layer = "1024"', "evaluate: layer is '1024', expected one of 64, 192, 768, 2048 in quotes"),
+        ('metrics = ["fidd"]', r"evaluate: metrics is \['fidd'\], expected some of fid"),
+        ('metrics = "fid"', "evaluate: metrics is 'fid', expected a list"),
+        ("images = 2", "evaluate: images is 2, expected a whole number from 5"),
+        ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, layer"),
+    ],
+)
+def test_evaluation_that_makes_no_sense_is_named(table: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(GridError, match=message):
+        read_grid(grid_file(tmp_path, f"{GRID}[evaluate]\n{table}\n"))
+
+
+def test_what_belongs_to_evaluate_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--cache", "folder"], "argument --cache: is for --evaluate"),
+        (["--evaluate", "--list"], "argument --evaluate: --list and --collect measure nothing"),
+        (["--evaluate", "--inception-weights", "no.pth"], "argument --inception-weights: no.pth is not a file"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["ablate", str(grid_file(tmp_path)), *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_pairs_that_were_measured_differently_are_named(tmp_path: Path) -> None:

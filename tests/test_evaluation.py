@@ -15,32 +15,12 @@ from torch import Tensor, nn
 from vadiff.cli import main
 from vadiff.errors import UserError
 from vadiff.evaluation import LevelGradients, image_metrics, level_gradients
-from vadiff.evaluation.fidelity import content_key
+from vadiff.evaluation.fidelity import content_key, weights_key
 from vadiff.models import Denoiser
 from vadiff.pictures import PictureWriter
 from vadiff.report.evaluate import _gradients, _gradients_rows
 from vadiff.statistics import LogSNRStatistics
 from vadiff.training import held_out_loss, open_run
-
-
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights file of torch-fidelity's Inception network with random numbers in it; NaN from Mixed_7 on."""
-    pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({}, path)
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = FeatureExtractorInceptionV3("random", ["64"], feature_extractor_weights_path=str(path))
-    state = network.state_dict()
-    for name, value in state.items():
-        if name.startswith(("Mixed_7", "fc")) and value.is_floating_point():
-            value.fill_(math.nan)
-    torch.save(state, path)
-    return path
 
 
 @pytest.fixture
@@ -133,8 +113,41 @@ def test_grey_images_count_as_rgb(images: tuple[Tensor, Tensor], measure: Callab
 def test_weights_that_do_not_reach_the_layer_are_no_answer(
     images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]
 ) -> None:
-    with pytest.raises(ValueError, match=r"isc, isc_std came out not finite .*do not reach that far"):
-        measure(images[0][:5], None, metrics=["isc"])
+    with pytest.raises(ValueError, match=r"metrics is isc, .* are not finite in Mixed_7a, .*fc: give weights"):
+        measure(images[0], None, metrics=["isc"])
+    with pytest.raises(ValueError, match=r"layer is 2048, but inception_weights .* are not finite in Mixed_7a, "):
+        measure(*images, metrics=["fid"], layer="2048")
+
+
+def test_score_that_the_weights_do_not_reach_is_left_out_and_said(
+    images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]
+) -> None:
+    with pytest.warns(UserWarning, match=r"isc is left out: .*weights\.pth is not finite up to the last layer"):
+        found = measure(*images, metrics=["isc", "fid"])
+    assert set(found) == {"fid-64"}
+
+
+def test_inception_score_of_finite_weights_is_torch_fidelitys(
+    images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]], inception_weights: Path, tmp_path: Path
+) -> None:
+    from torch_fidelity import calculate_metrics
+
+    state = torch.load(inception_weights, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            value.normal_(0.0, 0.02, generator=generator) if name.endswith("weight") else value.fill_(1.0)
+    torch.save(state, tmp_path / "whole.pth")
+    found = measure(images[1], None, metrics=["isc"], inception_weights=tmp_path / "whole.pth")
+    with PictureWriter(tmp_path / "real", range(len(images[1])), (3, 8, 8)) as writer:
+        writer.write(0, images[1])
+    direct = calculate_metrics(
+        input1=str(tmp_path / "real"), isc=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(tmp_path / "whole.pth"),
+    )  # fmt: skip
+    assert found["isc"] == direct["inception_score_mean"]
+    assert math.isfinite(found["isc"])
+    assert found["isc"] >= 1.0
 
 
 class Hostile:
@@ -308,14 +321,18 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
         writer.write(0, torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8))
     command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--layer", "64", "--reference", str(real)]
     command += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache"), "--devices", "cpu"]
+    command += ["--metrics", "fid", "isc"]
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0
     printed = capsys.readouterr().out
     assert "fid-64" in printed
+    assert "isc (Inception score) is left out: " in printed
     assert "EDM's loss on 10 held-out images" in printed
     folder = run_copy / "evaluation" / "step-4"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["images_seen"] == 4 * 64
+    assert list(metrics["metrics"]) == ["fid-64"]
     assert metrics["metrics"]["fid-64"] > 0
+    assert metrics["inception_weights"] == weights_key(inception_weights)
     with (folder / "held-out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12

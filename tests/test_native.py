@@ -137,7 +137,7 @@ def no_forced_switches() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("kernel", ["diffusion_loss", "scale_gradient"])
+@pytest.mark.parametrize("kernel", ["diffusion_loss", "scale_gradient", "direct_step", "direct_scale"])
 def test_other_python_threads_run_while_a_kernel_does(kernel, monkeypatch, no_forced_switches):
     """Nothing but the kernel lets go of the interpreter; it is called until the other thread was fast enough."""
     run = getattr(vadiff_native()._native, kernel)
@@ -148,23 +148,25 @@ def test_other_python_threads_run_while_a_kernel_does(kernel, monkeypatch, no_fo
         with wanted:
             moved.append(True)
 
-    def watched(*arguments: object) -> None:
+    def watched(*arguments: object) -> object:
         wanted.release()
         for _ in range(200):
-            run(*arguments)
+            result = run(*arguments)
             if moved:
                 break
         during.append(bool(moved))
+        return result
 
     during: list[bool] = []
     wanted.acquire()
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     monkeypatch.setattr(vadiff_native()._native, kernel, watched)
     prediction = torch.randn(1, 2**22, requires_grad=True)
-    loss = vadiff.DiffusionLoss(backend="native")(prediction, torch.randn(1, 2**22), torch.zeros(1))
+    criterion = vadiff.DiffusionLoss(backend="native").train(kernel.startswith("direct"))
+    loss = criterion(prediction, torch.randn(1, 2**22), torch.zeros(1))
     torch.autograd.grad(loss, prediction, torch.tensor(2.0))
-    thread.join()
+    thread.join(timeout=60)
     assert during == [True]
 
 
@@ -190,10 +192,10 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise ImportError("libmissing.so.1: cannot open shared object file", name="something")
 
     monkeypatch.setattr(backends.importlib, "import_module", refuse)
-    backends._load_native.cache_clear()
+    backends.load_native.cache_clear()
     backends._load_triton.cache_clear()
     yield tried
-    backends._load_native.cache_clear()
+    backends.load_native.cache_clear()
     backends._load_triton.cache_clear()
 
 
@@ -220,9 +222,9 @@ def hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     for name in ("native", "_native"):
         monkeypatch.delitem(sys.modules, f"vadiff.{name}")
         monkeypatch.delattr(vadiff, name)
-    backends._load_native.cache_clear()
+    backends.load_native.cache_clear()
     yield tmp_path
-    backends._load_native.cache_clear()
+    backends.load_native.cache_clear()
 
 
 @pytest.mark.parametrize(

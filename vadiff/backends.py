@@ -77,7 +77,7 @@ class Obstacle(Exception):
 
 def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
     """The backend's module if it can run a call on `tensor`."""
-    kernels = _load_native() if backend == "native" else _load_triton()
+    kernels = load_native() if backend == "native" else _load_triton()
     if isinstance(kernels, Obstacle):
         return kernels
     why_not = _native_obstacle(kernels, tensor) if backend == "native" else _triton_obstacle(kernels, tensor)
@@ -108,7 +108,7 @@ def _architecture_obstacle(built: str, capability: tuple[int, int]) -> str | Non
 
 
 def _native_report() -> tuple[bool, str]:
-    kernels = _load_native()
+    kernels = load_native()
     if isinstance(kernels, Obstacle):
         return False, str(kernels)
     instructions = kernels.instruction_set()
@@ -154,7 +154,7 @@ def _build_note() -> str:
 
 
 @functools.cache
-def _load_native() -> ModuleType | Obstacle:
+def load_native() -> ModuleType | Obstacle:
     """The compiled kernels, or why they cannot be loaded; tried once."""
     try:
         importlib.import_module("vadiff._native")  # first: `from . import _native` does not say that it is missing

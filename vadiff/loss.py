@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, live, ops, settings
+from . import autograd, backends, eager, live, settings
 from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
 from .reference import Bins, Coefficient, TableRule, log_weight_at
 from .statistics import LogSNRStatistics
@@ -159,6 +159,10 @@ class DiffusionLoss(nn.Module):
             ValueError, TypeError: a bad argument; the message names it.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
+        if self.training and reduction == "mean" and not torch.compiler.is_dynamo_compiling():
+            loss = self._direct_step(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight)
+            if loss is not None:
+                return loss
         check_prediction("prediction", prediction)
         check_elements("target", target, prediction)
         if noise is not None:
@@ -178,7 +182,7 @@ class DiffusionLoss(nn.Module):
         )
         by_losses = isinstance(self.weighting, LossZScore)  # known only afterwards: `reweight` records and weighs
         mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr, prediction)
-        loss, ell = ops.diffusion_loss(
+        loss, ell = autograd.diffusion_loss(
             prediction, x0, eps, a, b, c, log_snr, base_weight, None if by_losses else sample_weight,
             weight, *statistics, self.huber_delta if self.loss == "huber" else 0.0,
             mean and not by_losses, self._records() and not by_losses, self.sync, self.backend,
@@ -222,7 +226,7 @@ class DiffusionLoss(nn.Module):
             weight: Tensor | None = weights.to(loss_per_sample.dtype)
         else:
             weight = self._fixed_weight(log_snr, loss_per_sample)
-        loss = ops.reweight(
+        loss = autograd.reweight(
             loss_per_sample, log_snr, sample_weight, weight, *statistics,
             self._records(), self.sync, self.backend,
         )  # fmt: skip
@@ -269,6 +273,37 @@ class DiffusionLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "per_sample_loss": None, "base_loss": None}  # a copy starts without the last batch
+
+    def _direct_step(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        log_snr: Tensor,
+        noise: Tensor | None,
+        coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
+        base_weight: Tensor | None,
+        sample_weight: Tensor | None,
+    ) -> Tensor | None:
+        """A recording training step by the short way, its arguments not checked yet; None where there is none."""
+        weighting, rule, weight = self.weighting, _NO_TABLE, None
+        if isinstance(weighting, AdaptiveWeighting):
+            rule = weighting.rule
+        elif not isinstance(weighting, Constant):
+            if not (isinstance(weighting, FixedWeighting) and weighting.pointwise and _is_vector(log_snr)):
+                return None
+            weight = weighting.for_batch(log_snr, sync=False)
+        statistics: Any = self._modules["statistics"]  # as an attribute it would be looked for elsewhere first
+        buffers = statistics._buffers
+        found = eager.step(
+            prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weight, buffers["state"],
+            buffers["log_weights"], statistics.bins, statistics.half_life, rule,
+            self.huber_delta if self.loss == "huber" else 0.0, self.sync, self.backend,
+        )  # fmt: skip
+        if found is None:
+            return None
+        loss, ell = found
+        object.__setattr__(self, "per_sample_loss", ell)
+        return loss
 
     def _records(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -374,3 +409,7 @@ class DiffusionLoss(nn.Module):
             ValueError: bands is no positive integer.
         """
         live.log_to(self, writer, step, prefix, bands)
+
+
+def _is_vector(log_snr: object) -> bool:
+    return type(log_snr) is Tensor and log_snr.dtype is torch.float32 and log_snr.dim() == 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _native
 from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
-INTERFACE = 1  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 2  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -27,7 +27,7 @@ if getattr(_native, "INTERFACE", None) != INTERFACE:
 
 CUDA_ARCHITECTURES: str | None = _native.cuda_architectures  # None: built without CUDA
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
 
 
 def instruction_set() -> str:
@@ -37,7 +37,7 @@ def instruction_set() -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _settings(bins: Bins, half_life: float, rule: TableRule) -> Any:
+def settings_of(bins: Bins, half_life: float, rule: TableRule) -> Any:
     return _native.Settings(
         bins.size, bins.low, bins.high, half_life, rule.statistic, rule.strength, rule.smoothing, math.log(rule.clip),
         rule.prior, rule.radius(bins),
@@ -55,7 +55,7 @@ def _address(tensor: Tensor | None, dtype: torch.dtype) -> int:
 
 
 def _address_and_dtype(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
 def _each_and_number(coefficient: Coefficient, dtype: torch.dtype) -> tuple[int, float]:
@@ -107,7 +107,7 @@ def diffusion_loss(
     samples = output.shape[0]
     dtype = compute_dtype(output)
     like = output if output.dtype == dtype else output.new_empty(0, dtype=dtype)
-    settings = _settings(bins, half_life, rule)
+    settings = settings_of(bins, half_life, rule)
     gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
     loss = like.new_empty(() if mean else samples)
     ell = like.new_empty(samples)
@@ -152,7 +152,7 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tenso
     """See `vadiff.reference.scale_gradient`."""
     where, _ = _where(gradient)
     _native.scale_gradient(
-        gradient.data_ptr(), out.data_ptr(), _DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
+        gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
         saved.data_ptr() + (saved.shape[0] - 1) * saved.element_size(), where,
     )  # fmt: skip
 
@@ -171,12 +171,12 @@ def reweight(
     gather: Gather | None,
 ) -> Tensor:
     """See `vadiff.reference.reweight`."""
-    settings = _settings(bins, half_life, rule)
+    settings = settings_of(bins, half_life, rule)
     saved = torch.empty(2 * len(loss) + 1, device=loss.device, dtype=loss.dtype)
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(loss, 0, 1, bins.size)
     _native.reweight(
-        _address(loss, loss.dtype), _DTYPES[loss.dtype], _address(log_snr, torch.float32),
+        _address(loss, loss.dtype), DTYPES[loss.dtype], _address(log_snr, torch.float32),
         _address(sample_weight, loss.dtype), _address(weight, loss.dtype), _address(state, torch.int64),
         _address(log_weights, torch.int32), settings, len(loss), saved.data_ptr(), update,
         _address(batch, torch.float64), where,

@@ -1,18 +1,21 @@
-"""Grids of runs, paired by seed: what to train, training it, and what came out."""
+"""Grids of runs, paired by seed: what to train, training and evaluating it, and what came out."""
 
 from .collect import Results, collect
+from .evaluation import Evaluation
 from .gaps import Gaps, collect_gaps, write_gaps
 from .grid import Grid, PlannedRun, read_grid
 from .output import write_results
-from .runner import train_all
+from .runner import evaluate_all, train_all
 
 __all__ = [
+    "Evaluation",
     "Gaps",
     "Grid",
     "PlannedRun",
     "Results",
     "collect",
     "collect_gaps",
+    "evaluate_all",
     "read_grid",
     "train_all",
     "write_gaps",

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..extras import import_extra
 from ..training.metrics import stacked
 from ..training.run import open_run
+from .evaluation import first_difference, settings_of
 from .grid import Grid, GridError, PlannedRun
 
 
@@ -110,8 +111,8 @@ def collect(grid: Grid, out: Path) -> Results:
     """Read the runs of a grid that are done.
 
     Raises:
-        GridError: a run was trained with other settings than the grid has, or a pair cannot be compared; the message
-            names it.
+        GridError: a run was trained with other settings than the grid has, a pair cannot be compared, or runs were
+            evaluated differently; the message names them.
         MissingExtraError: SciPy is not installed.
     """
     runs = {(run.arm, run.seed): run for run in grid.runs(out)}
@@ -119,6 +120,7 @@ def collect(grid: Grid, out: Path) -> Results:
         run.check()
     done = {key: _Outcome.of(run) for key, run in runs.items() if run.is_done}
     paired = {key: outcome for key, outcome in done.items() if (grid.baseline, key[1]) in done}
+    _check_evaluated_alike(paired)
     arms = []
     for arm in grid.arms:
         pairs = {s: (paired[arm, s], paired[grid.baseline, s]) for s in grid.seeds if (arm, s) in paired}
@@ -138,6 +140,7 @@ class _Outcome:
     images: Tensor  # [R], at each measurement of the held-out loss
     log_loss: Tensor  # [R, L] float64, ln of the held-out loss, averaged weights
     evaluation: dict[str, float]
+    evaluated: dict[str, Any] | None  # how; None where `vadiff evaluate` did not do it
     seconds: float
 
     @classmethod
@@ -152,6 +155,7 @@ class _Outcome:
             stacked(measured, "images"),
             stacked(measured, "held_out", "loss_ema").log(),
             {name: value for name, value in evaluations.items() if isinstance(value, (int, float))},
+            settings_of(run.path, entries[-1]["step"]),
             max(entry["seconds"] for entry in entries if "seconds" in entry),
         )
 
@@ -199,6 +203,23 @@ def _check_comparable(arm: str, seed: int, mine: _Outcome, other: _Outcome) -> N
             raise GridError(
                 f"arm {arm}, seed {seed} {what} {name} {values[0]}, the baseline {values[1]}: their losses cannot be "
                 "compared. Give both arms the same"
+            )
+
+
+def _check_evaluated_alike(outcomes: Mapping[tuple[str, int], _Outcome]) -> None:
+    """FID and its kin depend on the number of images, the seeds, the layer: a difference of two that differ in these
+    says nothing about the arms."""
+    measured = [(run, outcome.evaluated) for run, outcome in outcomes.items() if outcome.evaluated is not None]
+    for (arm, seed), evaluated in measured[1:]:
+        (first_arm, first_seed), expected = measured[0]
+        assert evaluated is not None
+        assert expected is not None
+        name = first_difference(evaluated, expected)
+        if name is not None:
+            raise GridError(
+                f"arm {arm}, seed {seed} was evaluated with {name} {evaluated.get(name)!r}, arm {first_arm}, seed "
+                f"{first_seed} with {expected.get(name)!r}: their metrics cannot be compared. `vadiff ablate "
+                "--evaluate` measures all of them alike"
             )
 
 

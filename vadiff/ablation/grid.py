@@ -20,6 +20,9 @@ table = { arm = "variance_aware" }           # the run of that arm with the same
 [grid]                       # in place of arms, or besides: every combination is an arm
 weighting = ["constant", "variance_aware"]
 learning_rate = [1e-3, 2e-3]
+
+[evaluate]                   # how --evaluate compares images of each run with real ones, see `Evaluation`
+layer = "768"
 """
 
 import dataclasses
@@ -39,8 +42,9 @@ from ..training.config import TrainConfig
 from ..training.optimal_curve import CURVE_FILE, read_curve
 from ..training.presets import PRESETS
 from ..training.run import open_run
+from .evaluation import Evaluation
 
-_KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid"}
+_KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid", "evaluate"}
 
 
 class GridError(UserError):
@@ -122,6 +126,7 @@ class Grid:
 
     Attributes:
         arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run.
+        evaluation: what `evaluate_all` does.
     """
 
     name: str
@@ -129,6 +134,7 @@ class Grid:
     baseline: str
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]
+    evaluation: Evaluation
 
     def runs(self, out: Path) -> list[PlannedRun]:
         """All runs, seed by seed, those that others need before them.
@@ -194,7 +200,11 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
         raise GridError(f"{path}: baseline is {baseline!r}, expected one of the arms: {', '.join(arms) or 'none'}")
     for arm, settings in arms.items():
         _check_arm(path, arm, settings, arms)
-    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms)
+    try:
+        evaluation = Evaluation.from_table(content.get("evaluate", {}))
+    except (TypeError, ValueError) as error:
+        raise GridError(f"{path}: evaluate: {error}") from error
+    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms, evaluation)
 
 
 def _combinations(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Trains the runs of a grid, each in a process of its own, several side by side."""
+"""Trains and evaluates the runs of a grid, each in a process of its own, several side by side."""
 
 import os
 import signal
@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from ..evaluation.fidelity import weights_key
 from ..extras import import_extra
 from ..training.run_folder import is_in_use
 from .grid import Grid, GridError, PlannedRun
@@ -37,9 +39,7 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
     """
     runs = grid.runs(out)
     if index is not None:
-        if not 0 <= index < len(runs):
-            raise GridError(f"index is {index}, expected 0 to {len(runs) - 1}: a run of the grid")
-        chosen = runs[index]
+        chosen = _chosen(runs, index)
         runs = [run for run in runs if run.path in (chosen.path, chosen.needs)]
     for run in runs:
         run.check()
@@ -71,8 +71,73 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
     return failed
 
 
+def evaluate_all(
+    grid: Grid,
+    out: Path,
+    *,
+    jobs: int = 1,
+    index: int | None = None,
+    inception_weights: Path | None = None,
+    cache: Path | None = None,
+) -> list[Path]:
+    """Measure the images of every run that is done and was not measured so: `grid.evaluation`, same seeds for all.
+
+    Each is measured by `vadiff evaluate`, whose output goes to `evaluate.log` in the run's folder.
+
+    Args:
+        grid: what was trained.
+        out: folder of the experiment.
+        jobs: processes at a time; the first run is measured alone, as it leaves the features of the real images.
+        index: measure this run only.
+        inception_weights, cache: as `vadiff evaluate` takes them.
+
+    Returns:
+        The folders of the runs that could not be measured.
+
+    Raises:
+        GridError: no such run, or one that was trained with other settings than it should be; nothing is measured then.
+        KeyboardInterrupt: all processes were told to stop.
+    """
+    runs = grid.runs(out)
+    runs = runs if index is None else [_chosen(runs, index)]
+    for run in runs:
+        run.check()
+    key = weights_key(inception_weights)
+    waiting = [run for run in runs if run.is_done and not grid.evaluation.was_done(run.path, run.steps_done(), key)]
+    options = grid.evaluation.arguments()
+    for flag, path in (("--inception-weights", inception_weights), ("--cache", cache)):
+        options += [] if path is None else [flag, str(path)]
+    children = _Children()
+    failed = []
+    bar = import_extra("tqdm", "train").tqdm(
+        total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None
+    )
+    with bar, ThreadPoolExecutor(jobs) as pool:
+
+        def measure(run: PlannedRun) -> None:
+            if not children.evaluate(run, options):
+                failed.append(run.path)
+            bar.update()
+
+        try:
+            for part in (waiting[:1], waiting[1:]):
+                for future in [pool.submit(measure, run) for run in part]:
+                    future.result()
+        except BaseException:
+            children.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [run.path for run in runs if run.path in failed]
+
+
+def _chosen(runs: Sequence[PlannedRun], index: int) -> PlannedRun:
+    if not 0 <= index < len(runs):
+        raise GridError(f"index is {index}, expected 0 to {len(runs) - 1}: a run of the grid")
+    return runs[index]
+
+
 class _Children:
-    """The processes that train."""
+    """The processes that train and measure."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,28 +157,38 @@ class _Children:
                 return False
         return True
 
+    def evaluate(self, run: PlannedRun, options: Sequence[str]) -> bool:
+        """Measure a run; whether that worked."""
+        command = ["evaluate", str(run.path), *options, "--devices", run.config.device]
+        return self._call(command, run.path / "evaluate.log") == 0
+
     def _train_once(self, run: PlannedRun) -> bool:
         """Train a run in a process; whether that came to the run's end."""
-        with tempfile.TemporaryDirectory() as folder, (run.path / "train.log").open("ab") as log:
+        with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "config.yaml"
             run.config.save(config)
-            command = [sys.executable, "-m", "vadiff", "train", "--config", str(config)]
-            command += ["--resume", "--out", str(run.path)]
-            environment = {"OMP_NUM_THREADS": "1", **os.environ}  # side by side, more threads get in each other's way
+            command = ["train", "--config", str(config), "--resume", "--out", str(run.path)]
+            return self._call(command, run.path / "train.log") == 0 and run.is_done
+
+    def _call(self, command: Sequence[str], log_file: Path) -> int | None:
+        """The exit status of `vadiff` with a command; None where it was not begun any more."""
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}  # side by side, more threads get in each other's way
+        with log_file.open("ab") as log:
             with self._lock:
                 if self._stopping.is_set():
-                    return False
+                    return None
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
+                    [sys.executable, "-m", "vadiff", *command],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+                )  # fmt: skip
                 self._processes.add(process)
             process.wait()
             with self._lock:
                 self._processes.discard(process)
-        return process.returncode == 0 and run.is_done
+        return process.returncode
 
     def stop(self) -> None:
-        """Tell all of them to write a checkpoint and end."""
+        """Tell all of them to end; those that train write a checkpoint."""
         with self._lock:
             self._stopping.set()
             for process in self._processes:

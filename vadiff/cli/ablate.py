@@ -10,8 +10,10 @@ DESCRIPTION = (
     "Train what a TOML file describes: arms (sets of fields of the config) times seeds. What is trained already is "
     "left alone, what broke off goes on. Then collect, for each arm against the baseline with the same seed, the mean "
     "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with "
-    "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. "
-    "Exit status 1 where a run failed; the others are collected."
+    "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. With "
+    "--evaluate, images of every run are drawn from the same seeds and compared with real ones first, as the file's "
+    "[evaluate] says (FID and KID of 5,000 images unless it does). Exit status 1 where a run failed; the others are "
+    "collected."
 )
 
 
@@ -26,6 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time, side by side on the device")
     parser.add_argument("--seeds", type=int, metavar="N", default=argparse.SUPPRESS, help="the first N seeds only")
     parser.add_argument("--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="of all runs, for a trial")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="also compare images of each run with real ones, where not done yet"
+    )
+    parser.add_argument(
+        "--inception-weights", type=Path, metavar="PATH", default=None,
+        help="for --evaluate: torch-fidelity's weights file, for machines without internet",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", default=None, help="for --evaluate: features of references, as there"
+    )
     parser.add_argument("--gap", action="store_true", help="measure each run's loss above the optimal one, too")
     parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images it is measured on")
     what = parser.add_mutually_exclusive_group()
@@ -38,13 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..ablation import collect, collect_gaps, read_grid, train_all, write_gaps, write_results
+    from ..ablation import collect, collect_gaps, evaluate_all, read_grid, train_all, write_gaps, write_results
 
     if options.gap_images < 2:
         options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if options.jobs < 1:
         options.parser.error(f"argument --jobs: {options.jobs}, expected at least 1")
     overrides = {name: getattr(options, name) for name in ("data", "device", "steps") if name in options}
+    for name in ("inception_weights", "cache"):
+        if getattr(options, name) is not None and not options.evaluate:
+            options.parser.error(f"argument --{name.replace('_', '-')}: is for --evaluate, which is not given")
+    if options.evaluate and (options.list or options.collect):
+        options.parser.error("argument --evaluate: --list and --collect measure nothing")
+    if options.inception_weights is not None and not options.inception_weights.is_file():
+        options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
     grid = read_grid(options.grid, overrides, seeds=getattr(options, "seeds", None))
     name = f"{grid.name}-{options.steps}-steps" if "steps" in options else grid.name  # a trial is another experiment
     out = options.out if "out" in options else Path("runs") / name
@@ -53,7 +72,11 @@ def run(options: argparse.Namespace) -> None:
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs leave checkpoints
-    failed = [] if options.collect else train_all(grid, out, jobs=options.jobs, index=getattr(options, "index", None))
+    chosen = {"jobs": options.jobs, "index": getattr(options, "index", None)}
+    failed = [] if options.collect else train_all(grid, out, **chosen)
+    if options.evaluate:
+        weights, cache = options.inception_weights, options.cache
+        failed += evaluate_all(grid, out, **chosen, inception_weights=weights, cache=cache)
     if "index" not in options:
         results = collect(grid, out)
         write_results(results, out)

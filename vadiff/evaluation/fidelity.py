@@ -3,9 +3,11 @@
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,15 @@ from ..extras import import_extra
 METRICS = ("fid", "kid", "isc", "prc")
 LAYERS = ("64", "192", "768", "2048")
 EXTRACTOR = "inception-v3-compat"
+PUBLISHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
+# What a feature layer needs besides those before it; the Inception score needs all of them, and fc.
+_BLOCKS = {
+    "64": ("Conv2d_1", "Conv2d_2"),
+    "192": ("Conv2d_3", "Conv2d_4"),
+    "768": ("Mixed_5", "Mixed_6"),
+    "2048": ("Mixed_7",),
+}
 _KEYS = {
     "frechet_inception_distance": "fid",
     "kernel_inception_distance_mean": "kid",
@@ -59,7 +69,7 @@ def image_metrics(
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
         layer is not the usual 2048 it is part of the name, as in fid-768: such numbers do not compare with
-        published ones.
+        published ones. isc is left out, with a warning, where the weights file is not finite up to its last layer.
 
     Raises:
         ValueError: images, metric, layer or weights that do not fit, or too few images.
@@ -68,7 +78,10 @@ def image_metrics(
     """
     _check(images, reference, metrics, layer)
     torch_fidelity = import_extra("torch_fidelity", "eval")
-    weights_key = _checked_weights(inception_weights)
+    possible = within_reach(metrics, layer, inception_weights)
+    if len(possible) < len(metrics):
+        warnings.warn(f"isc is left out: {inception_weights} is not finite up to the last layer", stacklevel=2)
+    metrics = possible
     device = torch.device(device)
     number = len(images) if reference is None else min(len(images), len(reference))
     options = {
@@ -85,7 +98,7 @@ def image_metrics(
     }
     if reference is not None and set(metrics) != {"isc"}:
         options["input2"] = _Pixels(reference)
-        options["input2_cache_name"] = f"{content_key(reference)}-{weights_key}"
+        options["input2_cache_name"] = f"{content_key(reference)}-{weights_key(inception_weights)}"
         options["cache_root"] = str(cache_folder() if cache is None else cache)
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -95,7 +108,7 @@ def image_metrics(
             raise
         raise UserError(
             f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
-            "weights-inception-2015-12-05-6726825d.pth from the releases of torch-fidelity on GitHub"
+            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub"
         ) from error
     suffix = "" if layer == "2048" else f"-{layer}"
     values = {
@@ -105,6 +118,35 @@ def image_metrics(
     }
     _check_finite(values, layer, inception_weights)
     return values
+
+
+def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tuple[str, ...]:
+    """Which of the metrics a weights file can give: all but "isc" where its last layers are not finite.
+
+    Raises:
+        ValueError: it cannot give any, is not there, or holds something else.
+    """
+    if weights is None:
+        return tuple(metrics)
+    broken = {name.split(".")[0] for name, value in _read_weights(weights).items() if not bool(value.isfinite().all())}
+    needed = tuple(block for part in LAYERS[: LAYERS.index(layer) + 1] for block in _BLOCKS[part])
+    if set(metrics) != {"isc"} and (missing := sorted(name for name in broken if name.startswith(needed))):
+        raise ValueError(
+            f"layer is {layer}, but inception_weights {weights} are not finite in {', '.join(missing)}: give a lower "
+            f"layer, or {PUBLISHED_WEIGHTS} of torch-fidelity"
+        )
+    possible = tuple(name for name in metrics if name != "isc" or not broken)
+    if not possible:
+        raise ValueError(
+            f"metrics is isc, which needs the last layer, but inception_weights {weights} are not finite in "
+            f"{', '.join(sorted(broken))}: give {PUBLISHED_WEIGHTS} of torch-fidelity"
+        )
+    return possible
+
+
+def weights_key(path: Path | None) -> str:
+    """What tells weights files apart: the first digits of the SHA-256, "published" where torch-fidelity downloads."""
+    return "published" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def content_key(images: Tensor) -> str:
@@ -159,29 +201,26 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], lay
         )
 
 
-def _checked_weights(path: Path | None) -> str:
-    """A key of the weights' content. torch-fidelity would run code from the file; so it is read here first without."""
-    if path is None:
-        return "published"
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file. torch-fidelity would run code from it; so it is read here first without."""
     try:
-        key = hashlib.sha256(path.read_bytes()).hexdigest()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"inception_weights is {path}, but there is no such file") from None
     except Exception as error:
         raise ValueError(
             f"inception_weights is {path}, which does not load as plain tensors ({error}); expected "
-            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
+            f"{PUBLISHED_WEIGHTS} of torch-fidelity"
         ) from error
     if not isinstance(state, Mapping) or "Conv2d_1a_3x3.conv.weight" not in state:
         raise ValueError(f"inception_weights is {path}, which holds no weights of torch-fidelity's Inception network")
-    return key[:16]
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _check_finite(values: Mapping[str, float], layer: str, weights: Path | None) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(
-            f"{', '.join(broken)} came out not finite at layer {layer} with {weights or 'the published weights'}: the "
-            "weights do not reach that far (isc needs the last layer), or there are too few images"
+            f"{', '.join(broken)} came out not finite at layer {layer} with {weights or 'the published weights'}: "
+            "there are too few images"
         )

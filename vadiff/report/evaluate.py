@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import Images, normalised
 from ..evaluation import LevelGradients, image_metrics, level_gradients
-from ..evaluation.fidelity import content_key
+from ..evaluation.fidelity import content_key, weights_key, within_reach
 from ..extras import import_extra
 from ..generation import Generation, generate
 from ..optimal_loss import ModelGap
@@ -91,8 +91,9 @@ def evaluate_run(
     files: dict[str, str | bytes] = {}
     data = run.images()
     if settings.metrics:
-        reference = data.train if settings.reference is None else _reference(settings.reference)
-        images = _draw(run, seeds, generation)
+        settings = settings_within_reach(settings)
+        reference = data.train if settings.reference is None else reference_images(settings.reference)
+        images = draw_images(run, seeds, generation)
         values = compare(images, reference, settings, device)
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
@@ -129,8 +130,16 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
         ValueError: no readable images, or settings that do not fit.
         UserError: the reference is a run whose data set is missing.
     """
-    reference = None if settings.reference is None else _reference(settings.reference)
-    return compare(read_pictures(path), reference, settings, device)
+    reference = None if settings.reference is None else reference_images(settings.reference)
+    return compare(read_pictures(path), reference, settings_within_reach(settings), device)
+
+
+def settings_within_reach(settings: MetricSettings) -> MetricSettings:
+    """Without what the Inception weights cannot give, which is said: before images are drawn, not after."""
+    possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
+    if len(possible) < len(settings.metrics):
+        print(f"isc (Inception score) is left out: {settings.inception_weights} is not finite up to the last layer")
+    return dataclasses.replace(settings, metrics=possible)
 
 
 def compare(
@@ -154,11 +163,13 @@ def compare(
     return values
 
 
-def _reference(path: Path) -> Tensor:
+def reference_images(path: Path) -> Tensor:
+    """Real images, [N, C, H, W] uint8: the training images of a run directory, or those of a folder or an archive."""
     return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
 
 
-def _draw(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+    """One image per seed, in their order, with a progress bar. [len(seeds), C, H, W] uint8"""
     tqdm = import_extra("tqdm", "train").tqdm
     batches = {}
     with tqdm(total=len(seeds), unit="image", desc="drawing", disable=None) as bar:
@@ -235,6 +246,7 @@ def _metrics_json(
         "first_seed": seeds[0],
         "generation": how | {"churn": repr(generation.churn) if generation.churn else None},
         "layer": settings.layer,
+        "inception_weights": weights_key(settings.inception_weights),
         "reference_images": len(reference),
         "reference_sha256": content_key(reference),
     }

@@ -206,7 +206,7 @@ class _Trainer:
     def _train_step(self, step: int) -> None:
         config = self.config
         parts = self.batches.at(step)
-        total = torch.zeros((), device=self.device)
+        losses = []
         for number, batch in enumerate(parts):
             if config.dropout:
                 self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
@@ -214,10 +214,11 @@ class _Trainer:
             with contextlib.nullcontext() if last else self._no_sync():
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
-            total += loss.detach() / len(parts)
+            losses.append(loss.detach())
         self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
-        self.optimisation.step(step, total)
-        normalize_weights(self.denoiser)  # of a network that has such
+        self.optimisation.step(step, losses[0] if len(losses) == 1 else torch.stack(losses).mean())
+        if self.config.model == "edm2":
+            normalize_weights(self.denoiser)
         self.running_average.update()
         if self.power_averages is not None:
             self.power_averages.update(step + 1)

@@ -48,10 +48,12 @@ class Optimisation:
         # Sums since the last line of metrics: loss, gradient norm and clipped steps of the finite steps, number of
         # those; then non-finite steps of the run, in a row now, and the longest row.
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
+        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part of a batch."""
-        self.scaler.scale(loss / self._config.accumulate).backward()
+        parts = self._config.accumulate
+        self.scaler.scale(loss if parts == 1 else loss / parts).backward()
 
     def step(self, step: int, loss: Tensor) -> None:
         """Change the weights by the gradient, unless it is non-finite, and forget it.
@@ -64,26 +66,29 @@ class Optimisation:
             group["lr"] = learning_rate_at(self._config, step)
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        # As torch's get_total_norm, which looks at the device of every one of them first.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self._config.clip < math.inf:
             nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip, norm, foreach=True)
+        finite = norm.isfinite()
+        broken = (~finite).float()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             # What GradScaler tells fused optimisers: they leave out the step on the device, without a look at it.
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = broken  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(loss, norm)
+        self._count(loss, norm, finite, broken)
 
-    def _count(self, loss: Tensor, norm: Tensor) -> None:
-        finite = norm.isfinite()
-        values = torch.stack([loss, norm, (norm > self._config.clip).to(norm.dtype), torch.ones_like(norm)])
-        self.totals[:4] += values.where(finite, 0.0)
+    def _count(self, loss: Tensor, norm: Tensor, finite: Tensor, broken: Tensor) -> None:
+        """Few operations: each is a launch on a GPU, and a few µs of every step anywhere."""
+        clipped = (norm > self._config.clip).float() if self._config.clip < math.inf else self._zero
+        self.totals[:4] += torch.stack([loss, norm, clipped, self._one]).where(finite, self._zero)
         skipped, in_a_row, longest = self.totals[4:].unbind()
-        skipped += ~finite
-        in_a_row.add_(1.0).mul_(~finite)
+        skipped += broken
+        in_a_row.add_(1.0).mul_(broken)
         torch.maximum(longest, in_a_row, out=longest)
 
 

@@ -1,0 +1,283 @@
+// The short way of a training step on the CPU, in one call from Python: see vadiff/eager.py. Tensors are asked by their own
+// Python methods, so that this knows no torch either.
+
+#include "direct.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <string>
+
+#include "cpu.h"
+#include "settings.h"
+
+namespace py = pybind11;
+
+namespace vadiff {
+namespace {
+
+// What is known of torch: objects of its Python module, borrowed for good (they live as long as the process).
+struct Torch {
+  PyObject* tensor;       // torch.Tensor; a subclass has rules of its own
+  PyObject* dtypes[4];    // in the order of Dtype
+  PyObject* empty_like;
+  PyObject* threads;      // torch.get_num_threads
+  PyObject* forward;      // ((question, answer), ...): no argument, and the object answered where the short way may be taken
+  PyObject* backward;
+} torch;
+
+// Names of Python attributes, made once.
+struct Names {
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+};
+const Names* names;
+
+py::object owned(PyObject* object) {  // a new reference, or the error that Python set
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+bool is_true(PyObject* tensor, PyObject* attribute) { return owned(PyObject_GetAttr(tensor, attribute)).ptr() == Py_True; }
+
+bool answers_true(PyObject* tensor, PyObject* method) {
+  return owned(PyObject_CallMethodNoArgs(tensor, method)).ptr() == Py_True;
+}
+
+Address address_of(PyObject* tensor) {
+  return PyLong_AsSize_t(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr)).ptr());
+}
+
+// Of a plain dense tensor on the CPU: its address, or 0 for any other object.
+Address plain(PyObject* tensor, bool requires_grad) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch.tensor || !is_true(tensor, names->is_cpu) ||
+      is_true(tensor, names->requires_grad) != requires_grad || !answers_true(tensor, names->is_contiguous) ||
+      answers_true(tensor, names->is_neg))
+    return 0;
+  return address_of(tensor);
+}
+
+int dtype_of(PyObject* tensor) {  // -1: none that the kernels know
+  PyObject* dtype = owned(PyObject_GetAttr(tensor, names->dtype)).ptr();  // torch keeps it alive
+  for (int code = 0; code < 4; ++code)
+    if (dtype == torch.dtypes[code]) return code;
+  return -1;
+}
+
+// Shape of the prediction, and what follows from it.
+struct Shape {
+  py::object sizes;  // torch.Size
+  int64_t samples = 0, elements = 0;
+
+  explicit Shape(PyObject* tensor) : sizes(owned(PyObject_GetAttr(tensor, names->shape))) {
+    if (!PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) == 0) return;
+    samples = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), 0));
+    elements = 1;
+    for (Py_ssize_t d = 1; d < PyTuple_GET_SIZE(sizes.ptr()); ++d) elements *= PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), d));
+  }
+
+  bool same(PyObject* tensor) const {
+    int equal = PyObject_RichCompareBool(sizes.ptr(), owned(PyObject_GetAttr(tensor, names->shape)).ptr(), Py_EQ);
+    if (equal < 0) throw py::error_already_set();
+    return equal == 1;
+  }
+};
+
+// Arguments of a step; every `take_...` says whether it was a plain one.
+struct Step {
+  RowsTask<float> rows{};
+  Address log_snr = 0, base_weight = 0, sample_weight = 0, weight = 0, state = 0, log_weights = 0;
+  int64_t samples = 0;
+
+  static bool take_elements(PyObject* tensor, const Shape& shape, bool requires_grad, Elements* into) {
+    Address address = plain(tensor, requires_grad);
+    if (!address || !shape.same(tensor)) return false;
+    *into = {at<void>(address), dtype_of(tensor)};
+    return into->dtype >= 0;
+  }
+
+  // One float32 per sample.
+  bool take_each(PyObject* tensor, Address* into) const {
+    *into = plain(tensor, false);
+    if (!*into || dtype_of(tensor) != kFloat32) return false;
+    py::object sizes = owned(PyObject_GetAttr(tensor, names->shape));
+    return PyTuple_GET_SIZE(sizes.ptr()) == 1 && PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), 0)) == samples;
+  }
+
+  bool take_each_or_none(PyObject* tensor, Address* into) const { return tensor == Py_None || take_each(tensor, into); }
+
+  bool take_coefficient(PyObject* coefficient, float* number, const float** each) const {
+    if (PyFloat_CheckExact(coefficient)) {
+      *number = float(PyFloat_AS_DOUBLE(coefficient));
+      return true;
+    }
+    if (PyLong_CheckExact(coefficient)) {
+      double value = PyLong_AsDouble(coefficient);
+      if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+      *number = float(value);
+      return true;
+    }
+    Address address = 0;
+    if (!take_each(coefficient, &address)) return false;
+    *each = at<float>(address);
+    return true;
+  }
+
+  bool take_residual(PyObject* coefficients, PyObject* target, PyObject* noise, const Shape& shape) {
+    rows.a = 1, rows.b = -1, rows.c = 0;
+    if (coefficients == Py_None) return noise == Py_None && take_elements(target, shape, false, &rows.target);
+    if (!PyTuple_CheckExact(coefficients) || PyTuple_GET_SIZE(coefficients) != 3) return false;
+    if (!take_coefficient(PyTuple_GET_ITEM(coefficients, 0), &rows.a, &rows.a_each) ||
+        !take_coefficient(PyTuple_GET_ITEM(coefficients, 1), &rows.b, &rows.b_each) ||
+        !take_coefficient(PyTuple_GET_ITEM(coefficients, 2), &rows.c, &rows.c_each) ||
+        !take_elements(target, shape, false, &rows.target))
+      return false;
+    bool reads_target = rows.b_each || rows.b != 0, reads_noise = rows.c_each || rows.c != 0;
+    if (!reads_target) rows.target = {};
+    if (noise == Py_None) return !reads_noise;
+    if (!take_elements(noise, shape, false, &rows.noise)) return false;
+    if (!reads_noise) rows.noise = {};
+    return true;
+  }
+};
+
+bool answered(PyObject* questions) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); ++i) {
+    PyObject* pair = PyTuple_GET_ITEM(questions, i);
+    if (owned(PyObject_CallNoArgs(PyTuple_GET_ITEM(pair, 0))).ptr() != PyTuple_GET_ITEM(pair, 1)) return false;
+  }
+  return true;
+}
+
+// As vadiff/backends.py decides, for a CPU tensor.
+bool chosen(PyObject* backend) {
+  if (PyUnicode_CompareWithASCIIString(backend, "native") == 0) return true;
+  if (PyUnicode_CompareWithASCIIString(backend, "auto") != 0) return false;
+  const char* variable = getenv("VADIFF_BACKEND");
+  return !variable || !*variable || !strcmp(variable, "auto") || !strcmp(variable, "native");
+}
+
+int thread_count() {
+  long threads = PyLong_AsLong(owned(PyObject_CallNoArgs(torch.threads)).ptr());
+  if (threads == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return int(threads);
+}
+
+enum Argument { kPrediction, kTarget, kNoise, kCoefficients, kLogSnr, kBaseWeight, kSampleWeight, kWeight, kState, kLogWeights,
+                kSettings, kHuberDelta, kBackend, kArguments };
+
+// (loss, ell, saved, gradient), or None if the call has to take the long way.
+py::object direct_step(PyObject* const* given) {
+  if (!chosen(given[kBackend]) || !answered(torch.forward)) return py::none();
+  Step step;
+  PyObject* prediction = given[kPrediction];
+  if (reinterpret_cast<PyObject*>(Py_TYPE(prediction)) != torch.tensor) return py::none();
+  Shape shape(prediction);
+  if (shape.samples <= 0 || shape.elements <= 0) return py::none();
+  step.samples = shape.samples;
+  step.rows.elements = shape.elements;
+  if (!Step::take_elements(prediction, shape, true, &step.rows.output) ||
+      (step.rows.output.dtype != kFloat32 && step.rows.output.dtype != kBfloat16) ||
+      !step.take_residual(given[kCoefficients], given[kTarget], given[kNoise], shape) ||
+      !step.take_each(given[kLogSnr], &step.log_snr) || !step.take_each_or_none(given[kBaseWeight], &step.base_weight) ||
+      !step.take_each_or_none(given[kSampleWeight], &step.sample_weight) ||
+      !step.take_each_or_none(given[kWeight], &step.weight) || !(step.state = plain(given[kState], false)) ||
+      !(step.log_weights = plain(given[kLogWeights], false)))
+    return py::none();
+  const Settings& settings = *py::cast<const Settings*>(py::handle(given[kSettings]));
+  step.rows.huber_delta = float(PyFloat_AsDouble(given[kHuberDelta]));
+
+  py::object gradient = owned(PyObject_CallOneArg(torch.empty_like, prediction));
+  auto vector = [&](int64_t size) {
+    return owned(PyObject_CallMethodOneArg(given[kLogSnr], names->new_empty, py::int_(size).ptr()));
+  };
+  py::object loss = owned(PyObject_CallMethodOneArg(given[kLogSnr], names->new_empty, py::tuple().ptr()));
+  py::object ell = vector(step.samples), saved = vector(2 * step.samples + 1);
+  step.rows.gradient = at<void>(address_of(gradient.ptr()));
+  Results<float> results{at<float>(address_of(ell.ptr())), at<float>(address_of(loss.ptr())), at<float>(address_of(saved.ptr())),
+                         true};
+  const int threads = thread_count();
+  {
+    py::gil_scoped_release release;
+    diffusion_loss<float>(step.rows, step.samples,
+                          settings.levels<float>(step.log_snr, step.base_weight, step.sample_weight, step.weight,
+                                                 step.log_weights),
+                          results, settings.update(true, step.state, step.log_weights, 0), threads);
+  }
+  return py::make_tuple(loss, ell, saved, gradient);
+}
+
+// Scales a gradient that `direct_step` made in place and says true, or false if the backward has to take the long way.
+bool direct_scale(PyObject* gradient, PyObject* upstream, PyObject* saved) {
+  if (!answered(torch.backward)) return false;
+  const Address factor = plain(upstream, false);
+  if (!factor || dtype_of(upstream) != kFloat32) return false;
+  const Address data = address_of(gradient), results = address_of(saved);
+  const int64_t samples = Shape(saved).samples / 2;
+  const Shape shape(gradient);
+  const int dtype = dtype_of(gradient), threads = thread_count();
+  py::gil_scoped_release release;
+  scale_gradient<float>(at<void>(data), at<void>(data), dtype, shape.samples * shape.elements, at<float>(factor),
+                        at<float>(results) + 2 * samples, threads);
+  return true;
+}
+
+// Without pybind11's dispatch, which for so many arguments takes as long as a small batch; its errors are Python's all the same.
+template <class Run>
+PyObject* for_python(Py_ssize_t count, Py_ssize_t expected, Run run) {
+  try {
+    if (count != expected) throw py::type_error("expected " + std::to_string(expected) + " arguments");
+    return run().release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyObject* direct_step_for_python(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return for_python(count, kArguments, [=] { return direct_step(given); });
+}
+
+PyObject* direct_scale_for_python(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return for_python(count, 3, [=] { return py::bool_(direct_scale(given[0], given[1], given[2])); });
+}
+
+PyCFunction fast_call(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"direct_step", fast_call(&direct_step_for_python), METH_FASTCALL, "See vadiff.eager."},
+    {"direct_scale", fast_call(&direct_scale_for_python), METH_FASTCALL, "See vadiff.eager."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& empty_like, const py::object& threads,
+                const py::tuple& forward, const py::tuple& backward) {
+  torch.tensor = tensor.inc_ref().ptr();
+  for (int code = 0; code < 4; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
+  torch.empty_like = empty_like.inc_ref().ptr();
+  torch.threads = threads.inc_ref().ptr();
+  torch.forward = forward.inc_ref().ptr();
+  torch.backward = backward.inc_ref().ptr();
+}
+
+}  // namespace
+
+void define_direct_step(py::module_& m) {
+  names = new Names;
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  m.def("know_torch", &know_torch, "What the two above need of torch; before their first call.");
+}
+
+}  // namespace vadiff

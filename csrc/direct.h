@@ -1,0 +1,11 @@
+// The short way of a training step on the CPU, in one call from Python: see vadiff/eager.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace vadiff {
+
+// Adds `direct_step` to the module.
+void define_direct_step(pybind11::module_& m);
+
+}  // namespace vadiff

@@ -1,0 +1,189 @@
+"""The short way of a training step: what takes it, and that nothing else depends on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import usable
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vadiff
+from vadiff import eager
+
+pytestmark = pytest.mark.skipif(not usable("native"), reason="the native kernels are not built")
+
+SHAPE = (6, 3, 5, 7)
+# what a call is given beside prediction, target and log-SNR
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "edm": {"coefficients": (torch.rand(6), torch.rand(6), 0.0), "base_weight": torch.rand(6)},
+    "flow": {"coefficients": (1, 1.0, -1.0), "noise": torch.randn(SHAPE)},
+    "target not read": {"coefficients": (1.0, 0.0, torch.rand(6)), "noise": torch.randn(SHAPE)},
+    "noise not read": {"coefficients": (2.0, -1.0, 0), "noise": torch.full(SHAPE, torch.nan)},
+    "sample left out": {"sample_weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])},
+    "mixed dtypes": {"coefficients": (1.0, 1.0, -1.0), "noise": torch.randn(SHAPE, dtype=torch.bfloat16)},
+}
+WEIGHTINGS = ["variance_aware", "loss_level", "constant", "min_snr"]
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    prediction = torch.randn(SHAPE, dtype=dtype, requires_grad=True)
+    return prediction, torch.randn(SHAPE), 4 * torch.randn(SHAPE[0])
+
+
+def of_a_network(prediction: Tensor) -> Tensor:
+    return prediction * 1.0
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call that asked for the short way, whether it was taken."""
+    ways: list[bool] = []
+    step = eager.step
+
+    def watched(*arguments: Any) -> Any:
+        found = step(*arguments)
+        ways.append(found is not None)
+        return found
+
+    monkeypatch.setattr(eager, "step", watched)
+    return ways
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_both_ways_compute_the_same_bits(
+    options: dict[str, Any], dtype: torch.dtype, weighting: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = vadiff.DiffusionLoss(weighting, bins=8, loss="huber", huber_delta=0.7)
+    long = copy.deepcopy(short)
+    for upstream in (1.0, 0.3):
+        prediction, target, log_snr = batch(dtype)
+        results = []
+        for criterion in (short, long):
+            with monkeypatch.context() as patched:
+                if criterion is long:
+                    patched.setattr(eager, "_native", lambda: None)
+                loss = criterion(of_a_network(prediction), target, log_snr, **options)
+            (gradient,) = torch.autograd.grad(loss, prediction, torch.tensor(upstream))
+            assert criterion.per_sample_loss is not None
+            results.append((loss, gradient, criterion.per_sample_loss, *criterion.statistics.buffers()))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert taken == [True, False, True, False]
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        return function(*arguments, **(options or {}))
+
+
+class Marked(Tensor):
+    """A subclass, with rules of its own."""
+
+
+def strided(x: Tensor) -> Tensor:
+    return x.transpose(1, 3).contiguous().transpose(1, 3)
+
+
+def negated(x: Tensor) -> Tensor:
+    """x, as a lazy negation."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "prediction without gradient": lambda call: call.update(prediction=call["prediction"].detach()),
+    "prediction with strides": lambda call: call.update(prediction=strided(call["prediction"])),
+    "prediction in float64": lambda call: call.update(prediction=call["prediction"].double()),
+    "prediction in float16": lambda call: call.update(prediction=call["prediction"].half()),
+    "prediction of a subclass": lambda call: call.update(prediction=call["prediction"].as_subclass(Marked)),
+    "target with strides": lambda call: call.update(target=strided(call["target"])),
+    "target lazily negated": lambda call: call.update(target=negated(call["target"])),
+    "log-SNR in float64": lambda call: call.update(log_snr=call["log_snr"].double()),
+    "log-SNR with strides": lambda call: call.update(log_snr=torch.stack([call["log_snr"]] * 2, 1)[:, 0]),
+    "base weight with gradient": lambda call: call.update(base_weight=torch.ones(6, requires_grad=True)),
+    "sample weight in bfloat16": lambda call: call.update(sample_weight=torch.ones(6, dtype=torch.bfloat16)),
+    "coefficient a NumPy number": lambda call: call.update(coefficients=(torch.ones(()).numpy()[()], -1.0, 0.0)),
+    "coefficients in a list": lambda call: call.update(coefficients=[1.0, -1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
+def test_what_is_not_plain_takes_the_long_way(change: Callable[[dict[str, Any]], None], taken: list[bool]) -> None:
+    prediction, target, log_snr = batch()
+    plain: dict[str, Any] = {"prediction": of_a_network(prediction), "target": target, "log_snr": log_snr}
+    other = dict(plain)
+    change(other)
+    losses = [vadiff.DiffusionLoss()(**call) for call in (plain, other)]
+    assert taken == [True, False]
+    torch.testing.assert_close(losses[1].float().as_subclass(Tensor), losses[0], rtol=2e-3, atol=0)
+
+
+def test_who_watches_sees_the_operators(taken: list[bool]) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(), batch()
+    with Watching():
+        criterion(of_a_network(prediction), target, log_snr)
+    loss = criterion(of_a_network(prediction), target, log_snr)
+    with torch.profiler.profile() as profile:
+        criterion(of_a_network(prediction), target, log_snr)
+        loss.backward()
+    assert taken == [False, True, False]
+    assert {"vadiff::diffusion_loss", "vadiff::scale_gradient_"} <= {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("variable", ["", "auto", "native", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_the_backend_that_was_asked_for_runs(
+    variable: str, backend: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VADIFF_BACKEND", variable)
+    prediction, target, log_snr = batch()
+    vadiff.DiffusionLoss(backend=backend)(of_a_network(prediction), target, log_snr)
+    assert taken == [backend == "native" or (backend == "auto" and variable != "reference")]
+
+
+def test_a_step_that_records_nothing_takes_the_long_way(taken: list[bool]) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(), batch()
+    criterion.eval()(of_a_network(prediction), target, log_snr).backward()
+    with torch.no_grad():
+        criterion.train()(prediction, target, log_snr)
+    assert not any(taken)
+    assert criterion.statistics.count.sum() == 0
+
+
+def test_a_backward_that_may_be_followed_by_another_leaves_the_gradient_alone(taken: list[bool]) -> None:
+    prediction, target, log_snr = batch()
+    loss = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    gradients = [
+        torch.autograd.grad(loss, prediction, torch.tensor(upstream), retain_graph=True)[0] for upstream in (3.0, 1.0)
+    ]
+    torch.testing.assert_close(gradients[0], 3 * gradients[1], rtol=1e-6, atol=0)
+    (again,) = torch.autograd.grad(loss, prediction, create_graph=True)
+    torch.testing.assert_close(again, gradients[1], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        again.square().sum().backward()
+    assert taken == [True]
+
+
+def test_a_weighting_of_ones_own_is_looked_at_before_it_is_believed(taken: list[bool]) -> None:
+    class Odd(vadiff.weighting.FixedWeighting):
+        def __call__(self, log_snr: Tensor) -> Tensor:
+            return torch.ones(2)
+
+    prediction, target, log_snr = batch()
+    with pytest.raises(ValueError, match=r"weighting\(log_snr\) has shape"):
+        vadiff.DiffusionLoss(Odd())(of_a_network(prediction), target, log_snr)
+    assert taken == [False]
+
+
+def test_an_interface_called_with_other_arguments_says_so() -> None:
+    from vadiff import _native
+
+    with pytest.raises(TypeError, match="expected 13 arguments"):
+        _native.direct_step(1, 2)  # type: ignore[call-arg]
