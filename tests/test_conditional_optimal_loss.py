@@ -12,8 +12,8 @@ from torch import Tensor
 from vadiff.cli import main
 from vadiff.errors import RunError
 from vadiff.optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until, model_gap
-from vadiff.training import open_run
-from vadiff.training.optimal_curve import estimate_curve
+from vadiff.training import TrainConfig, open_run, train
+from vadiff.training.optimal_curve import estimate_curve, training_set
 from vadiff.training.run_gap import gap_of_run
 
 
@@ -111,6 +111,21 @@ def test_conditional_run_is_told_the_classes_and_compared_with_what_that_allows(
         RunError, match=r"is of a network that is told no class, the run's is told the class: .* with --"
     ):
         gap_of_run(run, untold)
+
+
+def test_gap_of_a_run_with_flips_is_that_of_mirrored_images_too(tmp_path: Path) -> None:
+    config = TrainConfig(
+        steps=1, batch_size=8, channels=(8, 8), flips=True, held_out_images=8, tensorboard=False, device="cpu"
+    )
+    train(config, out=tmp_path, progress=False)
+    run = open_run(tmp_path)
+    data, labels = training_set(run.images(), flips=True, class_conditional=False)
+    assert labels is None
+    optimal = estimate_until(data, [1.0], limit=16)
+    chosen = torch.randperm(3000, generator=torch.Generator().manual_seed(3))[:50]
+    assert bool((chosen >= 1500).any())
+    expected = model_gap(run.denoiser(), data[chosen], optimal, seed=3)
+    torch.testing.assert_close(gap_of_run(run, optimal, number=50, seed=3).gap, expected.gap)
 
 
 def test_command_tells_the_classes_where_the_run_does(trained_run: Path, tmp_path: Path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,10 @@ def test_a_runs_loss_and_gap_stand_beside_it(tmp_path, capsys):
     config = TrainConfig(steps=2, batch_size=16, channels=(8, 8), held_out_draws=1, tensorboard=False, device="cpu")
     train(config, out=tmp_path / "run", progress=False)
     assert main([*QUICK, "--run", str(tmp_path / "run"), "--gap-images", "32", "--out", str(tmp_path / "out")]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()[1:6]
+    printed = capsys.readouterr().out.splitlines()
+    assert any(re.fullmatch(r"\d of 4 levels done after 512 draws, \d+ s", line) for line in printed)
+    start = next(place for place, line in enumerate(printed) if "J*/D" in line)
+    header, *lines = printed[start : start + 5]
     assert header.split()[-4:-2] == ["loss", "gap"]
     for line in lines:
         columns = [float(value) for value in line.replace("%", "").split()]

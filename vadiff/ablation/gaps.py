@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data import Images
 from ..extras import import_extra
 from ..optimal_loss import OptimalLoss
 from ..process import loss_ratio
@@ -108,7 +109,6 @@ class Gaps:
             panel.set_xlabel("noise level σ      ← less noise · more noise →")
             plain_axes(panel)
         panels[0].set_ylabel("λ(σ) · mean squared error of D")
-        panels[0].set_yscale("log")
         panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
         figure.suptitle(f"{self.name}: {len(self.seeds)} seeds", x=0.02, ha="left", fontsize=16, weight="bold")
         return figure
@@ -134,23 +134,25 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         raise GridError(f"no run in {out} is done, expected one at least: train them first")
     for run in done:
         run.check()
-    curves: dict[tuple[object, ...], OptimalLoss] = {}
+    known: dict[tuple[object, ...], tuple[Images, OptimalLoss]] = {}
     found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in grid.arms}
     bar_type = import_extra("tqdm", "train").tqdm
     for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
         opened = open_run(run.path)
         config = opened.config
-        # The config of the grid says where data and device are on this machine.
-        data, device = load_images(run.config), run.config.torch_device()
+        device = run.config.torch_device()  # the grid's config says where data and device are on this machine
         key = (
             config.dataset, run.config.data, config.image_size, config.flips, config.class_conditional,
             config.held_out_levels, config.held_out_sigma,
         )  # fmt: skip
-        if key not in curves:
-            curves[key] = estimate_curve(
-                config, data, device, sigmas=_sigmas(config), relative=0.01, absolute=1e-4, limit=16384
+        if key not in known:
+            data = load_images(run.config)
+            known[key] = (
+                data,
+                estimate_curve(config, data, device, sigmas=_sigmas(config), relative=0.01, absolute=1e-4, limit=16384),
             )
-        gap = gap_of_run(opened, curves[key], images=data, number=images, device=device)
+        data, optimal = known[key]
+        gap = gap_of_run(opened, optimal, images=data, number=images, device=device)
         unit = loss_ratio("edm", -2.0 * gap.sigma.log(), sigma_data=config.sigma_data)
         found[run.arm].append(
             {
@@ -158,7 +160,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
                 "held_out": _held_out(opened),
                 "training": unit * gap.loss,
                 "optimal": unit * gap.optimal,
-                "optimal_stderr": unit * curves[key].stderr / curves[key].elements,
+                "optimal_stderr": unit * optimal.stderr / optimal.elements,
                 "gap": unit * gap.gap,
             }
         )

@@ -2,9 +2,9 @@
 
 import torch
 
-from ..data import Images
+from ..data import Images, normalised
 from ..optimal_loss import ModelGap, OptimalLoss, model_gap
-from .optimal_curve import check_curve, training_set
+from .optimal_curve import check_curve
 from .run import Run
 
 
@@ -38,13 +38,18 @@ def gap_of_run(
     """
     images = run.images() if images is None else images
     check_curve(optimal, run.config, images)
-    data, labels = training_set(images, flips=run.config.flips, class_conditional=run.config.class_conditional)
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:number]
+    size = len(images.train)
+    seen = size * (2 if run.config.flips else 1)
+    chosen = torch.randperm(seen, generator=torch.Generator().manual_seed(seed))[:number]
+    mirrored, rows = chosen >= size, chosen % size
+    clean = normalised(images.train[rows])
+    clean[mirrored] = clean[mirrored].flip(-1)
+    labels = images.train_labels if run.config.class_conditional else None
     return model_gap(
         run.denoiser(weights, step, device),
-        data[chosen],
+        clean,
         optimal,
-        labels=None if labels is None else labels[chosen],
+        labels=None if labels is None else labels[rows],
         seed=seed,
         device=device,
     )
