@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..report.evaluate import MetricSettings
 
 NAME = "evaluate"
-HELP = "FID and its kin, held-out loss and gradients per noise level"
+HELP = "FID and its kin; held-out loss, gradients and gap to the optimal loss per noise level"
 DESCRIPTION = (
     "For a run directory: draw images, compare them with the training images, and measure the loss on held-out images "
     "per noise level with averaged and raw weights. Writes metrics.json, held-out.csv and pictures to "
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="at most so many; all without")
     levels.add_argument("--gradients", action="store_true", help="gradient norm per level, cosines between levels")
     levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
+    levels.add_argument("--gap", action="store_true", help="loss above the lowest any network can have (J*)")
+    levels.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per level")
     add_generation_options(parser)
 
 
@@ -73,14 +75,16 @@ def run(options: argparse.Namespace) -> None:
     settings = comparison_of(options)
     if options.gradient_images < 2:
         options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
+    if options.gap_images < 2:
+        options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if not options.target.exists():
         options.parser.error(
             f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
         )
     try:
         if (options.target / "config.yaml").exists():
-            if not (options.metrics or options.gradients) and options.no_held_out:
-                options.parser.error("nothing to measure: no --metrics, --no-held-out and no --gradients")
+            if not (options.metrics or options.gradients or options.gap) and options.no_held_out:
+                options.parser.error("nothing to measure: no --metrics, --no-held-out, no --gradients and no --gap")
             opened = open_run(options.target)
             evaluate_run(
                 opened,
@@ -89,10 +93,12 @@ def run(options: argparse.Namespace) -> None:
                 settings,
                 held_out_images=0 if options.no_held_out else options.held_out_images,
                 gradient_images=options.gradient_images if options.gradients else 0,
+                gap_images=options.gap_images if options.gap else 0,
             )
             return
-        if options.gradients:
-            options.parser.error(f"argument --gradients: {options.target} is not a run directory")
+        for name in ("gradients", "gap"):
+            if getattr(options, name):
+                options.parser.error(f"argument --{name}: {options.target} is not a run directory")
         if options.reference is None and set(options.metrics) != {"isc"}:
             options.parser.error("argument --reference: needed to compare a folder of images with")
         evaluate_pictures(options.target, settings, devices_of(options)[0])
