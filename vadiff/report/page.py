@@ -76,7 +76,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         title=title or _title(groups),
         lead=_lead(groups),
         notes=_notes(groups),
-        held_out_is_from_train=any(group.first.held_out_is_test is False for group in groups),
+        held_out_of_train=_held_out_of_train(groups),
         sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
         settings=settings_table(groups),
         footer=f"Made by vadiff {__version__} from {paths}",
@@ -276,6 +276,12 @@ def _title(groups: Sequence[Group]) -> str:
     if len(groups) == 1:
         return f"Training on {dataset}: {groups[0].first.config['weighting'].replace('_', ' ')} weighting"
     return f"{len(groups)} ways to train on {dataset}, compared"
+
+
+def _held_out_of_train(groups: Sequence[Group]) -> str:
+    """How many training images were held out where a data set has no test part; empty where all have one."""
+    numbers = {group.first.held_out_number for group in groups if group.first.held_out_is_test is False}
+    return " or ".join(f"{number:,}" for number in sorted(numbers - {None}, key=str))
 
 
 def _lead(groups: Sequence[Group]) -> str:
