@@ -11,9 +11,9 @@ DESCRIPTION = (
     "left alone, what broke off goes on. Then collect, for each arm against the baseline with the same seed, the mean "
     "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with "
     "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. "
-    "With --evaluate, images of every run are drawn from the same seeds and compared with real ones first, as the file's "
-    "[evaluate] says (FID and KID of 5,000 images unless it does). Exit status 1 where a run failed; the others are "
-    "collected."
+    "With --evaluate, images of every run are drawn from the same seeds and compared with real ones first, as "
+    "[evaluate] in the file says (FID and KID of 5,000 images unless it does). Exit status 1 where a run failed; the "
+    "others are collected."
 )
 
 
