@@ -22,6 +22,9 @@ from copy_bandwidth import CopyBandwidth
 from measure import Ratio, Times
 from measurements import Measurement, NotMeasured, Results, newest_by_device, read
 
+from vadiff.cli import _parser
+from vadiff.cli.train import training_config
+
 CPU = torch.device("cpu")
 SMALL = Contest("tiny", "fp32", "fused")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -340,6 +343,35 @@ def run_gpu_script(python: Path, *arguments: str) -> subprocess.CompletedProcess
         [str(BENCHMARKS / "gpu.sh"), *arguments], capture_output=True, text=True, timeout=60, check=False,
         env={**os.environ, "PYTHON": str(python)},
     )  # fmt: skip
+
+
+def test_the_gpu_script_measures_networks_and_a_short_run_instead(stub_python: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    out = tmp_path / "out"
+    arguments = ["--networks", "--data", str(tmp_path), "--inception-weights", str(weights)]
+    run_gpu_script(stub_python, *arguments, str(out))
+    stages = [line.split()[0] for line in (out / "summary.txt").read_text().splitlines()]
+    assert stages == ["build", "machine", "networks", "train", "sweep"]
+    found = run_gpu_script(stub_python, "--networks", str(out))
+    assert "NOT RUN: no --data" in found.stdout
+    assert run_gpu_script(stub_python, "--networks", "--data", str(tmp_path / "no")).returncode == 2
+    assert "are for --networks" in run_gpu_script(stub_python, "--data", str(tmp_path)).stderr
+
+
+def test_the_commands_of_the_gpu_scripts_short_run_are_understood(tmp_path: Path) -> None:
+    """Those of `vadiff`, as they stand in the script, by its parser."""
+    script = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
+    commands = [line.split("-m vadiff ")[1] for line in script.splitlines() if "-m vadiff " in line and "stage" in line]
+    commands = [command for command in commands if command.startswith(("train", "ema"))]
+    assert [command.split()[0] for command in commands] == ["train", "ema"]
+    for command in commands:
+        plain = command.replace('"${metrics[@]}"', "--metrics fid --layer 768 --images 2000")
+        words = [word.strip('"').replace("$run", str(tmp_path)).replace("$data", "data") for word in plain.split()]
+        options = _parser().parse_args(words)
+        if words[0] == "train":
+            assert training_config(options).channels == (128, 128, 128)
+            assert training_config(options).steps // training_config(options).snapshot_every >= 60
 
 
 def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Path, tmp_path: Path) -> None:

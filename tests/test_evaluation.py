@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vadiff.cli import main
 from vadiff.errors import UserError
 from vadiff.evaluation import LevelGradients, image_metrics, level_gradients
-from vadiff.evaluation.fidelity import content_key, weights_key
+from vadiff.evaluation.fidelity import content_key, weights_key, within_reach
 from vadiff.models import Denoiser
 from vadiff.pictures import PictureWriter
 from vadiff.report.evaluate import _gradients, _gradients_rows
@@ -119,6 +119,12 @@ def test_weights_that_do_not_reach_the_layer_are_no_answer(
         measure(*images, metrics=["fid"], layer="2048")
 
 
+def test_nothing_to_measure_is_no_fault_of_the_weights(inception_weights: Path) -> None:
+    assert within_reach([], "2048", inception_weights) == ()
+    assert within_reach(["isc", "fid"], "768", inception_weights) == ("fid",)
+    assert within_reach(["isc"], "2048", None) == ("isc",)
+
+
 def test_score_that_the_weights_do_not_reach_is_left_out_and_said(
     images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]
 ) -> None:
@@ -178,7 +184,7 @@ def test_download_that_fails_says_which_file_to_bring(
     ("options", "message"),
     [
         ({"metrics": ["fidd"]}, "metrics has 'fidd', expected of fid, kid, isc, prc"),
-        ({"metrics": []}, "metrics is empty"),
+        ({"metrics": []}, "metrics is empty, expected some of fid"),
         ({"layer": "1024"}, "layer is '1024', expected one of 64, 192, 768, 2048"),
         ({"inception_weights": Path("missing.pth")}, "inception_weights is missing.pth, but there is no such file"),
         ({"real": None}, "reference is None, expected real images"),

@@ -126,7 +126,7 @@ def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tu
     Raises:
         ValueError: it cannot give any, is not there, or holds something else.
     """
-    if weights is None:
+    if weights is None or not metrics:
         return tuple(metrics)
     broken = {name.split(".")[0] for name, value in _read_weights(weights).items() if not bool(value.isfinite().all())}
     needed = tuple(block for part in LAYERS[: LAYERS.index(layer) + 1] for block in _BLOCKS[part])

@@ -3,8 +3,7 @@
 import base64
 import importlib.resources
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,11 @@ from .._version import __version__
 from ..extras import import_extra
 from . import charts, held_out_charts
 from .magnitudes import magnitudes_svg
-from .runs import Group, History
-from .style import Chart, all_nan_is_no_value
+from .overview import Table, overview_table, settings_table, several_seeds
+from .runs import Group
+from .style import Chart
 
 _SAMPLE_GRIDS = 6  # per group: enough to see the development
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells; the first of a row is its heading."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -84,9 +76,9 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         title=title or _title(groups),
         lead=_lead(groups),
         notes=_notes(groups),
-        held_out_is_from_train=any(group.first.held_out_is_test is False for group in groups),
+        held_out_of_train=_held_out_of_train(groups),
         sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
-        settings=_settings(groups),
+        settings=settings_table(groups),
         footer=f"Made by vadiff {__version__} from {paths}",
     )
     folder = page.with_suffix("")
@@ -134,9 +126,9 @@ def _overview(groups: Sequence[Group]) -> Section:
         "overview",
         "In short",
         "Where each run stands at its last logged step. Values with ± are mean and standard deviation over seeds."
-        if _several_seeds(groups)
+        if several_seeds(groups)
         else "Where each run stands at its last logged step.",
-        table=_overview_table(groups),
+        table=overview_table(groups),
     )
 
 
@@ -279,54 +271,17 @@ def _samples(groups: Sequence[Group]) -> Section | None:
     return Section("samples", "Generated images over training", text, strips=strips)
 
 
-def _overview_table(groups: Sequence[Group]) -> Table:
-    values: list[tuple[str, Callable[[History], float | None], Callable[[float], str]]] = [
-        ("steps", lambda run: run.step[-1], _whole),
-        ("images seen", lambda run: run.images[-1], _whole),
-        ("training base loss", lambda run: _scalar(run, "base_loss"), number),
-        ("held-out loss (EMA)", _final_held_out, number),
-        *[(charts.spoken_metric(name), _final_metric(name), number) for name in charts.metric_names(groups)],
-        ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
-        ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
-        ("images / s", lambda run: _median(run, "images_per_second"), _whole),
-        ("time", lambda run: _scalar(run, "seconds"), _duration),
-        ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes),
-    ]
-    rows = [["seeds", *(str(len(group.runs)) for group in groups)]] if _several_seeds(groups) else []
-    for name, value_of, spoken in values:
-        cells = [cell([value_of(run) for run in group.runs], spoken) for group in groups]
-        if any(cells):
-            rows.append([name, *(cell or "–" for cell in cells)])
-    return Table(["", *(group.label for group in groups)], rows)
-
-
-def cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
-    """Mean of the runs, with ± where there are several and they differ; empty without a value."""
-    known = [float(value) for value in values if value is not None and np.isfinite(value)]
-    if not known:
-        return ""
-    if len(known) == 1 or max(known) == min(known) or spoken is not number:
-        return spoken(float(np.mean(known)))
-    mean, spread = float(np.mean(known)), float(np.std(known, ddof=1))
-    decimals = max(0, 1 - math.floor(math.log10(spread)))  # two digits of the spread, and the mean to the same place
-    return f"{mean:,.{decimals}f} ± {spread:,.{decimals}f}"
-
-
-def _settings(groups: Sequence[Group]) -> Table:
-    names = sorted({name for group in groups for name in group.first.config})
-
-    def setting(group: Group, name: str) -> str:
-        return ", ".join(dict.fromkeys(_plain(run.config.get(name)) for run in group.runs))
-
-    rows = [[name, *(setting(group, name) for group in groups)] for name in names]
-    return Table(["setting", *(group.label for group in groups)], rows)
-
-
 def _title(groups: Sequence[Group]) -> str:
     dataset = str(groups[0].first.config.get("dataset", "")).replace("_", " ")
     if len(groups) == 1:
         return f"Training on {dataset}: {groups[0].first.config['weighting'].replace('_', ' ')} weighting"
     return f"{len(groups)} ways to train on {dataset}, compared"
+
+
+def _held_out_of_train(groups: Sequence[Group]) -> str:
+    """How many training images were held out where a data set has no test part; empty where all have one."""
+    numbers = {group.first.held_out_number for group in groups if group.first.held_out_is_test is False}
+    return " or ".join(f"{number:,}" for number in sorted(numbers - {None}, key=str))
 
 
 def _lead(groups: Sequence[Group]) -> str:
@@ -360,60 +315,6 @@ def _notes(groups: Sequence[Group]) -> list[str]:
             "the spread over seeds from fewer than ten."
         )
     return notes
-
-
-def _final_held_out(run: History) -> float | None:
-    return held_out_charts.level_mean(run.held_out[-1][1]["loss_ema"]) if run.held_out else None
-
-
-def _final_metric(name: str) -> Callable[[History], float | None]:
-    return lambda run: run.evaluation[-1][1].get(name) if run.evaluation else None
-
-
-def _scalar(run: History, name: str) -> float | None:
-    values = run.scalars.get(name)
-    return None if values is None else float(values[-1])
-
-
-def _median(run: History, name: str) -> float | None:
-    """Over training without the first entry, in which everything was warmed up."""
-    values = run.scalars.get(name)
-    if values is None:
-        return None
-    with all_nan_is_no_value():
-        return float(np.nanmedian(values[1:] if len(values) > 1 else values))
-
-
-def _several_seeds(groups: Iterable[Group]) -> bool:
-    return any(len(group.runs) > 1 for group in groups)
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _data_url(content: bytes, kind: str = "svg+xml") -> str:

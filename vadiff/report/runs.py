@@ -47,6 +47,7 @@ class History:
     gap: list[Path] = field(default_factory=list)  # the picture of the last `vadiff evaluate --gap`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
     held_out_is_test: bool | None = None  # None where the run has not noted it
+    held_out_number: int | None = None  # images held out; None likewise
 
     @property
     def seen(self) -> Array:
@@ -127,6 +128,7 @@ def read_history(run: "Run") -> History:
         gap=_evaluated(run.path, "gap.svg"),
         magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
         held_out_is_test=None if facts is None else facts.held_out_is_test,
+        held_out_number=None if facts is None else facts.held_out,
     )
 
 
