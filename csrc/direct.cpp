@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <new>
 #include <string>
 
 #include "cpu.h"
@@ -16,10 +17,12 @@ namespace py = pybind11;
 namespace vadiff {
 namespace {
 
-// What is known of torch: objects of its Python module, borrowed for good (they live as long as the process).
+// What is known of torch: objects of its Python module, held for good.
 struct Torch {
   PyObject* tensor;       // torch.Tensor; a subclass has rules of its own
   PyObject* dtypes[4];    // in the order of Dtype
+  PyObject* state_dtype;  // of a criterion's buffers
+  PyObject* table_dtype;
   PyObject* empty_like;
   PyObject* threads;      // torch.get_num_threads
   PyObject* forward;      // ((question, answer), ...): no argument, and the object answered where the short way may be taken
@@ -35,6 +38,7 @@ struct Names {
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* numel = PyUnicode_InternFromString("numel");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
 };
 const Names* names;
@@ -51,7 +55,9 @@ bool answers_true(PyObject* tensor, PyObject* method) {
 }
 
 Address address_of(PyObject* tensor) {
-  return PyLong_AsSize_t(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr)).ptr());
+  size_t address = PyLong_AsSize_t(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr)).ptr());
+  if (address == size_t(-1) && PyErr_Occurred()) throw py::error_already_set();
+  return address;
 }
 
 // Of a plain dense tensor on the CPU: its address, or 0 for any other object.
@@ -63,6 +69,8 @@ Address plain(PyObject* tensor, bool requires_grad) {
   return address_of(tensor);
 }
 
+bool has_dtype(PyObject* tensor, PyObject* dtype) { return owned(PyObject_GetAttr(tensor, names->dtype)).ptr() == dtype; }
+
 int dtype_of(PyObject* tensor) {  // -1: none that the kernels know
   PyObject* dtype = owned(PyObject_GetAttr(tensor, names->dtype)).ptr();  // torch keeps it alive
   for (int code = 0; code < 4; ++code)
@@ -70,16 +78,25 @@ int dtype_of(PyObject* tensor) {  // -1: none that the kernels know
   return -1;
 }
 
-// Shape of the prediction, and what follows from it.
+int64_t size_at(const py::object& sizes, Py_ssize_t dim) {
+  int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), dim));
+  if (size == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return size;
+}
+
+// Shape of the prediction, and what follows from it. Where one of its sizes is 0, so are both numbers.
 struct Shape {
   py::object sizes;  // torch.Size
   int64_t samples = 0, elements = 0;
 
   explicit Shape(PyObject* tensor) : sizes(owned(PyObject_GetAttr(tensor, names->shape))) {
     if (!PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) == 0) return;
-    samples = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), 0));
+    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
+    for (Py_ssize_t d = 0; d < dims; ++d)
+      if (size_at(sizes, d) == 0) return;  // the others' product may be more than an integer holds
+    samples = size_at(sizes, 0);
     elements = 1;
-    for (Py_ssize_t d = 1; d < PyTuple_GET_SIZE(sizes.ptr()); ++d) elements *= PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), d));
+    for (Py_ssize_t d = 1; d < dims; ++d) elements *= size_at(sizes, d);
   }
 
   bool same(PyObject* tensor) const {
@@ -94,6 +111,7 @@ struct Step {
   RowsTask<float> rows{};
   Address log_snr = 0, base_weight = 0, sample_weight = 0, weight = 0, state = 0, log_weights = 0;
   int64_t samples = 0;
+  py::object weights;  // what `weight` is the address of
 
   static bool take_elements(PyObject* tensor, const Shape& shape, bool requires_grad, Elements* into) {
     Address address = plain(tensor, requires_grad);
@@ -107,20 +125,35 @@ struct Step {
     *into = plain(tensor, false);
     if (!*into || dtype_of(tensor) != kFloat32) return false;
     py::object sizes = owned(PyObject_GetAttr(tensor, names->shape));
-    return PyTuple_GET_SIZE(sizes.ptr()) == 1 && PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), 0)) == samples;
+    return PyTuple_Check(sizes.ptr()) && PyTuple_GET_SIZE(sizes.ptr()) == 1 && size_at(sizes, 0) == samples;
   }
 
   bool take_each_or_none(PyObject* tensor, Address* into) const { return tensor == Py_None || take_each(tensor, into); }
 
-  bool take_coefficient(PyObject* coefficient, float* number, const float** each) const {
-    if (PyFloat_CheckExact(coefficient)) {
-      *number = float(PyFloat_AS_DOUBLE(coefficient));
-      return true;
-    }
-    if (PyLong_CheckExact(coefficient)) {
-      double value = PyLong_AsDouble(coefficient);
+  // w of each sample, from a function of log-SNR. It may be anybody's, and it takes its time: call it last.
+  bool take_weights(PyObject* weigh, PyObject* log_snr) {
+    if (weigh == Py_None) return true;
+    weights = owned(PyObject_CallOneArg(weigh, log_snr));
+    return take_each(weights.ptr(), &weight);
+  }
+
+  // A buffer of the criterion, with so many numbers of that dtype.
+  static bool take_buffer(PyObject* tensor, PyObject* dtype, int64_t size, Address* into) {
+    *into = plain(tensor, false);
+    if (!*into || !has_dtype(tensor, dtype)) return false;
+    int64_t length = PyLong_AsLongLong(owned(PyObject_CallMethodNoArgs(tensor, names->numel)).ptr());
+    if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return length == size;
+  }
+
+  // `reads`: whether it is anything but the number 0.
+  bool take_coefficient(PyObject* coefficient, float* number, const float** each, bool* reads) const {
+    *reads = true;
+    if (PyFloat_CheckExact(coefficient) || PyLong_CheckExact(coefficient)) {
+      double value = PyFloat_AsDouble(coefficient);
       if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
       *number = float(value);
+      *reads = value != 0.0;
       return true;
     }
     Address address = 0;
@@ -133,12 +166,12 @@ struct Step {
     rows.a = 1, rows.b = -1, rows.c = 0;
     if (coefficients == Py_None) return noise == Py_None && take_elements(target, shape, false, &rows.target);
     if (!PyTuple_CheckExact(coefficients) || PyTuple_GET_SIZE(coefficients) != 3) return false;
-    if (!take_coefficient(PyTuple_GET_ITEM(coefficients, 0), &rows.a, &rows.a_each) ||
-        !take_coefficient(PyTuple_GET_ITEM(coefficients, 1), &rows.b, &rows.b_each) ||
-        !take_coefficient(PyTuple_GET_ITEM(coefficients, 2), &rows.c, &rows.c_each) ||
+    bool reads_output, reads_target, reads_noise;
+    if (!take_coefficient(PyTuple_GET_ITEM(coefficients, 0), &rows.a, &rows.a_each, &reads_output) ||
+        !take_coefficient(PyTuple_GET_ITEM(coefficients, 1), &rows.b, &rows.b_each, &reads_target) ||
+        !take_coefficient(PyTuple_GET_ITEM(coefficients, 2), &rows.c, &rows.c_each, &reads_noise) ||
         !take_elements(target, shape, false, &rows.target))
       return false;
-    bool reads_target = rows.b_each || rows.b != 0, reads_noise = rows.c_each || rows.c != 0;
     if (!reads_target) rows.target = {};
     if (noise == Py_None) return !reads_noise;
     if (!take_elements(noise, shape, false, &rows.noise)) return false;
@@ -157,6 +190,7 @@ bool answered(PyObject* questions) {
 
 // As vadiff/backends.py decides, for a CPU tensor.
 bool chosen(PyObject* backend) {
+  if (!PyUnicode_Check(backend)) return false;
   if (PyUnicode_CompareWithASCIIString(backend, "native") == 0) return true;
   if (PyUnicode_CompareWithASCIIString(backend, "auto") != 0) return false;
   const char* variable = getenv("VADIFF_BACKEND");
@@ -169,12 +203,13 @@ int thread_count() {
   return int(threads);
 }
 
-enum Argument { kPrediction, kTarget, kNoise, kCoefficients, kLogSnr, kBaseWeight, kSampleWeight, kWeight, kState, kLogWeights,
+enum Argument { kPrediction, kTarget, kNoise, kCoefficients, kLogSnr, kBaseWeight, kSampleWeight, kWeigh, kState, kLogWeights,
                 kSettings, kHuberDelta, kBackend, kArguments };
 
 // (loss, ell, saved, gradient), or None if the call has to take the long way.
 py::object direct_step(PyObject* const* given) {
   if (!chosen(given[kBackend]) || !answered(torch.forward)) return py::none();
+  const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
   Step step;
   PyObject* prediction = given[kPrediction];
   if (reinterpret_cast<PyObject*>(Py_TYPE(prediction)) != torch.tensor) return py::none();
@@ -187,11 +222,13 @@ py::object direct_step(PyObject* const* given) {
       !step.take_residual(given[kCoefficients], given[kTarget], given[kNoise], shape) ||
       !step.take_each(given[kLogSnr], &step.log_snr) || !step.take_each_or_none(given[kBaseWeight], &step.base_weight) ||
       !step.take_each_or_none(given[kSampleWeight], &step.sample_weight) ||
-      !step.take_each_or_none(given[kWeight], &step.weight) || !(step.state = plain(given[kState], false)) ||
-      !(step.log_weights = plain(given[kLogWeights], false)))
+      !Step::take_buffer(given[kState], torch.state_dtype, 4 * int64_t(settings.bins.size) + 2, &step.state) ||
+      !Step::take_buffer(given[kLogWeights], torch.table_dtype, settings.bins.size, &step.log_weights) ||
+      !step.take_weights(given[kWeigh], given[kLogSnr]))
     return py::none();
-  const Settings& settings = *py::cast<const Settings*>(py::handle(given[kSettings]));
-  step.rows.huber_delta = float(PyFloat_AsDouble(given[kHuberDelta]));
+  const double huber_delta = PyFloat_AsDouble(given[kHuberDelta]);
+  if (huber_delta == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  step.rows.huber_delta = float(huber_delta);
 
   py::object gradient = owned(PyObject_CallOneArg(torch.empty_like, prediction));
   auto vector = [&](int64_t size) {
@@ -216,12 +253,12 @@ py::object direct_step(PyObject* const* given) {
 // Scales a gradient that `direct_step` made in place and says true, or false if the backward has to take the long way.
 bool direct_scale(PyObject* gradient, PyObject* upstream, PyObject* saved) {
   if (!answered(torch.backward)) return false;
-  const Address factor = plain(upstream, false);
-  if (!factor || dtype_of(upstream) != kFloat32) return false;
-  const Address data = address_of(gradient), results = address_of(saved);
+  const Address factor = plain(upstream, false), data = plain(gradient, false), results = plain(saved, false);
+  if (!factor || !data || !results || dtype_of(upstream) != kFloat32 || dtype_of(saved) != kFloat32) return false;
   const int64_t samples = Shape(saved).samples / 2;
   const Shape shape(gradient);
   const int dtype = dtype_of(gradient), threads = thread_count();
+  if (dtype < 0) return false;
   py::gil_scoped_release release;
   scale_gradient<float>(at<void>(data), at<void>(data), dtype, shape.samples * shape.elements, at<float>(factor),
                         at<float>(results) + 2 * samples, threads);
@@ -232,12 +269,15 @@ bool direct_scale(PyObject* gradient, PyObject* upstream, PyObject* saved) {
 template <class Run>
 PyObject* for_python(Py_ssize_t count, Py_ssize_t expected, Run run) {
   try {
+    if (!torch.tensor) throw std::runtime_error("called before know_torch");
     if (count != expected) throw py::type_error("expected " + std::to_string(expected) + " arguments");
     return run().release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
     error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
@@ -262,10 +302,12 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& empty_like, const py::object& threads,
-                const py::tuple& forward, const py::tuple& backward) {
+void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& state_dtype, const py::object& table_dtype,
+                const py::object& empty_like, const py::object& threads, const py::tuple& forward, const py::tuple& backward) {
   torch.tensor = tensor.inc_ref().ptr();
   for (int code = 0; code < 4; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
+  torch.state_dtype = state_dtype.inc_ref().ptr();
+  torch.table_dtype = table_dtype.inc_ref().ptr();
   torch.empty_like = empty_like.inc_ref().ptr();
   torch.threads = threads.inc_ref().ptr();
   torch.forward = forward.inc_ref().ptr();

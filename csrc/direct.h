@@ -5,7 +5,7 @@
 
 namespace vadiff {
 
-// Adds `direct_step` to the module.
+// Adds `direct_step` and `direct_scale` to the module, and `know_torch`, which comes before both.
 void define_direct_step(pybind11::module_& m);
 
 }  // namespace vadiff

@@ -187,3 +187,101 @@ def test_an_interface_called_with_other_arguments_says_so() -> None:
 
     with pytest.raises(TypeError, match="expected 13 arguments"):
         _native.direct_step(1, 2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "error", "message"),
+    [
+        ("backend", b"auto", ValueError, "backend is b'auto', expected one of"),
+        ("huber_delta", "wide", TypeError, "must be real number, not str"),
+    ],
+)
+def test_an_attribute_of_the_wrong_type_is_an_error(
+    attribute: str, value: object, error: type[Exception], message: str
+) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(loss="huber"), batch()
+    setattr(criterion, attribute, value)
+    with pytest.raises(error, match=message):
+        criterion(of_a_network(prediction), target, log_snr)
+    assert criterion.statistics.count.sum() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", ["cast", "other bins", "short table"])
+def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: str, training: bool) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
+    if change == "cast":
+        criterion.type(torch.float64)
+    elif change == "other bins":
+        criterion.statistics.bins = criterion.statistics.bins._replace(size=1024)
+    else:
+        criterion.statistics.log_weights = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="the criterion's statistics are torch"):
+        criterion.train(training)(of_a_network(prediction), target, log_snr)
+
+
+def test_a_weighting_is_asked_once_whichever_way_is_taken(taken: list[bool]) -> None:
+    class Counting(vadiff.weighting.FixedWeighting):
+        asked = 0
+
+        def __call__(self, log_snr: Tensor) -> Tensor:
+            self.asked += 1
+            return torch.ones_like(log_snr)
+
+    weighting = Counting()
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(weighting), batch()
+    criterion(of_a_network(prediction), target, log_snr)
+    criterion(of_a_network(prediction).double(), target, log_snr)
+    assert taken == [True, False]
+    assert weighting.asked == 2
+
+
+def test_coefficients_too_small_for_float32_are_not_zero() -> None:
+    prediction, target, log_snr = batch()
+    with pytest.raises(ValueError, match="noise is None"):
+        vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr, coefficients=(1.0, -1.0, 1e-60))
+    infinite = torch.full(SHAPE, torch.inf)
+    loss = vadiff.DiffusionLoss()(of_a_network(prediction), infinite, log_snr, coefficients=(1.0, 1e-60, 0.0))
+    assert loss.isnan()
+
+
+class Stopping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_of_the_loss_is_none_of_the_prediction(taken: list[bool]) -> None:
+    prediction, target, log_snr = batch()
+    Stopping.apply(vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)).backward()
+    assert taken == [True]
+    assert prediction.grad is None
+
+
+def test_an_upstream_gradient_without_memory_is_zero() -> None:
+    prediction, target, log_snr = batch()
+    loss = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    (gradient,) = torch.autograd.grad(loss, prediction, torch._efficientzerotensor(()))
+    assert torch.equal(gradient, torch.zeros(SHAPE))
+
+
+def test_what_a_hook_on_saved_tensors_gives_back_is_looked_at() -> None:
+    prediction, target, log_snr = batch()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.bfloat16(), lambda x: x):
+        loss = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    with pytest.raises(TypeError, match="bfloat16"):
+        torch.autograd.grad(loss, prediction, torch.tensor(2.0))
+
+
+def test_a_subclass_decides_what_is_recorded() -> None:
+    class Still(vadiff.DiffusionLoss):
+        def _records(self) -> bool:
+            return False
+
+    criterion, (prediction, target, log_snr) = Still(), batch()
+    criterion(of_a_network(prediction), target, log_snr)
+    assert criterion.statistics.count.sum() == 0

@@ -104,6 +104,8 @@ def fold(parts: int, count: int, state: int, log_weights: int, settings: Setting
 def know_torch(
     tensor: type[Tensor],
     dtypes: tuple[torch.dtype, ...],
+    state_dtype: torch.dtype,
+    table_dtype: torch.dtype,
     empty_like: Callable[[Tensor], Tensor],
     threads: Callable[[], int],
     forward: tuple[tuple[Any, object], ...],
@@ -118,7 +120,7 @@ def direct_step(
     log_snr: Tensor,
     base_weight: Tensor | None,
     sample_weight: Tensor | None,
-    weight: Tensor | None,
+    weigh: Callable[[Tensor], Tensor] | None,
     state: Tensor,
     log_weights: Tensor,
     settings: Settings,

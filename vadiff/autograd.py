@@ -110,7 +110,8 @@ def _refuse_transforms() -> None:
 
 def _observed(*tensors: Any) -> bool:
     """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a tracer, a
-    profiler, a dispatch mode, a tensor subclass or a lazily negated tensor. Otherwise what it would call is called."""
+    profiler, a dispatch mode, a tensor subclass, a lazily negated tensor or a lazy zero. Otherwise what it would call
+    is called."""
     if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -121,7 +122,7 @@ def _observed(*tensors: Any) -> bool:
     for tensor in tensors:
         kind = type(tensor)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if tensor.is_neg():
+            if tensor.is_neg() or tensor._is_zerotensor():
                 return True
         elif isinstance(tensor, Tensor):
             return True

@@ -46,6 +46,7 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
         return _best(tensor)
     if backend == "reference":
         return reference
+    check_name(backend)  # an attribute of the criterion, which may have been set since
     kernels = _usable(backend, tensor)
     if isinstance(kernels, Obstacle):
         raise RuntimeError(f"backend {backend!r} cannot run this call: {kernels}") from kernels.__cause__

@@ -9,6 +9,7 @@ operators (`vadiff.loss`, `vadiff.ops`). Both compute the same to the bit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,7 @@ _QUIET: tuple[tuple[Any, object], ...] = (  # nobody who would have to see an op
     (torch._C._len_torch_dispatch_stack, 0),
     (torch._C._functorch.peek_interpreter_stack, None),
 )
-_FORWARD = (*_QUIET, (torch.is_grad_enabled, True), (torch._C._current_graph_task_id, -1))  # outside a backward pass
+_FORWARD = (*_QUIET, (torch._C._current_graph_task_id, -1))  # outside a backward pass
 _BACKWARD = (*_QUIET, (torch.is_grad_enabled, False), (graph_keeps or (lambda: True), False))  # and not differentiable
 
 
@@ -42,7 +43,7 @@ def step(
     log_snr: Tensor,
     base_weight: Tensor | None,
     sample_weight: Tensor | None,
-    weight: Tensor | None,
+    weigh: Callable[[Tensor], Tensor] | None,
     state: Tensor,
     log_weights: Tensor,
     bins: Bins,
@@ -54,12 +55,12 @@ def step(
 ) -> tuple[Tensor, Tensor] | None:
     """Mean loss and ell [B] of a step that moves the statistics, or None where it takes the long way.
 
-    The tensors are not checked yet."""
+    The tensors are not checked yet. `weigh` gives w [B] for log-SNR; it is called only where the short way is open."""
     native = _native()
     if native is None or forward_ad._current_level >= 0 or (sync and _DISTRIBUTED and dist.is_initialized()):
         return None
     found = native._native.direct_step(
-        prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weight, state, log_weights,
+        prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, state, log_weights,
         native.settings_of(bins, half_life, rule), huber_delta, backend,
     )  # fmt: skip
     return None if found is None else (_apply(prediction, found), found[1])
@@ -72,7 +73,9 @@ def _native() -> ModuleType | None:
     if isinstance(native, backends.Obstacle):
         return None
     dtypes = tuple(native.DTYPES)
-    native._native.know_torch(Tensor, dtypes, torch.empty_like, torch.get_num_threads, _FORWARD, _BACKWARD)
+    native._native.know_torch(
+        Tensor, dtypes, torch.int64, torch.int32, torch.empty_like, torch.get_num_threads, _FORWARD, _BACKWARD
+    )
     return native
 
 
@@ -82,11 +85,14 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         loss, _, saved, gradient = found
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(saved, gradient)  # never what is returned: `loss /= n` would spoil it
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        if upstream is None:
+            return None, None
         saved, gradient = ctx.saved_tensors
         native = _native()
         if native is not None and native._native.direct_scale(gradient, upstream, saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -159,7 +160,7 @@ class DiffusionLoss(nn.Module):
             ValueError, TypeError: a bad argument; the message names it.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
-        if self.training and reduction == "mean" and not torch.compiler.is_dynamo_compiling():
+        if reduction == "mean" and not torch.compiler.is_dynamo_compiling() and self._records():
             loss = self._direct_step(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight)
             if loss is not None:
                 return loss
@@ -285,17 +286,17 @@ class DiffusionLoss(nn.Module):
         sample_weight: Tensor | None,
     ) -> Tensor | None:
         """A recording training step by the short way, its arguments not checked yet; None where there is none."""
-        weighting, rule, weight = self.weighting, _NO_TABLE, None
+        weighting, rule, weigh = self.weighting, _NO_TABLE, None
         if isinstance(weighting, AdaptiveWeighting):
             rule = weighting.rule
         elif not isinstance(weighting, Constant):
-            if not (isinstance(weighting, FixedWeighting) and weighting.pointwise and _is_vector(log_snr)):
+            if not (isinstance(weighting, FixedWeighting) and weighting.pointwise):
                 return None
-            weight = weighting.for_batch(log_snr, sync=False)
+            weigh = functools.partial(weighting.for_batch, sync=False)
         statistics: Any = self._modules["statistics"]  # as an attribute it would be looked for elsewhere first
         buffers = statistics._buffers
         found = eager.step(
-            prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weight, buffers["state"],
+            prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, buffers["state"],
             buffers["log_weights"], statistics.bins, statistics.half_life, rule,
             self.huber_delta if self.loss == "huber" else 0.0, self.sync, self.backend,
         )  # fmt: skip
@@ -340,14 +341,15 @@ class DiffusionLoss(nn.Module):
     def _statistics_beside(self, tensor: Tensor, name: str) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
         """What the operators take of the statistics, after making sure that they are on the tensor's device."""
         statistics = self.statistics
-        state = statistics.state
+        state, log_weights = statistics.state, statistics.log_weights
         if state.device != tensor.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
                 f"Use criterion.to({str(tensor.device)!r})."
             )
+        statistics.check_buffers(state, log_weights)
         rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else _NO_TABLE
-        return state, statistics.log_weights, statistics.bins, statistics.half_life, rule
+        return state, log_weights, statistics.bins, statistics.half_life, rule
 
     def _keep(self, ell: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -409,7 +411,3 @@ class DiffusionLoss(nn.Module):
             ValueError: bands is no positive integer.
         """
         live.log_to(self, writer, step, prefix, bands)
-
-
-def _is_vector(log_snr: object) -> bool:
-    return type(log_snr) is Tensor and log_snr.dtype is torch.float32 and log_snr.dim() == 1

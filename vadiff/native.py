@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _native
 from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
 
-INTERFACE = 2  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 3  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -153,7 +153,7 @@ def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tenso
     where, _ = _where(gradient)
     _native.scale_gradient(
         gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
-        saved.data_ptr() + (saved.shape[0] - 1) * saved.element_size(), where,
+        _address(saved, upstream.dtype) + (saved.shape[0] - 1) * saved.element_size(), where,
     )  # fmt: skip
 
 

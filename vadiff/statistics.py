@@ -97,6 +97,18 @@ class LogSNRStatistics(nn.Module):
         limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64, device="cpu")
         self.log_snr_range.copy_(limits.view(torch.int64))
 
+    def check_buffers(self, state: Tensor, log_weights: Tensor) -> None:
+        """Raise RuntimeError unless these are the bits of so many bins: kernels write into them."""
+        size = self.bins.size
+        dtypes, sizes = (state.dtype, log_weights.dtype), (state.numel(), log_weights.numel())
+        if dtypes == (torch.int64, torch.int32) and sizes == (4 * size + 2, size):
+            return
+        raise RuntimeError(
+            f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
+            f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): the bits "
+            "of the numbers, which module.type(...) destroys and module.to(...) leaves alone. Make a new criterion"
+        )
+
     def extra_repr(self) -> str:
         low, high = self.bins.low, self.bins.high
         return f"bins={self.bins.size}, log_snr_range=({low:g}, {high:g}), half_life={self.half_life:g}"
