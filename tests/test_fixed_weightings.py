@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vadiff
 from vadiff import process, weighting
+from vadiff.integrations.k_diffusion import import_k_diffusion
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.weighting import Cauchy, Gaussian, InverseOptimalLoss, LossZScore, SNRWeighting
 
@@ -63,6 +64,11 @@ X0_WEIGHTS: dict[str, tuple[Callable[..., SNRWeighting], Callable[[float], float
     # with options
     "inverse optimal loss": (lambda **o: InverseOptimalLoss(optimal_loss(), **o), lambda s: 10.0 * math.sqrt(s)),
     "p2, k 2, gamma 0.5": (lambda **o: weighting.P2(2.0, 0.5, **o), lambda s: s / math.sqrt(2.0 + s)),
+    "p2, gamma 0": (lambda **o: weighting.P2(gamma=0.0, **o), lambda s: s),
+    "inverse optimal loss, cap 5": (
+        lambda **o: InverseOptimalLoss(optimal_loss(), 5.0, **o),
+        lambda s: min(10.0 * math.sqrt(s), 5.0),
+    ),
     "sigmoid, bias -1": (lambda **o: weighting.Sigmoid(-1.0, **o), lambda s: s / (1.0 + s * math.e)),
     "sigma_sqrt on flow": (
         lambda **o: weighting.SigmaSqrt("flow", **o),
@@ -167,6 +173,15 @@ def test_max_weight_caps_and_nothing_else_does():
     assert weighting.SNR("sample", max_weight=7.0)(log_snr).tolist() == pytest.approx([1.0, 7.0, 7.0, 7.0])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_cap_of_the_inverse_optimal_loss_bounds_the_objective_alike_in_every_form(form):
+    """A bound of the converted weight would bite at high noise in epsilon form only."""
+    log_snr = torch.tensor([-9.0, -6.0, 9.0, 12.0], dtype=torch.float64)
+    weights = InverseOptimalLoss(optimal_loss(), cap=50.0, prediction_type=form)(log_snr).double()
+    of_x0 = weights * process.loss_ratio(form, log_snr)
+    torch.testing.assert_close(of_x0, torch.tensor([1.0, 1.0, 50.0, 50.0]).double(), rtol=1e-5, atol=0)
+
+
 # outside oracles
 
 
@@ -196,20 +211,17 @@ def test_sd3_weights_are_those_of_diffusers(scheme, make):
     torch.testing.assert_close(make("flow", "flow")(log_snr), theirs, rtol=1e-5, atol=0)
 
 
-def soft_min_snr_of_k_diffusion(sigma: Tensor, sigma_data: float) -> Tensor:
-    """`Denoiser._weighting_soft_min_snr` of k-diffusion 0.1.1.post1 on PyPI (k_diffusion/layers.py), as a formula.
-
-    It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out. Importing the package
-    needs seventeen others: wandb, clip-anytorch, kornia, torchsde, accelerate, clean-fid ...
-    """
-    return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2) ** 2
-
-
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.2])
 def test_soft_min_snr_is_that_of_k_diffusion(sigma_data):
+    """It multiplies the error of the raw output F, which its preconditioning makes (D - x0)/c_out."""
+    try:
+        layers = import_k_diffusion().layers
+    except vadiff.extras.MissingExtraError as error:
+        pytest.skip(str(error))
+    denoiser = layers.Denoiser(torch.nn.Identity(), sigma_data=sigma_data, weighting="soft-min-snr")
     sigma = torch.logspace(-3, 2, 30, dtype=torch.float64)
     ours = weighting.SoftMinSNR(sigma_data**-2, "edm", sigma_data)(vadiff.log_snr.from_sigma(sigma))
-    torch.testing.assert_close(ours.double(), soft_min_snr_of_k_diffusion(sigma, sigma_data), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.double(), denoiser.weighting(sigma), rtol=1e-6, atol=0)
 
 
 # the seed paper's
@@ -279,9 +291,20 @@ def test_samples_left_out_do_not_enter_the_z_score():
     assert criterion.statistics.count.sum() == 2
 
 
-def test_equal_losses_have_z_score_weight_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_losses_have_z_score_weight_one(dtype):
+    """In float64 the mean of eleven times 0.1 is not 0.1."""
+    losses = torch.full((11,), 0.1, dtype=dtype)
     criterion = vadiff.DiffusionLoss("loss_zscore", backend="reference")
-    assert criterion.reweight(torch.full((4,), 2.0), torch.zeros(4)).eq(2.0).all()
+    assert torch.equal(criterion.reweight(losses, torch.zeros(11)), losses)
+
+
+@pytest.mark.parametrize("make", [Cauchy, Gaussian])
+@pytest.mark.parametrize("center", [None, 1.0])
+def test_alpha_zero_weighs_nothing_at_any_log_snr(make, center):
+    got = make(0.0, center)(torch.tensor([-INF, 0.0, INF, NAN]))
+    assert got[:3].eq(1.0).all()
+    assert got[3].isnan()
 
 
 OF_THE_BATCH = {"cauchy": Cauchy(center=None), "gaussian": Gaussian(), "loss_zscore": LossZScore()}
@@ -340,6 +363,10 @@ def test_every_name_makes_its_class_with_options():
     [
         (lambda: weighting.SoftMinSNR(0.0), "gamma is 0.0"),
         (lambda: weighting.P2(k=-1.0), "k is -1.0"),
+        (lambda: weighting.P2(gamma=-1.0), "gamma is -1.0"),
+        (lambda: InverseOptimalLoss(optimal_loss(), cap=0.0), "cap is 0.0"),
+        (lambda: weighting.WeightTable((1.0, "a")), "weights is .1.0, 'a'."),
+        (lambda: weighting.WeightTable((1.0, 2.0), (3.0, -3.0)), "log_snr_range is .3.0, -3.0."),
         (lambda: weighting.Sigmoid(INF), "bias is inf"),
         (lambda: weighting.MonotonicEDM(p_std=0.0), "p_std is 0.0"),
         (lambda: weighting.MonotonicEDM(p_mean=NAN), "p_mean is nan"),
@@ -357,6 +384,20 @@ def test_every_name_makes_its_class_with_options():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [weighting.Constant, weighting.MinSNR, Cauchy, Gaussian, lambda: weighting.WeightTable((1.0, 2.0))],
+)
+def test_timesteps_are_no_log_snr(make):
+    with pytest.raises(TypeError, match=r"log_snr has dtype torch.int64.*timesteps"):
+        make()(torch.tensor([0, 500, 999]))
+
+
+def test_another_object_is_no_optimal_loss():
+    with pytest.raises(TypeError, match="optimal is a str, expected a vadiff"):
+        InverseOptimalLoss("optimal_loss.csv")
 
 
 def test_options_beside_an_object_are_refused():

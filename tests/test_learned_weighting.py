@@ -172,6 +172,15 @@ def test_it_compiles_without_a_break():
     torch.testing.assert_close(compiled, criterion.weighting.weight.grad)
 
 
+def test_autocast_leaves_it_in_float32():
+    head, at = LearnedUncertainty(init="random"), torch.linspace(-9, 12, 50)
+    plain = head(at)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = head(at)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(

@@ -350,6 +350,52 @@ def test_a_fixed_sampler_ignores_updates():
     assert torch.equal(sampler(u).log_snr, LogNormal()(u).log_snr)
 
 
+@pytest.mark.parametrize("weighting", [vadiff.weighting.LossZScore(), vadiff.weighting.Gaussian(center=None)])
+def test_weights_by_more_than_log_snr_cannot_be_followed_and_leave_the_sampler_alone(make_adaptive, weighting):
+    sampler = make_adaptive()
+    sampler.update(trained())
+    before = sampler.ratio.clone()
+    with pytest.raises(ValueError, match=r"weighting is .*expected one whose weight depends on log-SNR"):
+        sampler.update(trained(weighting))
+    assert torch.equal(sampler.ratio, before)
+
+
+class Everywhere(vadiff.weighting.FixedWeighting):
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return torch.full_like(log_snr, self.weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, math.inf])
+def test_weights_that_say_nothing_leave_the_levels_as_they_were(make_adaptive, weight):
+    sampler, criterion = make_adaptive(), trained()
+    sampler.update(criterion)
+    before = sampler.ratio.clone()
+    criterion.weighting = Everywhere(weight)
+    sampler.update(criterion)
+    torch.testing.assert_close(sampler.ratio.view(torch.float64), before.view(torch.float64), rtol=1e-12, atol=0)
+
+
+def test_the_last_levels_of_the_steepest_mode_are_exact():
+    """t = sin²(pi·u/2), taken from u - (u - t), would be rounding at u = 1e-15."""
+    u = torch.tensor([1e-15, 1e-9], dtype=torch.float64)
+    torch.testing.assert_close(Mode(-1.0)(u).log_snr.double(), -4.0 * (0.5 * math.pi * u).log(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [UniformTime("vp_cosine"), LogNormal()])
+def test_densities_are_to_be_had_in_inference_mode(sampler):
+    at = torch.linspace(-3.0, 3.0, 5)
+    expected = sampler.log_density(at)
+    with torch.inference_mode():
+        assert torch.equal(sampler.log_density(at.clone()), expected)
+
+
+def test_representations_name_the_arguments():
+    assert repr(LogitNormal(0.5, 2.0)) == "LogitNormal(mean=0.5, std=2)"
+
+
 # errors
 
 
@@ -367,6 +413,7 @@ def test_a_fixed_sampler_ignores_updates():
         (lambda: LogUniform(1.0, 0.5), "sigma_max is 0.5"),
         (lambda: UniformTime("cosine"), "process is 'cosine'.*vp_cosine"),
         (lambda: UniformTime("flow", 0.5, 0.5), "t_max is 0.5"),
+        (lambda: UniformTime("vp_cosine", 0.0, 1000.0), r"t_max is 1000.0.*VPCosine\(s=0.008\) ends"),
         (lambda: Table([[1.0, 2.0]]), r"factors has shape \(1, 2\)"),
         (lambda: Table([1.0, -1.0]), "negative"),
         (lambda: Table([1.0, 0.0], corrected=True), "has a 0"),
@@ -388,6 +435,19 @@ def test_bad_arguments_are_named(make, message):
 def test_integers_are_no_uniform_numbers():
     with pytest.raises(TypeError, match=r"u has dtype torch\.int64"):
         LogNormal()(torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogNormal()([0.5]), "u is a list"),
+        (lambda: uniforms(4, 0), "generator is 0"),
+        (lambda: SecondMoment("log_normal"), "base is a str"),
+    ],
+)
+def test_other_types_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("other", [{"bins": 9}, {"log_snr_range": (-8.0, 9.0)}, {"base": LogNormal(0.1, 1.5)}])

@@ -310,8 +310,14 @@ def test_gap_is_measured_in_eval_mode_and_batches_do_not_matter(digits):
     assert model.training
     assert not any(model.modes)
     torch.testing.assert_close(one.optimal, optimal.log_loss_at(-2 * torch.tensor([0.4, 0.7]).double().log()).exp())
-    two = model_gap(model, data, optimal, sigmas=[0.4, 0.7], batch_size=100)
-    torch.testing.assert_close(one.loss, two.loss)
+    zero = [model_gap(lambda noisy, sigma: 0 * noisy, data, optimal, batch_size=size) for size in (100, 33)]
+    torch.testing.assert_close(zero[0].loss, data.double().square().mean().expand(3))  # whatever the noise
+    for batched in zero[1]._asdict():
+        torch.testing.assert_close(getattr(zero[1], batched), getattr(zero[0], batched))
+
+
+def test_a_single_image_has_no_standard_error(digits):
+    assert model_gap(IdealDenoiser(digits), digits[:1], estimate(digits, SIGMAS, draws=64)).stderr.isnan().all()
 
 
 # the schedule
@@ -408,6 +414,15 @@ def test_before_anything_is_seen_gap_levels_are_their_base():
     torch.testing.assert_close(sampler(u).log_snr, LogNormal(-0.5, 1.5)(u).log_snr, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_model_at_or_below_its_optimum_everywhere_is_drawn_from_the_base(share):
+    """Not from where few samples were seen, which shrinkage alone would favour."""
+    sampler, criterion, log_snr = trained_gap_levels(prior=32.0, floor=0.1)
+    criterion.per_sample_loss = share * gap_curve().log_loss_at(log_snr).exp().float() * (1 - 1e-6)
+    sampler.update(criterion, log_snr)
+    assert torch.equal(sampler.ratio.view(torch.float64), torch.ones(8, dtype=torch.float64))
+
+
 # scaling laws
 
 
@@ -464,6 +479,12 @@ def test_bytes_are_refused():
         (lambda: GapLevels(gap_curve(), prediction_type="x"), "prediction_type is 'x'"),
         (lambda: trained_gap_levels()[0].update(trained_gap_levels()[1]), "log_snr is None"),
         (lambda: trained_gap_levels()[0].update(trained_gap_levels()[1], torch.zeros(3)), r"log_snr has shape \(3,\)"),
+        (lambda: model_gap(max, torch.zeros(0, 4), gap_curve()), r"images has shape \(0, 4\)"),
+        (lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), draws=0), "draws is 0"),
+        (lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), batch_size=0), "batch_size is 0"),
+        (lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), sigmas=[0.0]), r"sigmas is \[0.0\]"),
+        (lambda: model_gap(lambda x, s: x[:1], torch.zeros(3, 4), gap_curve()), r"denoise returned shape \(1, 4\)"),
+        (lambda: curve(torch.ones(2), torch.ones(2)).log_loss_at(torch.zeros(2)), "a noise level twice"),
         (lambda: model_gap(max, torch.zeros(3, 5), gap_curve()), "images have 5 elements, expected 4"),
         (
             lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), labels=torch.zeros(2)),
@@ -478,6 +499,20 @@ def test_bytes_are_refused():
 )
 def test_bad_arguments_of_the_rest_are_named(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GapWeighting("curve.csv"), "optimal is a str"),
+        (lambda: GapLevels("curve.csv"), "optimal is a str"),
+        (lambda: GapLevels(gap_curve(), vadiff.weighting.Cauchy()), "weighting is Cauchy.*a weight of the x0 loss"),
+        (lambda: model_gap(max, torch.zeros(3, 4).byte(), gap_curve()), r"images has dtype torch\.uint8"),
+    ],
+)
+def test_other_types_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -23,6 +23,11 @@ def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> None:
     _check_detached(name, tensor)
 
 
+def check_log_snr(log_snr: Tensor) -> None:
+    """A float tensor: whole numbers are timesteps, not log-SNR."""
+    _check_float("log_snr", log_snr)
+
+
 def check_prediction(name: str, prediction: Tensor) -> None:
     """A non-empty float tensor with the batch in front."""
     _check_float(name, prediction)

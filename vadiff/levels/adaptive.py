@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..loss import DiffusionLoss
 from ..reference import TableRule, moments_of, weight_table
+from ..weighting import FixedWeighting, LossZScore
 from .fixed import LogNormal, LogUniform
 from .sampler import LevelSampler, require_number
 from .table import Table
@@ -45,7 +46,8 @@ class AdaptiveLevels(Table):
             log_snr: [B], those of this rank's last batch, for samplers that look at single losses.
 
         Raises:
-            ValueError: the criterion has other bins, or is on another device.
+            ValueError: the criterion has other bins, or is on another device, or has weights by more than log-SNR
+                where the sampler follows them. The sampler stays as it was.
         """
         statistics = criterion.statistics
         if statistics.bins != self.bins:
@@ -59,8 +61,10 @@ class AdaptiveLevels(Table):
                 f"Use sampler.to({str(statistics.state.device)!r})."
             )
         factors = self._factors(criterion, log_snr)
-        factors = factors / (factors * self._numbers(self.masses)).sum()
-        self._set((1.0 - self.floor) * factors + self.floor)
+        total = (factors * self._numbers(self.masses)).sum()
+        ratio = (1.0 - self.floor) * factors / total + self.floor
+        # Weights that are 0 everywhere, or infinite somewhere, say nothing of where to draw.
+        self._set(torch.where(total.isfinite() & (total > 0), ratio, self._numbers(self.ratio)))
 
     @abstractmethod
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
@@ -96,6 +100,12 @@ class _StatisticLevels(AdaptiveLevels):
         self._rule = TableRule(self.statistic, -1.0, smoothing, float("inf"), prior)
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
+        weighting = criterion.weighting
+        if isinstance(weighting, LossZScore) or (isinstance(weighting, FixedWeighting) and not weighting.pointwise):
+            raise ValueError(
+                f"the criterion's weighting is {weighting}, expected one whose weight depends on log-SNR alone, which "
+                f"{type(self).__name__} multiplies with the loss: give it a center, or use another"
+            )
         moments = moments_of(criterion.statistics.state, self.bins)
         spread = weight_table(moments, self.bins, self._rule).double().exp()
         return spread * criterion.weight_at(self.bin_centers).double()

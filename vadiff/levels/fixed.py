@@ -20,7 +20,7 @@ class UniformTime(LevelSampler):
 
     Args:
         process: an object from `vadiff.process`, or "flow", "vp_cosine", "vp_linear".
-        t_min, t_max: the ends; for `process.EDM` these are noise levels sigma.
+        t_min, t_max: the ends, inside the process; for `process.EDM` these are noise levels sigma.
         log_snr_range: (low, high) outside which the distribution is cut off.
 
     Raises:
@@ -44,6 +44,10 @@ class UniformTime(LevelSampler):
         self.process = process
         self.t_min = require_number("t_min", t_min, at_least=0.0)
         self.t_max = require_number("t_max", t_max, above=self.t_min)
+        if self.t_max > 1.0 and isinstance(process, tuple(_PROCESSES.values())):
+            raise ValueError(
+                f"t_max is {t_max!r}, expected at most 1, where {process} ends: divide timesteps by their number"
+            )
         at_ends = process.log_snr(torch.tensor([self.t_min, self.t_max], dtype=torch.float64))
         self._noise_grows = bool(at_ends[0] > at_ends[1])
         self._restrict(log_snr_range)
@@ -57,8 +61,8 @@ class UniformTime(LevelSampler):
         return (share if self._noise_grows else 1.0 - share).clamp(0.0, 1.0)
 
     def _log_density(self, log_snr: Tensor) -> Tensor:
-        with torch.enable_grad():
-            at = log_snr.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            at = log_snr.detach().clone().requires_grad_()
             time = self.process.time(at)
             (slope,) = torch.autograd.grad(time.sum(), at)
         inside = (time >= self.t_min) & (time <= self.t_max)
@@ -119,6 +123,9 @@ class LogitNormal(LogNormal):
     def __init__(self, mean: float = 0.0, std: float = 1.0, log_snr_range: tuple[float, float] = EVERYWHERE) -> None:
         super().__init__(require_number("mean", mean), require_number("std", std, above=0.0), log_snr_range)
 
+    def extra_repr(self) -> str:
+        return f"mean={self.p_mean:g}, std={self.p_std:g}"
+
 
 class Mode(LevelSampler):
     """SD3's mode sampling with heavy tails: t = f(u) = u - scale·(sin²(πu/2) - u), t the noise share of a flow.
@@ -141,7 +148,7 @@ class Mode(LevelSampler):
         self._restrict(log_snr_range)
 
     def _time(self, u: Tensor) -> Tensor:
-        return u - self.scale * ((0.5 * math.pi * u).sin().square() - u)
+        return (1.0 + self.scale) * u - self.scale * (0.5 * math.pi * u).sin().square()
 
     def _quantile(self, u: Tensor) -> Tensor:
         return 2.0 * (self._time(1.0 - u).log() - self._time(u).log())  # 1 - f(u) = f(1 - u)

@@ -44,8 +44,11 @@ def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = Fal
         [samples] float64.
 
     Raises:
+        TypeError: generator is no `torch.Generator`.
         ValueError: samples is not a positive integer.
     """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {generator!r}, expected a torch.Generator: the same seed on every rank")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples is {samples!r}, expected a positive integer: the size of the global batch")
     u = torch.rand(samples, generator=generator, dtype=torch.float64, device=generator.device)
@@ -143,10 +146,9 @@ class LevelSampler(nn.Module, ABC):
 
 def checked_uniforms(u: Tensor) -> Tensor:
     """u [B] as float64."""
-    if not u.is_floating_point():
-        raise TypeError(
-            f"u has dtype {u.dtype}, expected float64: uniform numbers in (0, 1), see vadiff.levels.uniforms"
-        )
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        got = f"has dtype {u.dtype}" if isinstance(u, Tensor) else f"is a {type(u).__name__}"
+        raise TypeError(f"u {got}, expected float64: uniform numbers in (0, 1), see vadiff.levels.uniforms")
     if u.dim() != 1:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (B,): one number per sample. Use u.flatten().")
     return u.double()

@@ -32,6 +32,7 @@ class Table(LevelSampler):
 
     Raises:
         ValueError: an argument out of bounds.
+        TypeError: base is no `LevelSampler`.
         RuntimeError: from `load_state_dict`, when the saved bins, range or base differ from these; nothing is loaded
             then.
     """
@@ -59,6 +60,8 @@ class Table(LevelSampler):
             raise ValueError("factors has a 0, expected positive numbers: what is never drawn cannot be corrected for")
         if base is None:
             base = LogUniform(math.exp(-0.5 * self.bins.high), math.exp(-0.5 * self.bins.low))
+        if not isinstance(base, LevelSampler):
+            raise TypeError(f"base is a {type(base).__name__}, expected an object from vadiff.levels, or None")
         self.base = base
         self.corrected = bool(corrected)
         limits = torch.linspace(self.bins.low, self.bins.high, self.bins.size + 1, dtype=torch.float64)

@@ -66,7 +66,7 @@ class OptimalLoss:
         Linear in ln(J*) over ln(sigma); flat above the highest level, falling as sigma**2 below the lowest.
 
         Raises:
-            ValueError: the curve has fewer than two levels.
+            ValueError: the curve has fewer than two levels, or one twice.
         """
         log_sigma, log_loss = self._table(log_snr.device)
         at = -0.5 * log_snr.double()
@@ -174,6 +174,8 @@ class OptimalLoss:
             if len(self.sigma) < 2:
                 raise ValueError(f"the curve has {len(self.sigma)} noise level, expected at least 2 to interpolate")
             sigma, order = self.sigma.sort()
+            if bool((sigma.diff() == 0).any()):
+                raise ValueError("the curve has a noise level twice, expected different ones to interpolate between")
             loss = self.loss[order].clamp(min=_LEAST * self.total_variance) / self.elements
             self._tables[device] = (sigma.log().to(device), loss.log().to(device))
         return self._tables[device]

@@ -32,7 +32,7 @@ class ModelGap(NamedTuple):
     loss: Tensor
     optimal: Tensor  # J*/D
     gap: Tensor  # loss - J*/D: what training can still win. Below 0 only by chance, or for a model that saw other data
-    stderr: Tensor  # of the gap, from images, noise and J*
+    stderr: Tensor  # of the gap, from images, noise and J*; NaN with a single image
 
 
 @torch.no_grad()
@@ -66,9 +66,18 @@ def model_gap(
         device: where `denoise` runs.
 
     Raises:
-        ValueError: images of another size than J* is of, labels of another length, or labels and a J* that is not that
-            of a denoiser that is told them, or the other way round.
+        TypeError: images is not a floating-point tensor.
+        ValueError: images of another size than J* is of, labels of another length, labels and a J* that is not that
+            of a denoiser that is told them, or the other way round; what `denoise` returned of another shape; a number
+            out of bounds.
     """
+    if not images.is_floating_point():
+        raise TypeError(f"images has dtype {images.dtype}, expected floating point: images as the network sees them")
+    if images.dim() < 2 or len(images) == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}, expected (N, ...) with at least one image")
+    for name, number in (("draws", draws), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is {number!r}, expected a positive integer")
     elements = images[0].numel()
     if elements != optimal.elements:
         raise ValueError(
@@ -83,6 +92,8 @@ def model_gap(
             f"take it from {'estimate_given_class' if labels is not None else 'estimate'}"
         )
     levels = optimal.sigma if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+    if levels.dim() != 1 or len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"sigmas is {sigmas!r}, expected one or more noise levels, positive and finite")
     sums = torch.zeros(2, len(levels), dtype=torch.float64)  # of an image's loss, and of its square
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(denoise):
@@ -94,12 +105,18 @@ def model_gap(
                 noise = torch.randn(clean.shape, generator=generator).to(device)
                 for level, sigma in enumerate(levels.tolist()):
                     at = torch.full((len(clean),), sigma, device=device)
-                    error = denoise(clean + sigma * noise, at, *given) - clean
+                    denoised = denoise(clean + sigma * noise, at, *given)
+                    if denoised.shape != clean.shape:
+                        raise ValueError(
+                            f"denoise returned shape {tuple(denoised.shape)}, expected {tuple(clean.shape)}: an "
+                            "estimate of each image"
+                        )
+                    error = denoised - clean
                     per_image[level] += error.square().flatten(1).mean(1).double().cpu() / draws
             sums += torch.stack([per_image.sum(1), per_image.square().sum(1)])
     size = len(images)
     loss = sums[0] / size
-    variance = (sums[1] / size - loss.square()).clamp(min=0.0) / max(size - 1, 1)
+    variance = (sums[1] / size - loss.square()).clamp(min=0.0) / (size - 1 or math.nan)
     best = optimal.log_loss_at(-2.0 * levels.log()).exp() if sigmas is not None else optimal.loss / elements
     # Where levels lie between those of the curve, its error is that of the nearest.
     nearest = (levels.log()[:, None] - optimal.sigma.log()).abs().argmin(1)
@@ -137,6 +154,7 @@ class GapWeighting(SNRWeighting):
         prediction_type, sigma_data, max_weight: see `weighting.SNRWeighting`.
 
     Raises:
+        TypeError: `optimal` is no `OptimalLoss`.
         ValueError: an argument out of bounds, or a curve on which there is no sigma*.
     """
 
@@ -156,6 +174,7 @@ class GapWeighting(SNRWeighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_curve(self.optimal)
         object.__setattr__(self, "_log_star", math.log(self.optimal.sigma_star()))
         for name, lowest in (("cap", 0.0), ("scale", 0.0), ("bump_mean", -math.inf)):
             value = getattr(self, name)
@@ -193,6 +212,7 @@ class GapLevels(AdaptiveLevels):
         sigma_data: for "edm", the raw output F.
 
     Raises:
+        TypeError: `optimal` is no `OptimalLoss`, or `weighting` no weight of the x0 loss.
         ValueError: an argument out of bounds.
     """
 
@@ -212,6 +232,12 @@ class GapLevels(AdaptiveLevels):
         super().__init__(base or LogUniform(), bins, log_snr_range, floor, corrected=False)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+        _require_curve(optimal)
+        if weighting is not None and not isinstance(weighting, SNRWeighting):
+            raise TypeError(
+                f"weighting is {weighting!r}, expected a weight of the x0 loss: a vadiff.weighting.SNRWeighting, "
+                "as GapWeighting, MinSNR and EDM are"
+            )
         self.optimal = optimal
         self.weighting = GapWeighting(optimal) if weighting is None else weighting
         self.prior = require_number("prior", prior, above=0.0)
@@ -237,5 +263,10 @@ class GapLevels(AdaptiveLevels):
         factors = weight * mean.clamp(min=0.0)
         masses = self._numbers(self.masses) * (n > 0)
         average = (factors * masses).sum() / masses.sum()
-        average = torch.where(average > 0, average, 1.0)  # nothing seen, or nothing to win anywhere
-        return (n * factors + self.prior * average) / (n + self.prior)
+        tilted = (n * factors + self.prior * average) / (n + self.prior)
+        return torch.where(average > 0, tilted, 1.0)  # the base where nothing was seen, or nothing is to win anywhere
+
+
+def _require_curve(optimal: OptimalLoss) -> None:
+    if not isinstance(optimal, OptimalLoss):
+        raise TypeError(f"optimal is a {type(optimal).__name__}, expected a vadiff.optimal_loss.OptimalLoss")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from .._validation import is_number
+from .._validation import check_log_snr, is_number
 from .fixed import FixedWeighting
 
 
@@ -22,7 +22,7 @@ class _Bump(FixedWeighting):
     """A weight that falls with the distance of log-SNR from a centre.
 
     Args:
-        alpha: 1/alpha is the square of the bump's width, in log-SNR units.
+        alpha: 1/alpha is the square of the bump's width, in log-SNR units; 0 weighs nothing.
         center: log-SNR of the centre. None: the mean of the batch, over all ranks; infinite and NaN log-SNR are left
             out of it, and `criterion.weights` is NaN.
 
@@ -47,6 +47,9 @@ class _Bump(FixedWeighting):
         return self.for_batch(log_snr, sync=False)
 
     def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
+        check_log_snr(log_snr)
+        if self.alpha == 0:  # 0 times an infinite distance would be NaN
+            return torch.ones_like(log_snr, dtype=torch.float32).where(~log_snr.isnan(), math.nan)
         log_snr = log_snr.double()
         center: float | Tensor
         if self.center is None:
@@ -86,6 +89,8 @@ class Gaussian(_Bump):
 class LossZScore:
     """1 + alpha·(g - mean)/std over the losses g of the batch, of all ranks: the README's formula, detached.
 
+    std divides by the number of losses, not by one less.
+
     It weighs up what is hard within a batch, so a sample changes its own weight, and the expected loss moves: of this
     package's rules it breaks the first (causal) and the third (loss-preserving). `criterion.weights` is NaN. A NaN loss
     makes the weights of its batch NaN.
@@ -104,15 +109,17 @@ class LossZScore:
             raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
 
     def weights_of(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
-        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike.
+        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike but for float64 rounding.
 
         Samples whose sample weight is 0 are left out of mean and std, whatever their loss is.
         """
         counted = torch.ones_like(loss, dtype=torch.bool) if sample_weight is None else sample_weight != 0
         loss = torch.where(counted, loss.detach().double(), 0.0)
-        deviation = torch.where(counted, loss - _mean(loss, counted, sync), 0.0)
+        mean = _mean(loss, counted, sync)
+        deviation = torch.where(counted, loss - mean, 0.0)
         std = _mean(deviation.square(), counted, sync).sqrt()
-        return (1.0 + self.alpha * deviation / torch.where(std == 0, 1.0, std)).float()
+        alike = std <= 1e-12 * mean.abs()
+        return (1.0 + self.alpha * torch.where(alike, 0.0 * deviation, deviation / std)).float()
 
 
 def _mean(values: Tensor, counted: Tensor, sync: bool) -> Tensor:

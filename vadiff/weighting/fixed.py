@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import is_number
+from .._validation import check_log_snr, is_number
 from ..process import PREDICTION_TYPES, loss_ratio
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ MAX_WEIGHT = 1e6  # the EDM weight of sigma = 0.001
 
 
 class FixedWeighting:
-    """A weight that depends on log-SNR only. Call it with log-SNR [B] float to get weights [B] float32."""
+    """A weight that depends on log-SNR only. Call it with log-SNR [B] float to get weights [B] float32.
+
+    Those of this package raise TypeError for anything else than a float tensor: timesteps are no log-SNR.
+    """
 
     @property
     def pointwise(self) -> bool:
@@ -45,6 +48,7 @@ class Constant(FixedWeighting):
     """w = 1: the trainer's own objective, with statistics recorded."""
 
     def __call__(self, log_snr: Tensor) -> Tensor:
+        check_log_snr(log_snr)
         return torch.ones_like(log_snr, dtype=torch.float32)
 
 
@@ -77,6 +81,7 @@ class SNRWeighting(FixedWeighting):
         raise NotImplementedError
 
     def __call__(self, log_snr: Tensor) -> Tensor:
+        check_log_snr(log_snr)
         # In logs: S/S at infinite or zero SNR is a limit there, and NaN in plain arithmetic.
         finite = log_snr.double().clamp(-700.0, 700.0)  # e**700 is still a float64
         log_k = loss_ratio(self.prediction_type, finite, sigma_data=self.sigma_data).log()
@@ -200,7 +205,12 @@ class P2(SNRWeighting):
     sigma_data: float = 0.5
     max_weight: float = MAX_WEIGHT
 
-    _positive: ClassVar[tuple[str, ...]] = ("k", "gamma")
+    _positive: ClassVar[tuple[str, ...]] = ("k",)
+
+    def __post_init__(self) -> None:
+        if not is_number(self.gamma) or not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma is {self.gamma!r}, expected a finite number of at least 0")
+        super().__post_init__()
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return log_snr - self.gamma * _log_add(log_snr, math.log(self.k))
@@ -345,24 +355,36 @@ class CosMap(_SD3Weighting):
 
 @dataclass(frozen=True)
 class InverseOptimalLoss(SNRWeighting):
-    """D/J* on the x0 loss, J*/D the lowest loss per element that any network can have (arXiv 2506.13763).
+    """min(D/J*, cap) on the x0 loss, J*/D the lowest loss per element that any network can have (arXiv 2506.13763).
 
     A model at its optimum then has loss 1 at every noise level: what EDM2's learned weighting and `LossLevel` tend to
     as the gap closes.
 
     Args:
         optimal: the data set's J*, from `vadiff.optimal_loss.estimate`.
-        prediction_type, sigma_data, max_weight: see `SNRWeighting`. J* goes to 0 with the noise, so here `max_weight`
-            is part of the method; it bounds the weight of the x0 loss.
+        cap: bound of the weight of the x0 loss, for J* goes to 0 with the noise.
+        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
+
+    Raises:
+        TypeError: `optimal` is no `vadiff.optimal_loss.OptimalLoss`.
+        ValueError: an argument out of bounds.
     """
 
     optimal: OptimalLoss
+    cap: float = 1e3
     prediction_type: str = "edm"
     sigma_data: float = 0.5
-    max_weight: float = 1e3
+    max_weight: float = MAX_WEIGHT
+
+    _positive: ClassVar[tuple[str, ...]] = ("cap",)
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.optimal, "log_loss_at"):  # by what it does: importing its class would be a circle
+            raise TypeError(f"optimal is a {type(self.optimal).__name__}, expected a vadiff.optimal_loss.OptimalLoss")
+        super().__post_init__()
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
-        return (-self.optimal.log_loss_at(log_snr)).clamp(max=math.log(self.max_weight))
+        return (-self.optimal.log_loss_at(log_snr)).clamp(max=math.log(self.cap))
 
 
 def _log_add(log_snr: Tensor, log_constant: float) -> Tensor:

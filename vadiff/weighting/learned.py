@@ -51,7 +51,8 @@ class LearnedUncertainty(nn.Module):
         """u at each log-SNR, [B] float32; differentiable by the parameters. NaN for NaN."""
         c_noise = log_snr.float().clamp(-_WIDEST, _WIDEST) / -8.0  # ln(sigma)/4, sigma that of a VE process
         features = math.sqrt(2.0) * (c_noise[:, None] * self.frequencies.float() + self.phases.float()).cos()  # [B, C]
-        return features @ self.weight.float() / math.sqrt(len(self.weight))
+        # Not a matrix product: autocast would take that in bfloat16.
+        return (features * self.weight.float()).sum(1) / math.sqrt(len(self.weight))
 
     def extra_repr(self) -> str:
         return f"channels={len(self.weight)}"

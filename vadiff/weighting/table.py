@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .._validation import check_log_snr, is_number
 from ..reference import Bins, log_weight_at
+from ..statistics import checked_bins
 from .fixed import FixedWeighting
 
 
@@ -20,7 +23,7 @@ class WeightTable(FixedWeighting):
         log_snr_range: (low, high) of the bins.
 
     Raises:
-        ValueError: fewer than two weights, or one that is not positive and finite.
+        ValueError: fewer than two weights, one that is not positive and finite, or a range that is none.
     """
 
     weights: tuple[float, ...]
@@ -29,12 +32,16 @@ class WeightTable(FixedWeighting):
     _log_weights: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.weights) < 2 or not all(0.0 < weight < float("inf") for weight in self.weights):
+        if len(self.weights) < 2 or not all(is_number(weight) and 0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights is {self.weights!r}, expected two positive finite numbers or more")
+        checked_bins(len(self.weights), self.log_snr_range)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
+        check_log_snr(log_snr)
         low, high = self.log_snr_range
         if log_snr.device not in self._log_weights:
-            self._log_weights[log_snr.device] = torch.tensor(self.weights, device=log_snr.device).log()
+            self._log_weights[log_snr.device] = torch.tensor(
+                self.weights, dtype=torch.float32, device=log_snr.device
+            ).log()
         bins = Bins(len(self.weights), low, high)
         return log_weight_at(self._log_weights[log_snr.device], log_snr.float(), bins).exp()
