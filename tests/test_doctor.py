@@ -47,6 +47,20 @@ def test_missing_extra_comes_with_the_command_that_installs_it(packages: dict[st
     assert "missing tqdm: pip install 'vadiff[train]'" in doctor.report()
 
 
+def test_what_an_extra_needs_elsewhere_only_is_not_missing_here(
+    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("packaging")
+    requirements = [
+        'tomli; python_version < "3" and extra == "train"',
+        'tqdm; python_version > "3" and extra == "train"',
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda _: requirements)
+    report = doctor.report()
+    assert "missing tqdm: pip" in report
+    assert "tomli" not in report
+
+
 def test_package_without_metadata_is_said_to_be_uninstalled(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_installed(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)

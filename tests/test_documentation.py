@@ -9,6 +9,7 @@ import json
 import pkgutil
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 import types
@@ -83,6 +84,23 @@ def test_python_of_a_page_runs_from_top_to_bottom(
             if block.language == "python":
                 code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
                 exec(code, namespace)
+
+
+def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
+    """A page that runs here could owe that to modules that another test has imported."""
+    code = "import vadiff; print(*dir(vadiff))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    there = set(done.stdout.split())
+    taken = {
+        f"{page.relative_to(ROOT)}: vadiff.{node.attr}": node.attr
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "python"
+        for node in ast.walk(ast.parse(block.text))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vadiff"
+    }
+    assert len(taken) > 10
+    assert [where for where, attribute in taken.items() if attribute not in there] == []
 
 
 def test_what_a_diff_leaves_is_python() -> None:

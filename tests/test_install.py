@@ -157,6 +157,7 @@ def test_the_version_of_a_wheel_is_the_packages_and_stands_in_one_place(wheel: P
     assert "\nRequires-Python: >=3.10\n" in metadata
     code = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("vadiff/**/*.py")]
     assert [path.name for path in code if f'"{vadiff.__version__}"' in path.read_text()] == ["_version.py"]
+    assert f"\n## [{vadiff.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_an_index_would_take_sdist_and_wheel(sdist: Path, wheel: Path) -> None:

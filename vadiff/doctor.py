@@ -73,9 +73,9 @@ def _extras() -> Iterator[str]:
         return
     packages: dict[str, list[str]] = {}
     for requirement in requirements:
-        found = re.match(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]", requirement)
-        if found:
-            packages.setdefault(found[2], []).append(found[1])
+        found = re.match(r"([\w.-]+).*;(.*\bextra == ['\"](\w+)['\"].*)", requirement)
+        if found and _applies(found[2], found[3]):
+            packages.setdefault(found[3], []).append(found[1])
     for extra, names in packages.items():
         versions = {name: _version(name) for name in names}
         missing = [name for name, version in versions.items() if version is None]
@@ -85,6 +85,15 @@ def _extras() -> Iterator[str]:
             yield f"          missing {', '.join(missing)}: pip install 'vadiff[{extra}]'"
     if _version("torchvision") is not None:
         yield from _torchvision_trouble()
+
+
+def _applies(marker: str, extra: str) -> bool:
+    """Whether a requirement is one on this Python and system; without packaging, which says so, all are."""
+    try:
+        from packaging.markers import Marker
+    except ImportError:
+        return True
+    return Marker(marker).evaluate({"extra": extra})
 
 
 def _torchvision_trouble() -> Iterator[str]:

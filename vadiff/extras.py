@@ -14,7 +14,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
     Args:
         module: full name of the module.
-        extra: the extra of vadiff that installs it: `train`, `eval` or `report`.
+        extra: the extra of vadiff that installs it: `train`, `eval`, `report` or `integrations`.
 
     Raises:
         MissingExtraError: the module is missing or fails to import.

@@ -4,14 +4,16 @@ A scheduler is recognised by what it has, so diffusers is not imported here:
 
 | has | noise | timesteps |
 |---|---|---|
-| `alphas_cumprod` (DDPM, DDIM, Euler, DPM-Solver, ...) | variance preserving, ᾱ from the table | 0 to T-1; between whole ones log-SNR is interpolated |
-| `sigmas`, `timesteps` (EDM, consistency models, continuous Euler) | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4; between them log-SNR is interpolated, which in EDM is exact |
-| `scale_noise` (FlowMatch...) | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
+| `alphas_cumprod`: DDPM, DDIM, Euler, ... | variance preserving, ᾱ from the table | 0 to T-1 |
+| `sigmas`, `timesteps`: EDM, consistency models | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4 |
+| `scale_noise`: flow matching | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
+
+Between two timesteps of the first two, log-SNR is interpolated; in EDM that is exact, and goes on beyond the ends.
 
 The tables are read at each call and nothing is kept: a schedule changed later is a schedule changed. A table on the CPU
 goes to the device of the timesteps without waiting for it. Values out of range raise on the CPU; elsewhere they come
 out as NaN, which a criterion counts and never records.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
     _check_timesteps(timesteps)
     if kind == _BY_ALPHA:
         _check_direction(scheduler)
-        table = scheduler.alphas_cumprod.to(timesteps.device, non_blocking=True)
+        table = _beside(scheduler.alphas_cumprod, timesteps)
         if timesteps.is_floating_point():
             return _interpolate_alphas(table, timesteps)
         return from_alphas_cumprod(table, timesteps).float()
@@ -229,6 +231,11 @@ def _check_direction(scheduler: Any) -> None:
         )
 
 
+def _beside(table: Tensor, timesteps: Tensor) -> Tensor:
+    """The table on the device of the timesteps; the host does not wait for that device."""
+    return table.to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
+
+
 def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
     """t in [0, 1], data at 0. [B] float32."""
     steps = _option(scheduler, "num_train_timesteps", 1000)
@@ -258,9 +265,8 @@ def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
 
 def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
     """λ = -2 ln sigma, linear in the timestep between entries of the table and on beyond its ends. [B] float32."""
-    times = torch.as_tensor(scheduler.timesteps).to(timesteps.device, non_blocking=True).double()  # [T], falling
-    sigmas = torch.as_tensor(scheduler.sigmas).to(timesteps.device, non_blocking=True)[: len(times)]
-    times, sigmas = times.flip(0), sigmas.flip(0).double()
+    times = _beside(torch.as_tensor(scheduler.timesteps), timesteps).double().flip(0)  # [T], rising
+    sigmas = _beside(torch.as_tensor(scheduler.sigmas), timesteps)[: len(times)].double().flip(0)  # without a last 0
     position, span = timesteps.double(), times[-1] - times[0]
     outside = ~((position >= times[0] - span) & (position <= times[-1] + span))
     if _on_cpu(timesteps) and bool(outside.any()):

@@ -228,6 +228,8 @@ def test_a_weighting_written_for_another_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Use MinSNR\(prediction_type='v_prediction'\)"):
         scheduler_loss(wrong, scheduler, **values)
     scheduler_loss(wrong, scheduler, **values, prediction_type="epsilon")
+    with pytest.raises(TypeError, match=r"criterion is a str, expected a vadiff\.DiffusionLoss"):
+        scheduler_loss("min_snr", scheduler, **values)
     edm: Any = EDMEulerScheduler()
     values["timesteps"] = edm.timesteps[values["timesteps"]]
     with pytest.raises(ValueError, match=r"Use EDM\(prediction_type='sample'\)"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import weighting
 from ..loss import DiffusionLoss
 from ..schedulers import coefficients_at, coefficients_of, log_snr_of, loss_form_of, prediction_type_of, sigma_of
-from .form import criterion_in_form
+from .form import require_form
 
 __all__ = [
     "coefficients_of",
@@ -78,7 +78,7 @@ def scheduler_loss(
     """
     _check_as_many("timesteps", timesteps, len(model_pred))
     form = _form_of(scheduler, prediction_type)
-    criterion = criterion_in_form(criterion, form)
+    require_form(criterion, form)
     log_snr = log_snr_of(scheduler, timesteps)
     if snr_gamma is not None:
         weight = weighting.MinSNR(snr_gamma, prediction_type=form)(log_snr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import weighting as weightings
 from ..loss import DiffusionLoss
@@ -58,6 +58,17 @@ def criterion_in_form(
             f"criterion has loss={criterion.loss!r}, expected 'mse': the trainer computes the loss per sample itself"
         )
     return criterion
+
+
+def require_form(criterion: nn.Module, prediction_type: str, *, loss_is_given: bool = False) -> None:
+    """`criterion_in_form` for those that call the criterion as it was given, also wrapped for several processes.
+
+    Raises as `criterion_in_form`; TypeError for a name, too, which would be a criterion without memory.
+    """
+    inner = getattr(criterion, "module", criterion)
+    if not isinstance(inner, DiffusionLoss):
+        raise TypeError(f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss")
+    criterion_in_form(inner, prediction_type, loss_is_given=loss_is_given)
 
 
 def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:

@@ -6,7 +6,6 @@ those of the F loss, and with ``weighting="karras"`` (a weight of 1) the F loss 
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..extras import MissingExtraError
+from ..extras import MissingExtraError, import_extra
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..weighting import Constant, SNRWeighting
@@ -123,28 +122,25 @@ def import_k_diffusion() -> ModuleType:
     """``import k_diffusion``, also where what its FID evaluation, config files and augmentation need is missing.
 
     Version 0.1.1.post1 imports all of that at once; of it, `clip` wants a pkg_resources that setuptools no longer has.
-    Where the import fails, those three modules are left out, and using them raises.
+    Where the import fails, those three modules are left out; using them says so.
 
     Raises:
         vadiff.extras.MissingExtraError: k-diffusion is not installed, or what its layers need is not.
     """
     try:
-        return importlib.import_module("k_diffusion")
-    except ImportError as error:
+        return import_extra("k_diffusion", "integrations")
+    except MissingExtraError as error:
         trouble = error
     for name in [name for name in sys.modules if name.partition(".")[0] == "k_diffusion"]:
         del sys.modules[name]
     for name in _NOT_FOR_TRAINING:
         sys.modules[f"k_diffusion.{name}"] = _LeftOut(f"k_diffusion.{name}", trouble)
     try:
-        return importlib.import_module("k_diffusion")
-    except ImportError as error:
+        return import_extra("k_diffusion", "integrations")
+    except MissingExtraError as error:
         for name in _NOT_FOR_TRAINING:
             del sys.modules[f"k_diffusion.{name}"]
-        raise MissingExtraError(
-            f"k_diffusion does not import ({error}). For its layers: pip install --no-deps k-diffusion, and "
-            "pip install dctorch einops safetensors scipy torchdiffeq torchsde torchvision tqdm"
-        ) from error
+        raise MissingExtraError(f"{error}, and pip install --no-deps k-diffusion") from error
 
 
 class _LeftOut(ModuleType):

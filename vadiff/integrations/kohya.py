@@ -19,7 +19,8 @@ from torch import Tensor
 from ..log_snr import from_alphas_cumprod
 from ..loss import DiffusionLoss
 from ..schedulers import log_snr_of, loss_form_of
-from .form import criterion_in_form, moved_beside
+from ..weighting import SNRWeighting
+from .form import moved_beside, require_form
 
 __all__ = ["AdaptiveLoss", "post_process_loss", "refresh_all_snr"]
 
@@ -44,7 +45,7 @@ def post_process_loss(
         criterion: is put on the device of the loss.
         loss: [B], already times what the trainer weighs by, masked and averaged over the sample. Where those weights
             have shape [B, 1, 1, 1] or [B, 1, 1, 1, 1], multiply before averaging.
-        args: not looked at; part of the slot.
+        args: the trainer's; its `v_parameterization` says what the loss is written in.
         timesteps: [B], integers for a DDPM scheduler, values of its `timesteps` for a flow.
         noise_scheduler: see `vadiff.schedulers`. Its cached `all_snr` is not used.
         sample_weight: [B], a factor in `loss` that is no part of the objective at a noise level (share of a mask,
@@ -54,13 +55,16 @@ def post_process_loss(
         [B]; take its mean.
 
     Raises:
-        ValueError, TypeError, IndexError: a fixed weighting written for another prediction type than the scheduler's;
+        ValueError, TypeError, IndexError: a fixed weighting written for another prediction type than the trainer's;
             or as `DiffusionLoss.reweight` and `vadiff.schedulers.log_snr_of`.
     """
     if not loss.requires_grad:
         return loss
-    log_snr = log_snr_of(noise_scheduler, timesteps.to(loss.device))
-    criterion = moved_beside(criterion_in_form(criterion, loss_form_of(noise_scheduler), loss_is_given=True), loss)
+    if isinstance(criterion.weighting, SNRWeighting):
+        v_prediction = getattr(args, "v_parameterization", False)  # the scheduler is not told in all versions
+        require_form(criterion, "v_prediction" if v_prediction else loss_form_of(noise_scheduler), loss_is_given=True)
+    criterion = moved_beside(criterion, loss)
+    log_snr = log_snr_of(noise_scheduler, timesteps.to(loss.device, non_blocking=True))
     if sample_weight is None:
         return criterion.reweight(loss, log_snr)
     sample_weight = sample_weight.to(loss)
