@@ -59,7 +59,7 @@ def settings_for(
         name = type(weighting).__name__
         raise ValueError(
             f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: what the loss of "
-            f"this process is written in. Use {name}(prediction_type={form!r}), or pass prediction_type= if it is another."
+            f"this process is written in. Use {name}(prediction_type={form!r}), or prediction_type= if it is another."
         )
     return settings
 

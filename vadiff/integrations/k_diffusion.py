@@ -47,7 +47,7 @@ class SigmaWeighting(nn.Module):
         if isinstance(criterion, str) and not isinstance(weighting, FixedWeighting):
             raise ValueError(
                 f"criterion is {criterion!r}, which has no statistics to weigh by, and none are recorded here: "
-                "expected a fixed weighting, or a trained criterion. Use WeightedDenoiser(denoiser) for weights that adapt."
+                "expected a fixed weighting, or a trained criterion. Use WeightedDenoiser for weights that adapt."
             )
         if isinstance(weighting, LossZScore) or (isinstance(weighting, FixedWeighting) and not weighting.pointwise):
             raise ValueError(f"criterion has {weighting}, which depends on more than sigma. Use WeightedDenoiser.")
