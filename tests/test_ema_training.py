@@ -17,8 +17,12 @@ from torch import Tensor
 from vadiff import ema
 from vadiff.cli import main
 from vadiff.errors import CheckpointError
+from vadiff.evaluation import image_metrics
+from vadiff.generation import default_generation, generate, with_settings
+from vadiff.pictures import PictureWriter
+from vadiff.report.ema_sweep import sweep_figure
 from vadiff.report.magnitudes import magnitudes_figure, rms_over_training
-from vadiff.training import PRESETS, Stopped, TrainConfig, edm_objective, open_run, train
+from vadiff.training import PRESETS, HeldOutLoss, Stopped, TrainConfig, edm_objective, open_run, train
 from vadiff.training.assembly import build_denoiser
 from vadiff.training.checkpoint import load_checkpoint
 from vadiff.training.post_hoc import SNAPSHOTS, write_averages
@@ -132,9 +136,52 @@ def test_ema_command_makes_widths_and_measures_a_sweep(copied: Path, capsys: pyt
         assert picture.width > 1000
 
 
+def test_sweep_measures_images_of_every_width_from_the_same_seeds(
+    copied: Path, inception_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    with PictureWriter(tmp_path / "real.npz", range(6), (1, 8, 8)) as writer:
+        writer.write(0, real)
+    command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid", "isc"]
+    command += ["--images", "5", "--first-seed", "2", "--layer", "64", "--reference", str(tmp_path / "real.npz")]
+    assert main([*command, "--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]) == 0
+    assert "isc (Inception score) is left out" in capsys.readouterr().out
+    content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
+    assert (content["images"], content["first_seed"]) == (5, 2)
+    found = {name: values["fid-64"] for name, values in content["metrics"].items()}
+    assert list(found) == ["ema-0.05", "ema-0.2", "ema", "raw"]
+    run = open_run(copied)
+    generation = with_settings(default_generation(run), weights="ema-0.2")
+    (batch,) = generate(run, range(2, 7), generation)
+    by_hand = image_metrics(
+        batch.images, real, metrics=["fid"], layer="64", inception_weights=inception_weights,
+        cache=tmp_path / "cache", progress=False,
+    )  # fmt: skip
+    assert found["ema-0.2"] == by_hand["fid-64"] != found["raw"]
+
+
+def test_sweep_draws_a_curve_for_every_metric() -> None:
+    loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3))
+    other = {"kid-768": 0.1, "kid-768_std": 0.1}
+    values: dict[float | str, dict[str, float]] = {
+        0.05: {"fid-768": 3.0, **other}, 0.1: {"fid-768": 4.0, **other}, "raw": {"fid-768": 5.0, **other}
+    }  # fmt: skip
+    figure = sweep_figure({0.1: loss, 0.05: loss}, {"raw": loss}, (0.1,), values)
+    overall, _, fid, kid = figure.axes
+    assert fid.get_ylabel() == "FID-768 (lower is better)"
+    assert kid.get_ylabel() == "KID-768 (lower is better)"
+    assert list(fid.lines[0].get_ydata()) == [3.0, 4.0]
+    assert [line.get_label() for line in fid.lines[1:]] == ["kept while training", "raw"]
+    assert list(fid.lines[2].get_ydata()) == [5.0, 5.0]
+    assert len(overall.lines) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (["--sigma-rel", "0.1", "--metrics", "fid"], 2, "argument --metrics: is for --sweep, which is not given"),
+        (["--sweep", "--metrics", "fid", "--inception-weights", "no.pth"], 2, "no.pth is not a file"),
+        (["--sweep", "--metrics", "fid", "--images", "0"], 2, "argument --images: 0, expected at least 1"),
         (["--sigma-rel", "0.1,0.4"], 2, "argument --sigma-rel: sigma_rel is 0.4, expected above 0 and below"),
         (["--sigma-rel", "wide"], 2, "'wide', expected numbers with commas"),
         ([], 2, "argument --sigma-rel: required without --sweep"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -296,7 +297,8 @@ def test_the_ideal_denoiser_has_no_gap_and_another_exactly_its_error(digits):
     assert (best.stderr < 0.1 * best.loss)[2]
     worse = model_gap(off, data, optimal, draws=4)
     torch.testing.assert_close(worse.gap - best.gap, torch.full((3,), 0.25, dtype=torch.float64), rtol=0.1, atol=0)
-    labelled = model_gap(ideal, data, optimal, draws=4, labels=torch.full((300,), 0.5))
+    told = dataclasses.replace(optimal, classes=1)
+    labelled = model_gap(ideal, data, told, draws=4, labels=torch.full((300,), 0.5))
     torch.testing.assert_close(labelled.loss, worse.loss)
 
 

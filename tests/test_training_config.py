@@ -98,10 +98,20 @@ def test_paper_preset_is_the_papers_protocol() -> None:
 
 def test_network_that_does_not_fit_the_images_is_refused() -> None:
     with pytest.raises(ValueError, match="images of 8 × 8 cannot be halved 4 times"):
-        build_denoiser(dataclasses.replace(TINY, channels=(8,) * 5), (1, 8, 8), 0)
+        dataclasses.replace(TINY, channels=(8,) * 5)
     with pytest.raises(ValueError, match="expected multiples of norm_groups = 8"):
         build_denoiser(dataclasses.replace(TINY, channels=(12,)), (1, 8, 8), 0)
-    with pytest.raises(ValueError, match=r"attention_resolutions is \(7,\), but the resolutions are \(8, 4\)"):
-        build_denoiser(dataclasses.replace(TINY, attention_resolutions=(7,)), (1, 8, 8), 0)
     with pytest.raises(ValueError, match=r"channels is \(\), expected one width per resolution"):
         dataclasses.replace(TINY, channels=())
+
+
+@pytest.mark.parametrize("model", ["unet", "edm2"])
+def test_attention_at_a_resolution_that_is_never_reached_is_refused_beside_one_that_is(model: str) -> None:
+    message = "attention_resolutions has 16, 7, but with 2 widths images of height 8 have the resolutions 8, 4"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, model=model, attention_resolutions=(16, 4, 7))
+    larger = dataclasses.replace(PRESETS["images"], model=model, image_size=64)
+    with pytest.raises(ValueError, match=r"attention_resolutions has 16, but .* the resolutions 128, 64, 32"):
+        dataclasses.replace(larger, image_size=128)
+    with pytest.raises(ValueError, match="attention_resolutions has 4, but"):  # the images are of another size
+        build_denoiser(dataclasses.replace(TINY, model=model, attention_resolutions=(4,)), (1, 16, 16), 0)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
@@ -34,6 +35,8 @@ EVERYTHING = dataclasses.replace(
 
 GAP = dataclasses.replace(CONFIG, weighting="gap", levels="gap", batch_size=8, levels_every=1)
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
+
+AVERAGES = dataclasses.replace(CONFIG, model="edm2", weighting="learned", sigma_rel=(0.05, 0.1), snapshot_every=2)
 
 TIMED = ("images_per_second", "seconds", "memory_bytes")
 
@@ -73,6 +76,8 @@ def assert_same(one: Any, other: Any) -> None:
 def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The last checkpoint and the metrics of a run, without what depends on time."""
     state = {name: value for name, value in load_checkpoint(run).items() if name not in TIMED}
+    if "power_averages" in state:
+        del state["power_averages"]["run"]  # another one in each training run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
@@ -292,7 +297,8 @@ def rank_main(rank: int, folder: str) -> None:
         curve.write_text("nothing")
     with pytest.raises(RunError, match="is not an optimal-loss curve"):  # on both: none waits for the other
         train(scheduled, out=out / "no gap", progress=False)
-    for config, name in ((CONFIG, "plain"), (dataclasses.replace(EVERYTHING, precision="fp32"), "everything")):
+    everything = dataclasses.replace(EVERYTHING, precision="fp32")
+    for config, name in ((CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages")):
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
         if rank == 1:  # the signal reaches one rank only: both stop after the same step
@@ -311,10 +317,22 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", ["plain", "everything", "averages"])
 def test_two_ranks_resumed_are_as_never_stopped(two_ranks: Path, name: str) -> None:
     whole, parted = outcome(two_ranks / name / "whole"), outcome(two_ranks / name / "parted")
     assert_same(list(whole), list(parted))
+
+
+def test_two_ranks_resumed_leave_the_snapshots_of_one_run_that_was_never_stopped(two_ranks: Path) -> None:
+    whole, parted = (
+        [torch.load(two_ranks / "averages" / run / "snapshots" / f"{step}.pt") for step in (2, 4, 6)]
+        for run in ("whole", "parted")
+    )
+    for one, other in zip(whole, parted, strict=True):
+        assert_same({**one, "run": ""}, {**other, "run": ""})
+    assert len({snapshot["run"] for snapshot in parted}) == 1
+    mixed = [reconstruct(two_ranks / "averages" / run / "snapshots", [0.15])[0.15] for run in ("whole", "parted")]
+    assert_same(*mixed)
 
 
 def test_ranks_are_trained_with_the_optimal_loss_that_the_first_one_has(two_ranks: Path) -> None:

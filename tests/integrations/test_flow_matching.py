@@ -149,6 +149,16 @@ def test_ten_steps_record_what_the_loop_saw(net: Velocity) -> None:
     assert loss_of.criterion.weights.std() > 0.01
 
 
+@pytest.mark.parametrize("options", [{"sigma": 0.5}, {"data_at": 0}])
+def test_the_bins_are_those_of_the_path_that_was_named(options: dict[str, Any]) -> None:
+    *_, t, vt, ut = straight(0)
+    loss_of = FlowMatchingLoss(criterion(), **options)
+    loss_of(vt.requires_grad_(), ut, t)
+    seen = Seen()
+    seen.add((vt - ut).square().mean((1, 2, 3)), log_snr(t, **options))
+    seen.check(loss_of.criterion)
+
+
 def test_a_masked_loss_goes_through_the_criterion() -> None:
     *_, t, vt, ut = straight(0)
     mask = torch.zeros(8, 1, 8, 8)

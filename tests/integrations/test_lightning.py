@@ -139,6 +139,12 @@ def test_without_a_number_of_its_own_it_logs_as_often_as_the_trainer(tmp_path: P
     assert [step for step, _ in logger.lines] == [5, 10]
 
 
+def test_a_trainer_that_logs_nothing_logs_no_statistics(tmp_path: Path) -> None:
+    logger = Records()
+    trainer(tmp_path, logger, callbacks=[StatisticsLogger()], log_every_n_steps=0).fit(Module(criterion()), loader())
+    assert logger.lines == []
+
+
 def test_validation_records_nothing(tmp_path: Path) -> None:
     module = Module(criterion("variance_aware"))
     trainer(tmp_path, val_check_interval=2, limit_val_batches=2, max_steps=4).fit(module, loader(), loader())

@@ -12,7 +12,7 @@ from .collect import Results
 
 # Okabe & Ito's colours, told apart by everyone, with markers for prints without colour.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
 
 
 def write_results(results: Results, out: Path) -> None:
@@ -52,7 +52,7 @@ def _picture(results: Results) -> Any:
     overall, by_level = figure.subplots(1, 2, width_ratios=(1, 1.2))
     figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
     for row, arm in enumerate(results.arms):
-        style = {"color": _COLOURS[row % len(_COLOURS)], "marker": _MARKERS[row % len(_MARKERS)]}
+        style = arm_style(row)
         mean, low, high = (_percent(value) for value in arm.held_out[:3])
         overall.plot(
             [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"
@@ -86,13 +86,23 @@ def _picture(results: Results) -> Any:
     if results.arms:
         by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
     for panel in (overall, by_level):
-        panel.grid(alpha=0.3, linewidth=0.6)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        plain_axes(panel)
     figure.suptitle(
         f"{results.name}: {len(results.seeds)} seeds, paired", x=0.02, ha="left", fontsize=16, weight="bold"
     )
     return figure
+
+
+def arm_style(row: int) -> dict[str, str]:
+    """Colour and marker of the arm in this row."""
+    return {"color": _COLOURS[row % len(_COLOURS)], "marker": _MARKERS[row % len(_MARKERS)]}
+
+
+def plain_axes(panel: Any) -> None:
+    """A light grid, and no frame above and to the right."""
+    panel.grid(alpha=0.3, linewidth=0.6)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
 
 
 def _percent(log_ratio: float) -> float:

@@ -9,7 +9,8 @@ HELP = "train a grid of configs over seeds, and compare them pair by pair"
 DESCRIPTION = (
     "Train what a TOML file describes: arms (sets of fields of the config) times seeds. What is trained already is "
     "left alone, what broke off goes on. Then collect, for each arm against the baseline with the same seed, the mean "
-    "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png. With "
+    "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with "
+    "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. With "
     "--evaluate, images of every run are drawn from the same seeds and compared with real ones first, as the file's "
     "[evaluate] says (FID and KID of 5,000 images unless it does). Exit status 1 where a run failed; the others are "
     "collected."
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", default=None, help="for --evaluate: features of references, as there"
     )
+    parser.add_argument("--gap", action="store_true", help="measure each run's loss above the optimal one, too")
+    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images it is measured on")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--index", type=int, metavar="I", default=argparse.SUPPRESS,
@@ -47,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..ablation import collect, evaluate_all, read_grid, train_all, write_results
+    from ..ablation import collect, collect_gaps, evaluate_all, read_grid, train_all, write_gaps, write_results
 
+    if options.gap_images < 2:
+        options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if options.jobs < 1:
         options.parser.error(f"argument --jobs: {options.jobs}, expected at least 1")
     overrides = {name: getattr(options, name) for name in ("data", "device", "steps") if name in options}
@@ -77,5 +82,9 @@ def run(options: argparse.Namespace) -> None:
         write_results(results, out)
         print(results.as_text())
         print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
+        if options.gap:
+            gaps = collect_gaps(grid, out, images=options.gap_images)
+            write_gaps(gaps, out)
+            print(f"\n{gaps.as_text()}\nWritten to {out / 'gaps'}.csv, .txt and .png")
     if failed:
         options.parser.exit(1, f"vadiff: {len(failed)} runs failed: {', '.join(str(path) for path in failed)}\n")

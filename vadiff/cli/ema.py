@@ -2,12 +2,18 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.fidelity import METRICS
+from .evaluate import add_comparison_options, comparison_of
+from .sample import seeds_of
 
 if TYPE_CHECKING:
     import torch
 
+    from ..report.evaluate import MetricSettings
     from ..training import Run
 
 NAME = "ema"
@@ -16,7 +22,8 @@ DESCRIPTION = (
     "Make power-function averages of a run's weights, of any relative width sigma_rel, from the snapshots of a run "
     "trained with --sigma-rel 0.05 0.1. Each is written to RUN/ema/step-<n>/sigma-rel-<width>.pt, and its name as "
     "weights is ema-<width>. With --sweep the held-out loss of each is measured too, beside the run's own average and "
-    "its trained weights, and RUN/ema/step-<n>/sweep.png and sweep.json are written."
+    "its trained weights, and RUN/ema/step-<n>/sweep.png and sweep.json are written; with --metrics too, images are "
+    "drawn with each from the same seeds, and compared with real ones."
 )
 _SWEEP = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.18, 0.21, 0.25)
 
@@ -29,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--step", type=int, metavar="N", default=None, help="of a snapshot; the last unless given")
     parser.add_argument("--sweep", action="store_true", help="measure each width, and draw the curve")
+    parser.add_argument(
+        "--metrics", nargs="*", choices=METRICS, default=[],
+        help="with --sweep: measure images too; prc: precision and recall; isc: Inception score",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, metavar="N", default=5000, help="how many to draw, for --metrics")
+    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="their seeds count up from here")
+    add_comparison_options(parser)
     parser.add_argument("--device", default="auto", help="where to measure: auto (a GPU if there is one), cpu, cuda:N")
 
 
@@ -38,6 +52,9 @@ def run(options: argparse.Namespace) -> None:
 
     if "sigma_rel" not in options and not options.sweep:
         options.parser.error("argument --sigma-rel: required without --sweep")
+    if options.metrics and not options.sweep:
+        options.parser.error("argument --metrics: is for --sweep, which is not given")
+    seeds, comparison = seeds_of(options), comparison_of(options)
     try:
         device = TrainConfig(device=options.device).torch_device()
     except ValueError as error:
@@ -50,15 +67,21 @@ def run(options: argparse.Namespace) -> None:
     for width, file in files.items():
         print(f"ema-{width:g}: {file}")
     if options.sweep:
-        _sweep(run, files, device)
+        try:
+            _sweep(run, files, device, seeds, comparison)
+        except ValueError as error:
+            options.parser.error(str(error))
 
 
-def _sweep(run: "Run", files: dict[float, Path], device: "torch.device") -> None:
-    from ..report.ema_sweep import sweep_figure, sweep_scores
+def _sweep(
+    run: "Run", files: dict[float, Path], device: "torch.device", seeds: Sequence[int], comparison: "MetricSettings"
+) -> None:
+    from ..report.ema_sweep import sweep_figure, sweep_metrics, sweep_scores
     from ..training.post_hoc import held_out_of_averages
 
     folder = next(iter(files.values())).parent
-    losses, others = held_out_of_averages(run, list(files), int(folder.name.removeprefix("step-")), device)
+    step = int(folder.name.removeprefix("step-"))
+    losses, others = held_out_of_averages(run, list(files), step, device)
     scores, other_scores = sweep_scores(losses), sweep_scores(others)
     best = min(scores, key=lambda width: scores[width])
     print("\nEDM's loss on held-out images, geometric mean over noise levels:")
@@ -66,13 +89,18 @@ def _sweep(run: "Run", files: dict[float, Path], device: "torch.device") -> None
         print(f"  {f'ema-{width:g}':>9} {scores[width]:.4f}{'  lowest' if width == best else ''}")
     for name, score in other_scores.items():
         print(f"  {name:>9} {score:.4f}")
-    content = {
+    content: dict[str, Any] = {
         "log_snr": losses[best].log_snr.tolist(),
         "held_out": {f"ema-{width:g}": losses[width].mean.tolist() for width in sorted(losses)}
         | {name: loss.mean.tolist() for name, loss in others.items()},
     }
+    metrics = {}
+    if comparison.metrics:
+        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, comparison, device)
+        content["metrics"] = {name if isinstance(name, str) else f"ema-{name:g}": v for name, v in metrics.items()}
+        content["images"], content["first_seed"] = len(seeds), seeds[0]
     (folder / "sweep.json").write_text(json.dumps(content) + "\n")
-    sweep_figure(losses, others, run.config.sigma_rel).savefig(folder / "sweep.png")
+    sweep_figure(losses, others, run.config.sigma_rel, metrics).savefig(folder / "sweep.png")
     print(f"Written to {folder / 'sweep'}.json and .png")
 
 

@@ -2,12 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..evaluation.fidelity import LAYERS, METRICS
 from .sample import add_generation_options, devices_of, generation_of, seeds_of
 
+if TYPE_CHECKING:
+    from ..report.evaluate import MetricSettings
+
 NAME = "evaluate"
-HELP = "FID and its kin, held-out loss and gradients per noise level"
+HELP = "FID and its kin; held-out loss, gradients and gap to the optimal loss per noise level"
 DESCRIPTION = (
     "For a run directory: draw images, compare them with the training images, and measure the loss on held-out images "
     "per noise level with averaged and raw weights. Writes metrics.json, held-out.csv and pictures to "
@@ -26,6 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", default=5000, help="how many to draw from a run")
     parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="their seeds count up from here")
+    add_comparison_options(parser)
+    levels = parser.add_argument_group("per noise level (runs only)")
+    levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
+    levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="at most so many; all without")
+    levels.add_argument("--gradients", action="store_true", help="gradient norm per level, cosines between levels")
+    levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
+    levels.add_argument("--gap", action="store_true", help="loss above the lowest any network can have (J*)")
+    levels.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per level")
+    add_generation_options(parser)
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `evaluate` and `ema` about what images are compared with, and by what."""
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", default=None,
         help="real images: folder, .npz or run directory; without it the training images of the run",
@@ -40,33 +57,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", default=None, help="features of references; the user's cache without"
     )
-    levels = parser.add_argument_group("per noise level (runs only)")
-    levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
-    levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="at most so many; all without")
-    levels.add_argument("--gradients", action="store_true", help="gradient norm per level, cosines between levels")
-    levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
-    add_generation_options(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    from ..report.evaluate import MetricSettings, evaluate_pictures, evaluate_run
-    from ..training import open_run
+def comparison_of(options: argparse.Namespace) -> "MetricSettings":
+    """How images are to be compared; weights that are not there end the program as a usage error."""
+    from ..report.evaluate import MetricSettings
 
     if options.inception_weights is not None and not options.inception_weights.is_file():
         options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
+    return MetricSettings(options.metrics, options.reference, options.layer, options.inception_weights, options.cache)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..report.evaluate import evaluate_pictures, evaluate_run
+    from ..training import open_run
+
+    settings = comparison_of(options)
     if options.gradient_images < 2:
         options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
+    if options.gap_images < 2:
+        options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if not options.target.exists():
         options.parser.error(
             f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
         )
-    settings = MetricSettings(
-        options.metrics, options.reference, options.layer, options.inception_weights, options.cache
-    )
     try:
         if (options.target / "config.yaml").exists():
-            if not (options.metrics or options.gradients) and options.no_held_out:
-                options.parser.error("nothing to measure: no --metrics, --no-held-out and no --gradients")
+            if not (options.metrics or options.gradients or options.gap) and options.no_held_out:
+                options.parser.error("nothing to measure: no --metrics, --no-held-out, no --gradients and no --gap")
             opened = open_run(options.target)
             evaluate_run(
                 opened,
@@ -75,10 +93,12 @@ def run(options: argparse.Namespace) -> None:
                 settings,
                 held_out_images=0 if options.no_held_out else options.held_out_images,
                 gradient_images=options.gradient_images if options.gradients else 0,
+                gap_images=options.gap_images if options.gap else 0,
             )
             return
-        if options.gradients:
-            options.parser.error(f"argument --gradients: {options.target} is not a run directory")
+        for name in ("gradients", "gap"):
+            if getattr(options, name):
+                options.parser.error(f"argument --{name}: {options.target} is not a run directory")
         if options.reference is None and set(options.metrics) != {"isc"}:
             options.parser.error("argument --reference: needed to compare a folder of images with")
         evaluate_pictures(options.target, settings, devices_of(options)[0])

@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from ..optimal_loss import OptimalLoss
 from ..training.config import DATASETS
 
 NAME = "optimal-loss"
@@ -15,7 +17,8 @@ DESCRIPTION = (
     "Estimate the optimal loss J* of a data set's training images at noise levels log-spaced in sigma: the x0 loss of "
     "the ideal denoiser, summed over elements. Draws until each level's standard error is below max(RELATIVE of J*, "
     "ABSOLUTE of the total variance), or LIMIT draws. Writes optimal_loss.csv and .png to the folder --out; "
-    "with --run, the picture and the table have the averaged model's loss and gap on training images as well."
+    "with --run, the picture and the table have the averaged model's loss and gap on training images as well, and with "
+    "--compare the table has the difference to another curve."
 )
 
 _SQUARE = 3072  # matrices of the speed that the run is compared with
@@ -26,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set")
     parser.add_argument("--image-size", type=int, metavar="N", default=32, help="of the pictures of dataset images")
     parser.add_argument("--flips", action="store_true", help="count mirrored images too, as a run with flips sees them")
+    parser.add_argument(
+        "--class-conditional", action="store_true", help="of a network that is told the class; a --run says it itself"
+    )
     parser.add_argument("--run", type=Path, dest="trained", metavar="RUN", help="run directory: its data, and its gap")
     parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images the gap is taken on")
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="a curve at the same levels: print the difference")
     parser.add_argument("--levels", type=int, metavar="N", default=16, help="number of noise levels")
     parser.add_argument("--sigma-min", type=float, metavar="S", default=0.1, help="lowest noise level")
     parser.add_argument("--sigma-max", type=float, metavar="S", default=40.0, help="highest noise level")
@@ -44,41 +51,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..data import normalised
     from ..extras import import_extra
-    from ..optimal_loss import Estimate, estimate_until, model_gap
+    from ..optimal_loss import Estimate, estimate_given_class, estimate_until
     from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
     from ..training import TrainConfig, open_run
     from ..training.assembly import load_images
+    from ..training.optimal_curve import training_set
+    from ..training.run_gap import gap_of_run
 
     sigmas = _levels(options)
     devices = _devices(options)
+    other = None if options.compare is None else _other(options, sigmas)
     trained = None if options.trained is None else open_run(options.trained)
     if trained is None:
-        images = load_images(TrainConfig(dataset=options.dataset, data=options.data, image_size=options.image_size))
-        flips = options.flips
+        config = TrainConfig(
+            dataset=options.dataset, data=options.data, image_size=options.image_size, flips=options.flips,
+            class_conditional=options.class_conditional,
+        )  # fmt: skip
     else:
-        images, flips = trained.images(), trained.config.flips
-    data = normalised(images.train)
-    data = torch.cat([data, data.flip(-1)]) if flips else data
+        config = trained.config
+    if config.class_conditional and options.estimator != "full":
+        options.parser.error(f"argument --estimator: {options.estimator}, expected full where the class is told")
+    images = load_images(config)
+    data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
     machine = _product_speed(devices)
     where = ", ".join(str(device) for device in devices)
-    print(f"{len(data):,} images of {data[0].numel():,} numbers, {len(sigmas)} noise levels, on {where}")
+    told = "" if labels is None else f" in {images.classes} classes that are told"
+    print(f"{len(data):,} images of {data[0].numel():,} numbers{told}, {len(sigmas)} noise levels, on {where}")
 
     seen: list[Estimate] = []
     with import_extra("tqdm", "train").tqdm(total=options.limit, unit="draw", desc=NAME, disable=None) as bar:
+        started = time.perf_counter()
 
         def progress(so_far: Estimate) -> None:
+            draws = int(so_far.optimal.draws.max())
+            if seen and so_far.levels_done > seen[0].levels_done:  # for logs, where there is no bar
+                spent = time.perf_counter() - started
+                bar.write(f"{so_far.levels_done} of {len(sigmas)} levels done after {draws:,} draws, {spent:.0f} s")
+                sys.stdout.flush()
             seen[:] = [so_far]
-            bar.update(int(so_far.optimal.draws.max()) - bar.n)
+            bar.update(draws - bar.n)
             bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done")
 
-        started = time.perf_counter()
         try:
-            optimal = estimate_until(
-                data, sigmas, options.limit, options.relative, options.absolute, options.estimator, options.subset,
-                options.correction, options.seed, chunk=options.chunk, device=devices, progress=progress,
-            )  # fmt: skip
+            if labels is None:
+                optimal = estimate_until(
+                    data, sigmas, options.limit, options.relative, options.absolute, options.estimator, options.subset,
+                    options.correction, options.seed, chunk=options.chunk, device=devices, progress=progress,
+                )  # fmt: skip
+            else:
+                optimal = estimate_given_class(
+                    data, labels, sigmas, options.limit, options.relative, options.absolute, options.seed,
+                    chunk=options.chunk, device=devices, progress=progress,
+                )  # fmt: skip
         except ValueError as error:
             options.parser.error(str(error))
         seconds = time.perf_counter() - started
@@ -86,11 +111,10 @@ def run(options: argparse.Namespace) -> None:
 
     gap = None
     if trained is not None:
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))[: options.gap_images]
-        denoiser = trained.denoiser(device=devices[0])
-        # Without labels: J* is that of the images, not of those of a class.
-        gap = model_gap(denoiser, data[chosen], optimal, seed=options.seed, device=devices[0])
-    print(optimal_loss_table(optimal, gap))
+        gap = gap_of_run(
+            trained, optimal, images=images, number=options.gap_images, seed=options.seed, device=devices[0]
+        )
+    print(optimal_loss_table(optimal, gap, other))
     gaps = {} if gap is None else {options.trained.name: gap}
     optimal_loss_figure(optimal, gaps).savefig(options.out / "optimal_loss.png")
     speed = seen[0].flops / seconds
@@ -99,6 +123,21 @@ def run(options: argparse.Namespace) -> None:
         f"{machine / 1e9:.0f} of a {_SQUARE} x {_SQUARE} float32 product here"
     )
     print(f"Written to {options.out / 'optimal_loss'}.csv and .png")
+
+
+def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:
+    """The curve to compare with."""
+    try:
+        other = OptimalLoss.load(options.compare)
+    except (OSError, ValueError) as error:
+        options.parser.error(f"argument --compare: {error}")
+    if len(other.sigma) != len(sigmas) or not torch.allclose(other.sigma, torch.tensor(sigmas).double(), rtol=1e-6):
+        options.parser.error(
+            f"argument --compare: {options.compare} has {len(other.sigma)} noise levels from "
+            f"{float(other.sigma.min()):g} to {float(other.sigma.max()):g}, expected those of this estimate: the same "
+            "--levels, --sigma-min and --sigma-max"
+        )
+    return other
 
 
 def _levels(options: argparse.Namespace) -> list[float]:

@@ -149,7 +149,7 @@ def import_k_diffusion() -> ModuleType:
     except MissingExtraError as error:
         for name in _NOT_FOR_TRAINING:
             del sys.modules[f"k_diffusion.{name}"]
-        raise MissingExtraError(f"{error}, and pip install --no-deps k-diffusion") from error
+        raise MissingExtraError(f"{error}, and pip install --no-deps dctorch k-diffusion") from error
 
 
 class _LeftOut(ModuleType):
@@ -160,9 +160,7 @@ class _LeftOut(ModuleType):
         self._trouble = trouble
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(f"{self.__name__} was left out: {self._trouble}") from self._trouble
+        raise AttributeError(f"{self.__name__} was left out: {self._trouble}") from self._trouble
 
 
 def _is_one(weighting: Any) -> bool:

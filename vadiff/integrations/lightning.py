@@ -69,7 +69,9 @@ class StatisticsLogger(Callback):
     ) -> None:
         step = trainer.global_step  # does not move while gradients accumulate
         every: int = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or step == self._logged_at or step % max(every, 1):
+        if (
+            not trainer.is_global_zero or step == self._logged_at or not every or step % every
+        ):  # 0: the trainer logs nothing
             return
         self._logged_at = step
         for name, criterion in _criteria(pl_module):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -113,7 +114,8 @@ def _weigh(diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any], losses
 
 def _level_name(diffusion: Any) -> str:
     """What a diffusion's forward calls its noise levels."""
-    arguments = inspect.signature(type(diffusion).forward).parameters
+    kind: Any = type(diffusion)
+    arguments = _arguments_of(kind)
     if "loss_reduction" in arguments:
         if "times" in arguments and hasattr(diffusion, "random_times") and hasattr(diffusion, "alphas_cumprod"):
             return "times"
@@ -124,6 +126,11 @@ def _level_name(diffusion: Any) -> str:
         "GaussianDiffusion, GaussianDiffusion1D or ElucidatedDiffusion of denoising-diffusion-pytorch 2.3.4 or later, "
         "with times= or sigma= and loss_reduction="
     )
+
+
+@functools.cache
+def _arguments_of(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)
 
 
 def _check_loss_weight(diffusion: Any, criterion: DiffusionLoss) -> None:

@@ -3,6 +3,6 @@
 from .denoiser import PROCESSES, Denoiser
 from .edm2 import EDM2UNet
 from .magnitude_preserving import normalize_weights
-from .unet import unet
+from .unet import check_attention, check_halvings, unet
 
-__all__ = ["PROCESSES", "Denoiser", "EDM2UNet", "normalize_weights", "unet"]
+__all__ = ["PROCESSES", "Denoiser", "EDM2UNet", "check_attention", "check_halvings", "normalize_weights", "unet"]

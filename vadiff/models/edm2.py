@@ -18,7 +18,7 @@ from .magnitude_preserving import (
     mp_sum,
     pixel_norm,
 )
-from .unet import check_halvings
+from .unet import check_attention, check_halvings
 
 _BRANCH_SHARE = 0.3  # t of a residual branch
 _LARGEST = 256.0  # activations are clipped there, far from what float16 can hold
@@ -37,7 +37,8 @@ class EDM2UNet(nn.Module):
         image_shape: (C, H, W).
         channels: width of each resolution, from H × W down; the paper's S at 64 × 64 is (192, 384, 576, 768).
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
-        attention_resolutions: heights (in pixels) of the resolutions with self-attention; the middle always has it.
+        attention_resolutions: heights (in pixels) of the resolutions with self-attention; None is the paper's 16 and 8,
+            as far as there are such. The middle always has it.
         dropout: in the residual blocks.
         labels: number of classes, to which one is added for "none given"; 0 for a network without.
         head_channels: of an attention head; a narrower layer has one head.
@@ -52,7 +53,7 @@ class EDM2UNet(nn.Module):
         channels: Sequence[int],
         *,
         layers_per_block: int = 3,
-        attention_resolutions: Collection[int] = (16, 8),
+        attention_resolutions: Collection[int] | None = None,
         dropout: float = 0.0,
         labels: int = 0,
         head_channels: int = 64,
@@ -60,6 +61,9 @@ class EDM2UNet(nn.Module):
         super().__init__()
         image_channels, height, _ = image_shape
         check_halvings(image_shape, channels)
+        if attention_resolutions is None:
+            attention_resolutions = {16, 8} & {height >> level for level in range(len(channels))}
+        check_attention(height, channels, attention_resolutions)
         embedding = max(channels)
         self.labels = labels
         self.noise_features = MPFourier(channels[0])

@@ -40,13 +40,8 @@ def unet(
     check_halvings(image_shape, channels)
     if any(width_ % norm_groups for width_ in channels):
         raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
-    resolutions = [height >> level for level in range(len(channels))]
-    if attention_resolutions and not set(attention_resolutions) & set(resolutions):
-        raise ValueError(
-            f"attention_resolutions is {tuple(attention_resolutions)}, but the resolutions are {tuple(resolutions)}: "
-            "none has self-attention. Give one of them, or () for no attention"
-        )
-    attends = [resolution in attention_resolutions for resolution in resolutions]
+    check_attention(height, channels, attention_resolutions)
+    attends = [height >> level in attention_resolutions for level in range(len(channels))]
     return _UNet(
         sample_size=(height, width),
         in_channels=channel_count,
@@ -76,6 +71,22 @@ def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -
         raise ValueError(
             f"channels has {len(channels)} resolutions, but images of {height} × {width} cannot be halved "
             f"{len(channels) - 1} times: give fewer widths, or an image size that is a multiple of {multiple}"
+        )
+
+
+def check_attention(height: int, channels: Sequence[int], attention_resolutions: Collection[int]) -> None:
+    """Whether every resolution that should have self-attention is one of the network's.
+
+    Raises:
+        ValueError: some are not.
+    """
+    resolutions = [height >> level for level in range(len(channels))]
+    strangers = [resolution for resolution in attention_resolutions if resolution not in resolutions]
+    if strangers:
+        raise ValueError(
+            f"attention_resolutions has {', '.join(map(str, strangers))}, but with {len(channels)} widths images of "
+            f"height {height} have the resolutions {', '.join(map(str, resolutions))}. Give some of these, or () for "
+            "no attention"
         )
 
 

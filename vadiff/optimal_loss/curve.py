@@ -17,7 +17,7 @@ from ..process import EDM, NoiseProcess, loss_ratio
 # Below this share of the total variance J* is float32 rounding; interpolation in logs needs a positive number.
 _LEAST = 1e-9
 
-_COLUMNS = ("sigma", "loss", "stderr", "draws", "elements", "total_variance", "samples", "estimator")
+_COLUMNS = ("sigma", "loss", "stderr", "draws", "elements", "total_variance", "samples", "estimator", "classes")
 
 
 class ConvertedLoss(NamedTuple):
@@ -43,9 +43,10 @@ class OptimalLoss:
         stderr: [T] float64, its standard error.
         draws: [T] int64, noisy samples drawn per level.
         elements: D, numbers in one sample.
-        total_variance: trace of the data's covariance, to which J* rises.
+        total_variance: trace of the data's covariance, within classes where the class is told: to which J* rises.
         samples: N, size of the data set.
         estimator: "full", "snis", "dol" or "cdol".
+        classes: of which the denoiser is told the one of its image; 0 where it is told nothing.
     """
 
     sigma: Tensor
@@ -56,6 +57,7 @@ class OptimalLoss:
     total_variance: float
     samples: int
     estimator: str = "full"
+    classes: int = 0
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def log_loss_at(self, log_snr: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class OptimalLoss:
 
     def as_rows(self) -> list[tuple[object, ...]]:
         """What `save` writes, a row per level: sigma, loss, stderr, draws, and what belongs to the whole curve."""
-        whole = (self.elements, self.total_variance, self.samples, self.estimator)
+        whole = (self.elements, self.total_variance, self.samples, self.estimator, self.classes)
         columns = (self.sigma.tolist(), self.loss.tolist(), self.stderr.tolist(), self.draws.tolist())
         return [(*row, *whole) for row in zip(*columns, strict=True)]
 
@@ -158,6 +160,7 @@ class OptimalLoss:
                 total_variance=float(first["total_variance"]),
                 samples=int(first["samples"]),
                 estimator=first["estimator"],
+                classes=int(first.get("classes", 0)),  # of curves that say nothing, the class is not told
             )
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(

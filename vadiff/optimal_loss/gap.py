@@ -57,7 +57,7 @@ def model_gap(
     Args:
         denoise: D(noisy, sigma) or D(noisy, sigma, labels) → estimate of x0.
         images: [N, ...] floating, as the network sees them.
-        optimal: J* of their data set.
+        optimal: J* of their data set: without labels that of `estimate`, with them that of `estimate_given_class`.
         labels: [N], passed on.
         sigmas: noise levels; those of `optimal` by default.
         draws: noises per image. They are the same for every model and level.
@@ -66,7 +66,8 @@ def model_gap(
         device: where `denoise` runs.
 
     Raises:
-        ValueError: images of another size than J* is of, or labels of another length.
+        ValueError: images of another size than J* is of, labels of another length, or labels and a J* that is not that
+            of a denoiser that is told them, or the other way round.
     """
     elements = images[0].numel()
     if elements != optimal.elements:
@@ -75,6 +76,12 @@ def model_gap(
         )
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels has length {len(labels)}, expected {len(images)}: one for each image")
+    if (labels is None) == (optimal.classes > 0):
+        kind = "is told the class" if optimal.classes else "is told no class"
+        raise ValueError(
+            f"labels is {'None' if labels is None else 'given'}, but the optimal loss is of a denoiser that {kind}: "
+            f"take it from {'estimate_given_class' if labels is not None else 'estimate'}"
+        )
     levels = optimal.sigma if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
     sums = torch.zeros(2, len(levels), dtype=torch.float64)  # of an image's loss, and of its square
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from .style import IMAGES, LOG_SNR, Chart, Line, all_nan_is_no_value, line
 
 Styles = Mapping[str, Line]
 
-_METRICS = {
+METRICS = {
     "fid": ("FID", "lower is better"),
     "kid": ("KID", "lower is better"),
     "isc": ("Inception score", "higher is better"),
@@ -24,15 +24,15 @@ _METRICS = {
 def metric_names(groups: Sequence[Group]) -> list[str]:
     """What was measured on generated images, as fid or fid-768; without the spread of an estimate."""
     found = {name for group in groups for run in group.runs for _, values in run.evaluation for name in values}
-    order = list(_METRICS)
-    known = [name for name in found if name.split("-")[0] in _METRICS]
+    order = list(METRICS)
+    known = [name for name in found if name.split("-")[0] in METRICS]
     return sorted(known, key=lambda name: (order.index(name.split("-")[0]), name))
 
 
 def spoken_metric(name: str) -> str:
     """fid-768 → FID-768."""
     base, _, layer = name.partition("-")
-    return _METRICS[base][0] + (f"-{layer}" if layer else "")
+    return METRICS[base][0] + (f"-{layer}" if layer else "")
 
 
 def styles_of(groups: Sequence[Group]) -> dict[str, Line]:
@@ -232,7 +232,7 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
 
 def metric(groups: Sequence[Group], name: str) -> Chart:
     """A metric of generated images against training images seen."""
-    title, better = spoken_metric(name), _METRICS[name.split("-")[0]][1]
+    title, better = spoken_metric(name), METRICS[name.split("-")[0]][1]
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):

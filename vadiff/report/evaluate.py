@@ -20,8 +20,12 @@ from ..evaluation import LevelGradients, image_metrics, level_gradients
 from ..evaluation.fidelity import content_key, weights_key, within_reach
 from ..extras import import_extra
 from ..generation import Generation, generate
+from ..optimal_loss import ModelGap
 from ..pictures import read_pictures
 from ..training import HeldOutLoss, Run, TrainConfig, held_out_loss, open_run
+from ..training.optimal_curve import estimate_curve
+from ..training.run_gap import gap_of_run
+from .gap import gap_chart, gap_rows, gap_table
 from .gradient_charts import gradient_charts
 from .held_out_charts import held_out_levels
 from .style import Chart
@@ -54,6 +58,7 @@ def evaluate_run(
     *,
     held_out_images: int | None = 0,
     gradient_images: int = 0,
+    gap_images: int = 0,
 ) -> Path:
     """Measure a checkpoint of a run; print what comes out and write it to `evaluation/step-<n>` in the run.
 
@@ -64,6 +69,8 @@ def evaluate_run(
         settings: of the comparison with real images.
         held_out_images: at most so many of them are measured on; None takes all, 0 measures nothing.
         gradient_images: training images for the gradients per level; 0 measures none.
+        gap_images: training images for the loss above the optimal one, of the weights that `generation` names; 0
+            measures none.
 
     Returns:
         The folder.
@@ -84,9 +91,9 @@ def evaluate_run(
     files: dict[str, str | bytes] = {}
     data = run.images()
     if settings.metrics:
-        settings = _within_reach(settings)
-        reference = data.train if settings.reference is None else _reference(settings.reference)
-        images = _draw(run, seeds, generation)
+        settings = settings_within_reach(settings)
+        reference = data.train if settings.reference is None else reference_images(settings.reference)
+        images = draw_images(run, seeds, generation)
         values = compare(images, reference, settings, device)
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
@@ -103,6 +110,13 @@ def evaluate_run(
         print(_gradients_table(gradients))
         files["gradients.csv"] = _csv(_gradients_rows(gradients))
         files |= _pictures(gradient_charts(gradients))
+    if gap_images:
+        gap = _gap(run, data, generation, device, gap_images)
+        number = min(gap_images, len(data.train))
+        print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
+        print(gap_table(gap, run.config.sigma_data))
+        files["gap.csv"] = _csv(gap_rows(gap, run.config.sigma_data))
+        files |= _pictures([gap_chart(gap, run.config.sigma_data)])
     _write(folder, files)
     print(f"\nWritten to {folder}: {', '.join(sorted(files))}")
     return folder
@@ -116,11 +130,11 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
         ValueError: no readable images, or settings that do not fit.
         UserError: the reference is a run whose data set is missing.
     """
-    reference = None if settings.reference is None else _reference(settings.reference)
-    return compare(read_pictures(path), reference, _within_reach(settings), device)
+    reference = None if settings.reference is None else reference_images(settings.reference)
+    return compare(read_pictures(path), reference, settings_within_reach(settings), device)
 
 
-def _within_reach(settings: MetricSettings) -> MetricSettings:
+def settings_within_reach(settings: MetricSettings) -> MetricSettings:
     """Without what the Inception weights cannot give, which is said: before images are drawn, not after."""
     possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
     if len(possible) < len(settings.metrics):
@@ -149,11 +163,13 @@ def compare(
     return values
 
 
-def _reference(path: Path) -> Tensor:
+def reference_images(path: Path) -> Tensor:
+    """Real images, [N, C, H, W] uint8: the training images of a run directory, or those of a folder or an archive."""
     return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
 
 
-def _draw(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
+    """One image per seed, in their order, with a progress bar. [len(seeds), C, H, W] uint8"""
     tqdm = import_extra("tqdm", "train").tqdm
     batches = {}
     with tqdm(total=len(seeds), unit="image", desc="drawing", disable=None) as bar:
@@ -190,6 +206,16 @@ def _gradients(
         criterion.weight_at(log_snr.float()),
         criterion.statistics.mass[_bin_of(log_snr, criterion.bin_centers)],
         batch_size=batch_size,
+    )
+
+
+def _gap(run: Run, data: Images, generation: Generation, device: torch.device, number: int) -> ModelGap:
+    sigmas = (-0.5 * _log_snr_levels(run.config)).exp().tolist()
+    optimal = estimate_curve(
+        run.config, data, device, sigmas=sigmas, relative=0.01, absolute=1e-4, limit=16384, progress=True
+    )
+    return gap_of_run(
+        run, optimal, images=data, number=number, weights=generation.weights, step=generation.step, device=device
     )
 
 

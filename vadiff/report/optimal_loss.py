@@ -59,8 +59,11 @@ def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | Non
     return figure
 
 
-def optimal_loss_table(optimal: OptimalLoss, gap: ModelGap | None = None) -> str:
-    """One line per noise level: J*, its standard error and share of the total variance, and a model's gap."""
+def optimal_loss_table(optimal: OptimalLoss, gap: ModelGap | None = None, other: OptimalLoss | None = None) -> str:
+    """One line per noise level: J*, its standard error and share of the total variance, and a model's gap.
+
+    With `other`, a curve at the same levels, the difference to it as well, in percent of its total variance.
+    """
     lines = [f"{'sigma':>10}  {'J*':>12}  {'std. error':>10}  {'J*/D':>10}  {'of variance':>11}  {'draws':>7}"]
     columns = (optimal.sigma, optimal.loss, optimal.stderr, optimal.draws)
     for sigma, loss, stderr, draws in zip(*(column.tolist() for column in columns), strict=True):
@@ -72,4 +75,13 @@ def optimal_loss_table(optimal: OptimalLoss, gap: ModelGap | None = None) -> str
         lines[0] += f"  {'model loss':>10}  {'gap':>10}  {'std. error':>10}"
         for place, values in enumerate(torch.stack([gap.loss, gap.gap, gap.stderr], 1).tolist()):
             lines[place + 1] += "".join(f"  {value:10.4g}" for value in values)
+    if other is not None:
+        difference = 100.0 * (optimal.loss - other.loss) / other.total_variance
+        error = 100.0 * (optimal.stderr.square() + other.stderr.square()).sqrt() / other.total_variance
+        lines[0] += f"  {'difference':>17}"
+        for place, (value, uncertain) in enumerate(zip(difference.tolist(), error.tolist(), strict=True)):
+            lines[place + 1] += f"  {value:+7.2f} % ± {uncertain:.2f}"
+        lines.append(
+            f"Largest difference to {other.estimator}: {float(difference.abs().max()):.2f} % of the total variance"
+        )
     return "\n".join(lines)

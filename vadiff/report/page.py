@@ -106,7 +106,7 @@ def sections_of(groups: Sequence[Group]) -> list[Section]:
     """The parts of the page for which the runs have something to show."""
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
     found.append(_magnitudes(groups))
-    found += [_held_out(groups), _gradients(groups), _metrics(groups), _samples(groups)]
+    found += [_held_out(groups), _gap(groups), _gradients(groups), _metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
 
 
@@ -228,6 +228,18 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
         section.charts.append(held_out_charts.over_training(groups))
     section.charts += held_out_charts.final_levels(groups)
     return section
+
+
+def _gap(groups: Sequence[Group]) -> Section | None:
+    """The picture of `vadiff evaluate --gap`, where one run is shown that was measured."""
+    if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gap:
+        return None
+    pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gap]
+    text = (
+        "Measured at the last evaluated checkpoint: loss on images that were trained on, and the optimal loss of the "
+        "data set, the lowest that any network can have there. Only what lies between the two can still be won."
+    )
+    return Section("gap", "What is left to learn", text, strips=[Strip("", pictures, wide=True)])
 
 
 def _gradients(groups: Sequence[Group]) -> Section | None:

@@ -44,6 +44,7 @@ class History:
     evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
     samples: list[tuple[int, Path]]  # (step, picture)
     gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
+    gap: list[Path] = field(default_factory=list)  # the picture of the last `vadiff evaluate --gap`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
     held_out_is_test: bool | None = None  # None where the run has not noted it
 
@@ -122,7 +123,8 @@ def read_history(run: "Run") -> History:
         held_out=_held_out(lines),
         evaluation=run.evaluations(),
         samples=_samples(run.path),
-        gradients=_gradients(run.path),
+        gradients=_evaluated(run.path, "gradient-*.svg"),
+        gap=_evaluated(run.path, "gap.svg"),
         magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
         held_out_is_test=None if facts is None else facts.held_out_is_test,
     )
@@ -192,10 +194,11 @@ def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Arra
     ]
 
 
-def _gradients(path: Path) -> list[Path]:
+def _evaluated(path: Path, name: str) -> list[Path]:
+    """The pictures of this name of the last checkpoint that has some."""
     measured = [(int(folder.name.removeprefix("step-")), folder) for folder in path.glob("evaluation/step-*")]
     for _, folder in sorted(measured, reverse=True):
-        if pictures := sorted(folder.glob("gradient-*.svg")):
+        if pictures := sorted(folder.glob(name)):
             return pictures
     return []
 

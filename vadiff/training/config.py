@@ -16,7 +16,7 @@ from .. import backends, levels, weighting
 from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
-from ..models import PROCESSES
+from ..models import PROCESSES, check_attention, check_halvings
 from ..optimal_loss import GapWeighting
 
 TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
@@ -24,6 +24,7 @@ GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss
 CURVE_WEIGHTINGS = {GAP: GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
+_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # and widths, in pixels; of "images" it is image_size
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -158,8 +159,9 @@ class TrainConfig:
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
-        if not self.channels:
-            raise ValueError("channels is (), expected one width per resolution, one at least")
+        height = _HEIGHTS.get(self.dataset, self.image_size)
+        check_halvings((1, height, height), self.channels)
+        check_attention(height, self.channels, self.attention_resolutions)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if len(set(self.sigma_rel)) < len(self.sigma_rel):

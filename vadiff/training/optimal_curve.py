@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..data import Images, normalised
 from ..errors import RunError
 from ..extras import import_extra
-from ..optimal_loss import Estimate, OptimalLoss, estimate_until
+from ..optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
 from .config import CURVE_WEIGHTINGS, GAP, TrainConfig
 
 CURVE_FILE = "optimal_loss.csv"  # in a run directory: the curve of the run, so that it stands on its own
-
-# From far below where any image is told from the next to far above the data.
-_LEVELS, _LOWEST, _HIGHEST = 36, 0.02, 80.0
-_RELATIVE, _ABSOLUTE, _LIMIT = 0.02, 2e-4, 4096
 
 
 def needs_curve(config: TrainConfig) -> bool:
@@ -49,11 +47,25 @@ def read_curve(config: TrainConfig, run: Path | None) -> OptimalLoss | None:
         raise RunError(str(error)) from error
 
 
+def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tuple[Tensor, Tensor | None]:
+    """What a run sees: its images, mirrored ones too where it flips, and their classes where it tells them.
+
+    Returns:
+        [N, C, H, W] float32 in [-1, 1], and int64 [N] or None.
+    """
+    data, labels = normalised(images.train), images.train_labels if class_conditional else None
+    if flips:
+        data = torch.cat([data, data.flip(-1)])
+        labels = None if labels is None else labels.repeat(2)
+    return data, labels
+
+
 def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
     """Whether a curve can be that of the images that are trained on.
 
     Raises:
-        RunError: it is of images of another size or number.
+        RunError: it is of images of another size or number, or of a network that is told the class where the run's is
+            not, or the other way round.
     """
     expected = (len(images.train) * (2 if config.flips else 1), images.train[0].numel())
     if (optimal.samples, optimal.elements) != expected:
@@ -62,27 +74,48 @@ def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> No
             f"optimal_loss is of {optimal.samples:,} images of {optimal.elements:,} numbers, the training images are "
             f"{expected[0]:,} of {expected[1]:,}{flips}: give the curve of this data set, or none, and it is estimated"
         )
+    if (optimal.classes > 0) != config.class_conditional:
+        told, wanted = ("no class", "the class") if config.class_conditional else ("the class", "none")
+        raise RunError(
+            f"optimal_loss is of a network that is told {told}, the run's is told {wanted}: estimate it with"
+            f"{'' if config.class_conditional else 'out'} --class-conditional, or give none, and it is estimated"
+        )
 
 
-def estimate_curve(config: TrainConfig, images: Images, device: torch.device, *, progress: bool = False) -> OptimalLoss:
-    """J* of the training images, mirrored ones included where the run has `flips`.
+def estimate_curve(
+    config: TrainConfig,
+    images: Images,
+    device: torch.device,
+    *,
+    sigmas: Sequence[float] | None = None,
+    relative: float = 0.02,
+    absolute: float = 2e-4,
+    limit: int = 4096,
+    progress: bool = False,
+) -> OptimalLoss:
+    """J* of what a run is trained on: of mirrored images too where it flips, given the class where it tells it.
 
-    36 levels from sigma 0.02 to 80, each until its standard error is 2 % of J* or 2e-4 of the total variance, or it
-    had 4,096 draws: a second on digits; on CIFAR-10 seconds on a GPU, minutes on a CPU.
+    A second on digits; on CIFAR-10 seconds on a GPU, minutes on a CPU.
 
     Args:
-        config: the run's.
+        config: the run's. With `label_dropout` its network also learns without the class, where more is left to guess:
+            J* given the class is then a little below what training can reach.
         images: its data set.
         device: where to compute.
+        sigmas: noise levels; 36 from 0.02 to 80 by default, from far below where any image is mistaken for another to
+            far above the data.
+        relative, absolute, limit: see `vadiff.optimal_loss.estimate_until`.
         progress: show a progress bar where stderr is a terminal.
     """
-    data = normalised(images.train)
-    data = torch.cat([data, data.flip(-1)]) if config.flips else data
-    sigmas = torch.linspace(math.log(_LOWEST), math.log(_HIGHEST), _LEVELS, dtype=torch.float64).exp()
+    data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
+    if sigmas is None:
+        sigmas = torch.linspace(math.log(0.02), math.log(80.0), 36, dtype=torch.float64).exp().tolist()
     bar_type = import_extra("tqdm", "train").tqdm
-    with bar_type(total=_LIMIT, unit="draw", desc="optimal loss", disable=None if progress else True) as bar:
+    with bar_type(total=limit, unit="draw", desc="optimal loss", disable=None if progress else True) as bar:
 
         def show(so_far: Estimate) -> None:
             bar.update(int(so_far.optimal.draws.max()) - bar.n)
 
-        return estimate_until(data, sigmas, _LIMIT, _RELATIVE, _ABSOLUTE, device=device, progress=show)
+        if labels is None:
+            return estimate_until(data, sigmas, limit, relative, absolute, device=device, progress=show)
+        return estimate_given_class(data, labels, sigmas, limit, relative, absolute, device=device, progress=show)

@@ -52,7 +52,8 @@ class Optimisation:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one part of a batch."""
-        self.scaler.scale(loss / self._config.accumulate).backward()
+        parts = self._config.accumulate
+        self.scaler.scale(loss if parts == 1 else loss / parts).backward()
 
     def step(self, step: int, loss: Tensor) -> None:
         """Change the weights by the gradient, unless it is non-finite, and forget it.
@@ -65,7 +66,8 @@ class Optimisation:
             group["lr"] = learning_rate_at(self._config, step)
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        # As torch's get_total_norm, which looks at the device of every one of them first.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self._config.clip < math.inf:
             nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip, norm, foreach=True)
         finite = norm.isfinite()

@@ -129,7 +129,8 @@ PRESETS = {
     "cifar100-paper": dataclasses.replace(_PAPER, dataset="cifar100"),
     "cifar10-edm": _EDM,
     "cifar10-edm2": _EDM2,
-    "images": dataclasses.replace(_CIFAR10, dataset="images", class_conditional=False),
+    # Attention at 16 alone: that is there at 32 pixels and at 64.
+    "images": dataclasses.replace(_CIFAR10, dataset="images", class_conditional=False, attention_resolutions=(16,)),
 }
 
 ABOUT = {

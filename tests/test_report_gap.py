@@ -1,0 +1,72 @@
+"""vadiff.report.gap: what `vadiff evaluate --gap` prints and writes, and the report shows."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vadiff.cli import main
+from vadiff.optimal_loss import OptimalLoss
+from vadiff.process import loss_ratio
+from vadiff.report.page import sections_of
+from vadiff.report.runs import group_runs, read_history
+from vadiff.training import open_run
+from vadiff.training.optimal_curve import estimate_curve
+from vadiff.training.run_gap import gap_of_run
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+
+def test_gap_of_a_run_is_evaluated_and_reported(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    curves: list[OptimalLoss] = []
+
+    def roughly(*arguments: Any, **options: Any) -> OptimalLoss:
+        curves.append(estimate_curve(*arguments, **{**options, "limit": 512}))
+        return curves[0]
+
+    monkeypatch.setattr("vadiff.report.evaluate.estimate_curve", roughly)
+    nothing_else = ["--metrics", "--no-held-out", "--devices", "cpu"]
+    assert main(["evaluate", str(tmp_path / "run"), *nothing_else, "--gap", "--gap-images", "40"]) == 0
+    printed = capsys.readouterr().out
+    run = open_run(tmp_path / "run")
+    folder = run.path / "evaluation" / f"step-{run.config.steps}"
+    assert sorted(file.name for file in folder.iterdir()) == ["gap.csv", "gap.png", "gap.svg"]
+    rows = list(csv.DictReader((folder / "gap.csv").read_text().splitlines()))
+    assert len(rows) == run.config.held_out_levels
+
+    assert [float(row["sigma"]) for row in rows] == pytest.approx(curves[0].sigma.tolist())
+    gap = gap_of_run(run, curves[0], number=40)
+    unit = loss_ratio("edm", -2.0 * gap.sigma.log(), sigma_data=run.config.sigma_data)
+    for row, expected, error in zip(rows, (unit * gap.gap).tolist(), (unit * gap.stderr).tolist(), strict=True):
+        assert float(row["gap"]) == pytest.approx(expected, rel=1e-4)
+        assert float(row["gap_standard_error"]) == pytest.approx(error, rel=1e-4)
+        assert f"{float(row['gap']):.5f} ± {float(row['gap_standard_error']):.5f}" in printed
+
+    assert main(["report", str(run.path)]) == 0
+    page = (run.path / "report.html").read_text()
+    assert "What is left to learn" in page
+    sections = sections_of(group_runs([read_history(open_run(trained_run))]))  # of a run that was not measured
+    assert "gap" not in [section.anchor for section in sections]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--gap"], "argument --gap: . is not a run directory"), (["--gap-images", "1"], "--gap-images: 1, expected at")],
+)
+def test_arguments_that_do_not_fit_are_named(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", ".", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
