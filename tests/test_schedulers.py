@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vadiff.log_snr import from_flow_time
 from vadiff.schedulers import coefficients_of, log_snr_of, log_snr_range_of, loss_form_of, prediction_type_of, sigma_of
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -104,6 +105,24 @@ def test_between_two_timesteps_log_snr_is_interpolated() -> None:
     assert between.item() == pytest.approx((0.75 * ends[0] + 0.25 * ends[1]).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 7.0])
+def test_a_flow_scheduler_without_scale_noise_is_not_taken_for_edm_s(shift: float) -> None:
+    """HunyuanVideo's and musubi-tuner's have tables and `step` only."""
+    t = torch.linspace(1, 0, 1001)
+    t = shift * t / (1 + (shift - 1) * t)
+    bare = SimpleNamespace(sigmas=t, timesteps=1000 * t[:-1], config=SimpleNamespace(num_train_timesteps=1000))
+    timesteps = bare.timesteps[[0, 1, 500, 999]]
+    expected = from_flow_time(t[[0, 1, 500, 999]])
+    torch.testing.assert_close(log_snr_of(bare, timesteps), expected, rtol=1e-4, atol=1e-4)
+    assert prediction_type_of(bare) == "flow"
+
+
+def test_a_flow_trainer_that_counts_from_one_ends_at_pure_noise() -> None:
+    found = log_snr_of(scheduler("flow"), torch.tensor([1.0, 1000.0, 1000.5, 1001.0]))
+    assert found[0] > 13
+    assert found[1:].tolist() == [-torch.inf] * 3
+
+
 def test_edm_noise_levels_need_not_be_in_the_table() -> None:
     sigma = torch.tensor([1e-3, 0.0137, 0.7, 33.3, 150.0], dtype=torch.float64)
     found = scheduler("edm")
@@ -157,6 +176,7 @@ def test_off_the_cpu_a_timestep_out_of_range_poisons_its_sample(monkeypatch: pyt
         False, True, True, True,
     ]  # fmt: skip
     assert log_snr_of(scheduler("edm"), torch.tensor([0.0, 500.0])).isnan().tolist() == [False, True]
+    assert log_snr_of(scheduler("flow"), torch.tensor([1000.0, 1002.0])).isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +187,7 @@ def test_off_the_cpu_a_timestep_out_of_range_poisons_its_sample(monkeypatch: pyt
         ("edm", torch.tensor([500.0]), ValueError, r"from_sigma\(sigmas\)"),
         ("edm", torch.tensor([3]), TypeError, r"scheduler.timesteps\[indices\]"),
         ("flow", torch.tensor([3]), TypeError, r"scheduler.timesteps\[indices\]"),
-        ("flow", torch.tensor([1001.0]), ValueError, "expected 0 to 1000"),
+        ("flow", torch.tensor([1002.0]), ValueError, "expected 0 to 1000"),
         ("ddpm", torch.tensor(3), ValueError, r"timesteps.expand\(batch_size\)"),
         ("ddpm", torch.tensor([[3], [4]]), ValueError, r"timesteps.flatten\(\)"),
         ("ddpm", 3, TypeError, "timesteps is a int"),

@@ -119,8 +119,11 @@ def test_everything_may_be_overridden() -> None:
     assert criterion.statistics.bins.size == 10
     assert limits(criterion) == (-5.0, 5.0)
     assert (criterion.statistics.half_life, criterion.loss, criterion.huber_delta) == (7.0, "huber", 0.1)
-    given = weighting.LossLevel(strength=0.3)
-    assert for_process("flow", weighting=given).weighting == given
+    for given in (weighting.LossLevel(strength=0.3), weighting.MinSNR(gamma=1.0, prediction_type="flow")):
+        assert for_process("flow", weighting=given).weighting == given
+    for described in ("flow", "stable_diffusion"):
+        given = weighting.MinSNR(prediction_type="v_prediction")
+        assert for_process(described, prediction_type="v_prediction", weighting=given).weighting == given
     assert for_process("flow", log_snr_range=(-2.0, 2.0)).statistics.bins.size == 16
 
 
@@ -131,6 +134,12 @@ def test_everything_may_be_overridden() -> None:
         (3, {}, TypeError, "process is a int, expected a name"),
         ("edm", {"prediction_type": "eps"}, ValueError, "prediction_type is 'eps', expected one of epsilon"),
         ("vp_cosine", {"weighting": "min_snr"}, ValueError, "prediction_type is None: expected one of epsilon"),
+        (
+            diffusers.DDPMScheduler(prediction_type="v_prediction"),
+            {"weighting": weighting.MinSNR(gamma=1.0)},
+            ValueError,
+            r"Use MinSNR\(prediction_type='v_prediction'\)",
+        ),
         ("edm", {"weighting": "minsnr"}, ValueError, "weighting is 'minsnr', expected one of"),
         ("edm", {"bin": 3}, TypeError, "bin"),
         ("edm", {"log_snr_range": 3}, ValueError, "log_snr_range is 3, expected two numbers"),

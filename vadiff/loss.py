@@ -114,8 +114,8 @@ class DiffusionLoss(nn.Module):
             overrides: any argument of `DiffusionLoss`, which then is as given.
 
         Raises:
-            ValueError: no such process; a weighting that depends on the prediction type, where none is known; or as
-                `DiffusionLoss`.
+            ValueError: no such process; a weighting that depends on the prediction type, where none is known, or one
+                that is made for another; or as `DiffusionLoss`.
             TypeError: the process is none of these, or as `DiffusionLoss`.
 
         Example:

@@ -8,6 +8,8 @@ A scheduler is recognised by what it has, so diffusers is not imported here:
 | `sigmas`, `timesteps`: EDM, consistency models | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4 |
 | `scale_noise`: flow matching | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
 
+Where `timesteps` are `sigmas` · num_train_timesteps it is a flow without `scale_noise`, too.
+
 Between two timesteps of the first two, log-SNR is interpolated; in EDM that is exact, and goes on beyond the ends.
 
 The tables are read at each call and nothing is kept: a schedule changed later is a schedule changed. A table on the CPU
@@ -200,11 +202,25 @@ def _kind_of(scheduler: Any) -> str:
     if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "config"):
         return _FLOW
     if getattr(scheduler, "sigmas", None) is not None and getattr(scheduler, "timesteps", None) is not None:
-        return _BY_SIGMA
+        return _FLOW if _counts_in_flow_time(scheduler) else _BY_SIGMA
     raise TypeError(
         f"scheduler is a {name}, expected one with alphas_cumprod, with sigmas and timesteps, or with scale_noise "
         "(flow matching), as diffusers' schedulers for training have. vadiff.log_snr has what else there is."
     )
+
+
+def _counts_in_flow_time(scheduler: Any) -> bool:
+    """Whether timesteps are sigmas · num_train_timesteps, as in flow schedulers with no `scale_noise` (HunyuanVideo's).
+
+    Not looked at where the scheduler says that it is of EDM's kind: the tables may be on a GPU.
+    """
+    steps = _option(scheduler, "num_train_timesteps")
+    if steps is None or _option(scheduler, "sigma_data") is not None:
+        return False
+    times = torch.as_tensor(scheduler.timesteps).cpu().double()
+    sigmas = torch.as_tensor(scheduler.sigmas).cpu().double()[: len(times)]  # without a last 0 or 1
+    fits = times.shape == sigmas.shape and bool((sigmas <= 1.0).all())
+    return fits and torch.allclose(times, sigmas * steps, rtol=1e-3, atol=1.0)
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -237,14 +253,19 @@ def _beside(table: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """t in [0, 1], data at 0. [B] float32."""
+    """t in [0, 1], data at 0. [B] float32.
+
+    Up to a step beyond the end counts as the end: musubi-tuner's timesteps are 1000·t + 1.
+    """
     steps = _option(scheduler, "num_train_timesteps", 1000)
-    if _on_cpu(timesteps) and not bool(((timesteps >= 0) & (timesteps <= steps)).all()):
+    position = timesteps.double()
+    outside = ~((position >= 0) & (position <= steps + 1))  # NaN, too
+    if _on_cpu(timesteps) and bool(outside.any()):
         raise ValueError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {steps}: "
             "values of scheduler.timesteps, which are sigmas * num_train_timesteps."
         )
-    return (timesteps.double() / steps).float()
+    return (position.clamp(max=steps) / steps).masked_fill(outside, math.nan).float()
 
 
 def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:

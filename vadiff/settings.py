@@ -11,7 +11,7 @@ from . import schedulers
 from .log_snr import from_alphas_cumprod
 from .process import EDM, PREDICTION_TYPES, Flow, NoiseProcess, VPCosine, VPLinear
 from .statistics import checked_bins
-from .weighting import VarianceAware, from_name, takes_prediction_type
+from .weighting import SNRWeighting, VarianceAware, from_name, takes_prediction_type
 
 _BIN = 0.25  # width in log-SNR: the default of 128 bins over 32
 _BIN_FINE_TUNING = 0.5  # a fine-tune sees some thousand samples, not millions
@@ -55,6 +55,12 @@ def settings_for(
                 f"None: expected one of {', '.join(PREDICTION_TYPES)}"
             )
         settings["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
+    elif isinstance(weighting, SNRWeighting) and form is not None and weighting.prediction_type != form:
+        name = type(weighting).__name__
+        raise ValueError(
+            f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: what the loss of "
+            f"this process is written in. Use {name}(prediction_type={form!r}), or prediction_type= if it is another."
+        )
     return settings
 
 

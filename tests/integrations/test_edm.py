@@ -275,6 +275,20 @@ def test_state_survives_edm2s_checkpoints_which_hold_the_state_dict_of_the_loss(
     same_from_here(loss_fn, resumed, net, images)
 
 
+def test_edm2s_snapshots_hold_the_loss_on_the_cpu(net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are pickled from where they train, and a tensor on a GPU cannot be read without one."""
+    moved: list[object] = []
+    monkeypatch.setattr(vadiff.DiffusionLoss, "cpu", lambda self: moved.append(self) or self)
+    loss_fn = EDM2Loss()
+    for _ in range(5):
+        loss_fn(net, images)
+    opened = pickle.loads(pickle.dumps({"loss_fn": loss_fn}))["loss_fn"]
+    assert len(moved) == 1
+    assert moved[0] is not loss_fn.criterion
+    assert list(opened._modules) == list(loss_fn._modules)
+    same_from_here(loss_fn, opened, net, images)
+
+
 def same_from_here(one: nn.Module, other: nn.Module, net: Net, images: Tensor) -> None:
     assert round(float(one.criterion.statistics.count.sum())) == 40
     losses = []

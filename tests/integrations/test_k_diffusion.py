@@ -244,6 +244,14 @@ def test_what_would_fight_the_weighting_is_refused(layers: ModuleType) -> None:
         WeightedDenoiser(layers.Denoiser(Inner()), vadiff.DiffusionLoss(loss="huber"))
 
 
+def test_weights_that_would_never_adapt_or_need_more_than_sigma_are_refused() -> None:
+    for name in ("variance_aware", "learned", "loss_zscore"):
+        with pytest.raises(ValueError, match=f"criterion is '{name}', which has no statistics .* Use WeightedDenoiser"):
+            SigmaWeighting(name)
+    with pytest.raises(ValueError, match="depends on more than sigma"):
+        SigmaWeighting(vadiff.DiffusionLoss("loss_zscore"))
+
+
 def test_a_sigma_that_would_broadcast_over_the_wrong_axis_is_refused(layers: ModuleType) -> None:
     model = WeightedDenoiser(layers.Denoiser(Inner()))
     clean, noise, sigma = batch(0)

@@ -307,6 +307,13 @@ def test_a_trainer_without_a_criterion_or_with_one_to_be_trained_is_refused() ->
         adaptive(vadiff.DiffusionLoss("learned")).post_process_network(arguments(), None, Network(), [], None)
 
 
+def test_a_trainer_named_before_the_mixin_is_refused_as_nothing_would_be_weighted() -> None:
+    with pytest.raises(TypeError, match=r"Use class Wrong\(AdaptiveLoss, NetworkTrainer\)"):
+        type("Wrong", (NetworkTrainer, kohya.AdaptiveLoss), {"criterion": vadiff.DiffusionLoss()})
+    own = type("Own", (type(adaptive(vadiff.DiffusionLoss())),), {"post_process_loss": lambda self, *given: given[0]})
+    assert issubclass(own, kohya.AdaptiveLoss)
+
+
 def test_flow_timesteps_are_read_as_the_scheduler_counts_them() -> None:
     scheduler = NetworkTrainer().get_noise_scheduler(arguments(flow=True))
     criterion = vadiff.DiffusionLoss("constant", bins=2, log_snr_range=(-10.0, 10.0))

@@ -6,13 +6,16 @@ these classes instead, or put one in the loop.
 
 State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume: nothing to do. EDM
 pickles the loss object into each network snapshot but makes a new one on resume: load the state from the snapshot,
-``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Statistics are merged over ranks and the same bits on
+``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Snapshots of both hold the loss object: whoever opens
+one needs vadiff installed. Statistics are merged over ranks and the same bits on
 all of them, which EDM checks of every module that it saves.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +165,11 @@ class EDM2Loss(EDMLoss):
         loss = self._weighted(denoised, images, sigma)
         loss = loss * (-u).exp() + u if self.uncertainty else loss + 0.0 * u
         return _spread(loss, images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the criterion on the CPU: EDM2 pickles its loss as it is into network snapshots, for any machine."""
+        on_cpu = copy.deepcopy(self.criterion).cpu()
+        return {**self.__dict__, "_modules": {**self._modules, "criterion": on_cpu}}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, uncertainty={self.uncertainty}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..extras import MissingExtraError, import_extra
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
-from ..weighting import Constant, SNRWeighting
+from ..weighting import Constant, FixedWeighting, LossZScore, SNRWeighting
 from .form import criterion_in_form, moved_beside
 
 __all__ = ["SigmaWeighting", "WeightedDenoiser", "import_k_diffusion"]
@@ -32,16 +32,25 @@ class SigmaWeighting(nn.Module):
     ``denoiser.weighting = SigmaWeighting("min_snr")``.
 
     Args:
-        criterion: a `vadiff.DiffusionLoss`, or the name of a weighting.
+        criterion: a `vadiff.DiffusionLoss`, or the name of a fixed weighting.
         sigma_data: the denoiser's; k-diffusion's default is 1.
 
     Raises:
-        ValueError, TypeError: no criterion or name, or fixed weights for another loss than F's.
+        ValueError, TypeError: no criterion or name, or fixed weights for another loss than F's; the name of a weighting
+            that adapts, or one that depends on more than sigma.
     """
 
     def __init__(self, criterion: DiffusionLoss | str, sigma_data: float = 1.0) -> None:
         super().__init__()
         self.criterion = criterion_in_form(criterion, "edm", sigma_data=sigma_data, loss_is_given=True)
+        weighting = self.criterion.weighting
+        if isinstance(criterion, str) and not isinstance(weighting, FixedWeighting):
+            raise ValueError(
+                f"criterion is {criterion!r}, which has no statistics to weigh by, and none are recorded here: "
+                "expected a fixed weighting, or a trained criterion. Use WeightedDenoiser for weights that adapt."
+            )
+        if isinstance(weighting, LossZScore) or (isinstance(weighting, FixedWeighting) and not weighting.pointwise):
+            raise ValueError(f"criterion has {weighting}, which depends on more than sigma. Use WeightedDenoiser.")
 
     def forward(self, sigma: Tensor) -> Tensor:
         """Weights of the F loss at noise levels sigma [B]; [B], dtype of sigma."""

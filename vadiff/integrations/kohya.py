@@ -100,6 +100,16 @@ class AdaptiveLoss:
     criterion: DiffusionLoss
     log_every: int = 100
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises TypeError where the trainer is named first, whose methods would then run and these never."""
+        super().__init_subclass__(**kwargs)
+        for before in cls.__mro__[: cls.__mro__.index(AdaptiveLoss)]:
+            if not issubclass(before, AdaptiveLoss) and hasattr(before, "post_process_loss"):
+                raise TypeError(
+                    f"{cls.__name__} has {before.__name__} before AdaptiveLoss, which then does nothing. Use "
+                    f"class {cls.__name__}(AdaptiveLoss, {before.__name__})."
+                )
+
     def post_process_network(self, args: Any, accelerator: Any, network: Any, text_encoders: Any, unet: Any) -> Any:
         """Called once, before a state is resumed: the criterion joins what is saved."""
         from .accelerate import prepare
