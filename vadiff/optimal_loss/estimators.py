@@ -14,7 +14,7 @@ from .._validation import is_number
 from .curve import OptimalLoss
 from .posterior import Devices, Problem, require_count
 
-_DRAWS_AT_ONCE = 256
+_DRAWS_AT_ONCE = 512  # fewer, and the products run slower
 _DRAWS_PER_SUBSET = 64  # a subset is shared by this many draws, so that they are a GEMM
 
 _LEAST_DRAWS = 512  # before a standard error is believed
