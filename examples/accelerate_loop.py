@@ -5,6 +5,7 @@ accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 
@@ -49,11 +50,12 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None, folder: str) -> Non
         criterion = prepare(accelerator, criterion)  # once
     before, step = test_loss(accelerator, model), 0
     torch.manual_seed(1 + accelerator.process_index)
-    start = time.perf_counter()
+    times = [0.0]
     while step < args.steps:
         for clean in loader:
             with accelerator.accumulate(model):
                 noisy, target, t = noised(clean)
+                start = time.perf_counter()
                 if criterion is None:
                     loss = F.mse_loss(model(noisy), target)
                 else:  # the one line
@@ -61,12 +63,15 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None, folder: str) -> Non
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            step += accelerator.sync_gradients
+                times[-1] += time.perf_counter() - start
+            if accelerator.sync_gradients:
+                step += 1
+                times.append(0.0)
             if criterion is not None:
                 log_statistics(accelerator, criterion, step, every=100)
             if step == args.steps:
                 break
-    milliseconds = 1e3 * (time.perf_counter() - start) / args.steps
+    milliseconds = 1e3 * statistics.median(times[:-1])  # the first steps warm up
     accelerator.print(f"{name:24} {before:12.4f} {test_loss(accelerator, model):12.4f} {milliseconds:12.2f}")
     if criterion is not None:
         accelerator.save_state(f"{folder}/state")

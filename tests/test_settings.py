@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -87,6 +88,32 @@ def test_fine_tuning_in_a_variance_preserving_form_goes_half_the_way(
     tuned = for_process(described, prediction_type=prediction_type, fine_tuning=True)
     assert tuned.weighting == weighting.VarianceAware(strength=strength)
     assert for_process(described, prediction_type=prediction_type).weighting == weighting.VarianceAware()
+
+
+@pytest.mark.parametrize(
+    ("described", "prediction_type"),
+    [(diffusers.EDMEulerScheduler(), None), (diffusers.DDPMScheduler(), "sample"), ("vp_cosine", "sample")],
+)
+def test_weights_of_a_loss_between_images_are_not_clipped(described: Any, prediction_type: str | None) -> None:
+    criterion = for_process(described, prediction_type=prediction_type)
+    assert criterion.weighting == weighting.VarianceAware(clip=math.inf)
+    tuned = for_process(described, prediction_type=prediction_type, fine_tuning=True)
+    assert tuned.weighting == weighting.VarianceAware(strength=0.5, clip=math.inf)
+
+
+def test_edm_s_schedulers_are_balanced_from_the_lowest_noise_to_the_highest() -> None:
+    scheduler = diffusers.EDMEulerScheduler()
+    criterion = for_process(scheduler, log_snr_range=(-10.0, 14.0), bins=12)
+    generator = torch.Generator().manual_seed(0)
+    log_snr = log_snr_of(scheduler, scheduler.timesteps[torch.randint(1000, (4096,), generator=generator)])
+    best = 1 / (log_snr.double().exp() + 4)  # of a Gaussian of standard deviation 0.5
+    loss = (best * (1 + 0.3 * torch.randn(4096, generator=generator).clamp(-3, 3))).float().requires_grad_()
+    criterion.reweight(loss, log_snr)
+    seen = criterion.statistics.count > 100
+    std = criterion.statistics.variance.sqrt()[seen]
+    weighted = criterion.weights[seen] * std
+    assert std.max() / std.min() > 1e3  # clip² is 100
+    assert weighted.max() / weighted.min() < 10
 
 
 @pytest.mark.parametrize(

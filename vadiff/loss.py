@@ -102,7 +102,9 @@ class DiffusionLoss(nn.Module):
         The bins are 0.25 wide in log-SNR and cover what the process has: sigma from 0.002 to 80 for EDM, t from 0.001
         to 0.999 for what is continuous, the finite part of a scheduler's table. Fine-tuning sees fewer samples: bins of
         0.5. There, too, the weights of a variance-preserving process go half the way (strength 0.5): its losses
-        spread over orders of magnitude, and the network was trained on their own balance.
+        spread over orders of magnitude, and the network was trained on their own balance. Where the loss compares
+        images ("sample", EDM's schedulers of diffusers among them), weights are not clipped: from the lowest noise to
+        the highest such losses differ by more than clip².
 
         Args:
             process: "edm", "flow", "stable_diffusion", "vp_cosine" or "vp_linear"; an object from `vadiff.process`; or

@@ -47,7 +47,9 @@ def settings_for(
     weighting = overrides.get("weighting", "variance_aware")
     if weighting == "variance_aware":
         halved = fine_tuning and form not in ("edm", "flow")
-        settings["weighting"] = VarianceAware(strength=_FINE_TUNING_STRENGTH if halved else 1.0)
+        strength = _FINE_TUNING_STRENGTH if halved else 1.0
+        # Losses between images differ by more than the clip² by which two levels' weights may.
+        settings["weighting"] = VarianceAware(strength, clip=math.inf) if form == "sample" else VarianceAware(strength)
     elif isinstance(weighting, str) and takes_prediction_type(weighting):
         if form is None:
             raise ValueError(

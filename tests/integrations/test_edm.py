@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,6 +219,33 @@ def test_a_logvar_that_is_not_one_number_per_sample_is_an_error(images: Tensor) 
         return x, x
 
     with pytest.raises(ValueError, match=r"logvar of shape \(8, 2, 4, 4\), expected one number per sample"):
+        EDM2Loss()(net, images)
+
+
+class WithoutHead(nn.Module):
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (WithoutHead(), "as it takes no return_logvar"),
+        (lambda x, sigma, labels, **ignored: x, "but a Tensor"),
+        (lambda x, sigma, labels, **ignored: (x, None), r"but \(Tensor, NoneType\)"),
+    ],
+)
+def test_a_network_without_the_head_is_named_and_the_loss_for_it(net: Any, message: str) -> None:
+    images = torch.zeros(2, 3, 4, 4)  # as many as there should be parts: a tensor would come apart into two
+    with pytest.raises(TypeError, match=rf"net returned no logvar.* {message}.*Use EDMLoss"):
+        EDM2Loss()(net, images)
+
+
+def test_a_type_error_inside_the_network_stays_as_it_is(images: Tensor) -> None:
+    def net(x: Tensor, sigma: Tensor, labels: None, return_logvar: bool) -> tuple[Tensor, Tensor]:
+        raise TypeError("the network's own")
+
+    with pytest.raises(TypeError, match=r"^the network's own$"):
         EDM2Loss()(net, images)
 
 

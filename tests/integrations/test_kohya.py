@@ -147,6 +147,7 @@ def test_constant_weighting_is_the_trainer_s_own_loss_and_gradient(setting: str,
 def test_ten_steps_record_the_trainer_s_losses_and_weigh_by_them() -> None:
     criterion = vadiff.DiffusionLoss(bins=13, log_snr_range=(-5.5, 7.5), half_life=math.inf)
     trainer, args, network = adaptive(criterion), arguments(v_parameterization=True), Network()
+    criterion = trainer.criterion
     scheduler = trainer.get_noise_scheduler(args)
     optimizer = torch.optim.SGD([network.lora], lr=0.01)
     log_snrs, losses = [], []
@@ -202,8 +203,8 @@ def test_all_snr_follows_the_schedule_and_is_not_made_up_where_there_is_none() -
 
 
 def test_validation_losses_come_back_as_they_are_and_are_not_recorded() -> None:
-    criterion = vadiff.DiffusionLoss()
-    trainer, args, network = adaptive(criterion), arguments(), Network()
+    trainer, args, network = adaptive(vadiff.DiffusionLoss()), arguments(), Network()
+    criterion = trainer.criterion
     scheduler = trainer.get_noise_scheduler(args)
     for seed in range(20):
         trainer.process_batch(network, batch(scheduler, seed=seed), args, scheduler)
@@ -271,8 +272,8 @@ def accelerator() -> Iterator[Accelerator]:
 def test_state_is_in_what_the_trainer_saves_and_resumes(accelerator: Accelerator, tmp_path: Path) -> None:
     """--save_state and --resume are Accelerate's; the network's hooks there do not see the criterion."""
     args, network = arguments(), Network()
-    criterion = vadiff.DiffusionLoss()
-    trainer = adaptive(criterion)
+    trainer = adaptive(vadiff.DiffusionLoss())
+    criterion = trainer.criterion
     trainer.post_process_network(args, accelerator, network, [], None)
     assert trainer.prepared is network
     scheduler = trainer.get_noise_scheduler(args)
@@ -295,6 +296,27 @@ def test_statistics_are_logged_beside_the_trainer_s_numbers() -> None:
     trainer.step_logging(None, {"loss/current": 1.0}, 5, 1)
     assert trainer.logged["loss/current"] == 1.0
     assert any(name.startswith("vadiff/base_loss/") for name in trainer.logged)
+
+
+def test_two_trainers_of_one_class_do_not_share_their_statistics() -> None:
+    first = adaptive(vadiff.DiffusionLoss())
+    second, args, network = type(first)(), arguments(), Network()
+    scheduler = first.get_noise_scheduler(args)
+    first.process_batch(network, batch(scheduler), args, scheduler)
+    assert first.criterion.statistics.count.sum() == 6
+    for other in (second, type(first)(), type(first)):
+        assert other.criterion.statistics.count.sum() == 0
+
+
+def test_a_criterion_that_a_trainer_makes_itself_stays_its_own() -> None:
+    given = vadiff.DiffusionLoss()
+
+    class Trainer(kohya.AdaptiveLoss, NetworkTrainer):
+        def __init__(self) -> None:
+            self.criterion = given
+            super().__init__()
+
+    assert Trainer().criterion is given
 
 
 def test_a_trainer_without_a_criterion_or_with_one_to_be_trained_is_refused() -> None:

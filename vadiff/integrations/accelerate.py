@@ -71,7 +71,11 @@ def log_statistics(accelerator: Accelerator, criterion: nn.Module, step: int, ev
 
 
 def unwrap(criterion: nn.Module) -> DiffusionLoss:
-    """The criterion inside whatever `accelerator.prepare` put around it, for `statistics`, `plot` and `reweight`."""
+    """The criterion inside whatever `accelerator.prepare` put around it, for `statistics` and `plot`.
+
+    Not for `reweight` with a learned weighting on several processes: DistributedDataParallel averages gradients only of
+    what went through its own forward, and the heads of the processes would drift apart.
+    """
     while not isinstance(criterion, DiffusionLoss):
         inner = getattr(criterion, "module", None)
         if not isinstance(inner, nn.Module):

@@ -153,9 +153,13 @@ class EDM2Loss(EDMLoss):
 
         Returns:
             As `EDMLoss`; with u in it where the head weighs, and then it may be negative.
+
+        Raises:
+            TypeError: net has no head for u.
+            ValueError: u is not one number per sample; or as `EDMLoss`.
         """
         sigma = self._sigma(images)
-        denoised, logvar = net(images + torch.randn_like(images) * sigma, sigma, labels, return_logvar=True)
+        denoised, logvar = _with_logvar(net, images + torch.randn_like(images) * sigma, sigma, labels)
         u = logvar.flatten().float()
         if u.shape != images.shape[:1]:
             raise ValueError(
@@ -173,6 +177,31 @@ class EDM2Loss(EDMLoss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, uncertainty={self.uncertainty}"
+
+
+def _with_logvar(
+    net: Callable[..., tuple[Tensor, Tensor]], noisy: Tensor, sigma: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """D and u, or an error that says that the network has no head for u."""
+    expected = (
+        "expected (denoised, logvar) from net(..., return_logvar=True). Use EDMLoss for a network without the head."
+    )
+    try:
+        found = net(noisy, sigma, labels, return_logvar=True)
+    except TypeError as error:
+        if "return_logvar" not in str(error):
+            raise
+        raise TypeError(f"net returned no logvar, as it takes no return_logvar, {expected}") from error
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
+        raise TypeError(f"net returned no logvar but {_described(found)}, {expected}")
+    denoised, logvar = found
+    return denoised, logvar
+
+
+def _described(returned: object) -> str:
+    if isinstance(returned, (tuple, list)):
+        return f"({', '.join(type(part).__name__ for part in returned)})"
+    return f"a {type(returned).__name__}"
 
 
 def _spread(loss: Tensor, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ and `trainer = Trainer()` in place of `NetworkTrainer()`. The trainer's own flag
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class AdaptiveLoss:
     trainer's numbers.
 
     Attributes:
-        criterion: a `DiffusionLoss`.
+        criterion: a `DiffusionLoss`. What the class has is what each trainer starts with a copy of: `trainer.criterion`
+            is its own, and that of the class records nothing.
         log_every: optimiser steps from one record of the statistics to the next.
     """
 
@@ -109,6 +111,12 @@ class AdaptiveLoss:
                     f"{cls.__name__} has {before.__name__} before AdaptiveLoss, which then does nothing. Use "
                     f"class {cls.__name__}(AdaptiveLoss, {before.__name__})."
                 )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        common = getattr(type(self), "criterion", None)
+        if "criterion" not in vars(self) and isinstance(common, DiffusionLoss):
+            self.criterion = copy.deepcopy(common)
 
     def post_process_network(self, args: Any, accelerator: Any, network: Any, text_encoders: Any, unet: Any) -> Any:
         """Called once, before a state is resumed: the criterion joins what is saved."""
