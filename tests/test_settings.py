@@ -102,7 +102,7 @@ def test_weights_of_a_loss_between_images_are_not_clipped(described: Any, predic
 
 
 def test_edm_s_schedulers_are_balanced_from_the_lowest_noise_to_the_highest() -> None:
-    scheduler = diffusers.EDMEulerScheduler()
+    scheduler: Any = diffusers.EDMEulerScheduler()
     criterion = for_process(scheduler, log_snr_range=(-10.0, 14.0), bins=12)
     generator = torch.Generator().manual_seed(0)
     log_snr = log_snr_of(scheduler, scheduler.timesteps[torch.randint(1000, (4096,), generator=generator)])

@@ -306,7 +306,12 @@ def test_state_survives_edm2s_checkpoints_which_hold_the_state_dict_of_the_loss(
 def test_edm2s_snapshots_hold_the_loss_on_the_cpu(net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are pickled from where they train, and a tensor on a GPU cannot be read without one."""
     moved: list[object] = []
-    monkeypatch.setattr(vadiff.DiffusionLoss, "cpu", lambda self: moved.append(self) or self)
+
+    def cpu(self: vadiff.DiffusionLoss) -> vadiff.DiffusionLoss:
+        moved.append(self)
+        return self
+
+    monkeypatch.setattr(vadiff.DiffusionLoss, "cpu", cpu)
     loss_fn = EDM2Loss()
     for _ in range(5):
         loss_fn(net, images)
