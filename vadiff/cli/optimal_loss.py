@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
 
         def progress(so_far: Estimate) -> None:
             draws = int(so_far.optimal.draws.max())
-            if seen and so_far.levels_done > seen[0].levels_done:  # for logs, where there is no bar
+            if so_far.levels_done > (seen[0].levels_done if seen else 0):  # for logs, where there is no bar
                 spent = time.perf_counter() - started
                 bar.write(f"{so_far.levels_done} of {len(sigmas)} levels done after {draws:,} draws, {spent:.0f} s")
                 sys.stdout.flush()
