@@ -7,7 +7,6 @@ them fewer than four times, M2 only by adding what is not negative: four folds s
 
 from __future__ import annotations
 
-import datetime
 import functools
 import importlib.util
 import os
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import BACKENDS, usable
 from filelock import FileLock
+from ranks import join_two_ranks
 
 STEPS, BATCH, ULPS = 4, 64, 8
 FIELDS = ("count", "mean", "variance", "mass")
@@ -71,14 +71,7 @@ def train(criterion: torch.nn.Module, scenario: str, part: slice) -> tuple[State
 def rank_main(rank: int, folder: str, backends: list[str]) -> None:
     """What each process runs; results are saved for the tests to read."""
     os.environ["TRITON_INTERPRET"] = "1"  # gloo moves CPU tensors, also where a GPU is
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_two_ranks(rank, folder)
     results = {}
     for backend in backends:
         for scenario, split in SPLITS.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from ranks import join_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -316,14 +316,7 @@ def global_batch() -> tuple[Tensor, Tensor]:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_two_ranks(rank, folder)
     losses, log_snr = (x[:5] if rank == 0 else x[5:] for x in global_batch())
     results = {}
     for name, weighting_of_batch in OF_THE_BATCH.items():

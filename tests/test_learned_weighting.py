@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import math
 
 import pytest
 import torch
+from ranks import join_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -182,14 +182,7 @@ def test_autocast_leaves_it_in_float32():
 
 
 def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_two_ranks(rank, folder)
     wrapped = torch.nn.parallel.DistributedDataParallel(criterion_with())
     for seed in range(3):  # more than one step: DDP complains of parameters it did not see
         values = {name: value[4 * rank : 4 * rank + 4] for name, value in batch(seed=seed).items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import join_two_ranks
 from torch import Tensor
 
 from vadiff.ema import reconstruct
@@ -266,10 +266,7 @@ def test_training_works_outside_of_the_main_thread() -> None:
 
 def rank_main(rank: int, folder: str) -> None:
     """What each of two processes runs."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+    join_two_ranks(rank, folder)
     out = Path(folder)
     train(CONFIG, out=out / "two ranks", progress=False)
     train(LEARNED, out=out / "learned", progress=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
+from ranks import join_two_ranks
 from torch import Tensor, nn
 
 import vadiff
@@ -185,15 +185,8 @@ def test_what_is_no_criterion_is_refused(stranger: Any) -> None:
 
 def rank_main(rank: int, folder: str) -> None:
     """What each of two processes runs; results are saved for the tests to read."""
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_two_ranks(rank, folder)
     recorder = Recorder()
     run = Run(recorder=recorder)
     run.train(0, STEPS)

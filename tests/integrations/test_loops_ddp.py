@@ -5,7 +5,6 @@ One launch for all loops; the tests read what it left behind.
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import join_two_ranks
 from seen import Seen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -158,10 +158,7 @@ def rank_main(rank: int, folder: str) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         TORCHELASTIC_RUN_ID="test", MASTER_ADDR="localhost", MASTER_PORT="1",
     )  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+    join_two_ranks(rank, folder)
     results = {}
     for name in filter(installed, LOOPS):
         torch.manual_seed(10 + rank if name != "lightning" else 10)  # Lightning's sampler shares one data set out
