@@ -1,6 +1,7 @@
 """What the training loop adds to the bare forward, backward and optimiser step of the same network.
 
     python benchmarks/training_loop.py [--preset cifar10-mini] [--out FILE.json]
+    python benchmarks/training_loop.py --batch-size 16 --precision fp32 --steps 5     # on a CPU: a minute
 
 Two things take turns: steps of the loop, with statistics, adaptive weighting, gradient norm, EMA, a line of metrics
 (TensorBoard too) every `log_every` steps, fresh images, noise levels and noise; and on the same network, in the same
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from vadiff.data import Images
 from vadiff.ema import PowerFunctionEMA
@@ -170,7 +172,8 @@ def main() -> None:
         block = steps if device.type == "cuda" else 1
         loop, bare = loop_steps(trainer, block), bare_steps(trainer, block)
         one_round(loop, bare, max(1, min(steps, 10) // block), device)  # warm up
-        rounds = [one_round(loop, bare, steps // block, device) for _ in range(arguments.rounds)]
+        turns = tqdm(range(arguments.rounds), "rounds", disable=None)  # a bar where stderr is a terminal
+        rounds = [one_round(loop, bare, steps // block, device) for _ in turns]
         averages = averages_ms(trainer)
         trainer.log.close()
     step_ms = 1000.0 * statistics.median(other.wall for _, other in rounds) / steps

@@ -64,6 +64,19 @@ def parameters(denoiser: torch.nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in denoiser.parameters()])
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+def test_antithetic_levels_come_in_pairs(
+    recorded: tuple[list[tuple[Tensor, ...]], Objective], stratified: bool
+) -> None:
+    steps, objective = recorded
+    config = dataclasses.replace(TINY, steps=1, accumulate=2, antithetic=True, stratified=stratified)
+    train(config, objective, progress=False)
+    z = (torch.cat([step[3] for step in steps]).log() - config.p_mean).sort().values
+    assert len(z) == config.batch_size
+    assert torch.allclose(z, -z.flip(0), atol=1e-5)
+    assert z.abs().min() > 0
+
+
 def test_same_seed_gives_the_same_run_to_the_bit(run: TrainedRun) -> None:
     again = train(TINY, progress=False)
     assert torch.equal(parameters(run.denoiser), parameters(again.denoiser))

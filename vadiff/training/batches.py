@@ -26,7 +26,7 @@ class Batches:
     """The batches of a run.
 
     Args:
-        config: sizes, flips, label dropout, stratification.
+        config: sizes, flips, label dropout, strata and pairs of noise levels.
         images: the data set; its training images are kept on the device as bytes.
         levels: from uniform numbers to noise levels; its state at the time of a step counts.
         streams: where the random numbers come from.
@@ -69,7 +69,8 @@ class Batches:
         """
         config, size = self._config, self._config.batch_size
         indices = self._indices.at(step)
-        u = uniforms(size, self._streams.at("levels", step), stratified=config.stratified)
+        levels = self._streams.at("levels", step)
+        u = uniforms(size, levels, stratified=config.stratified, antithetic=config.antithetic)
         noise = self._streams.at("noise", step)
         eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
         mirrored = self._coins("flips", step, 0.5) if config.flips else None

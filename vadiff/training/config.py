@@ -84,6 +84,9 @@ class TrainConfig:
     p_mean: float = _setting(-1.2, "of log_normal levels, which others tilt: ln sigma ~ N(p_mean, p_std^2)")
     p_std: float = _setting(1.2, "of log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
+    antithetic: bool = _setting(
+        False, "draw noise levels in pairs, one as far from one end as the other from the other"
+    )
     table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
     optimal_loss: str | None = _setting(
         None,
