@@ -277,8 +277,8 @@ def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None
         (row,) = (line for line in lines if line.startswith(f"{arm} "))
         mean, low, high = re.findall(r"[+-]\d+\.\d+", row)
         assert form.format(mean, low, high) in readme
-    picture = DOCS / "ablation-digits.png"
-    assert picture.read_bytes() == (ROOT / "benchmarks/results/ablation-digits/results.png").read_bytes()
+    for picture, result in (("ablation-digits.png", "results.png"), ("ablation-digits-gaps.png", "gaps.png")):
+        assert (DOCS / picture).read_bytes() == (ROOT / "benchmarks/results/ablation-digits" / result).read_bytes()
 
 
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

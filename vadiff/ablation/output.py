@@ -10,9 +10,10 @@ from typing import Any
 from ..extras import import_extra
 from .collect import Results
 
-# Okabe & Ito's colours, told apart by everyone, with markers for prints without colour.
+# Okabe & Ito's colours, told apart by everyone; markers for prints without colour, dashes for the next seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
+_DASHES = ("-", "--", ":", "-.")
 
 
 def write_results(results: Results, out: Path) -> None:
@@ -94,8 +95,13 @@ def _picture(results: Results) -> Any:
 
 
 def arm_style(row: int) -> dict[str, str]:
-    """Colour and marker of the arm in this row."""
-    return {"color": _COLOURS[row % len(_COLOURS)], "marker": _MARKERS[row % len(_MARKERS)]}
+    """Colour, marker and dashes of the arm in this row."""
+    cycle, colour = divmod(row, len(_COLOURS))
+    return {
+        "color": _COLOURS[colour],
+        "marker": _MARKERS[row % len(_MARKERS)],
+        "linestyle": _DASHES[cycle % len(_DASHES)],
+    }
 
 
 def plain_axes(panel: Any) -> None:
