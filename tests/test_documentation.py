@@ -281,6 +281,19 @@ def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None
         assert (DOCS / picture).read_bytes() == (ROOT / "benchmarks/results/ablation-digits" / result).read_bytes()
 
 
+def test_figures_of_the_edm2_experiment_are_those_of_the_result_file() -> None:
+    page = (DOCS / "edm2.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/edm2/edm2.json").read_text())
+    for network, width in (("classic", "0.07"), ("edm2", "0.10")):
+        losses, rate = found["networks"][network]["held_out"], found["learning_rates"][network]["chosen"]
+        assert found["networks"][network]["chosen_width"] == float(width)
+        assert f"| {losses['raw']:.4f} |" in page
+        assert f"| {losses[str(float(width))]:.4f} (σ_rel {width}) |" in page
+        assert f"| {rate} |" in page
+    for ratio in (found["edm2_over_classic"][name] for name in ("raw", "width_chosen")):
+        assert f"{ratio['ratio']:.3f} ({ratio['low_95']:.3f} to {ratio['high_95']:.3f})" in page
+
+
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("matplotlib", "sklearn"):
         pytest.importorskip(package)

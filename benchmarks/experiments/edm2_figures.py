@@ -65,7 +65,7 @@ def held_out_figure(losses: Mapping[str, Sequence[HeldOutLoss]]) -> Figure:
         ratio.errorbar(sigma, value, 2 * error, color=COLORS["edm2"], linewidth=1.6, capsize=2)
     ratio.axhline(1.0, color=COLORS["classic"], linewidth=1.6)
     absolute.set_ylabel("held-out EDM loss, mean per pixel")
-    ratio.set_ylabel("EDM2 ÷ classic, one line per seed, ± 2 standard errors")
+    ratio.set_ylabel("EDM2 ÷ classic, each seed, ± 2 s.e.")
     absolute.legend(frameon=False)
     for panel in (absolute, ratio):
         panel.set_xscale("log")

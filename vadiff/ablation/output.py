@@ -53,7 +53,7 @@ def _picture(results: Results) -> Any:
     overall, by_level = figure.subplots(1, 2, width_ratios=(1, 1.2))
     figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
     for row, arm in enumerate(results.arms):
-        style = arm_style(row)
+        style = arm_style(row + 1)  # the baseline has the first, in the picture of gaps too
         mean, low, high = (_percent(value) for value in arm.held_out[:3])
         overall.plot(
             [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"

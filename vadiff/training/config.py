@@ -85,7 +85,7 @@ class TrainConfig:
     p_std: float = _setting(1.2, "of log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
     antithetic: bool = _setting(
-        False, "draw noise levels in pairs, one as far from one end as the other from the other"
+        False, "draw noise levels in mirrored pairs: the quantiles u and 1 - u of their distribution"
     )
     table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
     optimal_loss: str | None = _setting(
