@@ -294,6 +294,15 @@ def test_figures_of_the_edm2_experiment_are_those_of_the_result_file() -> None:
         assert f"{ratio['ratio']:.3f} ({ratio['low_95']:.3f} to {ratio['high_95']:.3f})" in page
 
 
+def test_figures_of_the_subset_estimators_are_those_of_the_result_file() -> None:
+    page = (DOCS / "optimal-loss.md").read_text()
+    for case, by_factor in json.loads((ROOT / "benchmarks/results/subset_estimators.json").read_text())[
+        "worst"
+    ].items():
+        cells = [f"{worst['percent']:+.1f} ± {worst['stderr']:.1f}" for worst in by_factor.values()]
+        assert f"{case.split()[1]} | {' | '.join(cells)} |".replace("-", "−") in page
+
+
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("matplotlib", "sklearn"):
         pytest.importorskip(package)
