@@ -135,7 +135,8 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
     for run in done:
         run.check()
     known: dict[tuple[object, ...], tuple[Images, OptimalLoss]] = {}
-    found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in grid.arms}
+    order = sorted(grid.arms, key=lambda arm: arm != grid.baseline)  # the baseline first, the others as they are
+    found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in order}
     bar_type = import_extra("tqdm", "train").tqdm
     for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
         opened = open_run(run.path)
