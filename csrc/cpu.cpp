@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kItems = 64;                  // a batch is cut into at least so many items, if they are
 constexpr int64_t kMinChunk = 16384;            // not shorter than this many elements
-constexpr int64_t kElementsPerThread = 32768;   // less is not worth waking a thread for
+constexpr int64_t kElementsPerThread = 12288;   // less is not worth waking a thread for
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // from here on a fresh buffer costs more in page faults than in arithmetic
 
@@ -221,8 +221,7 @@ void finish(int64_t samples, const Levels<C>& levels, const Results<C>& results,
       Sample<C> sample = classify(ell, levels.log_snr[i], value_or_one(levels.base_weight, i), v, weight(i));
       if (results.ell) results.ell[i] = ell;
       if (results.loss && !results.mean) results.loss[i] = sample.weighted;
-      results.saved[i] = sample.factor;
-      results.saved[samples + i] = sample.slope;
+      if (results.saved) results.saved[i] = sample.factor, results.saved[samples + i] = sample.slope;
       total += double(sample.weighted);
       poisoned += sample.poisoned;
       if (update.update) {
@@ -235,7 +234,7 @@ void finish(int64_t samples, const Levels<C>& levels, const Results<C>& results,
       add_tile(values.get(), bin_of.get(), values.get() + kTile, count, size, moments.get() + size, moments.get());
   }
   C mean = C(total / double(samples));
-  results.saved[2 * samples] = mean;
+  if (results.saved) results.saved[2 * samples] = mean;
   if (results.loss && results.mean) *results.loss = mean;
   if (!update.update) return;
   if (update.batch) {

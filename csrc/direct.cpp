@@ -8,6 +8,7 @@
 
 #include <new>
 #include <string>
+#include <vector>
 
 #include "cpu.h"
 #include "settings.h"
@@ -24,6 +25,7 @@ struct Torch {
   PyObject* state_dtype;  // of a criterion's buffers
   PyObject* table_dtype;
   PyObject* empty_like;
+  PyObject* scalar;       // a float32 one on the CPU
   PyObject* threads;      // torch.get_num_threads
   PyObject* forward;      // ((question, answer), ...): no argument, and the object answered where the short way may be taken
   PyObject* backward;
@@ -39,7 +41,6 @@ struct Names {
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* numel = PyUnicode_InternFromString("numel");
-  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
 };
 const Names* names;
 
@@ -60,9 +61,11 @@ Address address_of(PyObject* tensor) {
   return address;
 }
 
+bool is_plain_type(PyObject* tensor) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch.tensor; }
+
 // Of a plain dense tensor on the CPU: its address, or 0 for any other object.
 Address plain(PyObject* tensor, bool requires_grad) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != torch.tensor || !is_true(tensor, names->is_cpu) ||
+  if (!is_plain_type(tensor) || !is_true(tensor, names->is_cpu) ||
       is_true(tensor, names->requires_grad) != requires_grad || !answers_true(tensor, names->is_contiguous) ||
       answers_true(tensor, names->is_neg))
     return 0;
@@ -106,6 +109,19 @@ struct Shape {
   }
 };
 
+// ell of a criterion's last step. Not a tensor: a fresh one per step that lives until the next would lie in the middle of the
+// memory that the network frees and takes again, and move its activations about.
+struct Losses {
+  std::vector<float> ell;
+  bool busy = false;  // a thread that has let go of the interpreter is writing
+
+  struct Writing {
+    Losses& losses;
+    explicit Writing(Losses& losses) : losses(losses) { losses.busy = true; }
+    ~Writing() { losses.busy = false; }
+  };
+};
+
 // Arguments of a step; every `take_...` says whether it was a plain one.
 struct Step {
   RowsTask<float> rows{};
@@ -137,10 +153,13 @@ struct Step {
     return take_each(weights.ptr(), &weight);
   }
 
-  // A buffer of the criterion, with so many numbers of that dtype.
+  // A buffer of the criterion, with so many integers of that dtype: no integer requires grad or is lazily negated.
   static bool take_buffer(PyObject* tensor, PyObject* dtype, int64_t size, Address* into) {
-    *into = plain(tensor, false);
-    if (!*into || !has_dtype(tensor, dtype)) return false;
+    if (!is_plain_type(tensor) || !has_dtype(tensor, dtype) || !is_true(tensor, names->is_cpu) ||
+        !answers_true(tensor, names->is_contiguous))
+      return false;
+    *into = address_of(tensor);
+    if (!*into) return false;
     int64_t length = PyLong_AsLongLong(owned(PyObject_CallMethodNoArgs(tensor, names->numel)).ptr());
     if (length == -1 && PyErr_Occurred()) throw py::error_already_set();
     return length == size;
@@ -204,15 +223,17 @@ int thread_count() {
 }
 
 enum Argument { kPrediction, kTarget, kNoise, kCoefficients, kLogSnr, kBaseWeight, kSampleWeight, kWeigh, kState, kLogWeights,
-                kSettings, kHuberDelta, kBackend, kArguments };
+                kSettings, kHuberDelta, kBackend, kLosses, kArguments };
 
-// (loss, ell, saved, gradient), or None if the call has to take the long way.
+// (loss, gradient), or None if the call has to take the long way.
 py::object direct_step(PyObject* const* given) {
   if (!chosen(given[kBackend]) || !answered(torch.forward)) return py::none();
   const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
+  Losses& losses = py::cast<Losses&>(py::handle(given[kLosses]));
+  if (losses.busy) return py::none();
   Step step;
   PyObject* prediction = given[kPrediction];
-  if (reinterpret_cast<PyObject*>(Py_TYPE(prediction)) != torch.tensor) return py::none();
+  if (!is_plain_type(prediction)) return py::none();
   Shape shape(prediction);
   if (shape.samples <= 0 || shape.elements <= 0) return py::none();
   step.samples = shape.samples;
@@ -231,37 +252,43 @@ py::object direct_step(PyObject* const* given) {
   step.rows.huber_delta = float(huber_delta);
 
   py::object gradient = owned(PyObject_CallOneArg(torch.empty_like, prediction));
-  auto vector = [&](int64_t size) {
-    return owned(PyObject_CallMethodOneArg(given[kLogSnr], names->new_empty, py::int_(size).ptr()));
-  };
-  py::object loss = owned(PyObject_CallMethodOneArg(given[kLogSnr], names->new_empty, py::tuple().ptr()));
-  py::object ell = vector(step.samples), saved = vector(2 * step.samples + 1);
+  py::object loss = owned(PyObject_CallOneArg(torch.empty_like, torch.scalar));
   step.rows.gradient = at<void>(address_of(gradient.ptr()));
-  Results<float> results{at<float>(address_of(ell.ptr())), at<float>(address_of(loss.ptr())), at<float>(address_of(saved.ptr())),
-                         true};
   const int threads = thread_count();
+  losses.ell.resize(step.samples);
+  float* mean = at<float>(address_of(loss.ptr()));
   {
+    Losses::Writing writing(losses);
     py::gil_scoped_release release;
     diffusion_loss<float>(step.rows, step.samples,
                           settings.levels<float>(step.log_snr, step.base_weight, step.sample_weight, step.weight,
                                                  step.log_weights),
-                          results, settings.update(true, step.state, step.log_weights, 0), threads);
+                          {losses.ell.data(), mean, nullptr, true},
+                          settings.update(true, step.state, step.log_weights, 0), threads);
+    if (*mean != *mean) {  // a poisoned batch: the backward has nothing but the gradient to tell it
+      const float one = 1;
+      scale_gradient<float>(step.rows.gradient, step.rows.gradient, step.rows.output.dtype,
+                            step.samples * step.rows.elements, &one, mean, threads);
+    }
   }
-  return py::make_tuple(loss, ell, saved, gradient);
+  return py::make_tuple(loss, gradient);
 }
 
 // Scales a gradient that `direct_step` made in place and says true, or false if the backward has to take the long way.
-bool direct_scale(PyObject* gradient, PyObject* upstream, PyObject* saved) {
+bool direct_scale(PyObject* gradient, PyObject* upstream) {
   if (!answered(torch.backward)) return false;
-  const Address factor = plain(upstream, false), data = plain(gradient, false), results = plain(saved, false);
-  if (!factor || !data || !results || dtype_of(upstream) != kFloat32 || dtype_of(saved) != kFloat32) return false;
-  const int64_t samples = Shape(saved).samples / 2;
-  const Shape shape(gradient);
-  const int dtype = dtype_of(gradient), threads = thread_count();
+  const Address factor = plain(upstream, false);
+  if (!factor || dtype_of(upstream) != kFloat32) return false;
+  if (*at<float>(factor) == 1) return true;
+  const Address data = plain(gradient, false);
+  const int dtype = data ? dtype_of(gradient) : -1;
   if (dtype < 0) return false;
+  const Shape shape(gradient);
+  const float not_poisoned = 0;
+  const int threads = thread_count();
   py::gil_scoped_release release;
   scale_gradient<float>(at<void>(data), at<void>(data), dtype, shape.samples * shape.elements, at<float>(factor),
-                        at<float>(results) + 2 * samples, threads);
+                        &not_poisoned, threads);
   return true;
 }
 
@@ -289,7 +316,7 @@ PyObject* direct_step_for_python(PyObject*, PyObject* const* given, Py_ssize_t c
 }
 
 PyObject* direct_scale_for_python(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return for_python(count, 3, [=] { return py::bool_(direct_scale(given[0], given[1], given[2])); });
+  return for_python(count, 2, [=] { return py::bool_(direct_scale(given[0], given[1])); });
 }
 
 PyCFunction fast_call(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -303,12 +330,13 @@ PyMethodDef methods[] = {
 };
 
 void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& state_dtype, const py::object& table_dtype,
-                const py::object& empty_like, const py::object& threads, const py::tuple& forward, const py::tuple& backward) {
+                const py::object& empty_like, const py::object& scalar, const py::object& threads, const py::tuple& forward, const py::tuple& backward) {
   torch.tensor = tensor.inc_ref().ptr();
   for (int code = 0; code < 4; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
   torch.state_dtype = state_dtype.inc_ref().ptr();
   torch.table_dtype = table_dtype.inc_ref().ptr();
   torch.empty_like = empty_like.inc_ref().ptr();
+  torch.scalar = scalar.inc_ref().ptr();
   torch.threads = threads.inc_ref().ptr();
   torch.forward = forward.inc_ref().ptr();
   torch.backward = backward.inc_ref().ptr();
@@ -319,6 +347,11 @@ void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::obj
 void define_direct_step(py::module_& m) {
   names = new Names;
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  py::class_<Losses>(m, "Losses", "Per-sample losses of a criterion's last step.")
+      .def(py::init<>())
+      .def("copy", [](const Losses& losses) {
+        return py::bytearray(reinterpret_cast<const char*>(losses.ell.data()), losses.ell.size() * sizeof(float));
+      }, "Their bytes, float32.");
   m.def("know_torch", &know_torch, "What the two above need of torch; before their first call.");
 }
 

@@ -117,7 +117,7 @@ struct Moments {
 // Chan's merge. An empty side leaves the other's bits alone.
 VADIFF_FN Moments merge(const Moments& a, const Moments& b) {
   double n = a.n + b.n;
-  double share = n > 0 ? b.n / n : 0;
+  double share = b.n > 0 ? b.n / n : 0;
   double delta = b.n > 0 ? b.mean - a.mean : 0;
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.n * share, a.mass + b.mass};
 }
@@ -167,10 +167,9 @@ VADIFF_FN void smooth_bin(int k, const double* a, const double* n, const double*
     total += q;
     d_mean += q * ((j - k) * bins.width);
     a_mean += q * a[j];
-    if (q > 0) {
-      lowest = a[j] < lowest ? a[j] : lowest;
-      highest = a[j] > highest ? a[j] : highest;
-    }
+    const double low = q > 0 ? a[j] : INFINITY, high = q > 0 ? a[j] : -INFINITY;  // which bins are filled nobody predicts
+    lowest = low < lowest ? low : lowest;
+    highest = high > highest ? high : highest;
   }
   *n_smooth = total;
   *a_smooth = 0;

@@ -22,7 +22,7 @@ template <class C>
 struct Results {
   C* ell;    // [B]
   C* loss;   // scalar if `mean`, else [B]; may be null
-  C* saved;  // [2B + 1]: w*u*v, w*v*ell, mean loss
+  C* saved;  // [2B + 1]: w*u*v, w*v*ell, mean loss; may be null on the CPU
   bool mean;
 };
 

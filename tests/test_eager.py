@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -185,7 +187,7 @@ def test_a_weighting_of_ones_own_is_looked_at_before_it_is_believed(taken: list[
 def test_an_interface_called_with_other_arguments_says_so() -> None:
     from vadiff import _native
 
-    with pytest.raises(TypeError, match="expected 13 arguments"):
+    with pytest.raises(TypeError, match="expected 14 arguments"):
         _native.direct_step(1, 2)  # type: ignore[call-arg]
 
 
@@ -272,9 +274,49 @@ def test_an_upstream_gradient_without_memory_is_zero() -> None:
 def test_what_a_hook_on_saved_tensors_gives_back_is_looked_at() -> None:
     prediction, target, log_snr = batch()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.bfloat16(), lambda x: x):
-        loss = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
-    with pytest.raises(TypeError, match="bfloat16"):
-        torch.autograd.grad(loss, prediction, torch.tensor(2.0))
+        loss = vadiff.DiffusionLoss("constant")(of_a_network(prediction), target, log_snr)
+    (gradient,) = torch.autograd.grad(loss, prediction, torch.tensor(2.0))
+    expected = 4 * (prediction - target).detach() / prediction.numel()
+    torch.testing.assert_close(gradient, expected, rtol=2**-7, atol=0)
+
+
+def test_per_sample_losses_that_were_read_stay_as_they_were(taken: list[bool]) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(), batch()
+    criterion(of_a_network(prediction), target, log_snr)
+    read = criterion.per_sample_loss
+    assert read is not None
+    torch.testing.assert_close(read, (prediction - target).square().flatten(1).mean(1).detach())
+    before = read.clone()
+    criterion(of_a_network(prediction) * 2, target, log_snr)
+    assert torch.equal(read, before)
+    read.zero_()
+    again = criterion.per_sample_loss
+    assert again is not None
+    assert again.min() > 0
+    criterion(of_a_network(prediction[:2]), target[:2], log_snr[:2])
+    shorter = criterion.per_sample_loss
+    assert shorter is not None
+    assert shorter.shape == (2,)
+    assert copy.deepcopy(criterion).per_sample_loss is None
+    assert taken == [True] * 3
+
+
+def test_two_threads_may_call_one_criterion() -> None:
+    """Their statistics mix; memory does not."""
+    criterion, losses = vadiff.DiffusionLoss(), []
+
+    def train(samples: int) -> None:
+        prediction = torch.randn(samples, 2**15, requires_grad=True)
+        for _ in range(50):
+            losses.append(criterion(prediction * 1.0, torch.zeros(samples, 2**15), torch.zeros(samples)).item())
+
+    threads = [threading.Thread(target=train, args=(samples,)) for samples in (2, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(losses) == 100
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
 
 
 def test_a_subclass_decides_what_is_recorded() -> None:

@@ -20,9 +20,22 @@ from torch.autograd import forward_ad
 
 from . import backends
 from .autograd import graph_keeps, not_differentiable, scaled
-from .reference import Bins, Coefficient, TableRule
+from .reference import Coefficient, TableRule
+from .weighting import AdaptiveWeighting, Constant, FixedWeighting
 
-_DISTRIBUTED = dist.is_available()
+NO_TABLE = TableRule()
+_SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+def _default_group_getter() -> Callable[[], object]:
+    """Something true, called where there is a process group: `is_initialized`, or without its three calls of Python."""
+    world = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
+    if hasattr(world, "_default_pg"):
+        return functools.partial(getattr, world, "_default_pg")
+    return dist.is_initialized if dist.is_available() else bool
+
+
+_default_group = _default_group_getter()
 
 # Where the short way may be taken: questions without arguments, and the object that answers each there.
 _QUIET: tuple[tuple[Any, object], ...] = (  # nobody who would have to see an operator
@@ -36,45 +49,58 @@ _BACKWARD = (*_QUIET, (torch.is_grad_enabled, False), (graph_keeps or (lambda: T
 
 
 def step(
+    criterion: Any,
     prediction: Tensor,
     target: Tensor,
+    log_snr: Tensor,
     noise: Tensor | None,
     coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
-    log_snr: Tensor,
     base_weight: Tensor | None,
     sample_weight: Tensor | None,
-    weigh: Callable[[Tensor], Tensor] | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    huber_delta: float,
-    sync: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor] | None:
-    """Mean loss and ell [B] of a step that moves the statistics, or None where it takes the long way.
+) -> Tensor | None:
+    """Mean loss of a step of a `DiffusionLoss` that moves its statistics, or None where it takes the long way.
 
-    The tensors are not checked yet. `weigh` gives w [B] for log-SNR; it is called only where the short way is open."""
+    The tensors are not checked yet."""
     native = _native()
-    if native is None or forward_ad._current_level >= 0 or (sync and _DISTRIBUTED and dist.is_initialized()):
+    if native is None or forward_ad._current_level >= 0 or (criterion.sync and _default_group()):
         return None
-    found = native._native.direct_step(
-        prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, state, log_weights,
-        native.settings_of(bins, half_life, rule), huber_delta, backend,
+    weighting, rule, weigh = criterion.weighting, NO_TABLE, None
+    if isinstance(weighting, AdaptiveWeighting):
+        rule = weighting.rule
+    elif not isinstance(weighting, Constant):
+        if not (isinstance(weighting, FixedWeighting) and weighting.pointwise):
+            return None
+        weigh = functools.partial(weighting.for_batch, sync=False)  # called only where the short way is open
+    statistics = criterion._modules["statistics"]  # as an attribute it would be looked for elsewhere first
+    kernels, buffers, losses = native._native, statistics._buffers, criterion._last
+    if type(losses) is not kernels.Losses:
+        losses = kernels.Losses()
+    found = kernels.direct_step(
+        prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, buffers["state"],
+        buffers["log_weights"], native.settings_of(statistics.bins, statistics.half_life, rule),
+        criterion.huber_delta if criterion.loss == "huber" else 0.0, criterion.backend, losses,
     )  # fmt: skip
-    return None if found is None else (_apply(prediction, found), found[1])
+    if found is None:
+        return None
+    if losses is not criterion._last:
+        object.__setattr__(criterion, "_last", losses)
+    return _apply(prediction, found)  # type: ignore[no-any-return]
+
+
+def tensor_of(losses: Any) -> Tensor:
+    """Per-sample losses that a step left behind, as a tensor [B] of their own."""
+    return torch.frombuffer(losses.copy(), dtype=torch.float32)
 
 
 @functools.cache
 def _native() -> ModuleType | None:
     """`vadiff.native`, its module told of torch; None where it cannot be loaded."""
     native = backends.load_native()
-    if isinstance(native, backends.Obstacle):
+    if isinstance(native, backends.Obstacle) or type(_SCALAR) is not Tensor:
         return None
     dtypes = tuple(native.DTYPES)
     native._native.know_torch(
-        Tensor, dtypes, torch.int64, torch.int32, torch.empty_like, torch.get_num_threads, _FORWARD, _BACKWARD
+        Tensor, dtypes, torch.int64, torch.int32, torch.empty_like, _SCALAR, torch.get_num_threads, _FORWARD, _BACKWARD
     )
     return native
 
@@ -83,21 +109,21 @@ class _Step(torch.autograd.Function):
     """What was computed already, as the result of a function of `prediction`."""
 
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, found: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        loss, _, saved, gradient = found
+    def forward(ctx: Any, prediction: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(saved, gradient)  # never what is returned: `loss /= n` would spoil it
-        return loss
+        ctx.save_for_backward(found[1])
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
         if upstream is None:
             return None, None
-        saved, gradient = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors
         native = _native()
-        if native is not None and native._native.direct_scale(gradient, upstream, saved):
+        if native is not None and native._native.direct_scale(gradient, upstream):
             return gradient, None
-        gradient = scaled(gradient, upstream.detach(), saved, "native")
+        upstream = upstream.detach()
+        gradient = scaled(gradient, upstream, upstream.new_zeros(1), "native")  # NaN already, if poisoned
         return not_differentiable(gradient) if torch.is_grad_enabled() else gradient, None
 
 

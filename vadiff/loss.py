@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import autograd, backends, eager, live, settings
 from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
@@ -25,8 +25,6 @@ from .weighting import (
 
 REDUCTIONS = ("mean", "none")
 LOSSES = ("mse", "huber")
-
-_NO_TABLE = TableRule()
 
 
 class DiffusionLoss(nn.Module):
@@ -51,7 +49,6 @@ class DiffusionLoss(nn.Module):
 
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
-        per_sample_loss: ell [B] of the last call, detached; None before the first.
         base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss has more
             in it; else None.
 
@@ -90,7 +87,7 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = float(huber_delta)
         self.backend = backend
         self.sync = bool(sync)
-        self.per_sample_loss: Tensor | None = None
+        self._last: Any = None  # ell of the last call: a tensor, or what `eager.step` left behind
         self.base_loss: Tensor | None = None
 
     @classmethod
@@ -162,8 +159,8 @@ class DiffusionLoss(nn.Module):
             ValueError, TypeError: a bad argument; the message names it.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
-        if reduction == "mean" and not torch.compiler.is_dynamo_compiling() and self._records():
-            loss = self._direct_step(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight)
+        if reduction == "mean" and self._records() and not is_dynamo_compiling():
+            loss = eager.step(self, prediction, target, log_snr, noise, coefficients, base_weight, sample_weight)
             if loss is not None:
                 return loss
         check_prediction("prediction", prediction)
@@ -238,6 +235,13 @@ class DiffusionLoss(nn.Module):
         return loss
 
     @property
+    def per_sample_loss(self) -> Tensor | None:
+        """ell [B] of the last call, float32 (float64 for a float64 prediction), detached; None before the first."""
+        if self._last is None or isinstance(self._last, Tensor):
+            return self._last
+        return eager.tensor_of(self._last)
+
+    @property
     def bin_centers(self) -> Tensor:
         """Log-SNR in the middle of each bin. [K] float32."""
         bins = self.statistics.bins
@@ -275,38 +279,7 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "per_sample_loss": None, "base_loss": None}  # a copy starts without the last batch
-
-    def _direct_step(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        log_snr: Tensor,
-        noise: Tensor | None,
-        coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
-        base_weight: Tensor | None,
-        sample_weight: Tensor | None,
-    ) -> Tensor | None:
-        """A recording training step by the short way, its arguments not checked yet; None where there is none."""
-        weighting, rule, weigh = self.weighting, _NO_TABLE, None
-        if isinstance(weighting, AdaptiveWeighting):
-            rule = weighting.rule
-        elif not isinstance(weighting, Constant):
-            if not (isinstance(weighting, FixedWeighting) and weighting.pointwise):
-                return None
-            weigh = functools.partial(weighting.for_batch, sync=False)
-        statistics: Any = self._modules["statistics"]  # as an attribute it would be looked for elsewhere first
-        buffers = statistics._buffers
-        found = eager.step(
-            prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, buffers["state"],
-            buffers["log_weights"], statistics.bins, statistics.half_life, rule,
-            self.huber_delta if self.loss == "huber" else 0.0, self.sync, self.backend,
-        )  # fmt: skip
-        if found is None:
-            return None
-        loss, ell = found
-        object.__setattr__(self, "per_sample_loss", ell)
-        return loss
+        return {**self.__dict__, "_last": None, "base_loss": None}  # a copy starts without the last batch
 
     def _records(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -350,14 +323,14 @@ class DiffusionLoss(nn.Module):
                 f"Use criterion.to({str(tensor.device)!r})."
             )
         statistics.check_buffers(state, log_weights)
-        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else _NO_TABLE
+        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else eager.NO_TABLE
         return state, log_weights, statistics.bins, statistics.half_life, rule
 
     def _keep(self, ell: Tensor) -> None:
         if torch.compiler.is_compiling():
-            self.per_sample_loss = ell
+            self._last = ell
         else:
-            object.__setattr__(self, "per_sample_loss", ell)  # a module's own takes microseconds
+            object.__setattr__(self, "_last", ell)  # a module's own takes microseconds
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw base loss (mean ± standard deviation) and weight against log-SNR; empty bins are left out.
