@@ -84,7 +84,7 @@ def step(
         return None
     if losses is not criterion._last:
         object.__setattr__(criterion, "_last", losses)
-    return _apply(prediction, found)  # type: ignore[no-any-return]
+    return _apply(prediction, found)
 
 
 def tensor_of(losses: Any) -> Tensor:
