@@ -113,22 +113,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     forward_kernel(RowsTask<C> task, int64_t samples, Levels<C> levels, Results<C> results, Update update, Upstream<C> up,
                    Scratch scratch, unsigned* ticket) {
   run_rows(task, samples, levels, update.bins, up);
-  if (ticket == nullptr) return;
-  __shared__ bool last;
-  if (threadIdx.x == 0) {  // the thread that stored the block's partials
-    __threadfence();
-    last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // the last one sets it back to 0
-    __threadfence();
-  }
-  __syncthreads();
-  if (last) finish<C>(nullptr, task.elements, task.splits, samples, levels, results, update, scratch);
+  if (ticket && comes_last(ticket, gridDim.x))
+    finish<C>(nullptr, task.elements, task.splits, samples, levels, results, update, scratch, 1, nullptr);
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     finish_kernel(const C* loss, int64_t elements, int64_t splits, int64_t samples, Levels<C> levels, Results<C> results,
-                  Update update, Scratch scratch) {
-  finish(loss, elements, splits, samples, levels, results, update, scratch);
+                  Update update, Scratch scratch, unsigned* ticket) {
+  finish(loss, elements, splits, samples, levels, results, update, scratch, gridDim.x, ticket);
 }
 
 template <class C>
@@ -169,6 +162,11 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const double* parts, int
   }
   __syncthreads();
   move_statistics(scratch.batch, poisoned, update, shared);
+}
+
+// Of the statistics that move; calls that leave them alone may overlap.
+unsigned* ticket_of(const Update& update) {
+  return update.update ? reinterpret_cast<unsigned*>(update.state + 4 * update.bins.size + 1) : nullptr;
 }
 
 void check(cudaError_t status) {
@@ -261,11 +259,14 @@ void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, 
   rows.partial = scratch.partial;
   Upstream<C> up{};
   up.scale = C(1.0 / (double(samples) * double(rows.elements)));
-  unsigned* ticket = update.update ? reinterpret_cast<unsigned*>(update.state + 4 * update.bins.size + 1) : nullptr;
+  unsigned* ticket = ticket_of(update);
+  const int blocks = settling_blocks(samples, update.update);
+  const bool at_once = ticket && blocks == 1;
   launch(forward_kernel<C>, resident<C>(samples * rows.splits, where), where, rows, samples, levels, results, update, up,
-         scratch, ticket);
-  if (!ticket)
-    launch(finish_kernel<C>, 1, where, nullptr, rows.elements, rows.splits, samples, levels, results, update, scratch);
+         scratch, at_once ? ticket : nullptr);
+  if (!at_once)
+    launch(finish_kernel<C>, blocks, where, nullptr, rows.elements, rows.splits, samples, levels, results, update, scratch,
+           ticket);
 }
 
 template <class C>
@@ -292,7 +293,8 @@ void reweight(const C* loss, int64_t samples, const Levels<C>& levels, const Res
               const Where& where) {
   OnDevice guard(where.device);
   const Scratch scratch = scratch_at(where.workspace, samples, 0, update.bins.size);
-  launch(finish_kernel<C>, 1, where, loss, 1, 0, samples, levels, results, update, scratch);
+  launch(finish_kernel<C>, settling_blocks(samples, update.update), where, loss, 1, 0, samples, levels, results, update,
+         scratch, ticket_of(update));
 }
 
 void fold(const double* parts, int64_t count, const Update& update, const Where& where) {

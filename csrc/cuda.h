@@ -17,7 +17,8 @@ namespace cuda {
 int64_t workspace_size(int64_t samples, int64_t elements, int bins, int device);
 }
 
-// One launch if statistics move, else two: the ticket belongs to the statistics, and calls that do not move them may overlap.
+// One launch if statistics move and the batch is no larger than 2,048, else two: the ticket belongs to the statistics, and calls
+// that do not move them may overlap; and a large batch is settled by several blocks.
 template <class C>
 void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, const Results<C>& results,
                     const Update& update, const Where& where);

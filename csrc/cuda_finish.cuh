@@ -1,5 +1,6 @@
-// What comes after the elements, by one block: samples, statistics of the bins, weight table. A bin is computed by the thread
-// that owns it, so there are no atomics, and every sum has a fixed order.
+// What comes after the elements: samples, statistics of the bins, weight table. One block does it all, or several share the
+// samples and the one that is done last goes on from there. A bin is computed by the thread that owns it, so there are no
+// atomics but that of a ticket, and every sum has a fixed order.
 #pragma once
 
 #include "cuda_elements.cuh"
@@ -10,21 +11,38 @@ namespace cuda {
 
 constexpr int kSamples = 512;  // settled at a time, a tile of the batch statistics
 constexpr int kMaxBins = 1024;
+constexpr int64_t kAlone = 2048;  // up to so many samples, one block settles them sooner than another launch begins
+constexpr int64_t kMostBlocks = 64;
 
-// In device memory.
+// How many blocks settle so many samples. Without moving statistics there is no ticket by which the last one knows.
+__host__ __device__ inline int settling_blocks(int64_t samples, bool update) {
+  if (samples <= kAlone || !update) return 1;
+  const int64_t tiles = (samples + kSamples - 1) / kSamples, each = (tiles + kMostBlocks - 1) / kMostBlocks;
+  return int((tiles + each - 1) / each);  // so that none is without a tile
+}
+
+// In device memory; the last three are those of the first of `blocks` blocks.
 struct Scratch {
   double* partial;  // [B * splits]
-  double* groups;   // [4 * max(K, kThreads)]: moments of each group of samples
   double* batch;    // [4K]
+  double* groups;   // [4 * max(K, kThreads)]: moments of each group of samples
+  double* part;     // [4K]: moments of a block's samples
+  double* sums;     // [2]: of weighted losses, of poisoned samples
 };
 
+__host__ __device__ inline int64_t groups_size(int bins) { return 4 * int64_t(bins > kThreads ? bins : kThreads); }
+
 __host__ __device__ inline int64_t scratch_size(int64_t samples, int64_t splits, int bins) {
-  return samples * splits + 4 * (bins > kThreads ? bins : kThreads) + 4 * int64_t(bins);
+  const int64_t one = groups_size(bins) + 4 * int64_t(bins) + 2;
+  return samples * splits + 4 * int64_t(bins) + settling_blocks(samples, true) * one;
 }
 
 __host__ __device__ inline Scratch scratch_at(double* workspace, int64_t samples, int64_t splits, int bins) {
-  double* groups = workspace + samples * splits;
-  return {workspace, groups, groups + 4 * (bins > kThreads ? bins : kThreads)};
+  const int64_t blocks = settling_blocks(samples, true);
+  double* batch = workspace + samples * splits;
+  double* groups = batch + 4 * bins;
+  double* part = groups + blocks * groups_size(bins);
+  return {workspace, batch, groups, part, part + blocks * 4 * bins};
 }
 
 // On the multiprocessor: first a tile of samples, then what the table is made of.
@@ -123,10 +141,10 @@ __device__ __forceinline__ void for_bin(int k, int first, int last, const Shared
   }
 }
 
-// Statistics of a tile, in two passes, merged into `groups`: where there are more threads than bins, groups of threads share
-// the samples.
+// Statistics of a tile, in two passes, merged into `groups` unless they are `fresh`: where there are more threads than bins,
+// groups of threads share the samples.
 template <class C>
-__device__ void add_tile(int64_t first, const C* sample_weight, int bins, double* groups, const Shared& shared) {
+__device__ void add_tile(int64_t first, bool fresh, const C* sample_weight, int bins, double* groups, const Shared& shared) {
   const int count = bins < kThreads ? kThreads / bins : 1;
   const int share = (kSamples / 4 + count - 1) / count * 4;
   for (int task = threadIdx.x; task < count * bins; task += kThreads) {
@@ -142,20 +160,46 @@ __device__ void add_tile(int64_t first, const C* sample_weight, int bins, double
       const double deviation = shared.tile.base_loss[j] - m.mean;
       m.m2 += deviation * deviation;
     });
-    if (first > 0) m = merge(load_moments(groups + task, count * bins), m);
+    if (!fresh) m = merge(load_moments(groups + task, count * bins), m);
     store_moments(groups + task, count * bins, m);
   }
 }
 
 // Merge the groups in their order.
-__device__ inline void merge_groups(int bins, const Scratch& s) {
+__device__ inline void merge_groups(int bins, const double* groups, double* into) {
   const int count = bins < kThreads ? kThreads / bins : 1;
   for (int k = threadIdx.x; k < bins; k += kThreads) {
-    Moments all = load_moments(s.groups + k, count * bins);
-    for (int group = 1; group < count; ++group)
-      all = merge(all, load_moments(s.groups + group * bins + k, count * bins));
+    Moments all = load_moments(groups + k, count * bins);
+    for (int group = 1; group < count; ++group) all = merge(all, load_moments(groups + group * bins + k, count * bins));
+    store_moments(into + k, bins, all);
+  }
+}
+
+// Merge what the blocks found, in their order.
+__device__ inline void merge_parts(int bins, int blocks, const Scratch& s, double& total, double& poisoned) {
+  total = poisoned = 0;
+  for (int block = 0; block < blocks; ++block) total += __ldcg(s.sums + 2 * block), poisoned += __ldcg(s.sums + 2 * block + 1);
+  for (int k = threadIdx.x; k < bins; k += kThreads) {
+    Moments all = {0, 0, 0, 0};
+    for (int block = 0; block < blocks; ++block) {
+      const double* part = s.part + int64_t(block) * 4 * bins + k;  // other blocks wrote it
+      all = merge(all, {__ldcg(part), __ldcg(part + bins), __ldcg(part + 2 * bins), __ldcg(part + 3 * bins)});
+    }
     store_moments(s.batch + k, bins, all);
   }
+}
+
+// Whether this block is the last of `blocks` to come here; then all that they wrote before is there to read. For all threads.
+__device__ inline bool comes_last(unsigned* ticket, unsigned blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(ticket, blocks - 1) == blocks - 1;  // the last one sets it back to 0
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }
 
 // `smoothed` [2K]: scratch in device memory for the smoothed a and n, of which each thread reads only its own.
@@ -216,27 +260,37 @@ __device__ inline void move_statistics(double* batch, double poisoned, const Upd
   if (update.rule.statistic != kNone) weight_table(update, batch, shared);
 }
 
-// All of it. `loss` [B] where the per-sample losses come from elsewhere, with splits = 0.
+// All of it, by `blocks` blocks. `loss` [B] where the per-sample losses come from elsewhere, with splits = 0.
 template <class C>
 __device__ void finish(const C* loss, int64_t elements, int64_t splits, int64_t samples, const Levels<C>& levels,
-                       const Results<C>& results, const Update& update, const Scratch& s) {
+                       const Results<C>& results, const Update& update, const Scratch& s, int blocks, unsigned* ticket) {
   __shared__ Shared shared;
+  const int size = update.bins.size;
+  const int64_t tiles = (samples + kSamples - 1) / kSamples, block = blocks > 1 ? blockIdx.x : 0;
+  const int64_t each = (tiles + blocks - 1) / blocks * kSamples, begin = block * each, end = min(begin + each, samples);
+  double* groups = s.groups + block * groups_size(size);
   double total = 0, poisoned = 0;
-  for (int64_t first = 0; first < samples; first += kSamples) {
+  for (int64_t first = begin; first < end; first += kSamples) {
     settle_tile(first, loss, elements, splits, samples, levels, results, update.bins, s.partial, shared, total, poisoned);
     if (!update.update) continue;
     __syncthreads();
-    add_tile(first, levels.sample_weight, update.bins.size, s.groups, shared);
+    add_tile(first, first == begin, levels.sample_weight, size, groups, shared);
     __syncthreads();
   }
-  const C mean = C(block_sum(total) / double(samples));
+  total = block_sum(total);
   poisoned = block_sum(poisoned);
+  if (update.update) merge_groups(size, groups, blocks > 1 ? s.part + block * 4 * size : s.batch);
+  if (blocks > 1) {
+    if (threadIdx.x == 0) s.sums[2 * block] = total, s.sums[2 * block + 1] = poisoned;
+    if (!comes_last(ticket, blocks)) return;
+    merge_parts(size, blocks, s, total, poisoned);
+  }
+  const C mean = C(total / double(samples));
   if (threadIdx.x == 0) {
     results.saved[2 * samples] = mean;
     if (results.loss && results.mean) *results.loss = mean;
   }
   if (!update.update) return;
-  merge_groups(update.bins.size, s);
   __syncthreads();
   move_statistics(s.batch, poisoned, update, shared);
 }

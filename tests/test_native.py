@@ -264,3 +264,20 @@ def test_a_missing_module_skips_tests_only_where_no_compiler_is(hidden, monkeypa
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(pytest.skip.Exception, match="not built"):
         usable("native")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("freed", ["prediction", "target", "log_snr", "base_weight"])
+def test_a_tensor_whose_storage_was_freed_is_refused(freed, training):
+    """As sharded training frees what it has gathered; to read it would end the process."""
+    criterion = vadiff.DiffusionLoss(backend="native").train(training)
+    tensors = {
+        "prediction": torch.randn(4, 8, requires_grad=True) * 1.0,
+        "target": torch.randn(4, 8),
+        "log_snr": torch.zeros(4),
+        "base_weight": torch.ones(4),
+    }
+    tensors[freed].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="storage was freed"):
+        criterion(**tensors)
+    assert criterion.statistics.count.sum() == 0

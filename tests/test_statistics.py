@@ -248,6 +248,34 @@ def test_plain_welford_never_forgets(make_criterion, device):
     assert criterion.statistics.count.tolist() == [5000, 0, 0, 1]
 
 
+@pytest.mark.parametrize("samples", [2049, 33_000])
+def test_a_batch_of_many_samples_is_recorded_like_one_of_few(make_criterion, device, samples, interpreted):
+    """Kernels share them among blocks, and merge what each found."""
+    if interpreted and samples > 2049:
+        pytest.skip("minutes in Triton's interpreter")
+    generator = torch.Generator().manual_seed(samples)
+    prediction = torch.randn(samples, 3, generator=generator)
+    log_snr = 4 * torch.randn(samples, generator=generator)
+    sample_weight = torch.rand(samples, generator=generator) + 0.5
+    log_snr[-1] = NAN
+    criterion = make_criterion("constant", bins=4, log_snr_range=(-8.0, 8.0), half_life=INF)
+    loss = criterion(
+        prediction.to(device).clone().requires_grad_(), torch.zeros(samples, 3, device=device), log_snr.to(device),
+        sample_weight=sample_weight.to(device),
+    )  # fmt: skip
+    assert loss.isnan()
+    assert criterion.statistics.skipped == 1
+    ell = prediction.double().square().mean(1).numpy()[:-1]
+    weight, bin_of = sample_weight.double().numpy()[:-1], np.clip(np.floor((numpy(log_snr)[:-1] + 8) / 4), 0, 3)
+    for k in range(4):
+        inside = bin_of == k
+        found = [float(getattr(criterion.statistics, name)[k]) for name in ("count", "mean", "variance", "mass")]
+        expected = [inside.sum(), ell[inside].mean(), ell[inside].var(ddof=1), weight[inside].sum()]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    criterion.reweight(torch.ones(samples, device=device), torch.zeros(samples, device=device))
+    assert criterion.statistics.count.sum() == 2 * samples - 1
+
+
 def step(criterion: torch.nn.Module, device: torch.device, batch: int = 6) -> torch.Tensor:
     prediction, target = (
         torch.randn(batch, 5, device=device, requires_grad=True),

@@ -50,12 +50,20 @@ def _address(tensor: Tensor | None, dtype: torch.dtype) -> int:
         return 0
     address = tensor.data_ptr()
     if tensor.dtype != dtype or not tensor.is_contiguous() or not address:
-        raise TypeError(f"a tensor is {tensor.dtype}, strides {tensor.stride()}, at {address}, expected dense {dtype}")
+        memory = "in memory" if address else "without memory: its storage was freed"
+        raise TypeError(
+            f"a tensor is {tensor.dtype}, strides {tensor.stride()}, {memory}, expected dense {dtype} in memory"
+        )
     return address
 
 
 def _address_and_dtype(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+    if tensor is None:
+        return 0, 0
+    address = tensor.data_ptr()
+    if not address:
+        raise TypeError(f"a tensor {tuple(tensor.shape)} has no memory: its storage was freed")
+    return address, DTYPES[tensor.dtype]
 
 
 def _each_and_number(coefficient: Coefficient, dtype: torch.dtype) -> tuple[int, float]:
@@ -115,7 +123,7 @@ def diffusion_loss(
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
     _native.diffusion_loss(
-        _inputs(output, target, noise, a, b, c, huber_delta), log_snr.data_ptr(),
+        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32),
         _address(base_weight, dtype), _address(sample_weight, dtype), _address(weight, dtype),
         state.data_ptr(), log_weights.data_ptr(), settings, samples, loss.data_ptr(), mean, ell.data_ptr(),
         saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
@@ -174,7 +182,7 @@ def reweight(
     settings = settings_of(bins, half_life, rule)
     saved = torch.empty(2 * len(loss) + 1, device=loss.device, dtype=loss.dtype)
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
-    where, _workspace = _where(loss, 0, 1, bins.size)
+    where, _workspace = _where(loss, len(loss), 1, bins.size)
     _native.reweight(
         _address(loss, loss.dtype), DTYPES[loss.dtype], _address(log_snr, torch.float32),
         _address(sample_weight, loss.dtype), _address(weight, loss.dtype), _address(state, torch.int64),

@@ -79,9 +79,9 @@ def test_fused_kernels_agree_with_the_reference_over_several_steps(
     torch.testing.assert_close(fused.weights, truth.weights, rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("samples", [512, 5000])
+@pytest.mark.parametrize("samples", [512, 5000, 40_000])
 def test_fifty_runs_give_the_same_bits(backend: str, samples: int) -> None:
-    prediction, target, log_snr = batch((samples, 3, 32, 32))
+    prediction, target, log_snr = batch((samples, 3, 32, 32) if samples <= 5000 else (samples, 16))
     first: list[Tensor] = []
     for _ in range(50):
         criterion = vadiff.DiffusionLoss(backend=backend).cuda()
@@ -102,8 +102,8 @@ def kernels_launched(run: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize("samples", [512, 2048, 2049])
-def test_a_step_takes_one_or_two_launches_forward_and_one_backward(backend: str, samples: int) -> None:
-    forward = 1 if backend == "native" else 2 if samples <= 2048 else 3
+def test_a_step_takes_few_launches_forward_and_one_backward(backend: str, samples: int) -> None:
+    forward = (1 if backend == "native" else 2) + (samples > 2048)
     prediction, target, log_snr = batch((samples, 3, 32, 32))
     criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     assert len(kernels_launched(lambda: criterion(prediction, target, log_snr))) == forward
