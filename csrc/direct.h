@@ -1,4 +1,4 @@
-// The short way of a training step on the CPU, in one call from Python: see vadiff/eager.py.
+// The short way of a training step, in one call from Python: see vadiff/eager.py.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -13,6 +13,7 @@ import torch
 from conftest import usable
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import vadiff
 from vadiff import eager
@@ -29,6 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "noise not read": {"coefficients": (2.0, -1.0, 0), "noise": torch.full(SHAPE, torch.nan)},
     "sample left out": {"sample_weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 3.0])},
     "mixed dtypes": {"coefficients": (1.0, 1.0, -1.0), "noise": torch.randn(SHAPE, dtype=torch.bfloat16)},
+    "poisoned": {"base_weight": torch.tensor([1.0, 2.0, torch.inf, 1.0, 0.5, 3.0])},
 }
 WEIGHTINGS = ["variance_aware", "loss_level", "constant", "min_snr"]
 
@@ -57,23 +59,32 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return ways
 
 
+@pytest.mark.parametrize("kernels", ["native", "native-cuda"], indirect=True)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 def test_both_ways_compute_the_same_bits(
-    options: dict[str, Any], dtype: torch.dtype, weighting: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    weighting: str,
+    make_criterion: Callable[..., vadiff.DiffusionLoss],
+    device: torch.device,
+    taken: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    short = vadiff.DiffusionLoss(weighting, bins=8, loss="huber", huber_delta=0.7)
+    short = make_criterion(weighting, bins=8, loss="huber", huber_delta=0.7)
     long = copy.deepcopy(short)
+    options = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, options)
     for upstream in (1.0, 0.3):
-        prediction, target, log_snr = batch(dtype)
+        prediction, target, log_snr = (x.detach().to(device) for x in batch(dtype))
+        prediction.requires_grad_()
         results = []
         for criterion in (short, long):
             with monkeypatch.context() as patched:
                 if criterion is long:
                     patched.setattr(eager, "_native", lambda: None)
                 loss = criterion(of_a_network(prediction), target, log_snr, **options)
-            (gradient,) = torch.autograd.grad(loss, prediction, torch.tensor(upstream))
+            (gradient,) = torch.autograd.grad(loss, prediction, torch.tensor(upstream, device=device))
             assert criterion.per_sample_loss is not None
             results.append((loss, gradient, criterion.per_sample_loss, *criterion.statistics.buffers()))
         for one, other in zip(*results, strict=True):

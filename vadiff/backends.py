@@ -81,21 +81,25 @@ def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
     kernels = load_native() if backend == "native" else _load_triton()
     if isinstance(kernels, Obstacle):
         return kernels
-    why_not = _native_obstacle(kernels, tensor) if backend == "native" else _triton_obstacle(kernels, tensor)
+    why_not = native_obstacle(tensor.device) if backend == "native" else _triton_obstacle(kernels, tensor)
     return kernels if why_not is None else Obstacle(why_not)
 
 
-def _native_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
-    if tensor.device.type == "cpu":
-        return None
-    if tensor.device.type == "cuda" and kernels.CUDA_ARCHITECTURES:
-        return _architecture_obstacle(kernels.CUDA_ARCHITECTURES, torch.cuda.get_device_capability(tensor.device))
-    if tensor.device.type == "cuda":
-        return f"its tensors are on {tensor.device}, and the native kernels were built for CPUs only. {native_build()}"
-    return f"its tensors are on {tensor.device}, and the native kernels run on CPUs and CUDA devices"
-
-
 @functools.cache
+def native_obstacle(device: torch.device) -> str | None:
+    """Why the native kernels, which did load, do not run on tensors of a device."""
+    kernels = load_native()
+    if isinstance(kernels, Obstacle):
+        return str(kernels)
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda" and kernels.CUDA_ARCHITECTURES:
+        return _architecture_obstacle(kernels.CUDA_ARCHITECTURES, torch.cuda.get_device_capability(device))
+    if device.type == "cuda":
+        return f"its tensors are on {device}, and the native kernels were built for CPUs only. {native_build()}"
+    return f"its tensors are on {device}, and the native kernels run on CPUs and CUDA devices"
+
+
 def _architecture_obstacle(built: str, capability: tuple[int, int]) -> str | None:
     """Why kernels compiled for `built`, as "sm_80+sm_90", the last one as PTX too, do not run on a GPU."""
     major, minor = capability

@@ -1,9 +1,9 @@
-"""The short way of a training step: plain tensors on the CPU, the native kernels, nobody watching.
+"""The short way of a training step: plain tensors, the native kernels, nobody watching.
 
-At the size of a CIFAR batch the arithmetic takes less time than the Python around it, and between the steps of a
-network that Python runs cold. So the common call is one call into csrc/direct.cpp, which looks at the arguments and
-either runs the kernel on them or leaves them alone. What it leaves takes the long way, with its checks, conversions and
-operators (`vadiff.loss`, `vadiff.ops`). Both compute the same to the bit.
+At the size of a CIFAR batch the arithmetic takes less time than the Python around it, on a GPU as on a CPU, and between
+the steps of a network that Python runs cold. So the common call is one call into csrc/direct.cpp, which looks at the
+arguments and either runs the kernel on them or leaves them alone. What it leaves takes the long way, with its checks,
+conversions and operators (`vadiff.loss`, `vadiff.ops`). Both compute the same to the bit.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def step(
 
 
 def tensor_of(losses: Any) -> Tensor:
-    """Per-sample losses that a step left behind, as a tensor [B] of their own."""
-    return torch.frombuffer(losses.copy(), dtype=torch.float32)
+    """Per-sample losses that a step left behind, as a tensor [B]."""
+    return torch.frombuffer(losses.copy(), dtype=torch.float32) if losses.tensor is None else losses.tensor
 
 
 @functools.cache
@@ -98,32 +98,51 @@ def _native() -> ModuleType | None:
     native = backends.load_native()
     if isinstance(native, backends.Obstacle) or type(_SCALAR) is not Tensor:
         return None
-    dtypes = tuple(native.DTYPES)
-    native._native.know_torch(
-        Tensor, dtypes, torch.int64, torch.int32, torch.empty_like, _SCALAR, torch.get_num_threads, _FORWARD, _BACKWARD
-    )
+    introduce(native._native, "is_cuda" if native.CUDA_ARCHITECTURES else None, _runs_on, _stream_of)
     return native
+
+
+def introduce(
+    kernels: Any, is_cuda: str | None, runs_on: Callable[[int], bool], stream_of: Callable[[int], int]
+) -> None:
+    """Tell the compiled module of torch; `is_cuda` names what is true of the tensors that its CUDA kernels run on."""
+    kernels.know_torch(
+        Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64), torch.int64, torch.int32,
+        torch.empty_like, _SCALAR, torch.get_num_threads, is_cuda, runs_on, stream_of, _FORWARD, _BACKWARD,
+    )  # fmt: skip
+
+
+def _runs_on(device: int) -> bool:
+    """Whether the native CUDA kernels run on the device of that number."""
+    return backends.native_obstacle(torch.device("cuda", device)) is None
+
+
+# What torch.cuda.current_stream(device).cuda_stream says, without making an object.
+_stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
 
 
 class _Step(torch.autograd.Function):
     """What was computed already, as the result of a function of `prediction`."""
 
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(ctx: Any, prediction: Tensor, found: tuple[Tensor, ...]) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(found[1])
+        ctx.save_for_backward(*found[1:])  # never what is returned: `loss /= n` would spoil it
         return found[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
         if upstream is None:
             return None, None
-        (gradient,) = ctx.saved_tensors
+        gradient, *saved = ctx.saved_tensors
         native = _native()
-        if native is not None and native._native.direct_scale(gradient, upstream):
+        if native is not None and native._native.direct_scale(upstream, gradient, *saved):
             return gradient, None
         upstream = upstream.detach()
-        gradient = scaled(gradient, upstream, upstream.new_zeros(1), "native")  # NaN already, if poisoned
+        # On the CPU, nothing is saved: the gradient is NaN already where it has to be.
+        gradient = scaled(gradient, upstream, saved[0] if saved else upstream.new_zeros(1), "native")
         return not_differentiable(gradient) if torch.is_grad_enabled() else gradient, None
 
 
