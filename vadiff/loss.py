@@ -34,7 +34,8 @@ class DiffusionLoss(nn.Module):
     squared (or Huber) residual ``r = a*prediction + b*target + c*noise``, u the base weight, v the sample weight and w
     the weighting. In training mode with grad enabled, each call also folds the base losses ``g_i = u_i * ell_i`` into
     running statistics per log-SNR bin. The weights of a batch come from the statistics before it, so the gradient is
-    that of a fixed-weight loss.
+    that of a fixed-weight loss. On a CUDA device, the recording calls of one criterion belong on one stream: two that
+    overlap mix up its statistics, until `statistics.reset()`.
 
     Args:
         weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`.
