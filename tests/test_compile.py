@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import compile_fx
 
 import vadiff
 
@@ -92,6 +93,16 @@ def test_ten_steps_with_the_default_compiler_match_eager(make_criterion, device)
     sizes = (5,) * 10
     losses, compiled_losses = eager.train(eager.loss, sizes), compiled.train(step, sizes)
     assert_alike(eager, losses, compiled, compiled_losses, rtol=1e-4)
+
+
+def test_the_compilers_advice_on_tf32_is_no_failure(monkeypatch):
+    """What inductor says on a GPU when it meets a float32 matmul, under this project's filter of warnings."""
+    advise = getattr(compile_fx, "_warn_tf32_disabled", None)
+    if advise is None:
+        pytest.skip("this torch has no such advice")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    advise.__wrapped__()  # not the one that remembers that it has spoken
 
 
 def test_reweight_is_traced_whole(make_criterion, device):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from waits import waits_are_errors
 
 import vadiff
 
@@ -30,7 +31,11 @@ def built_with_cuda() -> bool:
     return native.CUDA_ARCHITECTURES is not None
 
 
-SHAPES = {"cifar": (512, 3, 32, 32), "latent": (64, 4, 64, 64), "video": (2, 16, 8, 30, 45), "odd": (33, 3, 17, 19)}
+# The last two have more samples than one block settles; "odd" ones no whole vectors per sample.
+SHAPES = {
+    "cifar": (512, 3, 32, 32), "latent": (64, 4, 64, 64), "video": (2, 16, 8, 30, 45), "odd": (33, 3, 17, 19),
+    "many": (5003, 4, 4, 2), "odd-many": (2500, 3, 5, 7),
+}  # fmt: skip
 
 
 def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,11 +125,8 @@ def test_a_step_does_not_wait_for_the_device(backend: str, dtype: torch.dtype) -
     prediction, target, log_snr = batch(SHAPES["cifar"], dtype)
     criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     step(criterion, prediction, target, log_snr)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         step(criterion, prediction, target, log_snr)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_peak_memory_is_one_gradient_buffer(backend: str) -> None:
@@ -168,6 +170,49 @@ def test_statistics_go_on_moving_when_a_cuda_graph_is_replayed(backend: str, dty
         assert torch.equal(static[0].grad, fresh[0].grad)
     assert torch.equal(captured.statistics.state, eager.statistics.state)
     assert captured.statistics.count.sum() > 2000
+
+
+def capture(criterion: vadiff.DiffusionLoss, static: tuple[Tensor, Tensor, Tensor]) -> tuple[Callable, Tensor, Tensor]:
+    """A CUDA graph of one step on static inputs: its replay, and the loss and the gradient that it writes."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = criterion(*static)
+        return loss.detach(), torch.autograd.grad(loss, static[0])[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = run()
+    return graph.replay, loss, gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fused", "deferred"])
+def test_two_graphs_of_one_criterion_and_one_of_another_replay_in_turns(backend: str, dtype: torch.dtype) -> None:
+    shapes, owners = ("cifar", "odd-many", "odd"), (0, 0, 1)
+    criteria = [vadiff.DiffusionLoss(backend=backend).cuda() for _ in range(2)]
+    statics = [batch(SHAPES[shape], dtype) for shape in shapes]
+    graphs = [capture(criteria[owner], static) for owner, static in zip(owners, statics, strict=True)]
+    for criterion in criteria:
+        criterion.statistics.reset()
+    eager = copy.deepcopy(criteria)
+    for seed, turn in enumerate((0, 1, 2, 1, 1, 0, 2, 2, 0, 1)):
+        fresh, (replay, loss, gradient) = batch(SHAPES[shapes[turn]], dtype, seed), graphs[turn]
+        with torch.no_grad():
+            for old, new in zip(statics[turn], fresh, strict=True):
+                old.copy_(new)
+            for written in (loss, gradient):
+                written.fill_(torch.nan)
+        replay()
+        assert torch.equal(loss, step(eager[owners[turn]], *fresh))
+        assert torch.equal(gradient, fresh[0].grad)
+    for mine, theirs in zip(criteria, eager, strict=True):
+        assert torch.equal(mine.statistics.state, theirs.statistics.state)
+        assert torch.equal(mine.statistics.log_weights, theirs.statistics.log_weights)
+        assert mine.statistics.count.sum() > 50
 
 
 def test_tensors_of_more_than_two_to_the_31_elements(backend: str) -> None:

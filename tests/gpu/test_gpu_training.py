@@ -11,33 +11,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from waits import waits_are_errors
 
 from vadiff.training import Stopped, TrainConfig, edm_objective, train
 from vadiff.training.checkpoint import load_checkpoint
 from vadiff.training.distributed import Ranks
 from vadiff.training.loop import _Trainer
 
+# EDM2's network, as it needs nothing; unet needs diffusers.
 CONFIG = TrainConfig(
-    steps=6, batch_size=32, channels=(8, 16), log_every=2, held_out_images=20, tensorboard=False, device="cuda",
-    flips=True, class_conditional=True, clip=1.0, checkpoint_every=100,
+    model="edm2", steps=6, batch_size=32, channels=(8, 16), log_every=2, held_out_images=20, tensorboard=False,
+    device="cuda", flips=True, class_conditional=True, clip=1.0, checkpoint_every=100,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"levels": "second_moment"}, {"model": "edm2", "weighting": "learned", "sigma_rel": (0.05, 0.1)}]
+    "settings",
+    [{}, {"model": "unet"}, {"levels": "second_moment"}, {"weighting": "learned", "sigma_rel": (0.05, 0.1)}],
+    ids=str,
 )
 def test_step_does_not_wait_for_the_device(precision: str, settings: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, precision=precision, levels_every=1, dropout=0.1, **settings)
+    if config.model == "unet":
+        pytest.importorskip("diffusers", reason="the model unet is diffusers' U-Net: pip install diffusers")
     trainer = _Trainer(config, edm_objective, None, torch.device("cuda", 0), Ranks())
     for step in range(3):  # kernels are built, the images' order is moved
         trainer._train_step(step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for step in range(3, 6):
             trainer._train_step(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
