@@ -167,18 +167,19 @@ def _capture(step: Callable[[], tuple[torch.Tensor, ...]]) -> Captured:
 
 
 def _check_replay(loss: Loss, batches: Sequence[Batch], captured: Sequence[Captured]) -> None:
-    """Replay the graph whose turn it is after the warm-up, once, and compare all that it wrote with the truth."""
-    step = STEPS + _WARM_UPS
+    """Replay each graph once, the one whose turn it is after the warm-up first, and compare all that they wrote with
+    the truth."""
+    first = STEPS + _WARM_UPS
     weighting = "constant" if loss.moments() is None else "variance_aware"
-    expected = truth(batches, backward=True, weighting=weighting, steps=step + 1)
-    turn = step % len(batches)
-    replay, results = captured[turn]
-    with torch.no_grad():
-        for result in results:
-            result.fill_(float("nan"))  # a graph that writes nothing must not pass with what it finds there
-    replay()
+    expected = truth(batches, backward=True, weighting=weighting, steps=first + len(captured))
     try:
-        check_step(results, batches[turn], expected, step)
+        for step in range(first, first + len(captured)):
+            replay, results = captured[step % len(captured)]
+            with torch.no_grad():
+                for result in results:
+                    result.fill_(float("nan"))  # a graph that writes nothing must not pass with what it finds there
+            replay()
+            check_step(results, batches[step % len(captured)], expected, step)
         check_moments(loss, expected)
     except WrongResultError as error:
         raise WrongResultError(f"CUDA graph replay: {error}") from error

@@ -73,7 +73,8 @@ class Yardstick:
 
     def measure(self) -> CopyBandwidth:
         """What the copies reach now, medians."""
-        effort = measure.Effort.of(self.device, self.quick)._replace(seconds=0.5, min_rounds=5)
+        seconds = 0.2 if self.device.type == "cuda" else 0.5
+        effort = measure.Effort.of(self.device, self.quick)._replace(seconds=seconds, min_rounds=5)
         times = measure.race(self.runs, self.device, effort)
         medians = {kind: measure.Spread.of(found.device or found.wall).median for kind, found in times.items()}
         return CopyBandwidth({kind: 2 * self.bytes / median for kind, median in medians.items()}, self.without)

@@ -35,7 +35,8 @@ class Effort(NamedTuple):
     def of(cls, device: torch.device, quick: bool) -> Effort:
         if quick:
             return cls(0.2, 3, 5, 0.0)
-        return cls(2.0, 15, 500, 2e-4) if device.type == "cuda" else cls(10.0, 7, 500, 1e-3)
+        # A round on a GPU takes a few ms: a second holds hundreds, and a whole run must leave time for gpu.sh's others.
+        return cls(1.0, 15, 500, 2e-4) if device.type == "cuda" else cls(10.0, 7, 500, 1e-3)
 
 
 class Times(NamedTuple):

@@ -1,43 +1,72 @@
-"""A few small steps of each CUDA backend, for compute-sanitizer, which makes everything a hundred times slower.
+"""A few small steps of a CUDA backend, for compute-sanitizer, which makes everything a hundred times slower.
 
-compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
+python benchmarks/sanitize.py triton    # first without it: Triton compiles, and keeps what it compiled on disk
+compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python benchmarks/sanitize.py native triton
+
+API errors are left out: torch and Triton ask the driver for functions that it may not have, and live with a no.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor an allocation: memcheck sees its end
 
 import torch
 from providers import obstacle
 
 import vadiff
 
-# A length that no vector divides; samples split over blocks; more samples than one tile of statistics.
-_SHAPES = ((5, 3, 33, 35), (2, 40_003), (2_051, 7))
+BACKENDS = ("native", "triton")
+# Samples of whole vectors and of none: the kernels read them in different loops. Of both kinds a few samples, few that
+# are split over blocks, and more than one block settles, the last tile of them with one sample.
+SHAPES = {
+    "odd": (5, 3, 33, 35),
+    "odd, split": (2, 40_003),
+    "odd, many": (2_561, 7),
+    "even": (5, 3, 32, 32),
+    "even, split": (1, 131_072),
+    "even, many": (2_561, 16),
+}
 
 
-def main() -> int:
-    ran = 0
-    for backend in ("native", "triton"):
-        reason = obstacle(backend, "cuda")
-        if reason is not None:
-            print(f"{backend}: not usable: {reason}")
-            continue
-        criterion = vadiff.DiffusionLoss(backend=backend).cuda()
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for shape in _SHAPES:
-                prediction = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
-                target = torch.randn(shape, device="cuda").to(dtype)
-                log_snr = 4 * torch.randn(shape[0], device="cuda")
-                for reduction in ("mean", "none"):  # fused and deferred
-                    criterion(prediction, target, log_snr, reduction=reduction).sum().backward()
-        torch.cuda.synchronize()
-        ran += 1
-        print(f"{backend}: ran")
-    return 0 if ran else 1
+def exercise(backend: str, device: str) -> None:
+    """All kernels: fused and deferred steps in each dtype, calls that record nothing, and losses computed elsewhere."""
+    criterion = vadiff.DiffusionLoss(backend=backend).to(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shape in SHAPES.values():
+            prediction = torch.randn(shape, device=device).to(dtype).requires_grad_()
+            target, log_snr = torch.randn_like(prediction), 4 * torch.randn(shape[0], device=device)
+            for reduction in ("mean", "none"):  # fused and deferred
+                upstream = torch.tensor(2.0, device=device)  # not 1, by which nothing is scaled
+                (criterion(prediction, target, log_snr, reduction=reduction).sum() * upstream).backward()
+            criterion.eval()
+            with torch.no_grad():
+                criterion(prediction, target, log_snr)
+            criterion.train()
+    for samples in (5, 2_561):
+        losses, log_snr = torch.rand(samples, device=device, requires_grad=True), torch.randn(samples, device=device)
+        criterion.reweight(losses, log_snr).mean().backward()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backends", nargs="*", help="native, triton (default: both, as far as they can run)")
+    backends = parser.parse_args(arguments).backends
+    for name in backends:
+        if name not in BACKENDS:
+            parser.error(f"{name!r} is no CUDA backend, expected native or triton")
+    if not torch.cuda.is_available():
+        parser.error("torch.cuda.is_available() is False: there is nothing to check")
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: memcheck sees its end
+    obstacles = {backend: obstacle(backend, "cuda") for backend in backends or BACKENDS}
+    for backend, reason in obstacles.items():
+        if reason is None:
+            exercise(backend, "cuda")
+            torch.cuda.synchronize()
+        print(f"{backend}: {'ran' if reason is None else f'not usable: {reason}'}")
+    found = [reason is None for reason in obstacles.values()]
+    return 0 if (all if backends else any)(found) else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import copy_bandwidth
 import measure
 import past_cache
 import pytest
+import sanitize
 import torch
 import training_step
 from cases import Contest
@@ -21,6 +22,8 @@ from measure import Effort, Ratio, Spread
 from measurements import Measurement, NotMeasured
 from providers import PROVIDERS, Batch, Provider, obstacle
 from torch import Tensor
+
+import vadiff
 
 CPU = torch.device("cpu")
 SMALL = Contest("tiny", "fp32", "fused")
@@ -238,9 +241,13 @@ class Graph:
 
     def __init__(self, spoil: str) -> None:
         self.spoil = spoil
+        self.captured = 0
 
     def capture(self, step: Callable[[], tuple[Tensor, ...]]) -> contest.Captured:
         results = torch.zeros(()), torch.zeros(64, 3, 32, 32)
+        # Replays begin with the sixth of twelve graphs, as five steps came before, and end with the fifth.
+        nothing = self.spoil == "nothing" or (self.spoil == "the last" and self.captured % 12 == 4)
+        self.captured += 1
 
         def replay() -> None:
             if self.spoil == "statistics":
@@ -249,7 +256,7 @@ class Graph:
                 if self.spoil != "loss" or kept.ndim:
                     kept.copy_(1.1 * found if self.spoil == "gradient" and kept.ndim else found)
 
-        return contest.Captured((lambda: None) if self.spoil == "nothing" else replay, results)
+        return contest.Captured((lambda: None) if nothing else replay, results)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,7 @@ class Graph:
     [
         ("", None),
         ("nothing", "gradient of step 6 is off by nan"),
+        ("the last", "gradient of step 17 is off by nan"),  # of the twelve
         ("loss", "loss of step 6 is off by nan"),
         ("gradient", "gradient of step 6"),
         ("statistics", "step 6"),  # one step further: other weights
@@ -278,6 +286,27 @@ def test_a_graph_whose_replay_is_wrong_is_not_timed(
             assert outcome.kind == "wrong"
             assert "CUDA graph replay: the " in outcome.reason
             assert complaint in outcome.reason
+
+
+def test_the_sanitizers_look_at_every_loop_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole vectors and none; whole samples, one that is split, and more than one block settles. Not all recorded."""
+    whole = {shape[0]: torch.Size(shape[1:]).numel() % 16 == 0 for shape in sanitize.SHAPES.values()}
+    assert {samples > 2048 for samples, vectors in whole.items() if vectors} == {True, False}
+    assert {torch.Size(shape[1:]).numel() % 8 == 0 for shape in sanitize.SHAPES.values() if shape[0] > 2048} == {
+        True,
+        False,
+    }
+    calls: list[str] = []
+    forward = vadiff.DiffusionLoss.forward
+
+    def recording(self: vadiff.DiffusionLoss, *arguments: Tensor, **options: str) -> Tensor:
+        calls.append("training" if self.training else "eval")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(vadiff.DiffusionLoss, "forward", recording)
+    sanitize.exercise("reference", "cpu")
+    assert calls.count("training") == 3 * 2 * len(sanitize.SHAPES)
+    assert calls.count("eval") == 3 * len(sanitize.SHAPES)
 
 
 def test_sets_that_fit_in_the_cache_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
