@@ -17,6 +17,7 @@ import vadiff
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+DESCRIBE = "git describe --always --dirty --abbrev=40 --exclude='*'"
 _UNKNOWN_CACHE = 64 * 2**20  # where the system does not say: larger than most
 
 
@@ -119,9 +120,22 @@ def _last_line(*command: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit whose code runs, and whether tracked files differ from it; ("unknown", True) outside of git."""
-    here = str(Path(__file__).parent)
-    found = _lines("git", "-C", here, "rev-parse", "HEAD")
-    if not found:
+    """The commit whose code runs, and whether tracked files differ from it.
+
+    A copy of the tree outside of git is of the commit that VADIFF_COMMIT names, as `DESCRIBE` prints it: the hash, and
+    "-dirty" after it where files differ. ("unknown", True) if nothing names one.
+
+    Raises:
+        ValueError: VADIFF_COMMIT is no such thing.
+    """
+    root = Path(__file__).resolve().parent.parent
+    top, *found = _lines("git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD") or [""]
+    if found and Path(top).resolve() == root:  # not of a repository that happens to lie around the copy
+        return found[0], bool(_lines("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
+    told = os.environ.get("VADIFF_COMMIT", "")
+    if not told:
         return "unknown", True
-    return found[0], bool(_lines("git", "-C", here, "status", "--porcelain", "--untracked-files=no"))
+    named = re.fullmatch(r"([0-9a-f]{7,40})(-dirty)?", told)
+    if named is None:
+        raise ValueError(f"VADIFF_COMMIT is {told!r}, expected what this prints: {DESCRIBE}")
+    return named[1], named[2] is not None

@@ -2,17 +2,20 @@
 
 python benchmarks/readme_table.py            # print them
 python benchmarks/readme_table.py --write    # put them between the markers in README.md and docs/performance.md
+python benchmarks/readme_table.py --add FILE # the same, with a result file that was written elsewhere
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import figures
-from measurements import RESULTS, Measurement, Results, newest_by_device
+import machine
+from measurements import RESULTS, Measurement, Results, newest_by_device, read
 from providers import PROVIDERS
 from table import seconds
 
@@ -31,7 +34,7 @@ _ROWS = {
     "larger than any cache, fp32": ("huge", "fp32", "fused"),
     "training step of a small U-Net, batch 8": ("unet-8", "fp32", "training-step"),
     "training step of a small U-Net, batch 64": ("unet-64", "fp32", "training-step"),
-    "training step of a small U-Net, batch 128": ("unet-128", "fp32", "training-step"),
+    "training step of a small U-Net, batch 512": ("unet-512", "fp32", "training-step"),
 }
 
 
@@ -112,10 +115,18 @@ def inserted(page: str, table: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write them into README.md and docs/performance.md")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="copy a result file to the others first, under its name, and --write"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.add is not None:
+        results = read(options.add)
+        if results is None or results.quick:
+            parser.error(f"{options.add} is {'of a --quick run' if results else 'no result file of the benchmarks'}")
+        shutil.copyfile(options.add, options.results / machine.file_name(results.machine["device"], results.date))
     found = newest_by_device(options.results)
-    if options.write:
+    if options.write or options.add is not None:
         written = {page: inserted(page.read_text(), table) for page, table in tables(found).items()}
         for page, text in written.items():
             page.write_text(text)

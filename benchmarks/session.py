@@ -18,7 +18,7 @@ from typing import Any
 
 import figures
 import pytest
-import table
+import result_table
 import torch
 from cases import Contest
 from copy_bandwidth import Yardstick
@@ -192,8 +192,6 @@ def pytest_terminal_summary(
         return
     path = session.write(finished=exitstatus != pytest.ExitCode.INTERRUPTED)  # first: drawing tables may take too long
     terminalreporter.section("vadiff benchmarks")
-    terminalreporter.write_line(table.render(session.results))
-    terminalreporter.write_line("")
-    terminalreporter.write_line(table.render_figures(figures.judge(session.results)))
+    terminalreporter.write_line(result_table.text_of(session.results))
     if path is not None:
         terminalreporter.write_line(f"written to {os.path.relpath(path)}")

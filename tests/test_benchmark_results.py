@@ -13,6 +13,7 @@ import figures
 import machine
 import pytest
 import readme_table
+import result_table
 import roofline
 import table
 import torch
@@ -21,9 +22,6 @@ from cases import Contest
 from copy_bandwidth import CopyBandwidth
 from measure import Ratio, Times
 from measurements import Measurement, NotMeasured, Results, newest_by_device, read
-
-from vadiff.cli import _parser
-from vadiff.cli.train import training_config
 
 CPU = torch.device("cpu")
 SMALL = Contest("tiny", "fp32", "fused")
@@ -79,6 +77,60 @@ def test_the_newest_results_of_each_device_count_and_quick_ones_do_not(tmp_path:
         ("a", "2026-01-05"),
         ("b", "2026-01-03"),
     ]
+
+
+@pytest.mark.parametrize("told", ["0123456", "0123456789abcdef0123456789abcdef01234567-dirty"])
+def test_outside_of_git_the_commit_is_what_the_environment_says(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_lines", lambda *command: [])
+    monkeypatch.delenv("VADIFF_COMMIT", raising=False)
+    assert machine.commit() == ("unknown", True)
+    monkeypatch.setenv("VADIFF_COMMIT", told)
+    assert machine.commit() == (told.removesuffix("-dirty"), told.endswith("-dirty"))
+    for wrong in ("main", "0123", "0123456-", "v0.1-3-g0123456"):
+        monkeypatch.setenv("VADIFF_COMMIT", wrong)
+        with pytest.raises(ValueError, match=f"VADIFF_COMMIT is '{wrong}', expected what this prints: git describe"):
+            machine.commit()
+
+
+def test_a_copy_of_the_tree_is_not_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VADIFF_COMMIT", "fedcba9")
+    hash_ = "0123456789abcdef0123456789abcdef01234567"
+    for around, found in ((BENCHMARKS.parent, (hash_, False)), (BENCHMARKS.parent.parent, ("fedcba9", False))):
+        monkeypatch.setattr(
+            machine, "_lines", lambda *command, top=around: [str(top), hash_] if "rev-parse" in command else []
+        )
+        assert machine.commit() == found
+
+
+def test_a_result_file_is_shown_with_what_its_run_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = gpu_results()
+    results.selection = "default; interrupted"
+    assert result_table.main([str(results.write(tmp_path)), f"--out={tmp_path / 'table.txt'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "table.txt").read_text()
+    assert "the design's figures" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("left out"))
+    assert "unet-512-fp32-training-step, cifar-128-fp32-fused" in line  # the dearest first
+    assert "huge-fp32-fused" not in line
+    results.selection = "default; -k cifar-512"
+    assert result_table.left_out(results) == []
+
+
+def test_a_result_file_of_another_machine_is_added_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, pages = tmp_path / "results", [tmp_path / "README.md", tmp_path / "performance.md"]
+    results.mkdir()
+    monkeypatch.setattr(readme_table, "README", pages[0])
+    monkeypatch.setattr(readme_table, "PERFORMANCE", pages[1])
+    for page in pages:
+        page.write_text(f"{readme_table.BEGIN}\n{readme_table.END}\n")
+    written = gpu_results().write(tmp_path).rename(tmp_path / "some.json")
+    assert readme_table.main([f"--add={written}", f"--results={results}"]) == 0
+    assert [r.machine["compute_capability"] for r in newest_by_device(results)] == ["9.0"]
+    assert all("CIFAR, batch 512, fp32" in page.read_text() for page in pages)
+    for content in ("{}", written.read_text().replace('"quick": false', '"quick": true')):
+        written.write_text(content)
+        with pytest.raises(SystemExit):
+            readme_table.main([f"--add={written}", f"--results={results}"])
 
 
 def test_the_table_shows_times_shares_ratios_and_refusals() -> None:
@@ -327,67 +379,3 @@ def test_a_run_that_is_killed_leaves_what_it_had_the_figures_first(tmp_path: Pat
     assert results is not None
     assert results.selection.endswith("interrupted")
     assert [measurement.case for measurement in results.measurements] == ["cifar-128"]
-
-
-@pytest.fixture
-def stub_python(tmp_path: Path) -> Path:
-    """Stands in for Python in gpu.sh: installing fails, everything else succeeds at once."""
-    path = tmp_path / "python"
-    path.write_text('#!/bin/sh\ncase "$*" in *"pip install"*) echo no compiler today; exit 3 ;; esac\n')
-    path.chmod(0o755)
-    return path
-
-
-def run_gpu_script(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(BENCHMARKS / "gpu.sh"), *arguments], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHON": str(python)},
-    )  # fmt: skip
-
-
-def test_the_gpu_script_measures_networks_and_a_short_run_instead(stub_python: Path, tmp_path: Path) -> None:
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    out = tmp_path / "out"
-    arguments = ["--networks", "--data", str(tmp_path), "--inception-weights", str(weights)]
-    run_gpu_script(stub_python, *arguments, str(out))
-    stages = [line.split()[0] for line in (out / "summary.txt").read_text().splitlines()]
-    assert stages == ["build", "machine", "networks", "train", "sweep"]
-    found = run_gpu_script(stub_python, "--networks", str(out))
-    assert "NOT RUN: no --data" in found.stdout
-    assert run_gpu_script(stub_python, "--networks", "--data", str(tmp_path / "no")).returncode == 2
-    assert "are for --networks" in run_gpu_script(stub_python, "--data", str(tmp_path)).stderr
-
-
-def test_the_commands_of_the_gpu_scripts_short_run_are_understood(tmp_path: Path) -> None:
-    """Those of `vadiff`, as they stand in the script, by its parser."""
-    script = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
-    commands = [line.split("-m vadiff ")[1] for line in script.splitlines() if "-m vadiff " in line and "stage" in line]
-    commands = [command for command in commands if command.startswith(("train", "ema"))]
-    assert [command.split()[0] for command in commands] == ["train", "ema"]
-    for command in commands:
-        plain = command.replace('"${metrics[@]}"', "--metrics fid --layer 768 --images 2000")
-        words = [word.strip('"').replace("$run", str(tmp_path)).replace("$data", "data") for word in plain.split()]
-        options = _parser().parse_args(words)
-        if words[0] == "train":
-            assert training_config(options).channels == (128, 128, 128)
-            assert training_config(options).steps // training_config(options).snapshot_every >= 60
-
-
-def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Path, tmp_path: Path) -> None:
-    found = run_gpu_script(stub_python, str(tmp_path / "out"))
-    assert found.returncode == 1
-    stages = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
-    assert "FAILED, exit status 3" in stages["build"]
-    assert stages["tests"].endswith("ok")
-    assert stages["core"].endswith("ok")
-    assert stages["benchmarks"].endswith("ok")
-    assert "NOT RUN: the benchmarks left no result file" in stages["roofline"]
-    assert "no compiler today" in (tmp_path / "out" / "log.txt").read_text()
-    assert "no compiler today" in found.stdout  # the end of a failed stage is shown at once
-
-
-def test_the_gpu_script_refuses_a_folder_of_wheels_that_is_not_there(stub_python: Path, tmp_path: Path) -> None:
-    found = run_gpu_script(stub_python, "--wheels", str(tmp_path / "none"), str(tmp_path / "out"))
-    assert found.returncode == 2
-    assert "no such folder" in found.stderr

@@ -1,0 +1,61 @@
+"""A result file as text: the table, the design's figures, and what a run that was ended early has left out.
+
+python benchmarks/result_table.py benchmarks/results/<device>-<date>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import cases
+import figures
+import table
+import training_step
+from cases import Contest
+from measurements import Measurement, NotMeasured, Results, read
+
+
+def left_out(results: Results) -> list[Contest]:
+    """Contests of the default selection that were not held. None where another selection was asked for."""
+    if not set(results.selection.split("; ")) <= {"default", "interrupted"}:
+        return []
+    device_type = "cuda" if "compute_capability" in results.machine else "cpu"
+    wanted: list[Contest] = [*figures.CONTESTS[device_type], *training_step.SIZES[device_type]]
+    wanted += [c for c in cases.contests(device_type) if cases.runs_by_default(c, False, device_type)]
+    outcomes: list[Measurement | NotMeasured] = [*results.measurements, *results.not_measured]
+    held = {Contest(outcome.case, outcome.dtype, outcome.mode) for outcome in outcomes}
+    return [contest for contest in dict.fromkeys(wanted) if contest not in held]
+
+
+def text_of(results: Results) -> str:
+    """What a run prints at its end."""
+    missing = left_out(results)
+    return "\n".join(
+        [
+            table.render(results),
+            "",
+            *([f"left out: {len(missing)} contests: {', '.join(map(str, missing))}"] if missing else []),
+            table.render_figures(figures.judge(results)),
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a result file of the benchmarks")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write it there")
+    options = parser.parse_args(arguments)
+    results = read(options.results)
+    if results is None:
+        parser.error(f"{options.results} is no result file of the benchmarks")
+    text = text_of(results)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
