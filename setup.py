@@ -4,8 +4,9 @@
 with another project's.
 
 The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, and nvcc
-($CUDA_HOME, PATH, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail, vadiff installs and works on
-PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for `vadiff doctor`.
+($CUDA_HOME, or else PATH, pip's packages, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail,
+vadiff installs and works on PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for
+`vadiff doctor`.
 
     VADIFF_NATIVE=auto   native kernels where a C++ compiler is found (default)
     VADIFF_NATIVE=0      none: nothing is compiled
@@ -32,6 +33,13 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 REINSTALL = "then run, in the folder of vadiff's source: pip install --force-reinstall --no-deps ."
 ARCHITECTURES = ("80", "90", "100")  # what nvcc does not know is left out; the highest is added as PTX for later ones
+# How to get what is missing. Drivers before 580 run no program of CUDA 13, and before that pip had no nvcc.
+GET_COMPILER = "Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
+GET_HEADERS = (
+    f"Debian, Ubuntu: apt install python{sysconfig.get_python_version()}-dev; Fedora: dnf install python3-devel"
+)
+GET_NVCC = "pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.*'"
+OLDER_NVCC = "with an NVIDIA driver older than 580: a toolkit of developer.nvidia.com/cuda-toolkit-archive"
 INSTRUCTION_SETS = {
     "generic": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -49,6 +57,15 @@ class LeftOut(Exception):
 class BuildNative(build_ext):
     """Writes a build.ninja and runs it; falls back to fewer kernels where something is missing or fails."""
 
+    def run(self) -> None:
+        """Without the compiler of setuptools: it is not used here, and fails where it cannot read $CC or $CXX."""
+        inplace, self.inplace = self.inplace, False  # for the path of what is built; copied in place afterwards
+        for extension in self.extensions:
+            self.build_extension(extension)
+        self.inplace = inplace
+        if inplace:
+            self.copy_extensions_to_source()
+
     def build_extension(self, extension: Extension) -> None:
         _wanted_architectures()  # like _switch: what is malformed is an error, whatever else there is
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
@@ -56,7 +73,8 @@ class BuildNative(build_ext):
         target.unlink(missing_ok=True)
         notes = self._build(target)
         self.note = target.with_name("_native_build.txt")
-        self.note.write_text(" ".join(notes))
+        # readable in any locale, whatever a compiler said
+        self.note.write_text(" ".join(notes), encoding="ascii", errors="backslashreplace")
         for note in notes:
             print(f"vadiff: {note}", file=sys.stderr)
 
@@ -79,7 +97,7 @@ class BuildNative(build_ext):
         notes = []
         if not openmp:
             why = f"{shlex.join(compiler)} did not accept -fopenmp"
-            reason = LeftOut(why, "Set CXX to a compiler that does (GCC, or Clang with libomp)")
+            reason = LeftOut(why, "Set CXX to a compiler that does, as g++ (Debian, Ubuntu: apt install g++)")
             notes.append(_note("threads of the native CPU kernels", reason))
         try:
             self._compile(target, compiler, openmp, _nvcc(cuda))
@@ -93,16 +111,39 @@ class BuildNative(build_ext):
 
     def _compile(self, target: Path, compiler: list[str], openmp: list[str], nvcc: str | None) -> None:
         folder = Path(self.build_temp).absolute() / ("cuda" if nvcc else "cpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        if nvcc:  # takes neither a compiler with arguments nor flags with commas: both go into a script
-            host = folder / Path(compiler[0]).name
-            host.write_text(f'#!/bin/sh\nexec {shlex.join([*compiler, *openmp, *_flags("LDFLAGS")])} "$@"\n')
-            host.chmod(0o755)
-        (folder / "build.ninja").write_text(_build_file(target, compiler, openmp, nvcc))
-        run = _run(sys.executable, "-m", "ninja", "-C", str(folder))
+        ninja, build_file = _ninja(), _build_file(target, compiler, openmp, nvcc)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if nvcc:  # takes neither a compiler with arguments nor flags with commas: both go into a script
+                host = folder / Path(compiler[0]).name
+                command = shlex.join([*compiler, *openmp, *_flags("LDFLAGS")])
+                host.write_bytes(os.fsencode(f'#!/bin/sh\nexec {command} "$@"\n'))
+                host.chmod(0o755)
+            (folder / "build.ninja").write_bytes(os.fsencode(build_file))  # paths need not be text
+        except OSError as error:
+            why = f"the build folder was not writable ({error.filename or folder}: {error.strerror})"
+            raise LeftOut(why, f"Make it writable, or remove {self.build_temp}") from None
+        run = _run(*ninja, "-C", str(folder))
         if run.returncode:
             print(run.stdout, file=sys.stderr)
-            raise LeftOut(f"{nvcc or shlex.join(compiler)} failed: {_error_line(run.stdout)}")
+            why = f"{nvcc or shlex.join(compiler)} failed: {_error_line(run.stdout)}"
+            if "Python.h" in run.stdout and not Path(sysconfig.get_path("include"), "Python.h").exists():
+                raise LeftOut(why, f"Install Python's headers ({GET_HEADERS})")
+            raise LeftOut(why)
+
+
+def _ninja() -> list[str]:
+    """The command of ninja: the package's, which build isolation brings, or the system's."""
+    package = [sys.executable, "-m", "ninja"]
+    if _run(*package, "--version").returncode == 0:
+        return package
+    if found := shutil.which("ninja"):
+        return [found]
+    raise LeftOut("ninja was not found", _build_requirement("ninja"))
+
+
+def _build_requirement(package: str) -> str:
+    return f"Leave out --no-build-isolation, or install it (pip install {package})"
 
 
 def _build_file(target: Path, compiler: list[str], openmp: list[str], nvcc: str | None) -> str:
@@ -110,9 +151,7 @@ def _build_file(target: Path, compiler: list[str], openmp: list[str], nvcc: str 
     try:
         import pybind11
     except ImportError as error:
-        raise LeftOut(
-            str(error), "Without build isolation, install what pyproject.toml lists under build-system"
-        ) from None
+        raise LeftOut(f"pybind11 was not found ({error})", _build_requirement("pybind11")) from None
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -172,7 +211,11 @@ def _switch(name: str) -> str:
 
 
 def _flags(name: str) -> list[str]:
-    return shlex.split(os.environ.get(name, ""))
+    value = os.environ.get(name, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise LeftOut(f"${name} was {value!r}, which no shell would read ({error})", "Correct or unset it") from None
 
 
 def _note(what: str, reason: LeftOut, **switches: str) -> str:
@@ -193,7 +236,7 @@ def _compiler(switch: str) -> list[str]:
     found = next(filter(None, map(shutil.which, wanted[:1] or ["c++", "g++", "clang++"])), None)
     if found is None:
         why = f"$CXX was {wanted[0]!r}, which was not found" if wanted else "no C++ compiler was found"
-        raise LeftOut(why, "Install one (Debian, Ubuntu: apt install g++)" if not wanted else "Correct or unset it")
+        raise LeftOut(why, f"Install one ({GET_COMPILER})" if not wanted else "Correct or unset it")
     return [str(Path(found).absolute()), *wanted[1:]]
 
 
@@ -201,10 +244,12 @@ def _nvcc(switch: str) -> str:
     if switch == "0":
         raise LeftOut("VADIFF_CUDA was 0", "Unset it")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin/nvcc")  # also in build isolation
+    places = [f"{home}/bin/nvcc"] if home else ["nvcc", *map(str, packages), "/usr/local/cuda/bin/nvcc"]
     found = next(filter(None, map(shutil.which, places)), None)
     if found is None:
-        raise LeftOut("no nvcc was found (Triton does without)", "Install the CUDA toolkit, or set CUDA_HOME to it")
+        remedy = f"Install the CUDA toolkit ({GET_NVCC}; {OLDER_NVCC}), or set CUDA_HOME to the one there is"
+        raise LeftOut("no nvcc was found (Triton does without)", remedy)
     return str(Path(found).absolute())
 
 
@@ -232,15 +277,21 @@ def _accepts(compiler: list[str], flag: str) -> bool:
 
 
 def _run(*command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
+    """Output and errors together: in English, ASCII quotation marks, and bytes that are no text as \\xff."""
     try:
-        return subprocess.run(command, input=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.run(
+            command, input=given, encoding="utf-8", errors="backslashreplace", env={**os.environ, "LC_ALL": "C"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     except OSError as error:
         raise LeftOut(f"{command[0]} did not run ({error.strerror})") from None
 
 
 def _error_line(output: str) -> str:
     """The line that says what failed: the first error, or the last line. Commands that ninja repeats are no such."""
-    output = re.sub(r"^FAILED: .*\n.*\n|^(\[\d+/\d+\]|ninja: ).*\n?", "", output, flags=re.MULTILINE)
+    output = re.sub(
+        r"^FAILED: .*\n.*\n|^(\[\d+/\d+\]|ninja: (Entering|build stopped)).*\n?", "", output, flags=re.MULTILINE
+    )
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if re.search(r"\berror:", line)), lines[-1] if lines else "it said nothing")
 
