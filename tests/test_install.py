@@ -1,19 +1,23 @@
 """Installing with and without compilers: from an sdist, as a wheel and editable; a missing one never fails an install.
 
-Each environment borrows torch from the one that runs the tests; what it may find of compilers is what PATH says.
+Each is a new virtual environment that borrows torch from the one that runs the tests; what it may find of compilers is
+what PATH says.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
+import pip
 import pytest
 import torch
 
@@ -26,10 +30,8 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists() or sys.platform == "win32", reason="needs vadiff's source tree"
 )
 
+NINJA = Path(sysconfig.get_path("scripts"), "ninja")  # the program of its package
 PROGRAM = """
-import site, sys
-site.addsitedir(sys.argv[1])  # with its .pth, thus its editable install; of the others' folders only the packages
-sys.path += sys.argv[2:]
 import torch, vadiff
 from vadiff.doctor import report
 print(report())
@@ -45,6 +47,31 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -z "$out" ] || : >"$out"
+"""
+# Runs the command that it is given; what differs in its paths alone is compiled once. Of the headers elsewhere than in
+# csrc/, only pybind11's may differ: build isolation has its own.
+COMPILE_ONCE = """
+import hashlib, os, pathlib, shutil, subprocess, sys
+kept, *command = sys.argv[1:]
+if "-c" not in command or "-MF" not in command:
+    os.execv(command[0], command)
+digest = hashlib.sha256()
+for word in command:
+    if not word.startswith("-I"):
+        digest.update(os.path.basename(word).encode() + b" ")
+    elif (header := pathlib.Path(word[2:], "pybind11/detail/common.h")).exists():
+        digest.update(header.read_bytes())
+kept = pathlib.Path(kept, digest.hexdigest())
+out, depfile = (command[command.index(flag) + 1] for flag in ("-o", "-MF"))
+if kept.exists():
+    shutil.copy(kept, out)
+    pathlib.Path(depfile).write_text(f"{out}:\\n")
+elif code := subprocess.call(command):
+    sys.exit(code)
+else:
+    part = f"{kept}.{os.getpid()}"
+    shutil.copy(out, part)
+    os.replace(part, kept)
 """
 
 
@@ -65,14 +92,16 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir() and path != source)
 
 
-def run(*command: str | Path, ok: bool = True, cwd: Path | None = None, **environment: str) -> str:
+def run(*command: str | Path, ok: bool | None = True, cwd: Path | None = None, **environment: str) -> str:
+    """What a command said; whether it must end well (True), must not (False), or may do either (None)."""
     ours = ("VADIFF_", "CUDA_HOME", "CUDA_PATH", "CXX", "LDFLAGS", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**kept, **environment}, cwd=cwd or Path(sys.prefix)
-    )
+        command, capture_output=True, text=True, errors="backslashreplace", timeout=300, env={**kept, **environment},
+        cwd=cwd or Path(sys.prefix),
+    )  # fmt: skip
     said = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, said
+    assert ok is None or (done.returncode == 0) == ok, said
     return said
 
 
@@ -81,6 +110,19 @@ def script(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o755)
     return path
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A launcher for compilers: see COMPILE_ONCE."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    kept = folder / "compiled once"
+    kept.mkdir(exist_ok=True)
+    program = script(tmp_path_factory.mktemp("on ce") / "once.py", COMPILE_ONCE)
+    command = f"'{sys.executable}' -S '{program}' '{kept}'"
+    return script(program.with_name("launcher"), f'#!/bin/sh\nexec {command} "$@"\n')
 
 
 def tools(folder: Path) -> dict[str, str]:
@@ -94,27 +136,61 @@ def tools(folder: Path) -> dict[str, str]:
     return {"PATH": str(folder), "CUDA_HOME": str(folder), **FAST}
 
 
-def pip_install(*arguments: str | Path, ok: bool = True, **environment: str) -> str:
-    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v")
-    return run(*pip, *arguments, ok=ok, **environment)
+def with_once(once: Path, environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "CXX": f"'{once}' {environment['PATH']}/c++"}
 
 
-def program(folder: Path) -> str:
-    """What PROGRAM says with the vadiff installed in `folder`; -S: without the .pth of the tests' own."""
-    packages = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
-    return run(sys.executable, "-S", "-c", PROGRAM, folder, *packages)
+def tools_and_nvcc(folder: Path, once: Path) -> dict[str, str]:
+    """One with both, in folders with spaces, behind a launcher; and flags with commas, which nvcc would split."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("c++")
+    if nvcc is None or compiler is None:
+        pytest.skip("nvcc or c++ is not installed")
+    script(folder / "cu da/bin/nvcc", f"#!/bin/sh\nexec '{once}' {nvcc} \"$@\"\n")
+    return {
+        "CXX": f"'{once}' {compiler} -DGIVEN", "CUDA_HOME": str(folder / "cu da"), "VADIFF_CUDA": "1",
+        "VADIFF_CUDA_ARCHITECTURES": "90", "LDFLAGS": "-Wl,-z,now -Wl,-rpath,'$ORIGIN'", **FAST,
+    }  # fmt: skip
 
 
-def install(source: Path, folder: Path, **environment: str) -> str:
-    """Install a wheel of `source` into `folder` and run PROGRAM there; what that said."""
-    pip_install("--target", folder, source, **environment)
-    return program(folder)
+def new_environment(folder: Path) -> Path:
+    """An empty virtual environment; its Python."""
+    venv.EnvBuilder(symlinks=True).create(folder)
+    return folder / "bin" / "python"
 
 
-def compile_only(source: Path, folder: Path, ok: bool = True, **environment: str) -> tuple[str, bool]:
+def packages_of(folder: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
+
+
+def borrow(folder: Path) -> None:
+    """From here on an environment has the packages of the tests' own; not its editable ones, whose .pth is not read."""
+    ours = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    (packages_of(folder) / "borrowed.pth").write_text("\n".join(ours))
+    (folder / "bin" / "ninja").symlink_to(NINJA)
+
+
+def pip_install(python: Path, *arguments: str | Path, ok: bool | None = True, **environment: str) -> str:
+    """By the pip that the tests' own environment has."""
+    return run(python, Path(pip.__file__).parent, "install", "--no-deps", "-v", *arguments, ok=ok, **environment)
+
+
+LOCAL = ("--no-build-isolation", "--no-index")
+
+
+def install(folder: Path, *source: str | Path, **environment: str) -> str:
+    """Install `source` into a new environment and run PROGRAM there; what that said."""
+    python = new_environment(folder)
+    borrow(folder)
+    pip_install(python, *LOCAL, *source, **environment)
+    return run(python, "-c", PROGRAM)
+
+
+def compile_only(
+    source: Path, folder: Path, ok: bool = True, python: str | Path = sys.executable, **environment: str
+) -> tuple[str, bool]:
     """Run setup.py alone; what it said, and whether there is a module."""
     environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(folder), **environment}
-    command = (sys.executable, "setup.py", "build", "--build-base", folder / "build", "--build-lib", folder / "lib")
+    command = (python, "setup.py", "build", "--build-base", folder / "build", "--build-lib", folder / "lib")
     said = run(*command, ok=ok, cwd=source, **environment)
     module = bool(list(folder.glob("lib/vadiff/_native*.so")))
     if ok:
@@ -167,62 +243,81 @@ def test_an_index_would_take_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
     assert said.count("PASSED") == 2
 
 
-def test_without_any_compiler_it_installs_and_works(sdist: Path, tmp_path: Path) -> None:
-    said = install(sdist, tmp_path / "env", PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
-    assert f"from {tmp_path}" in said
-    assert (
-        "native    no   the native kernels are not built. When vadiff was installed, no C++ compiler was found" in said
-    )
-    assert "Install one (Debian, Ubuntu: apt install g++), then run, in the folder of vadiff's source: pip" in said
+def copied(sdist: Path, folder: Path) -> Path:
+    """A copy that an editable install may write into, in a folder that shells and ninja would misread."""
+    return Path(shutil.copytree(sdist, folder / "sour ce: of $HOME", ignore=shutil.ignore_patterns("build")))
 
 
-def test_with_a_compiler_and_no_nvcc_there_are_cpu_kernels(sdist: Path, tmp_path: Path) -> None:
-    said = install(sdist, tmp_path / "env", VADIFF_NATIVE="1", **tools(tmp_path / "tools"))
-    assert f"from {tmp_path}" in said
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_without_any_compiler_it_installs_and_works(sdist: Path, tmp_path: Path, editable: bool) -> None:
+    source: tuple[str | Path, ...] = ("--editable", copied(sdist, tmp_path)) if editable else (sdist,)
+    said = install(tmp_path / "env", *source, PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
+    assert f"from {source[-1] if editable else tmp_path / 'env'}/" in said
+    why = "the native kernels are not built. When vadiff was installed, no C++ compiler was found"
+    assert f"native    no   {why}" in said
+    assert "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select" in said
+    assert "), then run, in the folder of vadiff's source: pip install --force-reinstall --no-deps ." in said
+
+
+def test_with_a_compiler_and_no_nvcc_there_are_cpu_kernels(sdist: Path, tmp_path: Path, once: Path) -> None:
+    environment = with_once(once, tools(tmp_path / "tools"))
+    said = install(tmp_path / "env", sdist, VADIFF_NATIVE="1", **environment)
+    assert f"from {tmp_path / 'env'}/" in said
     assert "native    yes  CPU tensors" in said
     assert "When vadiff was installed, no nvcc was found (Triton does without): CUDA kernels were left out." in said
-    assert "Install the CUDA toolkit, or set CUDA_HOME to it, then run" in said
+    assert "Install the CUDA toolkit (pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.*'; with an NVIDIA driver" in said
+    assert "), or set CUDA_HOME to the one there is, then run" in said
 
 
-def test_with_both_there_are_cuda_kernels(sdist: Path, tmp_path: Path) -> None:
-    """Both in folders with spaces, a compiler with a launcher, and flags with commas, which nvcc would split."""
-    nvcc, compiler = shutil.which("nvcc"), shutil.which("c++")
-    if nvcc is None or compiler is None:
-        pytest.skip("nvcc or c++ is not installed")
-    script(tmp_path / "cu da/bin/nvcc", f'#!/bin/sh\nexec {nvcc} "$@"\n')
-    launcher = script(tmp_path / "to ols/launcher", '#!/bin/sh\nexec "$@"\n')
-    said = install(
-        sdist, tmp_path / "env", CXX=f"'{launcher}' {compiler} -DGIVEN", CUDA_HOME=str(tmp_path / "cu da"),
-        VADIFF_CUDA="1", VADIFF_CUDA_ARCHITECTURES="90", LDFLAGS="-Wl,-z,now -Wl,-rpath,'$ORIGIN'", **FAST,
-    )  # fmt: skip
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_with_both_there_are_cuda_kernels(sdist: Path, tmp_path: Path, once: Path, editable: bool) -> None:
+    source: tuple[str | Path, ...] = ("--editable", copied(sdist, tmp_path)) if editable else (sdist,)
+    said = install(tmp_path / "env", *source, **tools_and_nvcc(tmp_path, once))
+    assert f"from {source[-1] if editable else tmp_path / 'env'}/" in said
     assert "CUDA tensors (sm_90)" in said
     assert "left out" not in said
 
 
+def test_build_isolation_brings_what_a_build_needs_and_no_torch(sdist: Path, tmp_path: Path, once: Path) -> None:
+    """Five seconds, and an index; the environment is empty until vadiff is installed."""
+    python = new_environment(tmp_path / "env")
+    environment = with_once(once, tools(tmp_path / "tools"))
+    said = pip_install(python, "--retries", "0", sdist, ok=None, VADIFF_NATIVE="1", **environment)
+    if re.search(r"the requirement (setuptools|pybind11|ninja)\S* \(from versions: none\)", said):
+        pytest.skip("no package index is within reach, and build isolation needs one")
+    assert "Successfully installed vadiff" in said, said
+    run(python, "-c", "import torch", ok=False)
+    borrow(tmp_path / "env")
+    said = run(python, "-c", PROGRAM)
+    assert "native    yes  CPU tensors" in said
+    assert f"from {tmp_path / 'env'}/" in said
+
+
 @pytest.fixture(scope="module")
 def editable(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An editable install in folders that shells and ninja would misread, by a compiler without OpenMP; its source."""
+    """An editable install by a compiler without OpenMP: the environment's Python, and the source."""
     folder = tmp_path_factory.mktemp("editable")
     environment = tools(folder / "tools")
     compiler = f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1 ;; esac\nexec {folder}/tools/c++ "$@"\n'
     environment["CXX"] = f"'{script(folder / 'com piler/c++', compiler)}' -DGIVEN"
-    source = folder / "sour ce: of $HOME"
-    shutil.copytree(sdist, source)
-    pip_install("--target", folder / "env", "--editable", source, VADIFF_NATIVE="1", **environment)
-    return folder / "env", source
+    source = copied(sdist, folder)
+    python = new_environment(folder / "env")
+    borrow(folder / "env")
+    pip_install(python, *LOCAL, "--editable", source, VADIFF_NATIVE="1", **environment)
+    return python, source
 
 
 def test_an_editable_install_compiles_into_the_source_and_says_what_it_lacks(editable: tuple[Path, Path]) -> None:
-    env, source = editable
-    assert not (env / "vadiff").exists()
-    said = program(env)
+    python, source = editable
+    assert not (packages_of(python.parents[1]) / "vadiff").exists()
+    said = run(python, "-c", PROGRAM)
     assert "native    yes  CPU tensors" in said
     assert f"from {source}" in said
     assert "did not accept -fopenmp: threads of the native CPU kernels were left out. Set CXX to a compiler" in said
 
 
 def test_after_a_rebuild_that_failed_nothing_stale_is_left(editable: tuple[Path, Path], tmp_path: Path) -> None:
-    env, source = editable
+    python, source = editable
     earlier = list((source / "vadiff").glob("_native*.so"))
     broken = script(tmp_path / "c++", "#!/bin/sh\necho 'loss_math.h:1: error: no such number' >&2\nexit 1\n")
     rebuild = (sys.executable, "setup.py", "build_ext", "--inplace")
@@ -230,13 +325,15 @@ def test_after_a_rebuild_that_failed_nothing_stale_is_left(editable: tuple[Path,
     assert list((source / "vadiff").glob("_native*.so")) == earlier != []  # that failed loudly
     run(*rebuild, cwd=source, CXX=str(broken), VADIFF_CUDA="0")
     assert list((source / "vadiff").glob("_native*.so")) == []
-    assert "native    no   the native kernels are not built. When vadiff was installed, " in (said := program(env))
+    assert "native    no   the native kernels are not built. When vadiff was installed, " in (
+        said := run(python, "-c", PROGRAM)
+    )
     assert "c++ failed: loss_math.h:1: error: no such number: all native kernels were left out" in said
 
 
 def test_a_compiler_that_fails_does_not_fail_the_install(sdist: Path, tmp_path: Path) -> None:
     broken = script(tmp_path / "c++", "#!/bin/sh\necho 'fatal error: the disk of the compiler is full' >&2\nexit 1\n")
-    said = install(sdist, tmp_path / "env", PATH=f"{tmp_path}:/bin", CXX=str(broken), VADIFF_CUDA="0")
+    said = install(tmp_path / "env", sdist, PATH=f"{tmp_path}:/bin", CXX=str(broken), VADIFF_CUDA="0")
     assert "native    no" in said
     assert "failed: fatal error: the disk of the compiler is full: all native kernels were left out" in said
 
@@ -246,6 +343,89 @@ def test_the_note_quotes_the_error_and_not_the_command(sdist: Path, tmp_path: Pa
     said, module = compile_only(sdist, tmp_path, CXX=str(broken), CXXFLAGS="-Werror -D'NOTE=an error: no'")
     assert not module
     assert f"{broken} failed: a.h:1: error: real: all native kernels were left out" in said
+
+
+def test_a_compiler_may_say_what_is_no_text(sdist: Path, tmp_path: Path) -> None:
+    broken = script(tmp_path / "c++", "#!/bin/sh\nprintf 'a.h:1: error: caf\\351 \\377\\n'\nexit 1\n")
+    said, module = compile_only(sdist, tmp_path, CXX=str(broken))
+    assert not module
+    assert f"{broken} failed: a.h:1: error: caf\\xe9 \\xff: all native kernels were left out" in said
+    said, _ = compile_only(sdist, tmp_path, ok=False, CXX=str(broken), VADIFF_NATIVE="1")
+    assert "VADIFF_NATIVE=1, but" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "module"),
+    [("CXX", "c++ 'oops", False), ("CXXFLAGS", "-DX='oops", False), ("LDFLAGS", "'", False), ("CC", "'oops", True)],
+)
+def test_flags_that_no_shell_would_read_fail_no_install(
+    sdist: Path, tmp_path: Path, name: str, value: str, module: bool
+) -> None:
+    environment = {
+        "CXX": str(script(tmp_path / "c++", COMPILER)),
+        name: value,
+    }  # CC is not used here, but by setuptools
+    said, found = compile_only(sdist, tmp_path, **environment)
+    assert found == module
+    if not module:
+        assert f"${name} was " in said
+        assert "which no shell would read (No closing quotation): all native kernels were left out. Correct or" in said
+        said, _ = compile_only(sdist, tmp_path, ok=False, VADIFF_CUDA="1", **environment)
+        assert "VADIFF_CUDA=1, but " in said
+
+
+def test_a_build_folder_that_cannot_be_written_fails_no_install(sdist: Path, tmp_path: Path) -> None:
+    (tmp_path / "build").write_text("where a folder should be")
+    environment = {"CXX": str(script(tmp_path / "c++", COMPILER))}
+    said, module = compile_only(sdist, tmp_path, **environment)
+    assert not module
+    assert f"the build folder was not writable ({tmp_path}/build" in said
+    assert "Make it writable, or remove" in said
+    said, _ = compile_only(sdist, tmp_path, ok=False, VADIFF_NATIVE="1", **environment)
+    assert "VADIFF_NATIVE=1, but the build folder was not writable" in said
+
+
+def test_without_the_headers_of_python_the_note_names_their_package(sdist: Path, tmp_path: Path) -> None:
+    """A compiler that does not find them, and a Python that says they are elsewhere than they are."""
+    error = "a.h:1:10: fatal error: Python.h: No such file or directory"
+    compiler = script(tmp_path / "c++", f"#!/bin/sh\necho '{error}' >&2\nexit 1\n")
+    script(
+        tmp_path / "site/sitecustomize.py",
+        "import sysconfig\nfind = sysconfig.get_path\n"
+        "sysconfig.get_path = lambda name, *more: '/nowhere' if name == 'include' else find(name, *more)\n",
+    )
+    environment = {"CXX": str(compiler), "VADIFF_CUDA": "0"}
+    said, _ = compile_only(sdist, tmp_path, PYTHONPATH=str(tmp_path / "site"), **environment)
+    assert f"failed: {error}: all native kernels were left out. Install Python's headers (Debian, Ubuntu: apt" in said
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    assert f"apt install {package}; Fedora: dnf install python3-devel), then run, in the folder" in said
+    said, _ = compile_only(sdist, tmp_path, **environment)
+    assert "Install Python's headers" not in said  # which are there: something else is amiss
+
+
+@pytest.mark.parametrize("package", ["ninja", "pybind11"])
+def test_without_build_isolation_what_a_build_needs_is_named(sdist: Path, tmp_path: Path, package: str) -> None:
+    script(tmp_path / f"site/{package}.py", f"raise ImportError('there is no {package} here')\n")
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path / "site"), "VADIFF_CUDA": "0"}
+    environment["CXX"] = str(script(tmp_path / "c++", COMPILER))
+    said, module = compile_only(sdist, tmp_path, **environment)
+    assert not module
+    assert f"When vadiff was installed, {package} was not found" in said
+    assert f"Leave out --no-build-isolation, or install it (pip install {package}), then run, in the folder" in said
+    if package == "ninja":  # the system's will do
+        (tmp_path / "ninja").symlink_to(NINJA)
+        assert compile_only(sdist, tmp_path, **environment)[1]
+
+
+def test_the_nvcc_that_pip_installed_is_found(sdist: Path, tmp_path: Path) -> None:
+    python = new_environment(tmp_path / "env")
+    borrow(tmp_path / "env")
+    nvcc = script(packages_of(tmp_path / "env") / "nvidia/cu13/bin/nvcc", COMPILER)
+    environment = {"CXX": str(script(tmp_path / "c++", COMPILER)), "PATH": str(tmp_path), "CUDA_HOME": ""}
+    _, module = compile_only(sdist, tmp_path, python=python, VADIFF_CUDA="1", **environment)
+    assert module
+    (build_file,) = tmp_path.glob("build/temp*/cuda/build.ninja")
+    assert f"command = {nvcc} " in build_file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -320,6 +500,8 @@ def test_what_was_asked_for_and_cannot_be_fails_loudly(
 
 
 def test_an_install_that_fails_loudly_leaves_nothing(sdist: Path, tmp_path: Path) -> None:
-    said = pip_install("--target", tmp_path / "env", sdist, ok=False, VADIFF_CUDA="yes")
+    python = new_environment(tmp_path / "env")
+    borrow(tmp_path / "env")
+    said = pip_install(python, *LOCAL, sdist, ok=False, VADIFF_CUDA="yes")
     assert "VADIFF_CUDA is 'yes', expected auto, 0 or 1" in said
-    assert not (tmp_path / "env" / "vadiff").exists()
+    assert not (packages_of(tmp_path / "env") / "vadiff").exists()
