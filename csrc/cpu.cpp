@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kItems = 64;                  // a batch is cut into at least so many items, if they are
 constexpr int64_t kMinChunk = 16384;            // not shorter than this many elements
-constexpr int64_t kElementsPerThread = 12288;   // less is not worth waking a thread for
+constexpr int64_t kForThreads = 65536;          // fewer elements are not worth waking threads for, least of all busy ones
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // from here on a fresh buffer costs more in page faults than in arithmetic
 
@@ -64,9 +64,8 @@ ScaleKernel<float> scale_kernel() { return kernels()->scale_float; }
 template <>
 ScaleKernel<double> scale_kernel() { return kernels()->scale_double; }
 
-int useful_threads(int64_t elements, int threads) {
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, elements / kElementsPerThread)));
-}
+// One, or all: a smaller team makes OpenMP end the other threads, which the next of torch's operators starts again.
+int useful_threads(int64_t elements, int threads) { return elements < kForThreads ? 1 : threads; }
 
 // Ask for huge pages under a large fresh buffer.
 void advise(void* data, int64_t bytes) {
@@ -297,6 +296,8 @@ void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, 
   }
   rows.factor = rows.gradient ? factor : nullptr;
   rows.partial = partial.get();
+  if (update.update)  // what comes after the elements is cold by then
+    for (int64_t at = 0; at < 4 * update.bins.size; at += 8) __builtin_prefetch(update.state + at);
   run_rows(rows, samples, useful_threads(samples * rows.elements, threads));
   finish(
       samples, levels, results, update,

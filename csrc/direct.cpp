@@ -20,17 +20,23 @@ namespace vadiff {
 namespace {
 
 // ell of a criterion's last step. On the CPU not a tensor: a fresh one per step that lives until the next would lie in the
-// middle of the memory that the network frees and takes again, and move its activations about.
+// middle of the memory that the network frees and takes again, and move its activations about. Touched with the interpreter
+// held only: a step writes to a vector of its own, and then puts it here.
 struct Losses {
-  std::vector<float> ell;
+  std::vector<float> ell, spare;   // `spare` has the memory for the next step
   py::object tensor = py::none();  // on a CUDA device
-  bool busy = false;  // a thread that has let go of the interpreter is writing
 
-  struct Writing {
-    Losses& losses;
-    explicit Writing(Losses& losses) : losses(losses) { losses.busy = true; }
-    ~Writing() { losses.busy = false; }
-  };
+  std::vector<float> take_spare(int64_t samples) {
+    std::vector<float> taken;
+    if (spare.capacity() <= size_t(4 * samples + 1024)) taken.swap(spare);  // else give it back
+    taken.resize(samples);
+    return taken;
+  }
+  void publish(std::vector<float>& written) {
+    ell.swap(written);
+    spare.swap(written);
+    tensor = py::none();
+  }
 };
 
 // Arguments of a step; every `take_...` says whether it was a plain one.
@@ -160,16 +166,14 @@ py::object cpu_step(Step& step, const Settings& settings, Losses& losses, PyObje
   py::object loss = owned(PyObject_CallOneArg(torch.empty_like, torch.scalar));
   step.rows.gradient = at<void>(address_of(gradient.ptr()));
   const int threads = thread_count();
-  losses.ell.resize(step.samples);
-  losses.tensor = py::none();
   float* mean = at<float>(address_of(loss.ptr()));
+  std::vector<float> ell = losses.take_spare(step.samples);
   {
-    Losses::Writing writing(losses);
     py::gil_scoped_release release;
     diffusion_loss<float>(step.rows, step.samples,
                           settings.levels<float>(step.log_snr, step.base_weight, step.sample_weight, step.weight,
                                                  step.log_weights),
-                          {losses.ell.data(), mean, nullptr, true},
+                          {ell.data(), mean, nullptr, true},
                           settings.update(true, step.state, step.log_weights, 0), threads);
     if (*mean != *mean) {  // a poisoned batch: the backward has nothing but the gradient to tell it
       const float one = 1;
@@ -177,6 +181,7 @@ py::object cpu_step(Step& step, const Settings& settings, Losses& losses, PyObje
                             step.samples * step.rows.elements, &one, mean, threads);
     }
   }
+  losses.publish(ell);
   return py::make_tuple(loss, gradient);
 }
 
@@ -188,7 +193,6 @@ py::object direct_step(PyObject* const* given) {
   if (!chosen(given[kBackend], step.place) || !answered(torch.forward)) return py::none();
   const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
   Losses& losses = py::cast<Losses&>(py::handle(given[kLosses]));
-  if (losses.busy) return py::none();
   Shape shape(prediction);
   if (shape.samples <= 0 || shape.elements <= 0) return py::none();
   step.samples = shape.samples;
@@ -223,7 +227,7 @@ bool direct_scale(PyObject* upstream, PyObject* gradient, PyObject* saved) {
   if (!place.is_cuda() && *at<float>(factor) == 1) return true;
   const Address data = place.plain(gradient, false);
   const int dtype = data ? dtype_of(gradient) : -1;
-  if (dtype < 0) return false;
+  if (dtype != kFloat32 && dtype != kBfloat16) return false;  // what a hook on saved tensors made of it
   const Shape shape(gradient);
   const int64_t size = shape.samples * shape.elements;
 #ifdef VADIFF_CUDA
@@ -306,7 +310,8 @@ void define_direct_step(py::module_& m) {
       .def_readonly("tensor", &Losses::tensor, "They, on a CUDA device; None on the CPU.")
       .def("copy", [](const Losses& losses) {
         return py::bytearray(reinterpret_cast<const char*>(losses.ell.data()), losses.ell.size() * sizeof(float));
-      }, "Their bytes, float32.");
+      }, "Their bytes, float32.")
+      .def("__reduce__", [](const py::object& self) { return py::make_tuple(py::type::of(self), py::tuple()); });  // no copies
   m.def("know_torch", &know_torch, "What the two above need of torch; before their first call.");
 }
 

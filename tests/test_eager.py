@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +192,7 @@ def test_a_weighting_of_ones_own_is_looked_at_before_it_is_believed(taken: list[
     prediction, target, log_snr = batch()
     with pytest.raises(ValueError, match=r"weighting\(log_snr\) has shape"):
         vadiff.DiffusionLoss(Odd())(of_a_network(prediction), target, log_snr)
-    assert taken == [False]
+    assert not taken
 
 
 def test_an_interface_called_with_other_arguments_says_so() -> None:
@@ -312,22 +312,83 @@ def test_per_sample_losses_that_were_read_stay_as_they_were(taken: list[bool]) -
     assert taken == [True] * 3
 
 
-def test_two_threads_may_call_one_criterion() -> None:
+def test_threads_may_call_one_criterion_with_batches_that_grow() -> None:
     """Their statistics mix; memory does not."""
-    criterion, losses = vadiff.DiffusionLoss(), []
 
-    def train(samples: int) -> None:
-        prediction = torch.randn(samples, 2**15, requires_grad=True)
-        for _ in range(50):
-            losses.append(criterion(prediction * 1.0, torch.zeros(samples, 2**15), torch.zeros(samples)).item())
+    def train(criterion: vadiff.DiffusionLoss, samples: int, read: list[Tensor]) -> None:
+        size = float(samples % 2 + 1)
+        for part in range(samples // 4, samples, samples // 40):
+            prediction = torch.full((part, 4), size, requires_grad=True)
+            criterion(prediction * 1.0, torch.zeros(part, 4), torch.zeros(part)).backward()
+            found = criterion.per_sample_loss
+            assert found is not None
+            read.append(found)
 
-    threads = [threading.Thread(target=train, args=(samples,)) for samples in (2, 64)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(losses) == 100
-    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    for _ in range(10):
+        criterion, read = vadiff.DiffusionLoss("min_snr"), list[Tensor]()
+        threads = [threading.Thread(target=train, args=(criterion, samples, read)) for samples in (3000, 30_001)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(found.unique().tolist() in ([1.0], [4.0]) for found in read)
+
+
+def test_what_is_read_is_a_tensor_like_any_other(taken: list[bool]) -> None:
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(), batch()
+    criterion(of_a_network(prediction), target, log_snr)
+    with torch.inference_mode():
+        read = criterion.per_sample_loss
+    assert read is not None
+    assert read is criterion.per_sample_loss
+    assert not read.is_inference()
+    criterion.per_sample_loss = None
+    criterion(of_a_network(prediction), target, log_snr)
+    contents = copy.deepcopy(criterion.__dict__)
+    assert contents["_last"] is not criterion._last
+    assert taken == [True, True]
+
+
+def test_a_weighting_in_float64_is_converted_and_asked_once(taken: list[bool]) -> None:
+    class Doubles(vadiff.weighting.FixedWeighting):
+        asked = 0
+
+        def __call__(self, log_snr: Tensor) -> Tensor:
+            self.asked += 1
+            return torch.full_like(log_snr, 2.0, dtype=torch.float64)
+
+    weighting, (prediction, target, log_snr) = Doubles(), batch()
+    loss = vadiff.DiffusionLoss(weighting)(of_a_network(prediction), target, log_snr)
+    torch.testing.assert_close(loss, 2 * (prediction - target).square().mean())
+    assert (weighting.asked, taken) == (1, [True])
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_hook_that_makes_saved_tensors_double_is_refused(keeps: bool) -> None:
+    prediction, target, log_snr = batch()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.double(), lambda x: x):
+        loss = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    with pytest.raises(TypeError, match=r"float32.* expected dense torch\.float64"):
+        torch.autograd.grad(loss, prediction, torch.tensor(2.0), retain_graph=keeps)
+
+
+def test_a_process_group_is_seen_wherever_torch_keeps_it(taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    class World:
+        default_pg = "a group"
+
+    criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(), batch()
+    criterion(of_a_network(prediction), target, log_snr)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.distributed.distributed_c10d, "_world", World())
+        patched.setattr(torch.distributed, "get_world_size", lambda: 1)
+        criterion(of_a_network(prediction), target, log_snr)
+    with monkeypatch.context() as patched:
+        patched.setattr(eager, "_c10d", SimpleNamespace(_world=eager._NoWorld()))
+        criterion(of_a_network(prediction), target, log_snr)
+        patched.setattr(torch.distributed, "is_initialized", lambda: True)
+        patched.setattr(torch.distributed, "get_world_size", lambda: 1)
+        criterion(of_a_network(prediction), target, log_snr)
+    assert taken == [True, False, True, False]
 
 
 def test_a_subclass_decides_what_is_recorded() -> None:

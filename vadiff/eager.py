@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from ._validation import check_per_sample
 from .autograd import graph_keeps, not_differentiable, scaled
 from .reference import Coefficient, TableRule
 from .weighting import AdaptiveWeighting, Constant, FixedWeighting
@@ -27,15 +28,18 @@ NO_TABLE = TableRule()
 _SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-def _default_group_getter() -> Callable[[], object]:
-    """Something true, called where there is a process group: `is_initialized`, or without its three calls of Python."""
-    world = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
-    if hasattr(world, "_default_pg"):
-        return functools.partial(getattr, world, "_default_pg")
-    return dist.is_initialized if dist.is_available() else bool
+class _NoWorld:
+    """In place of torch's object that knows the default process group, where it cannot be asked."""
+
+    @property
+    def default_pg(self) -> object:
+        return True if dist.is_available() and dist.is_initialized() else None
 
 
-_default_group = _default_group_getter()
+# `torch.distributed.is_initialized` is three calls of Python; `_c10d._world.default_pg is not None` is one.
+_c10d: Any = getattr(dist, "distributed_c10d", None)
+if not hasattr(getattr(_c10d, "_world", None), "default_pg"):
+    _c10d = SimpleNamespace(_world=_NoWorld())
 
 # Where the short way may be taken: questions without arguments, and the object that answers each there.
 _QUIET: tuple[tuple[Any, object], ...] = (  # nobody who would have to see an operator
@@ -62,7 +66,7 @@ def step(
 
     The tensors are not checked yet."""
     native = _native()
-    if native is None or forward_ad._current_level >= 0 or (criterion.sync and _default_group()):
+    if native is None or forward_ad._current_level >= 0 or (criterion.sync and _c10d._world.default_pg is not None):
         return None
     weighting, rule, weigh = criterion.weighting, NO_TABLE, None
     if isinstance(weighting, AdaptiveWeighting):
@@ -70,7 +74,7 @@ def step(
     elif not isinstance(weighting, Constant):
         if not (isinstance(weighting, FixedWeighting) and weighting.pointwise):
             return None
-        weigh = functools.partial(weighting.for_batch, sync=False)  # called only where the short way is open
+        weigh = functools.partial(_weights, weighting, prediction)  # called only where the short way is open
     statistics = criterion._modules["statistics"]  # as an attribute it would be looked for elsewhere first
     kernels, buffers, losses = native._native, statistics._buffers, criterion._last
     if type(losses) is not kernels.Losses:
@@ -87,9 +91,18 @@ def step(
     return _apply(prediction, found)
 
 
-def tensor_of(losses: Any) -> Tensor:
-    """Per-sample losses that a step left behind, as a tensor [B]."""
-    return torch.frombuffer(losses.copy(), dtype=torch.float32) if losses.tensor is None else losses.tensor
+def _weights(weighting: FixedWeighting, prediction: Tensor, log_snr: Tensor) -> Tensor:
+    return check_per_sample("weighting(log_snr)", weighting.for_batch(log_snr, sync=False), prediction)
+
+
+def tensor_of(losses: Any) -> Tensor | None:
+    """Per-sample losses [B] that a step left behind; None from a copy, which has none."""
+    if losses.tensor is not None:
+        found: Tensor = losses.tensor
+        return found
+    numbers = losses.copy()
+    with torch.inference_mode(False):
+        return torch.frombuffer(numbers, dtype=torch.float32) if numbers else None
 
 
 @functools.cache

@@ -65,6 +65,8 @@ class DiffusionLoss(nn.Module):
         tensor(8., dtype=torch.float64)
     """
 
+    _last: Any = None  # ell of the last call: a tensor, or what `eager.step` left behind
+
     def __init__(
         self,
         weighting: str | Weighting = "variance_aware",
@@ -88,7 +90,6 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = float(huber_delta)
         self.backend = backend
         self.sync = bool(sync)
-        self._last: Any = None  # ell of the last call: a tensor, or what `eager.step` left behind
         self.base_loss: Tensor | None = None
 
     @classmethod
@@ -238,9 +239,13 @@ class DiffusionLoss(nn.Module):
     @property
     def per_sample_loss(self) -> Tensor | None:
         """ell [B] of the last call, float32 (float64 for a float64 prediction), detached; None before the first."""
-        if self._last is None or isinstance(self._last, Tensor):
-            return self._last
-        return eager.tensor_of(self._last)
+        if not (self._last is None or isinstance(self._last, Tensor)):
+            object.__setattr__(self, "_last", eager.tensor_of(self._last))
+        return self._last
+
+    @per_sample_loss.setter
+    def per_sample_loss(self, ell: Tensor | None) -> None:
+        self._last = ell
 
     @property
     def bin_centers(self) -> Tensor:

@@ -159,9 +159,10 @@ def diffusion_loss_backward(
 def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
     """See `vadiff.reference.scale_gradient`."""
     where, _ = _where(gradient)
+    dtype = compute_dtype(gradient)
     _native.scale_gradient(
-        gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], gradient.numel(), upstream.data_ptr(),
-        _address(saved, upstream.dtype) + (saved.shape[0] - 1) * saved.element_size(), where,
+        gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], gradient.numel(), _address(upstream, dtype),
+        _address(saved, dtype) + (saved.shape[0] - 1) * saved.element_size(), where,
     )  # fmt: skip
 
 
