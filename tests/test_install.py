@@ -17,12 +17,12 @@ import venv
 import zipfile
 from pathlib import Path
 
-import pip
 import pytest
 import torch
 
 import vadiff
 
+pip = pytest.importorskip("pip")
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once
 
@@ -279,7 +279,7 @@ def test_with_both_there_are_cuda_kernels(sdist: Path, tmp_path: Path, once: Pat
 
 
 def test_build_isolation_brings_what_a_build_needs_and_no_torch(sdist: Path, tmp_path: Path, once: Path) -> None:
-    """Five seconds, and an index; the environment is empty until vadiff is installed."""
+    """Five seconds where another test compiled, and an index; the environment is empty until vadiff is installed."""
     python = new_environment(tmp_path / "env")
     environment = with_once(once, tools(tmp_path / "tools"))
     said = pip_install(python, "--retries", "0", sdist, ok=None, VADIFF_NATIVE="1", **environment)
