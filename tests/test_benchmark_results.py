@@ -274,6 +274,12 @@ def test_readme_and_docs_show_the_committed_results() -> None:
         assert text == readme_table.inserted(text, expected), "run: python benchmarks/readme_table.py --write"
 
 
+def test_readme_and_docs_say_so_as_long_as_no_gpu_is_measured() -> None:
+    measured = any("compute_capability" in results.machine for results in newest_by_device())
+    for page in (readme_table.README, readme_table.PERFORMANCE):
+        assert ("No GPU has been measured yet" in page.read_text()) is not measured, f"{page}: take the sentence out"
+
+
 def test_the_readme_counts_the_figures_that_the_docs_list() -> None:
     key = Contest("cifar-128", "fp32", "fused")
     ratios = {"hand_written": Ratio(6.0, 0.0), "mse_loss": Ratio(1.0, 0.0)}
