@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh [--commit REV] [--wheels DIR] [FOLDER]
 #   benchmarks/gpu.sh --sanitize [--wheels DIR] [FOLDER]
-#   benchmarks/gpu.sh --networks [--data PATH] [--inception-weights FILE] [--wheels DIR] [FOLDER]
+#   benchmarks/gpu.sh --networks [--data PATH] [--inception-weights FILE] [--commit REV] [--wheels DIR] [FOLDER]
 #
 # The first form gives compute-sanitizer what is left of the time, the second all of it. The third: images/s of EDM2's
 # network and the classic one, and with --data a short run on CIFAR-10 with the curve of held-out loss over the width of
@@ -103,7 +103,7 @@ fi
 
 # After whatever ends the run: what there is.
 finish() {
-    [[ ! -e $folder/table.txt ]] || sed -n '/^the design/,$p' "$folder/table.txt"
+    [[ ! $folder/table.txt -nt $begun ]] || sed -n '/^the design/,$p' "$folder/table.txt"
     echo "== summary ($folder)"
     cat "$summary"
     exit $failed
@@ -136,7 +136,9 @@ if [[ -n $sanitize ]]; then
 fi
 
 if [[ -n $networks ]]; then
-    stage networks 240 "$python" benchmarks/networks.py --out "$folder/networks.json"
+    presets=()
+    has diffusers || { presets=(--presets cifar10-edm2); skip classic "the classic network needs: pip install diffusers"; }
+    stage networks 240 "$python" benchmarks/networks.py "${presets[@]}" --out "$folder/networks.json"
     if [[ -n $data ]]; then
         # A network of an eighth of the preset's: what fits is a curve, not a record.
         run="$folder/cifar10-edm2"
@@ -177,7 +179,7 @@ results=$(find "$folder" -maxdepth 1 -name '*.json' -newer "$begun" | head -n 1)
 if [[ -n $results ]]; then
     # Once more, as a run that was killed has printed none.
     stage table 20 "$python" benchmarks/result_table.py "$results" --out "$folder/table.txt"
-    [[ ! -e $folder/table.txt ]] || sed -n '/^left out/p' "$folder/table.txt" >>"$summary"
+    [[ ! $folder/table.txt -nt $begun ]] || sed -n '/^left out/p' "$folder/table.txt" >>"$summary"
     stage roofline 20 "$python" benchmarks/roofline.py "$results" "$folder/roofline.png"
 else
     skip table "the benchmarks left no result file"

@@ -64,6 +64,13 @@ def test_the_gpu_script_measures_networks_and_a_short_run_instead(stub_python: P
     assert "are for --networks" in run_gpu_script(stub_python, "--data", str(tmp_path)).stderr
 
 
+def test_the_gpu_script_measures_one_network_where_the_other_cannot_be_made(tmp_path: Path) -> None:
+    python = program(tmp_path / "python", 'case "$*" in *diffusers*) exit 1 ;; *networks.py*) echo "with $*" ;; esac')
+    run_gpu_script(python, "--networks", str(tmp_path / "out"))
+    assert "classic             - s  NOT RUN" in (tmp_path / "out" / "summary.txt").read_text()
+    assert "networks.py --presets cifar10-edm2 --out" in (tmp_path / "out" / "log.txt").read_text()
+
+
 def test_the_commands_of_the_gpu_scripts_short_run_are_understood(tmp_path: Path) -> None:
     """Those of `vadiff`, as they stand in the script, by its parser."""
     script = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
@@ -118,6 +125,7 @@ def test_the_gpu_script_runs_its_stages_dearest_first_and_their_limits_leave_tim
     assert "the design\n== summary" in found.stdout
     found = run_gpu_script(able_python, "--sanitize", str(out), PATH=path)
     assert re.findall(r"== (\S+) \(at", found.stdout) == ["build", "machine", *sanitizers]
+    assert "the design" not in found.stdout  # of the run before
 
 
 def test_stages_of_the_gpu_script_hear_an_interrupt_that_its_shell_ignores(tmp_path: Path) -> None:
