@@ -1,8 +1,12 @@
 """What csrc/module.cpp defines; tests/test_csrc.py compares the two. An address of 0 stands for "not given"."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .reference import Coefficient
 
 INTERFACE: int
 cuda_architectures: str | None
@@ -98,7 +102,7 @@ def reweight(
 ) -> None: ...
 def fold(parts: int, count: int, state: int, log_weights: int, settings: Settings, where: int | Where, /) -> None: ...
 
-# The short way of vadiff/eager.py, which is their only caller and says what they are given.
+# The short way of vadiff/eager.py.
 
 class Losses:
     """Per-sample losses of a criterion's last step."""
@@ -107,9 +111,39 @@ class Losses:
     def __init__(self) -> None: ...
     def copy(self) -> bytearray: ...
 
-def know_torch(*arguments: Any) -> None: ...
-def direct_step(*arguments: Any) -> tuple[Tensor, Tensor] | None: ...
-def direct_scale(*arguments: Any) -> bool: ...
+def know_torch(
+    tensor: type[Tensor],
+    dtypes: tuple[torch.dtype, ...],
+    state_dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    empty_like: Callable[[Tensor], Tensor],
+    scalar: Tensor,
+    threads: Callable[[], int],
+    is_cuda: str | None,
+    usable: Callable[[int], bool],
+    stream: Callable[[int], int],
+    forward: tuple[tuple[Any, object], ...],
+    backward: tuple[tuple[Any, object], ...],
+    /,
+) -> None: ...
+def direct_step(
+    prediction: Tensor,
+    target: Tensor,
+    noise: Tensor | None,
+    coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
+    log_snr: Tensor,
+    base_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    weigh: Callable[[Tensor], Tensor] | None,
+    state: Tensor,
+    log_weights: Tensor,
+    settings: Settings,
+    huber_delta: float,
+    backend: str,
+    losses: Losses,
+    /,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | None: ...  # loss, gradient; on a CUDA device saved too
+def direct_scale(upstream: Tensor, gradient: Tensor, saved: Tensor = ..., /) -> bool: ...
 def cpu_instruction_sets() -> tuple[str, ...]: ...
 def cpu_select(name: str, /) -> None: ...
 def cpu_selected() -> str: ...
