@@ -6,6 +6,7 @@ what PATH says.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -22,7 +23,10 @@ import torch
 
 import vadiff
 
-pip = pytest.importorskip("pip")
+# Not imported, nor looked for: whoever does takes setuptools' distutils away, and then torch.compile cannot import it.
+PIP = next((found.locate_file("pip") for found in importlib.metadata.distributions(name="pip")), None)
+if PIP is None:
+    pytest.skip("pip is not installed", allow_module_level=True)
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once
 
@@ -171,7 +175,7 @@ def borrow(folder: Path) -> None:
 
 def pip_install(python: Path, *arguments: str | Path, ok: bool | None = True, **environment: str) -> str:
     """By the pip that the tests' own environment has."""
-    return run(python, Path(pip.__file__).parent, "install", "--no-deps", "-v", *arguments, ok=ok, **environment)
+    return run(python, Path(str(PIP)), "install", "--no-deps", "-v", *arguments, ok=ok, **environment)
 
 
 LOCAL = ("--no-build-isolation", "--no-index")
