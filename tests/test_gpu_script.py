@@ -157,7 +157,7 @@ def test_the_gpu_script_takes_python3_where_there_is_no_python(able_python: Path
     for name in needed.split():
         (tools / name).symlink_to(shutil.which(name) or name)
     run_gpu_script(Path(), str(tmp_path / "out"), PATH=str(tools), PYTHON="")
-    assert "benchmarks          0 s  ok" in (tmp_path / "out" / "summary.txt").read_text()
+    assert re.search(r"^benchmarks +\d+ s  ok$", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
 
 
 def test_the_usage_of_the_gpu_script_is_its_head(able_python: Path) -> None:
