@@ -180,10 +180,11 @@ __device__ inline void merge_parts(int bins, int blocks, const Scratch& s, doubl
   total = poisoned = 0;
   for (int block = 0; block < blocks; ++block) total += __ldcg(s.sums + 2 * block), poisoned += __ldcg(s.sums + 2 * block + 1);
   for (int k = threadIdx.x; k < bins; k += kThreads) {
-    Moments all = {0, 0, 0, 0};
+    Moments all;
     for (int block = 0; block < blocks; ++block) {
-      const double* part = s.part + int64_t(block) * 4 * bins + k;  // other blocks wrote it
-      all = merge(all, {__ldcg(part), __ldcg(part + bins), __ldcg(part + 2 * bins), __ldcg(part + 3 * bins)});
+      const double* at = s.part + int64_t(block) * 4 * bins + k;  // other blocks wrote it
+      const Moments part = {__ldcg(at), __ldcg(at + bins), __ldcg(at + 2 * bins), __ldcg(at + 3 * bins)};
+      all = block == 0 ? part : merge(all, part);
     }
     store_moments(s.batch + k, bins, all);
   }

@@ -150,11 +150,16 @@ py::object cuda_step(Step& step, const Settings& settings, Losses& losses, PyObj
   py::object workspace = new_empty(
       given[kState], cuda::workspace_size(samples, step.rows.elements, settings.bins.size, int(step.place.device)));
   step.rows.gradient = at<void>(address_of(gradient.ptr()));
-  diffusion_loss<float>(
-      step.rows, samples,
-      settings.levels<float>(step.log_snr, step.base_weight, step.sample_weight, step.weight, step.log_weights),
-      {at<float>(address_of(ell.ptr())), at<float>(address_of(loss.ptr())), at<float>(address_of(saved.ptr())), true},
-      settings.update(true, step.state, step.log_weights, 0), where_on(step.place, at<double>(address_of(workspace.ptr()))));
+  const Results<float> results{at<float>(address_of(ell.ptr())), at<float>(address_of(loss.ptr())),
+                               at<float>(address_of(saved.ptr())), true};
+  const Where where = where_on(step.place, at<double>(address_of(workspace.ptr())));
+  {
+    py::gil_scoped_release release;  // a launch waits where too many are queued already
+    diffusion_loss<float>(
+        step.rows, samples,
+        settings.levels<float>(step.log_snr, step.base_weight, step.sample_weight, step.weight, step.log_weights), results,
+        settings.update(true, step.state, step.log_weights, 0), where);
+  }
   losses.tensor = ell;
   return py::make_tuple(loss, gradient, saved);
 }
@@ -191,6 +196,9 @@ py::object direct_step(PyObject* const* given) {
   if (!is_plain_type(prediction)) return py::none();
   Step step{place_of(prediction)};
   if (!chosen(given[kBackend], step.place) || !answered(torch.forward)) return py::none();
+#ifdef VADIFF_CUDA
+  if (step.place.is_cuda() && !runs_on(step.place.device)) return py::none();
+#endif
   const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
   Losses& losses = py::cast<Losses&>(py::handle(given[kLosses]));
   Shape shape(prediction);
@@ -210,8 +218,7 @@ py::object direct_step(PyObject* const* given) {
   if (huber_delta == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   step.rows.huber_delta = float(huber_delta);
 #ifdef VADIFF_CUDA
-  if (step.place.is_cuda())
-    return runs_on(step.place.device) ? cuda_step(step, settings, losses, given) : py::object(py::none());
+  if (step.place.is_cuda()) return cuda_step(step, settings, losses, given);
 #endif
   return cpu_step(step, settings, losses, given);
 }
@@ -234,8 +241,10 @@ bool direct_scale(PyObject* upstream, PyObject* gradient, PyObject* saved) {
   if (place.is_cuda()) {
     const Address results = saved ? place.plain(saved, false) : 0;
     if (!results || dtype_of(saved) != kFloat32) return false;
-    scale_gradient<float>(at<void>(data), at<void>(data), dtype, size, at<float>(factor),
-                          at<float>(results) + Shape(saved).samples - 1, where_on(place, nullptr));
+    const float* mean_loss = at<float>(results) + Shape(saved).samples - 1;
+    const Where where = where_on(place, nullptr);
+    py::gil_scoped_release release;
+    scale_gradient<float>(at<void>(data), at<void>(data), dtype, size, at<float>(factor), mean_loss, where);
     return true;
   }
 #endif
