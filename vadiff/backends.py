@@ -81,16 +81,13 @@ def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
     kernels = load_native() if backend == "native" else _load_triton()
     if isinstance(kernels, Obstacle):
         return kernels
-    why_not = native_obstacle(tensor.device) if backend == "native" else _triton_obstacle(kernels, tensor)
+    why_not = native_obstacle(kernels, tensor.device) if backend == "native" else _triton_obstacle(kernels, tensor)
     return kernels if why_not is None else Obstacle(why_not)
 
 
 @functools.cache
-def native_obstacle(device: torch.device) -> str | None:
-    """Why the native kernels, which did load, do not run on tensors of a device."""
-    kernels = load_native()
-    if isinstance(kernels, Obstacle):
-        return str(kernels)
+def native_obstacle(kernels: ModuleType, device: torch.device) -> str | None:
+    """Why the native kernels do not run on tensors of a device; None where they do."""
     if device.type == "cpu":
         return None
     if device.type == "cuda" and kernels.CUDA_ARCHITECTURES:

@@ -111,23 +111,25 @@ def _native() -> ModuleType | None:
     native = backends.load_native()
     if isinstance(native, backends.Obstacle) or type(_SCALAR) is not Tensor:
         return None
-    introduce(native._native, "is_cuda" if native.CUDA_ARCHITECTURES else None, _runs_on, _stream_of)
+
+    def runs_on(device: int) -> bool:
+        return backends.native_obstacle(native, torch.device("cuda", device)) is None
+
+    introduce(native._native, "is_cuda" if native.CUDA_ARCHITECTURES else None, runs_on, _stream_of)
     return native
 
 
 def introduce(
     kernels: Any, is_cuda: str | None, runs_on: Callable[[int], bool], stream_of: Callable[[int], int]
 ) -> None:
-    """Tell the compiled module of torch; `is_cuda` names what is true of the tensors that its CUDA kernels run on."""
+    """Tell the compiled module of torch.
+
+    `is_cuda` names the attribute that is true of tensors which its CUDA kernels take; by the number of a device,
+    `runs_on` says whether they run there, `stream_of` gives the address of its current stream."""
     kernels.know_torch(
         Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64), torch.int64, torch.int32,
         torch.empty_like, _SCALAR, torch.get_num_threads, is_cuda, runs_on, stream_of, _FORWARD, _BACKWARD,
     )  # fmt: skip
-
-
-def _runs_on(device: int) -> bool:
-    """Whether the native CUDA kernels run on the device of that number."""
-    return backends.native_obstacle(torch.device("cuda", device)) is None
 
 
 # What torch.cuda.current_stream(device).cuda_stream says, without making an object.

@@ -44,26 +44,25 @@ def settings_of(bins: Bins, half_life: float, rule: TableRule) -> Any:
     )  # fmt: skip
 
 
-def _address(tensor: Tensor | None, dtype: torch.dtype) -> int:
+def _address(tensor: Tensor | None, dtype: torch.dtype, name: str = "a tensor") -> int:
     """Of a contiguous tensor of that dtype: the kernels believe what they are told."""
     if tensor is None:
         return 0
-    address = tensor.data_ptr()
-    if tensor.dtype != dtype or not tensor.is_contiguous() or not address:
-        memory = "in memory" if address else "without memory: its storage was freed"
-        raise TypeError(
-            f"a tensor is {tensor.dtype}, strides {tensor.stride()}, {memory}, expected dense {dtype} in memory"
-        )
+    address = _memory_of(tensor, name)
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise TypeError(f"{name} is {tensor.dtype}, strides {tensor.stride()}, expected dense {dtype}")
     return address
 
 
-def _address_and_dtype(tensor: Tensor | None) -> tuple[int, int]:
-    if tensor is None:
-        return 0, 0
+def _address_and_dtype(tensor: Tensor | None, name: str) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (_memory_of(tensor, name), DTYPES[tensor.dtype])
+
+
+def _memory_of(tensor: Tensor, name: str) -> int:
     address = tensor.data_ptr()
     if not address:
-        raise TypeError(f"a tensor {tuple(tensor.shape)} has no memory: its storage was freed")
-    return address, DTYPES[tensor.dtype]
+        raise TypeError(f"{name} {tuple(tensor.shape)} has no memory, expected a tensor whose storage was not freed")
+    return address
 
 
 def _each_and_number(coefficient: Coefficient, dtype: torch.dtype) -> tuple[int, float]:
@@ -84,8 +83,9 @@ def _inputs(
     b_each, b = _each_and_number(b, dtype)
     c_each, c = _each_and_number(c, dtype)
     return _native.Inputs(
-        *_address_and_dtype(output), *_address_and_dtype(target), *_address_and_dtype(noise), a_each, b_each, c_each,
-        a, b, c, huber_delta, output.numel() // output.shape[0],
+        *_address_and_dtype(output, "prediction"), *_address_and_dtype(target, "target"),
+        *_address_and_dtype(noise, "noise"), a_each, b_each, c_each, a, b, c, huber_delta,
+        output.numel() // output.shape[0],
     )  # fmt: skip
 
 
@@ -123,8 +123,9 @@ def diffusion_loss(
     batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
     where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
     _native.diffusion_loss(
-        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32),
-        _address(base_weight, dtype), _address(sample_weight, dtype), _address(weight, dtype),
+        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32, "log_snr"),
+        _address(base_weight, dtype, "base_weight"), _address(sample_weight, dtype, "sample_weight"),
+        _address(weight, dtype, "weighting(log_snr)"),
         state.data_ptr(), log_weights.data_ptr(), settings, samples, loss.data_ptr(), mean, ell.data_ptr(),
         saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
         0 if batch is None else batch.data_ptr(), where,
