@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kTileElements = 1024;  // four buffers of it fit a first-level cache; below 4,096 as sums are float32
 
+constexpr int kAhead = 256;  // elements; asked for early, as the processor's own foresight ends with each page
+
 // Bytes of a register.
 #if defined(__AVX512F__)
 #define VADIFF_VECTOR 64
@@ -45,7 +47,7 @@ template <class C, bool kTarget, bool kNoise, bool kHuber, bool kGradient>
 inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradient, int n) {
   typedef typename Vector<C>::Type V;
   typedef typename Vector<C>::Unaligned U;
-  constexpr int kLanes = VADIFF_VECTOR / sizeof(C);
+  constexpr int kLanes = VADIFF_VECTOR / sizeof(C), kLine = 64 / sizeof(C);
   auto load = [](const C* p) { return V(*reinterpret_cast<const U*>(p)); };
   V zero = {}, a = zero + in.a, b = zero + in.b, c = zero + in.c, d = zero + delta, slope = zero + factor * (kHuber ? 1 : 2);
   auto one = [&](int i) {  // element losses of one vector
@@ -63,6 +65,11 @@ inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradi
   V sums[4] = {zero, zero, zero, zero};  // a single chain of additions would wait for each
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int ahead = i + kAhead; ahead < i + kAhead + 4 * kLanes; ahead += kLine) {
+      __builtin_prefetch(in.f + ahead);
+      if (kTarget) __builtin_prefetch(in.x + ahead);
+      if (kNoise) __builtin_prefetch(in.e + ahead);
+    }
     sums[0] += one(i);
     sums[1] += one(i + kLanes);
     sums[2] += one(i + 2 * kLanes);
