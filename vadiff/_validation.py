@@ -107,6 +107,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
         )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor. Use {name}.to_dense().")
 
 
 def _check_device(name: str, tensor: Tensor, prediction: Tensor) -> None:
