@@ -1,4 +1,5 @@
-// Tensors, asked by their own Python methods: so that csrc/ knows no torch. Part of direct.cpp.
+// Tensors, asked for what the kernels need of them: by DLPack's table of C functions where torch.Tensor offers one (from 2.11
+// on), else by its Python attributes. So csrc/ knows no torch. Part of direct.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,34 +13,61 @@ namespace {
 
 namespace py = pybind11;
 
+// What a criterion's buffers have, after the floats of Dtype.
+constexpr int kInt64 = 4, kInt32 = 5, kDtypes = 6;
+
+// DLPack's binary interface, https://dmlc.github.io/dlpack/latest/c_api.html, version 1.
+struct DLTensor {
+  void* data;
+  struct { int32_t type, id; } device;
+  int32_t ndim;
+  struct { uint8_t code, bits; uint16_t lanes; } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchange {
+  struct { uint32_t major, minor; } version;
+  void *older, *allocate, *managed_from_object, *managed_to_object;
+  int (*from_object)(void* object, DLTensor* into);  // borrowed; 0, or -1 with a Python error. May be null
+  void* current_stream;
+};
+constexpr int kDLCpu = 1, kDLCuda = 2;
+
 // What is known of torch: objects of its Python module, held for good.
 struct Torch {
-  PyObject* tensor;       // torch.Tensor; a subclass has rules of its own
-  PyObject* dtypes[4];    // in the order of Dtype
-  PyObject* state_dtype;  // of a criterion's buffers
-  PyObject* table_dtype;
+  PyObject* tensor;           // torch.Tensor; a subclass has rules of its own
+  PyObject* dtypes[kDtypes];  // in the order of Dtype, then int64 and int32
+  const DLPackExchange* exchange;  // null: ask by attributes
   PyObject* empty_like;
   PyObject* scalar;       // a float32 one on the CPU
   PyObject* threads;      // torch.get_num_threads
-  PyObject* is_cuda;      // name of the attribute that is true for tensors of the CUDA kernels; None: there are none here
+  int cuda;               // DLPack's number of the kind of device that the CUDA kernels run on; 0: there are none here
   PyObject* usable;       // whether these run on the device of that number
   PyObject* stream;       // address of its current stream
   PyObject* forward;      // ((question, answer), ...): no argument, and the object answered where the short way may be taken
   PyObject* backward;
 } torch;
 
+// The table in torch.Tensor's capsule; null where there is none that fits.
+const DLPackExchange* exchange_of(py::handle capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto found = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  return found->version.major == 1 && found->from_object ? found : nullptr;
+}
+
 // Names of Python attributes, made once.
 struct Names {
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+  // Where there is no DLPackExchange.
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* numel = PyUnicode_InternFromString("numel");
   PyObject* get_device = PyUnicode_InternFromString("get_device");
-  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
 };
 const Names* names;
 
@@ -66,75 +94,104 @@ bool answers_true(PyObject* tensor, PyObject* method) {
   return owned(PyObject_CallMethodNoArgs(tensor, method)).ptr() == Py_True;
 }
 
-Address address_of(PyObject* tensor) { return address(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr))); }
+bool is_plain_type(PyObject* tensor) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch.tensor; }
 
-int64_t device_of(PyObject* tensor) {  // emulated, a CUDA tensor is on the CPU, whose number is -1
-  return std::max<int64_t>(integer(owned(PyObject_CallMethodNoArgs(tensor, names->get_device))), 0);
+// A tensor as the kernels see it: dense, in C's order.
+struct View {
+  static constexpr int kMostDims = 16;
+  Address data;
+  int dtype;           // Dtype, kInt64 or kInt32
+  int kind;            // of device, as DLPack numbers them
+  int64_t device;      // its number
+  int dims;
+  int64_t sizes[kMostDims];
+
+  int64_t samples() const { return dims ? sizes[0] : 0; }
+  int64_t elements() const {  // of a sample; 0 where any size is
+    if (!dims || std::find(sizes, sizes + dims, 0) != sizes + dims) return 0;  // the others' product may overflow
+    int64_t product = 1;
+    for (int d = 1; d < dims; ++d) product *= sizes[d];
+    return product;
+  }
+  bool same_sizes(const View& other) const { return dims == other.dims && std::equal(sizes, sizes + dims, other.sizes); }
+  bool is_vector(int of_dtype, int64_t size) const { return dtype == of_dtype && dims == 1 && sizes[0] == size; }
+};
+
+int dtype_of(const DLTensor& tensor) {  // -1: none that the kernels know
+  enum { kInt = 0, kFloat = 2, kBfloat = 4 };
+  const int code = tensor.dtype.code, bits = tensor.dtype.bits;
+  if (tensor.dtype.lanes != 1) return -1;
+  if (code == kBfloat) return bits == 16 ? int(kBfloat16) : -1;
+  if (code == kFloat) return bits == 32 ? kFloat32 : bits == 16 ? kFloat16 : bits == 64 ? kFloat64 : -1;
+  return code != kInt ? -1 : bits == 64 ? kInt64 : bits == 32 ? kInt32 : -1;
+}
+
+bool view_by_exchange(PyObject* tensor, View* into) {
+  DLTensor found;
+  if (torch.exchange->from_object(tensor, &found) != 0) {  // of a layout or on a device that DLPack has no word for
+    PyErr_Clear();
+    return false;
+  }
+  if (found.ndim < 0 || found.ndim > View::kMostDims) return false;
+  *into = {reinterpret_cast<Address>(found.data) + (found.data ? found.byte_offset : 0), dtype_of(found), found.device.type,
+           found.device.id, found.ndim, {}};
+  int64_t dense = 1;
+  for (int d = found.ndim - 1; d >= 0; --d) {
+    if (found.shape[d] != 1 && found.strides[d] != dense) return false;
+    into->sizes[d] = found.shape[d];
+    dense *= std::max<int64_t>(found.shape[d], 1);
+  }
+  return true;
+}
+
+bool view_by_attributes(PyObject* tensor, View* into) try {
+  const bool cuda = is_true(tensor, names->is_cuda);
+  if ((!cuda && !is_true(tensor, names->is_cpu)) || !answers_true(tensor, names->is_contiguous)) return false;
+  const py::object sizes = owned(PyObject_GetAttr(tensor, names->shape)), dtype = owned(PyObject_GetAttr(tensor, names->dtype));
+  const Py_ssize_t dims = PyTuple_Check(sizes.ptr()) ? PyTuple_GET_SIZE(sizes.ptr()) : -1;
+  if (dims < 0 || dims > View::kMostDims) return false;
+  const int code = int(std::find(torch.dtypes, torch.dtypes + kDtypes, dtype.ptr()) - torch.dtypes);
+  *into = {address(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr))), code < kDtypes ? code : -1,
+           cuda ? kDLCuda : kDLCpu, cuda ? integer(owned(PyObject_CallMethodNoArgs(tensor, names->get_device))) : 0,
+           int(dims), {}};
+  for (Py_ssize_t d = 0; d < dims; ++d)
+    into->sizes[d] = integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sizes.ptr(), d)));
+  return true;
+} catch (const py::error_already_set&) {  // of a layout that has no such thing
+  return false;
+}
+
+// Whether it is a plain tensor with memory, dense, of a dtype that the kernels know.
+bool view_tensor(PyObject* tensor, View* into) {
+  return is_plain_type(tensor) && (torch.exchange ? view_by_exchange(tensor, into) : view_by_attributes(tensor, into)) &&
+         into->data && into->dtype >= 0;
+}
+
+// The same for floats, which could also require grad, or be negated only when they are read.
+bool view_of_floats(PyObject* tensor, bool requires_grad, View* into) {
+  return view_tensor(tensor, into) && is_true(tensor, names->requires_grad) == requires_grad && !answers_true(tensor, names->is_neg);
+}
+
+Address address_of(PyObject* tensor) {  // of one that was just made
+  View found;
+  if (!view_tensor(tensor, &found)) throw std::runtime_error("torch made a tensor that is not dense");
+  return found.data;
 }
 
 py::object new_empty(PyObject* like, int64_t size) {
   return owned(PyObject_CallMethodOneArg(like, names->new_empty, py::int_(size).ptr()));
 }
 
-bool is_plain_type(PyObject* tensor) { return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == torch.tensor; }
-
 // Where a call's tensors have to be.
 struct Place {
-  PyObject* attribute;  // null: nowhere that a kernel runs
-  int64_t device;       // number of the CUDA device; -1: the CPU
+  int kind = 0;  // of device; 0: none that a kernel runs on
+  int64_t device = 0;
 
-  bool is_cuda() const { return device >= 0; }
-  bool holds(PyObject* tensor) const { return is_true(tensor, attribute) && (!is_cuda() || device_of(tensor) == device); }
-
-  // Of a plain dense tensor there: its address, or 0 for any other object.
-  Address plain(PyObject* tensor, bool requires_grad) const {
-    if (!is_plain_type(tensor) || !holds(tensor) || is_true(tensor, names->requires_grad) != requires_grad ||
-        !answers_true(tensor, names->is_contiguous) || answers_true(tensor, names->is_neg))
-      return 0;
-    return address_of(tensor);
+  explicit Place(const View& view) {
+    if (view.kind == kDLCpu || view.kind == torch.cuda) kind = view.kind, device = view.device;
   }
-};
-
-Place place_of(PyObject* tensor) {
-#ifdef VADIFF_CUDA
-  if (torch.is_cuda != Py_None && is_true(tensor, torch.is_cuda)) return {torch.is_cuda, device_of(tensor)};
-#endif
-  return {is_true(tensor, names->is_cpu) ? names->is_cpu : nullptr, -1};
-}
-
-bool has_dtype(PyObject* tensor, PyObject* dtype) { return owned(PyObject_GetAttr(tensor, names->dtype)).ptr() == dtype; }
-
-int dtype_of(PyObject* tensor) {  // -1: none that the kernels know
-  PyObject* dtype = owned(PyObject_GetAttr(tensor, names->dtype)).ptr();  // torch keeps it alive
-  for (int code = 0; code < 4; ++code)
-    if (dtype == torch.dtypes[code]) return code;
-  return -1;
-}
-
-int64_t size_at(const py::object& sizes, Py_ssize_t dim) {
-  return integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sizes.ptr(), dim)));
-}
-
-// Shape of the prediction, and what follows from it. Where one of its sizes is 0, so are both numbers.
-struct Shape {
-  py::object sizes;  // torch.Size
-  int64_t samples = 0, elements = 0;
-
-  explicit Shape(PyObject* tensor) : sizes(owned(PyObject_GetAttr(tensor, names->shape))) {
-    if (!PyTuple_Check(sizes.ptr()) || PyTuple_GET_SIZE(sizes.ptr()) == 0) return;
-    const Py_ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
-    for (Py_ssize_t d = 0; d < dims; ++d)
-      if (size_at(sizes, d) == 0) return;  // the others' product may be more than an integer holds
-    samples = size_at(sizes, 0);
-    elements = 1;
-    for (Py_ssize_t d = 1; d < dims; ++d) elements *= size_at(sizes, d);
-  }
-
-  bool same(PyObject* tensor) const {
-    int equal = PyObject_RichCompareBool(sizes.ptr(), owned(PyObject_GetAttr(tensor, names->shape)).ptr(), Py_EQ);
-    if (equal < 0) throw py::error_already_set();
-    return equal == 1;
-  }
+  bool is_cuda() const { return kind && kind == torch.cuda; }  // emulated, a CUDA tensor is on the CPU
+  bool holds(const View& view) const { return view.kind == kind && view.device == device; }
 };
 
 bool answered(PyObject* questions) {

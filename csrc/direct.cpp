@@ -47,19 +47,23 @@ struct Step {
   int64_t samples = 0;
   py::object weights;  // what `weight` is the address of
 
-  bool take_elements(PyObject* tensor, const Shape& shape, bool requires_grad, Elements* into) const {
-    Address address = place.plain(tensor, requires_grad);
-    if (!address || !shape.same(tensor)) return false;
-    *into = {at<void>(address), dtype_of(tensor)};
-    return into->dtype >= 0;
+  bool take_elements(const View& view, Elements* into) const {
+    *into = {at<void>(view.data), view.dtype};
+    return view.dtype <= kFloat64;
+  }
+
+  // Of the prediction's shape.
+  bool take_elements(PyObject* tensor, const View& prediction, Elements* into) const {
+    View view;
+    return view_of_floats(tensor, false, &view) && place.holds(view) && view.same_sizes(prediction) && take_elements(view, into);
   }
 
   // One float32 per sample.
   bool take_each(PyObject* tensor, Address* into) const {
-    *into = place.plain(tensor, false);
-    if (!*into || dtype_of(tensor) != kFloat32) return false;
-    py::object sizes = owned(PyObject_GetAttr(tensor, names->shape));
-    return PyTuple_Check(sizes.ptr()) && PyTuple_GET_SIZE(sizes.ptr()) == 1 && size_at(sizes, 0) == samples;
+    View view;
+    if (!view_of_floats(tensor, false, &view) || !place.holds(view) || !view.is_vector(kFloat32, samples)) return false;
+    *into = view.data;
+    return true;
   }
 
   bool take_each_or_none(PyObject* tensor, Address* into) const { return tensor == Py_None || take_each(tensor, into); }
@@ -71,13 +75,12 @@ struct Step {
     return take_each(weights.ptr(), &weight);
   }
 
-  // A buffer of the criterion, with so many integers of that dtype: no integer requires grad or is lazily negated.
-  bool take_buffer(PyObject* tensor, PyObject* dtype, int64_t size, Address* into) const {
-    if (!is_plain_type(tensor) || !has_dtype(tensor, dtype) || !place.holds(tensor) ||
-        !answers_true(tensor, names->is_contiguous))
-      return false;
-    *into = address_of(tensor);
-    return *into && integer(owned(PyObject_CallMethodNoArgs(tensor, names->numel))) == size;
+  // A buffer of the criterion, with so many integers of that dtype: none of these requires grad or is lazily negated.
+  bool take_buffer(PyObject* tensor, int dtype, int64_t size, Address* into) const {
+    View view;
+    if (!view_tensor(tensor, &view) || !place.holds(view) || !view.is_vector(dtype, size)) return false;
+    *into = view.data;
+    return true;
   }
 
   // `reads`: whether it is anything but the number 0.
@@ -96,19 +99,19 @@ struct Step {
     return true;
   }
 
-  bool take_residual(PyObject* coefficients, PyObject* target, PyObject* noise, const Shape& shape) {
+  bool take_residual(PyObject* coefficients, PyObject* target, PyObject* noise, const View& prediction) {
     rows.a = 1, rows.b = -1, rows.c = 0;
-    if (coefficients == Py_None) return noise == Py_None && take_elements(target, shape, false, &rows.target);
+    if (coefficients == Py_None) return noise == Py_None && take_elements(target, prediction, &rows.target);
     if (!PyTuple_CheckExact(coefficients) || PyTuple_GET_SIZE(coefficients) != 3) return false;
     bool reads_output, reads_target, reads_noise;
     if (!take_coefficient(PyTuple_GET_ITEM(coefficients, 0), &rows.a, &rows.a_each, &reads_output) ||
         !take_coefficient(PyTuple_GET_ITEM(coefficients, 1), &rows.b, &rows.b_each, &reads_target) ||
         !take_coefficient(PyTuple_GET_ITEM(coefficients, 2), &rows.c, &rows.c_each, &reads_noise) ||
-        !take_elements(target, shape, false, &rows.target))
+        !take_elements(target, prediction, &rows.target))
       return false;
     if (!reads_target) rows.target = {};
     if (noise == Py_None) return !reads_noise;
-    if (!take_elements(noise, shape, false, &rows.noise)) return false;
+    if (!take_elements(noise, prediction, &rows.noise)) return false;
     if (!reads_noise) rows.noise = {};
     return true;
   }
@@ -116,7 +119,7 @@ struct Step {
 
 // As vadiff/backends.py decides; on CUDA devices "auto" is Triton's.
 bool chosen(PyObject* backend, const Place& place) {
-  if (!place.attribute || !PyUnicode_Check(backend)) return false;
+  if (!place.kind || !PyUnicode_Check(backend)) return false;
   if (PyUnicode_CompareWithASCIIString(backend, "native") == 0) return true;
   if (PyUnicode_CompareWithASCIIString(backend, "auto") != 0) return false;
   const char* variable = getenv("VADIFF_BACKEND");
@@ -192,26 +195,24 @@ py::object cpu_step(Step& step, const Settings& settings, Losses& losses, PyObje
 
 // What the backward needs and the loss before it, or None if the call has to take the long way.
 py::object direct_step(PyObject* const* given) {
-  PyObject* prediction = given[kPrediction];
-  if (!is_plain_type(prediction)) return py::none();
-  Step step{place_of(prediction)};
-  if (!chosen(given[kBackend], step.place) || !answered(torch.forward)) return py::none();
+  View prediction;
+  if (!answered(torch.forward) || !view_of_floats(given[kPrediction], true, &prediction)) return py::none();
+  Step step{Place(prediction)};
+  if (!chosen(given[kBackend], step.place)) return py::none();
 #ifdef VADIFF_CUDA
   if (step.place.is_cuda() && !runs_on(step.place.device)) return py::none();
 #endif
   const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
   Losses& losses = py::cast<Losses&>(py::handle(given[kLosses]));
-  Shape shape(prediction);
-  if (shape.samples <= 0 || shape.elements <= 0) return py::none();
-  step.samples = shape.samples;
-  step.rows.elements = shape.elements;
-  if (!step.take_elements(prediction, shape, true, &step.rows.output) ||
+  step.samples = prediction.samples();
+  step.rows.elements = prediction.elements();
+  if (step.rows.elements == 0 || !step.take_elements(prediction, &step.rows.output) ||
       (step.rows.output.dtype != kFloat32 && step.rows.output.dtype != kBfloat16) ||
-      !step.take_residual(given[kCoefficients], given[kTarget], given[kNoise], shape) ||
+      !step.take_residual(given[kCoefficients], given[kTarget], given[kNoise], prediction) ||
       !step.take_each(given[kLogSnr], &step.log_snr) || !step.take_each_or_none(given[kBaseWeight], &step.base_weight) ||
       !step.take_each_or_none(given[kSampleWeight], &step.sample_weight) ||
-      !step.take_buffer(given[kState], torch.state_dtype, 4 * int64_t(settings.bins.size) + 2, &step.state) ||
-      !step.take_buffer(given[kLogWeights], torch.table_dtype, settings.bins.size, &step.log_weights) ||
+      !step.take_buffer(given[kState], kInt64, 4 * int64_t(settings.bins.size) + 2, &step.state) ||
+      !step.take_buffer(given[kLogWeights], kInt32, settings.bins.size, &step.log_weights) ||
       !step.take_weights(given[kWeigh], given[kLogSnr]))
     return py::none();
   const double huber_delta = PyFloat_AsDouble(given[kHuberDelta]);
@@ -226,32 +227,30 @@ py::object direct_step(PyObject* const* given) {
 // Scales a gradient that `direct_step` made in place and says true, or false if the backward has to take the long way. `saved`
 // is null on the CPU.
 bool direct_scale(PyObject* upstream, PyObject* gradient, PyObject* saved) {
-  if (!is_plain_type(upstream)) return false;
-  const Place place = place_of(upstream);
-  if (!place.attribute || !answered(torch.backward)) return false;
-  const Address factor = place.plain(upstream, false);
-  if (!factor || dtype_of(upstream) != kFloat32) return false;
-  if (!place.is_cuda() && *at<float>(factor) == 1) return true;
-  const Address data = place.plain(gradient, false);
-  const int dtype = data ? dtype_of(gradient) : -1;
-  if (dtype != kFloat32 && dtype != kBfloat16) return false;  // what a hook on saved tensors made of it
-  const Shape shape(gradient);
-  const int64_t size = shape.samples * shape.elements;
+  View factor, made;
+  if (!answered(torch.backward) || !view_of_floats(upstream, false, &factor) || factor.dtype != kFloat32) return false;
+  const Place place(factor);
+  if (!place.kind) return false;
+  if (!place.is_cuda() && *at<float>(factor.data) == 1) return true;
+  if (!view_of_floats(gradient, false, &made) || !place.holds(made)) return false;
+  if (made.dtype != kFloat32 && made.dtype != kBfloat16) return false;  // what a hook on saved tensors made of it
+  void* data = at<void>(made.data);
+  const int64_t size = made.samples() * made.elements();
 #ifdef VADIFF_CUDA
   if (place.is_cuda()) {
-    const Address results = saved ? place.plain(saved, false) : 0;
-    if (!results || dtype_of(saved) != kFloat32) return false;
-    const float* mean_loss = at<float>(results) + Shape(saved).samples - 1;
+    View results;
+    if (!saved || !view_of_floats(saved, false, &results) || !place.holds(results) || results.dtype != kFloat32) return false;
+    const float* mean_loss = at<float>(results.data) + results.samples() - 1;
     const Where where = where_on(place, nullptr);
     py::gil_scoped_release release;
-    scale_gradient<float>(at<void>(data), at<void>(data), dtype, size, at<float>(factor), mean_loss, where);
+    scale_gradient<float>(data, data, made.dtype, size, at<float>(factor.data), mean_loss, where);
     return true;
   }
 #endif
   const float not_poisoned = 0;
   const int threads = thread_count();
   py::gil_scoped_release release;
-  scale_gradient<float>(at<void>(data), at<void>(data), dtype, size, at<float>(factor), &not_poisoned, threads);
+  scale_gradient<float>(data, data, made.dtype, size, at<float>(factor.data), &not_poisoned, threads);
   return true;
 }
 
@@ -292,17 +291,16 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& state_dtype, const py::object& table_dtype,
-                const py::object& empty_like, const py::object& scalar, const py::object& threads, const py::object& is_cuda,
-                const py::object& usable, const py::object& stream, const py::tuple& forward, const py::tuple& backward) {
+void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& exchange, const py::object& empty_like,
+                const py::object& scalar, const py::object& threads, int cuda, const py::object& usable,
+                const py::object& stream, const py::tuple& forward, const py::tuple& backward) {
   torch.tensor = tensor.inc_ref().ptr();
-  for (int code = 0; code < 4; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
-  torch.state_dtype = state_dtype.inc_ref().ptr();
-  torch.table_dtype = table_dtype.inc_ref().ptr();
+  for (int code = 0; code < kDtypes; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
+  torch.exchange = exchange_of(exchange.inc_ref());
   torch.empty_like = empty_like.inc_ref().ptr();
   torch.scalar = scalar.inc_ref().ptr();
   torch.threads = threads.inc_ref().ptr();
-  torch.is_cuda = is_cuda.inc_ref().ptr();
+  torch.cuda = cuda;
   torch.usable = usable.inc_ref().ptr();
   torch.stream = stream.inc_ref().ptr();
   torch.forward = forward.inc_ref().ptr();

@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace vadiff {
 namespace {
 
-constexpr int kInterface = 5;  // INTERFACE of vadiff/native.py: one more there and here when what Python calls changes
+constexpr int kInterface = 6;  // INTERFACE of vadiff/native.py: one more there and here when what Python calls changes
 
 // The residual's tensors and coefficients, as the calls below give them.
 struct Inputs {

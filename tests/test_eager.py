@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +57,20 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(eager, "step", watched)
     return ways
+
+
+@pytest.fixture(params=["exchange", "attributes"])
+def asked(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How the compiled module learns of a tensor: from DLPack's functions, or, with an older torch, its attributes."""
+    native = eager._native()
+    assert native is not None
+    if request.param == "exchange" and not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no DLPack exchange API")
+    if request.param == "attributes":
+        eager.introduce(native._native, 0, lambda device: False, lambda device: 0, exchange=None)
+    yield request.param
+    eager._native.cache_clear()
+    eager._native()
 
 
 @pytest.mark.parametrize("kernels", ["native", "native-cuda"], indirect=True)
@@ -124,11 +138,16 @@ OTHERWISE: dict[str, Callable[[dict[str, Any]], None]] = {
     "sample weight in bfloat16": lambda call: call.update(sample_weight=torch.ones(6, dtype=torch.bfloat16)),
     "coefficient a NumPy number": lambda call: call.update(coefficients=(torch.ones(()).numpy()[()], -1.0, 0.0)),
     "coefficients in a list": lambda call: call.update(coefficients=[1.0, -1.0, 0.0]),
+    "seventeen dimensions": lambda call: call.update(
+        prediction=call["prediction"].view(6, *[1] * 15, -1), target=call["target"].view(6, *[1] * 15, -1)
+    ),
 }
 
 
 @pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
-def test_what_is_not_plain_takes_the_long_way(change: Callable[[dict[str, Any]], None], taken: list[bool]) -> None:
+def test_what_is_not_plain_takes_the_long_way(
+    change: Callable[[dict[str, Any]], None], asked: str, taken: list[bool]
+) -> None:
     prediction, target, log_snr = batch()
     plain: dict[str, Any] = {"prediction": of_a_network(prediction), "target": target, "log_snr": log_snr}
     other = dict(plain)
@@ -136,6 +155,27 @@ def test_what_is_not_plain_takes_the_long_way(change: Callable[[dict[str, Any]],
     losses = [vadiff.DiffusionLoss()(**call) for call in (plain, other)]
     assert taken == [True, False]
     torch.testing.assert_close(losses[1].float().as_subclass(Tensor), losses[0], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_tensors_say_the_same_whichever_way_they_are_asked(options: dict[str, Any], asked: str, taken: list[bool]) -> None:
+    criterion = vadiff.DiffusionLoss("constant")
+    prediction, target, log_snr = batch()
+    found = criterion(of_a_network(prediction), target, log_snr, **options)
+    (gradient,) = torch.autograd.grad(found, prediction, torch.tensor(0.3))
+    assert taken == [True]
+    expected = vadiff.DiffusionLoss("constant", backend="reference")(of_a_network(prediction), target, log_snr, **options)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    (expected,) = torch.autograd.grad(expected, prediction, torch.tensor(0.3))
+    torch.testing.assert_close(gradient, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", ["meta", "sparse"])
+def test_what_has_no_memory_to_read_gets_the_long_way_s_error(device: str, asked: str) -> None:
+    prediction, target, log_snr = batch()
+    target = target.to_sparse() if device == "sparse" else target.to(device)
+    with pytest.raises((TypeError, ValueError), match=r"^target "):
+        vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
 
 
 def test_who_watches_sees_the_operators(taken: list[bool]) -> None:

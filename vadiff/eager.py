@@ -25,6 +25,8 @@ from .reference import Coefficient, TableRule
 from .weighting import AdaptiveWeighting, Constant, FixedWeighting
 
 NO_TABLE = TableRule()
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)  # as csrc/ask.h counts
+_DL_CUDA = 2  # kDLCUDA of dlpack.h
 _SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
 
 
@@ -115,20 +117,25 @@ def _native() -> ModuleType | None:
     def runs_on(device: int) -> bool:
         return backends.native_obstacle(native, torch.device("cuda", device)) is None
 
-    introduce(native._native, "is_cuda" if native.CUDA_ARCHITECTURES else None, runs_on, _stream_of)
+    introduce(native._native, _DL_CUDA if native.CUDA_ARCHITECTURES else 0, runs_on, _stream_of)
     return native
 
 
 def introduce(
-    kernels: Any, is_cuda: str | None, runs_on: Callable[[int], bool], stream_of: Callable[[int], int]
+    kernels: Any,
+    cuda: int,
+    runs_on: Callable[[int], bool],
+    stream_of: Callable[[int], int],
+    exchange: object = getattr(Tensor, "__dlpack_c_exchange_api__", None),
 ) -> None:
     """Tell the compiled module of torch.
 
-    `is_cuda` names the attribute that is true of tensors which its CUDA kernels take; by the number of a device,
-    `runs_on` says whether they run there, `stream_of` gives the address of its current stream."""
+    `cuda` is DLPack's number of the kind of device that its CUDA kernels run on, 0 where it has none; by the number of
+    a device, `runs_on` says whether they run there, `stream_of` gives the address of its current stream. `exchange` is
+    DLPack's table of C functions, None where tensors are asked for their attributes."""
     kernels.know_torch(
-        Tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64), torch.int64, torch.int32,
-        torch.empty_like, _SCALAR, torch.get_num_threads, is_cuda, runs_on, stream_of, _FORWARD, _BACKWARD,
+        Tensor, _DTYPES, exchange, torch.empty_like, _SCALAR, torch.get_num_threads, cuda, runs_on, stream_of, _FORWARD,
+        _BACKWARD,
     )  # fmt: skip
 
 
