@@ -158,13 +158,16 @@ def test_what_is_not_plain_takes_the_long_way(
 
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
-def test_tensors_say_the_same_whichever_way_they_are_asked(options: dict[str, Any], asked: str, taken: list[bool]) -> None:
+def test_tensors_say_the_same_whichever_way_they_are_asked(
+    options: dict[str, Any], asked: str, taken: list[bool]
+) -> None:
     criterion = vadiff.DiffusionLoss("constant")
     prediction, target, log_snr = batch()
     found = criterion(of_a_network(prediction), target, log_snr, **options)
     (gradient,) = torch.autograd.grad(found, prediction, torch.tensor(0.3))
     assert taken == [True]
-    expected = vadiff.DiffusionLoss("constant", backend="reference")(of_a_network(prediction), target, log_snr, **options)
+    reference = vadiff.DiffusionLoss("constant", backend="reference")
+    expected = reference(of_a_network(prediction), target, log_snr, **options)
     torch.testing.assert_close(found, expected, equal_nan=True)
     (expected,) = torch.autograd.grad(expected, prediction, torch.tensor(0.3))
     torch.testing.assert_close(gradient, expected, equal_nan=True)

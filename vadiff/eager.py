@@ -25,7 +25,7 @@ from .reference import Coefficient, TableRule
 from .weighting import AdaptiveWeighting, Constant, FixedWeighting
 
 NO_TABLE = TableRule()
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)  # as csrc/ask.h counts
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)  # csrc/ask.h's order
 _DL_CUDA = 2  # kDLCUDA of dlpack.h
 _SCALAR = torch.zeros((), dtype=torch.float32, device="cpu")
 
