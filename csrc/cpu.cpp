@@ -296,8 +296,6 @@ void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, 
   }
   rows.factor = rows.gradient ? factor : nullptr;
   rows.partial = partial.get();
-  if (update.update)  // what comes after the elements is cold by then
-    for (int64_t at = 0; at < 4 * update.bins.size; at += 8) __builtin_prefetch(update.state + at);
   run_rows(rows, samples, useful_threads(samples * rows.elements, threads));
   finish(
       samples, levels, results, update,
