@@ -1,4 +1,4 @@
-// Tensors, asked for what the kernels need of them: by DLPack's table of C functions where torch.Tensor offers one (from 2.11
+// Tensors, asked for what the kernels need of them: by DLPack's table of C functions where torch.Tensor offers one (from 2.10
 // on), else by its Python attributes. So csrc/ knows no torch. Part of direct.cpp.
 #pragma once
 
@@ -60,13 +60,13 @@ struct Names {
   PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
   PyObject* is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   // Where there is no DLPackExchange.
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* get_device = PyUnicode_InternFromString("get_device");
 };
 const Names* names;
@@ -157,7 +157,8 @@ bool view_by_attributes(PyObject* tensor, View* into) try {
   for (Py_ssize_t d = 0; d < dims; ++d)
     into->sizes[d] = integer(py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(sizes.ptr(), d)));
   return true;
-} catch (const py::error_already_set&) {  // of a layout that has no such thing
+} catch (const py::error_already_set& error) {  // of a layout that has no such thing
+  if (!error.matches(PyExc_Exception)) throw;
   return false;
 }
 
@@ -174,23 +175,29 @@ bool view_of_floats(PyObject* tensor, bool requires_grad, View* into) {
 
 Address address_of(PyObject* tensor) {  // of one that was just made
   View found;
-  if (!view_tensor(tensor, &found)) throw std::runtime_error("torch made a tensor that is not dense");
-  return found.data;
+  return view_tensor(tensor, &found) ? found.data : address(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr)));
 }
 
 py::object new_empty(PyObject* like, int64_t size) {
   return owned(PyObject_CallMethodOneArg(like, names->new_empty, py::int_(size).ptr()));
 }
 
+// Of device; 0: none that a kernel runs on. DLPack's functions take a millisecond to refuse those that they have no word for.
+int kind_of(PyObject* tensor) {
+  if (!is_plain_type(tensor)) return 0;
+  if (is_true(tensor, names->is_cpu)) return kDLCpu;
+  return torch.cuda && is_true(tensor, names->is_cuda) ? torch.cuda : 0;
+}
+
+bool is_cuda(int kind) { return kind == torch.cuda; }  // emulated, a CUDA tensor is on the CPU
+
 // Where a call's tensors have to be.
 struct Place {
-  int kind = 0;  // of device; 0: none that a kernel runs on
-  int64_t device = 0;
+  int kind;
+  int64_t device;
 
-  explicit Place(const View& view) {
-    if (view.kind == kDLCpu || view.kind == torch.cuda) kind = view.kind, device = view.device;
-  }
-  bool is_cuda() const { return kind && kind == torch.cuda; }  // emulated, a CUDA tensor is on the CPU
+  explicit Place(const View& view) : kind(view.kind), device(view.device) {}
+  bool is_cuda() const { return vadiff::is_cuda(kind); }
   bool holds(const View& view) const { return view.kind == kind && view.device == device; }
 };
 

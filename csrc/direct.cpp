@@ -75,7 +75,7 @@ struct Step {
     return take_each(weights.ptr(), &weight);
   }
 
-  // A buffer of the criterion, with so many integers of that dtype: none of these requires grad or is lazily negated.
+  // A buffer of the criterion, with so many integers of that dtype: nobody negates these lazily, and they require no grad.
   bool take_buffer(PyObject* tensor, int dtype, int64_t size, Address* into) const {
     View view;
     if (!view_tensor(tensor, &view) || !place.holds(view) || !view.is_vector(dtype, size)) return false;
@@ -118,12 +118,12 @@ struct Step {
 };
 
 // As vadiff/backends.py decides; on CUDA devices "auto" is Triton's.
-bool chosen(PyObject* backend, const Place& place) {
-  if (!place.kind || !PyUnicode_Check(backend)) return false;
+bool chosen(PyObject* backend, int kind) {
+  if (!PyUnicode_Check(backend)) return false;
   if (PyUnicode_CompareWithASCIIString(backend, "native") == 0) return true;
   if (PyUnicode_CompareWithASCIIString(backend, "auto") != 0) return false;
   const char* variable = getenv("VADIFF_BACKEND");
-  if (!variable || !*variable || !strcmp(variable, "auto")) return !place.is_cuda();
+  if (!variable || !*variable || !strcmp(variable, "auto")) return !is_cuda(kind);
   return !strcmp(variable, "native");
 }
 
@@ -196,9 +196,11 @@ py::object cpu_step(Step& step, const Settings& settings, Losses& losses, PyObje
 // What the backward needs and the loss before it, or None if the call has to take the long way.
 py::object direct_step(PyObject* const* given) {
   View prediction;
-  if (!answered(torch.forward) || !view_of_floats(given[kPrediction], true, &prediction)) return py::none();
+  const int kind = kind_of(given[kPrediction]);
+  if (!kind || !chosen(given[kBackend], kind) || !answered(torch.forward) ||
+      !view_of_floats(given[kPrediction], true, &prediction))
+    return py::none();
   Step step{Place(prediction)};
-  if (!chosen(given[kBackend], step.place)) return py::none();
 #ifdef VADIFF_CUDA
   if (step.place.is_cuda() && !runs_on(step.place.device)) return py::none();
 #endif
@@ -228,9 +230,9 @@ py::object direct_step(PyObject* const* given) {
 // is null on the CPU.
 bool direct_scale(PyObject* upstream, PyObject* gradient, PyObject* saved) {
   View factor, made;
-  if (!answered(torch.backward) || !view_of_floats(upstream, false, &factor) || factor.dtype != kFloat32) return false;
+  if (!kind_of(upstream) || !answered(torch.backward) || !view_of_floats(upstream, false, &factor) || factor.dtype != kFloat32)
+    return false;
   const Place place(factor);
-  if (!place.kind) return false;
   if (!place.is_cuda() && *at<float>(factor.data) == 1) return true;
   if (!view_of_floats(gradient, false, &made) || !place.holds(made)) return false;
   if (made.dtype != kFloat32 && made.dtype != kBfloat16) return false;  // what a hook on saved tensors made of it
@@ -291,7 +293,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& exchange, const py::object& empty_like,
+bool know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& exchange, const py::object& empty_like,
                 const py::object& scalar, const py::object& threads, int cuda, const py::object& usable,
                 const py::object& stream, const py::tuple& forward, const py::tuple& backward) {
   torch.tensor = tensor.inc_ref().ptr();
@@ -305,6 +307,7 @@ void know_torch(const py::object& tensor, const py::tuple& dtypes, const py::obj
   torch.stream = stream.inc_ref().ptr();
   torch.forward = forward.inc_ref().ptr();
   torch.backward = backward.inc_ref().ptr();
+  return torch.exchange != nullptr;
 }
 
 }  // namespace
@@ -319,7 +322,7 @@ void define_direct_step(py::module_& m) {
         return py::bytearray(reinterpret_cast<const char*>(losses.ell.data()), losses.ell.size() * sizeof(float));
       }, "Their bytes, float32.")
       .def("__reduce__", [](const py::object& self) { return py::make_tuple(py::type::of(self), py::tuple()); });  // no copies
-  m.def("know_torch", &know_torch, "What the two above need of torch; before their first call.");
+  m.def("know_torch", &know_torch, "What the two above need of torch; before their first call. Says whether they use DLPack's table.");
 }
 
 }  // namespace vadiff

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import usable
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -64,10 +65,11 @@ def asked(request: pytest.FixtureRequest) -> Iterator[str]:
     """How the compiled module learns of a tensor: from DLPack's functions, or, with an older torch, its attributes."""
     native = eager._native()
     assert native is not None
-    if request.param == "exchange" and not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if request.param == "exchange" else None
+    if request.param == "exchange" and table is None:
         pytest.skip("this torch has no DLPack exchange API")
-    if request.param == "attributes":
-        eager.introduce(native._native, 0, lambda device: False, lambda device: 0, exchange=None)
+    by_exchange = eager.introduce(native._native, 0, lambda device: False, lambda device: 0, table)
+    assert by_exchange == (request.param == "exchange")
     yield request.param
     eager._native.cache_clear()
     eager._native()
@@ -179,6 +181,32 @@ def test_what_has_no_memory_to_read_gets_the_long_way_s_error(device: str, asked
     target = target.to_sparse() if device == "sparse" else target.to(device)
     with pytest.raises((TypeError, ValueError), match=r"^target "):
         vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+
+
+class Replacing(TorchFunctionMode):
+    """Makes a subclass of what is allocated."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        found = function(*arguments, **(options or {}))
+        return found.as_subclass(Marked) if function is torch.empty_like else found
+
+
+def test_memory_of_a_subclass_is_memory(asked: str, taken: list[bool]) -> None:
+    prediction, target, log_snr = batch()
+    expected = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    with Replacing():
+        found = vadiff.DiffusionLoss()(of_a_network(prediction), target, log_snr)
+    assert taken == [True, True]
+    torch.testing.assert_close(found.as_subclass(Tensor), expected, rtol=0, atol=0)
+
+
+def test_the_table_of_this_torch_is_used() -> None:
+    native = eager._native()
+    assert native is not None
+    assert eager.introduce(native._native, 0, lambda device: False, lambda device: 0) == hasattr(
+        Tensor, "__dlpack_c_exchange_api__"
+    )
+    eager._native.cache_clear()
 
 
 def test_who_watches_sees_the_operators(taken: list[bool]) -> None:

@@ -124,7 +124,7 @@ def know_torch(
     forward: tuple[tuple[Any, object], ...],
     backward: tuple[tuple[Any, object], ...],
     /,
-) -> None: ...
+) -> bool: ...
 def direct_step(
     prediction: Tensor,
     target: Tensor,

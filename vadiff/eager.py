@@ -127,16 +127,17 @@ def introduce(
     runs_on: Callable[[int], bool],
     stream_of: Callable[[int], int],
     exchange: object = getattr(Tensor, "__dlpack_c_exchange_api__", None),
-) -> None:
-    """Tell the compiled module of torch.
+) -> bool:
+    """Tell the compiled module of torch. Says whether it asks tensors by DLPack's functions.
 
     `cuda` is DLPack's number of the kind of device that its CUDA kernels run on, 0 where it has none; by the number of
     a device, `runs_on` says whether they run there, `stream_of` gives the address of its current stream. `exchange` is
     DLPack's table of C functions, None where tensors are asked for their attributes."""
-    kernels.know_torch(
+    by_exchange: bool = kernels.know_torch(
         Tensor, _DTYPES, exchange, torch.empty_like, _SCALAR, torch.get_num_threads, cuda, runs_on, stream_of, _FORWARD,
         _BACKWARD,
     )  # fmt: skip
+    return by_exchange
 
 
 # What torch.cuda.current_stream(device).cuda_stream says, without making an object.
