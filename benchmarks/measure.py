@@ -36,8 +36,8 @@ class Effort(NamedTuple):
         if quick:
             return cls(0.2, 3, 5, 0.0)
         # A round on a GPU takes a few ms: a second holds hundreds, and a whole run must leave time for gpu.sh's others.
-        # On a CPU a first call finds the caches as another function has left them: at CIFAR's batch of 128 each gets two
-        # at least in five milliseconds.
+        # On a CPU a first call finds the caches as another function has left them: at CIFAR's batch of 128 there is a
+        # second in five milliseconds for each.
         return cls(1.0, 15, 500, 2e-4) if device.type == "cuda" else cls(10.0, 7, 500, 5e-3)
 
 

@@ -33,7 +33,7 @@ struct DLPackExchange {
 };
 constexpr int kDLCpu = 1, kDLCuda = 2;
 
-// What is known of torch: objects of its Python module, held for good.
+// What is known of torch and of vadiff: objects of their Python modules, held for good.
 struct Torch {
   PyObject* tensor;           // torch.Tensor; a subclass has rules of its own
   PyObject* dtypes[kDtypes];  // in the order of Dtype, then int64 and int32
@@ -42,6 +42,7 @@ struct Torch {
   PyObject* scalar;       // a float32 one on the CPU
   PyObject* threads;      // torch.get_num_threads
   int cuda;               // DLPack's number of the kind of device that the CUDA kernels run on; 0: there are none here
+  PyObject* settings_of;  // vadiff.native's: makes Settings of bins, half-life and rule
   PyObject* usable;       // whether these run on the device of that number
   PyObject* stream;       // address of its current stream
   PyObject* forward;      // ((question, answer), ...): no argument, and the object answered where the short way may be taken

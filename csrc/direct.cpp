@@ -19,12 +19,23 @@
 namespace vadiff {
 namespace {
 
-// ell of a criterion's last step. On the CPU not a tensor: a fresh one per step that lives until the next would lie in the
-// middle of the memory that the network frees and takes again, and move its activations about. Touched with the interpreter
-// held only: a step writes to a vector of its own, and then puts it here.
+// What stays with a criterion from step to step: ell of its last one, and its settings. On the CPU ell is no tensor: a fresh one
+// per step that lives until the next would lie in the middle of the memory that the network frees and takes again, and move its
+// activations about. Touched with the interpreter held only: a step writes to a vector of its own, and then puts it here.
 struct Losses {
   std::vector<float> ell, spare;   // `spare` has the memory for the next step
   py::object tensor = py::none();  // on a CUDA device
+  py::object bins, half_life, rule, settings;  // the last was made of the others
+
+  py::object settings_of(PyObject* new_bins, PyObject* new_half_life, PyObject* new_rule) {
+    if (bins.ptr() != new_bins || half_life.ptr() != new_half_life || rule.ptr() != new_rule) {
+      settings = owned(PyObject_CallFunctionObjArgs(torch.settings_of, new_bins, new_half_life, new_rule, nullptr));
+      bins = py::reinterpret_borrow<py::object>(new_bins);
+      half_life = py::reinterpret_borrow<py::object>(new_half_life);
+      rule = py::reinterpret_borrow<py::object>(new_rule);
+    }
+    return settings;
+  }
 
   std::vector<float> take_spare(int64_t samples) {
     std::vector<float> taken;
@@ -128,7 +139,7 @@ bool chosen(PyObject* backend, int kind) {
 }
 
 enum Argument { kPrediction, kTarget, kNoise, kCoefficients, kLogSnr, kBaseWeight, kSampleWeight, kWeigh, kState, kLogWeights,
-                kSettings, kHuberDelta, kBackend, kLosses, kArguments };
+                kBins, kHalfLife, kRule, kHuberDelta, kBackend, kLosses, kArguments };
 
 #ifdef VADIFF_CUDA
 bool runs_on(int64_t device) {
@@ -204,8 +215,9 @@ py::object direct_step(PyObject* const* given) {
 #ifdef VADIFF_CUDA
   if (step.place.is_cuda() && !runs_on(step.place.device)) return py::none();
 #endif
-  const Settings& settings = py::cast<const Settings&>(py::handle(given[kSettings]));
   Losses& losses = py::cast<Losses&>(py::handle(given[kLosses]));
+  const py::object held = losses.settings_of(given[kBins], given[kHalfLife], given[kRule]);
+  const Settings& settings = py::cast<const Settings&>(held);
   step.samples = prediction.samples();
   step.rows.elements = prediction.elements();
   if (step.rows.elements == 0 || !step.take_elements(prediction, &step.rows.output) ||
@@ -294,8 +306,8 @@ PyMethodDef methods[] = {
 };
 
 bool know_torch(const py::object& tensor, const py::tuple& dtypes, const py::object& exchange, const py::object& empty_like,
-                const py::object& scalar, const py::object& threads, int cuda, const py::object& usable,
-                const py::object& stream, const py::tuple& forward, const py::tuple& backward) {
+                const py::object& scalar, const py::object& threads, int cuda, const py::object& settings_of,
+                const py::object& usable, const py::object& stream, const py::tuple& forward, const py::tuple& backward) {
   torch.tensor = tensor.inc_ref().ptr();
   for (int code = 0; code < kDtypes; ++code) torch.dtypes[code] = py::object(dtypes[code]).inc_ref().ptr();
   torch.exchange = exchange_of(exchange.inc_ref());
@@ -303,6 +315,7 @@ bool know_torch(const py::object& tensor, const py::tuple& dtypes, const py::obj
   torch.scalar = scalar.inc_ref().ptr();
   torch.threads = threads.inc_ref().ptr();
   torch.cuda = cuda;
+  torch.settings_of = settings_of.inc_ref().ptr();
   torch.usable = usable.inc_ref().ptr();
   torch.stream = stream.inc_ref().ptr();
   torch.forward = forward.inc_ref().ptr();

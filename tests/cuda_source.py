@@ -76,5 +76,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(
         native, "settings_of", functools.lru_cache(native.settings_of.__wrapped__)
     )  # of this module's type
-    eager.introduce(module, 1, lambda device: True, lambda device: 0)
+    eager.introduce(module, native.settings_of, 1, lambda device: True, lambda device: 0)
     monkeypatch.setattr(eager, "_native", lambda: native)

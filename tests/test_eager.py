@@ -68,7 +68,7 @@ def asked(request: pytest.FixtureRequest) -> Iterator[str]:
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None) if request.param == "exchange" else None
     if request.param == "exchange" and table is None:
         pytest.skip("this torch has no DLPack exchange API")
-    by_exchange = eager.introduce(native._native, 0, lambda device: False, lambda device: 0, table)
+    by_exchange = eager.introduce(native._native, native.settings_of, 0, lambda device: False, lambda device: 0, table)
     assert by_exchange == (request.param == "exchange")
     yield request.param
     eager._native.cache_clear()
@@ -203,7 +203,7 @@ def test_memory_of_a_subclass_is_memory(asked: str, taken: list[bool]) -> None:
 def test_the_table_of_this_torch_is_used() -> None:
     native = eager._native()
     assert native is not None
-    assert eager.introduce(native._native, 0, lambda device: False, lambda device: 0) == hasattr(
+    assert eager.introduce(native._native, native.settings_of, 0, lambda device: False, lambda device: 0) == hasattr(
         Tensor, "__dlpack_c_exchange_api__"
     )
     eager._native.cache_clear()
@@ -266,11 +266,25 @@ def test_a_weighting_of_ones_own_is_looked_at_before_it_is_believed(taken: list[
     assert not taken
 
 
-def test_an_interface_called_with_other_arguments_says_so() -> None:
-    from vadiff import _native
+def test_settings_that_change_between_steps_are_seen(taken: list[bool]) -> None:
+    short, long = vadiff.DiffusionLoss(half_life=2.0), vadiff.DiffusionLoss(half_life=2.0, backend="reference")
+    for half_life, weighting in ((2.0, "variance_aware"), (0.5, "variance_aware"), (0.5, "loss_level")):
+        for criterion in (short, long):
+            criterion.statistics.half_life = half_life
+            criterion.weighting = vadiff.weighting.from_name(weighting)
+        for _ in range(2):
+            prediction, target, log_snr = batch()
+            losses = [criterion(of_a_network(prediction), target, log_snr) for criterion in (short, long)]
+            torch.testing.assert_close(*losses)
+    assert taken == 6 * [True, False]
+    torch.testing.assert_close(short.weights, long.weights)
 
-    with pytest.raises(TypeError, match="expected 14 arguments"):
-        _native.direct_step(1, 2)  # type: ignore[call-arg]
+
+def test_an_interface_called_with_other_arguments_says_so() -> None:
+    native = eager._native()
+    assert native is not None
+    with pytest.raises(TypeError, match="expected 16 arguments"):
+        native._native.direct_step(1, 2)
 
 
 @pytest.mark.parametrize(

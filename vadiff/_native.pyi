@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import Coefficient
+from .reference import Bins, Coefficient, TableRule
 
 INTERFACE: int
 cuda_architectures: str | None
@@ -119,6 +119,7 @@ def know_torch(
     scalar: Tensor,
     threads: Callable[[], int],
     cuda: int,
+    settings_of: Callable[..., Settings],
     usable: Callable[[int], bool],
     stream: Callable[[int], int],
     forward: tuple[tuple[Any, object], ...],
@@ -136,7 +137,9 @@ def direct_step(
     weigh: Callable[[Tensor], Tensor] | None,
     state: Tensor,
     log_weights: Tensor,
-    settings: Settings,
+    bins: Bins,
+    half_life: float,
+    rule: TableRule,
     huber_delta: float,
     backend: str,
     losses: Losses,

@@ -42,6 +42,8 @@ class _NoWorld:
 _c10d: Any = getattr(dist, "distributed_c10d", None)
 if not hasattr(getattr(_c10d, "_world", None), "default_pg"):
     _c10d = SimpleNamespace(_world=_NoWorld())
+# Torch's own, whose `default_pg` is a property: one more call.
+_World = type(_c10d._world) if hasattr(_c10d._world, "_default_pg") else None
 
 # Where the short way may be taken: questions without arguments, and the object that answers each there.
 _QUIET: tuple[tuple[Any, object], ...] = (  # nobody who would have to see an operator
@@ -68,8 +70,12 @@ def step(
 
     The tensors are not checked yet."""
     native = _native()
-    if native is None or forward_ad._current_level >= 0 or (criterion.sync and _c10d._world.default_pg is not None):
+    if native is None or forward_ad._current_level >= 0:
         return None
+    if criterion.sync:
+        world = _c10d._world
+        if (world._default_pg if type(world) is _World else world.default_pg) is not None:
+            return None
     weighting, rule, weigh = criterion.weighting, NO_TABLE, None
     if isinstance(weighting, AdaptiveWeighting):
         rule = weighting.rule
@@ -83,7 +89,7 @@ def step(
         losses = kernels.Losses()
     found = kernels.direct_step(
         prediction, target, noise, coefficients, log_snr, base_weight, sample_weight, weigh, buffers["state"],
-        buffers["log_weights"], native.settings_of(statistics.bins, statistics.half_life, rule),
+        buffers["log_weights"], statistics.bins, statistics.half_life, rule,
         criterion.huber_delta if criterion.loss == "huber" else 0.0, criterion.backend, losses,
     )  # fmt: skip
     if found is None:
@@ -117,12 +123,13 @@ def _native() -> ModuleType | None:
     def runs_on(device: int) -> bool:
         return backends.native_obstacle(native, torch.device("cuda", device)) is None
 
-    introduce(native._native, _DL_CUDA if native.CUDA_ARCHITECTURES else 0, runs_on, _stream_of)
+    introduce(native._native, native.settings_of, _DL_CUDA if native.CUDA_ARCHITECTURES else 0, runs_on, _stream_of)
     return native
 
 
 def introduce(
     kernels: Any,
+    settings_of: Callable[..., Any],
     cuda: int,
     runs_on: Callable[[int], bool],
     stream_of: Callable[[int], int],
@@ -130,12 +137,13 @@ def introduce(
 ) -> bool:
     """Tell the compiled module of torch. Says whether it asks tensors by DLPack's functions.
 
-    `cuda` is DLPack's number of the kind of device that its CUDA kernels run on, 0 where it has none; by the number of
-    a device, `runs_on` says whether they run there, `stream_of` gives the address of its current stream. `exchange` is
-    DLPack's table of C functions, None where tensors are asked for their attributes."""
+    `settings_of` is `vadiff.native`'s, for these kernels. `cuda` is DLPack's number of the kind of device that its CUDA
+    kernels run on, 0 where it has none; by the number of a device, `runs_on` says whether they run there, `stream_of`
+    gives the address of its current stream. `exchange` is DLPack's table of C functions, None where tensors are asked
+    for their attributes."""
     by_exchange: bool = kernels.know_torch(
-        Tensor, _DTYPES, exchange, torch.empty_like, _SCALAR, torch.get_num_threads, cuda, runs_on, stream_of, _FORWARD,
-        _BACKWARD,
+        Tensor, _DTYPES, exchange, torch.empty_like, _SCALAR, torch.get_num_threads, cuda, settings_of, runs_on,
+        stream_of, _FORWARD, _BACKWARD,
     )  # fmt: skip
     return by_exchange
 
