@@ -63,10 +63,10 @@ struct Names {
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
   PyObject* is_cuda = PyUnicode_InternFromString("is_cuda");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   // Where there is no DLPackExchange.
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* get_device = PyUnicode_InternFromString("get_device");
 };
@@ -114,6 +114,7 @@ struct View {
     for (int d = 1; d < dims; ++d) product *= sizes[d];
     return product;
   }
+  int64_t count() const { return dims ? samples() * elements() : 1; }
   bool same_sizes(const View& other) const { return dims == other.dims && std::equal(sizes, sizes + dims, other.sizes); }
   bool is_vector(int of_dtype, int64_t size) const { return dtype == of_dtype && dims == 1 && sizes[0] == size; }
 };
@@ -172,11 +173,6 @@ bool view_tensor(PyObject* tensor, View* into) {
 // The same for floats, which could also require grad, or be negated only when they are read.
 bool view_of_floats(PyObject* tensor, bool requires_grad, View* into) {
   return view_tensor(tensor, into) && is_true(tensor, names->requires_grad) == requires_grad && !answers_true(tensor, names->is_neg);
-}
-
-Address address_of(PyObject* tensor) {  // of one that was just made
-  View found;
-  return view_tensor(tensor, &found) ? found.data : address(owned(PyObject_CallMethodNoArgs(tensor, names->data_ptr)));
 }
 
 py::object new_empty(PyObject* like, int64_t size) {

@@ -29,10 +29,12 @@ struct Losses {
 
   py::object settings_of(PyObject* new_bins, PyObject* new_half_life, PyObject* new_rule) {
     if (bins.ptr() != new_bins || half_life.ptr() != new_half_life || rule.ptr() != new_rule) {
-      settings = owned(PyObject_CallFunctionObjArgs(torch.settings_of, new_bins, new_half_life, new_rule, nullptr));
+      py::object made = owned(PyObject_CallFunctionObjArgs(torch.settings_of, new_bins, new_half_life, new_rule, nullptr));
+      settings = made;
       bins = py::reinterpret_borrow<py::object>(new_bins);
       half_life = py::reinterpret_borrow<py::object>(new_half_life);
       rule = py::reinterpret_borrow<py::object>(new_rule);
+      return made;
     }
     return settings;
   }
@@ -92,6 +94,19 @@ struct Step {
     if (!view_tensor(tensor, &view) || !place.holds(view) || !view.is_vector(dtype, size)) return false;
     *into = view.data;
     return true;
+  }
+
+  // Memory for so many numbers that torch was just asked for; false if somebody who watches made something else of it.
+  template <class T>
+  bool take_made(const py::object& tensor, int dtype, int64_t size, T** into) const {
+    View view;
+    if (!view_tensor(tensor.ptr(), &view) || !place.holds(view) || view.dtype != dtype || view.count() != size) return false;
+    *into = at<T>(view.data);
+    return true;
+  }
+
+  bool take_gradient(const py::object& tensor) {
+    return take_made(tensor, rows.output.dtype, samples * rows.elements, &rows.gradient);
   }
 
   // `reads`: whether it is anything but the number 0.
@@ -160,13 +175,16 @@ py::object cuda_step(Step& step, const Settings& settings, Losses& losses, PyObj
   py::object gradient = owned(PyObject_CallOneArg(torch.empty_like, given[kPrediction]));
   py::object loss = owned(PyObject_CallMethodOneArg(given[kLogSnr], names->new_empty, py::tuple().ptr()));
   py::object saved = new_empty(given[kLogSnr], 2 * samples + 1), ell = new_empty(given[kLogSnr], samples);
-  // Doubles, of the size of the state's integers.
-  py::object workspace = new_empty(
-      given[kState], cuda::workspace_size(samples, step.rows.elements, settings.bins.size, int(step.place.device)));
-  step.rows.gradient = at<void>(address_of(gradient.ptr()));
-  const Results<float> results{at<float>(address_of(ell.ptr())), at<float>(address_of(loss.ptr())),
-                               at<float>(address_of(saved.ptr())), true};
-  const Where where = where_on(step.place, at<double>(address_of(workspace.ptr())));
+  const int64_t workspace_size =
+      cuda::workspace_size(samples, step.rows.elements, settings.bins.size, int(step.place.device));
+  py::object workspace = new_empty(given[kState], workspace_size);  // for doubles, of the size of the state's integers
+  Results<float> results{nullptr, nullptr, nullptr, true};
+  double* scratch;
+  if (!step.take_gradient(gradient) || !step.take_made(ell, kFloat32, samples, &results.ell) ||
+      !step.take_made(loss, kFloat32, 1, &results.loss) || !step.take_made(saved, kFloat32, 2 * samples + 1, &results.saved) ||
+      !step.take_made(workspace, kInt64, workspace_size, &scratch))
+    return py::none();
+  const Where where = where_on(step.place, scratch);
   {
     py::gil_scoped_release release;  // a launch waits where too many are queued already
     diffusion_loss<float>(
@@ -183,9 +201,9 @@ py::object cuda_step(Step& step, const Settings& settings, Losses& losses, PyObj
 py::object cpu_step(Step& step, const Settings& settings, Losses& losses, PyObject* const* given) {
   py::object gradient = owned(PyObject_CallOneArg(torch.empty_like, given[kPrediction]));
   py::object loss = owned(PyObject_CallOneArg(torch.empty_like, torch.scalar));
-  step.rows.gradient = at<void>(address_of(gradient.ptr()));
+  float* mean;
+  if (!step.take_gradient(gradient) || !step.take_made(loss, kFloat32, 1, &mean)) return py::none();
   const int threads = thread_count();
-  float* mean = at<float>(address_of(loss.ptr()));
   std::vector<float> ell = losses.take_spare(step.samples);
   {
     py::gil_scoped_release release;
@@ -209,7 +227,7 @@ py::object direct_step(PyObject* const* given) {
   View prediction;
   const int kind = kind_of(given[kPrediction]);
   if (!kind || !chosen(given[kBackend], kind) || !answered(torch.forward) ||
-      !view_of_floats(given[kPrediction], true, &prediction))
+      !view_of_floats(given[kPrediction], true, &prediction) || prediction.kind != kind)
     return py::none();
   Step step{Place(prediction)};
 #ifdef VADIFF_CUDA
@@ -242,7 +260,9 @@ py::object direct_step(PyObject* const* given) {
 // is null on the CPU.
 bool direct_scale(PyObject* upstream, PyObject* gradient, PyObject* saved) {
   View factor, made;
-  if (!kind_of(upstream) || !answered(torch.backward) || !view_of_floats(upstream, false, &factor) || factor.dtype != kFloat32)
+  const int kind = kind_of(upstream);
+  if (!kind || !answered(torch.backward) || !view_of_floats(upstream, false, &factor) || factor.kind != kind ||
+      factor.dtype != kFloat32)
     return false;
   const Place place(factor);
   if (!place.is_cuda() && *at<float>(factor.data) == 1) return true;
