@@ -1,17 +1,20 @@
 """The whole contract of one step in plain PyTorch, readable top to bottom.
 
-Oracle of every test, fallback on any device, baseline of every benchmark. It imports nothing of vadiff, and the
-fused backends offer the same four functions (`diffusion_loss`, `diffusion_loss_backward`, `scale_gradient`,
-`reweight`) with the same arguments in the same order.
+Oracle of every test, fallback on any device, baseline of every benchmark. The fused backends offer the same four
+functions, at the end of this file; their types are those of `vadiff.ops.problem`.
 
 Notation, per sample i and bin k:
 
-    r = a*F + b*x0 + c*eps     residual (F: what the network returned)
+    r = a*F + b*x0 + c*eps     residual (F: the prediction, what the network returned)
     ell_i                      mean over the sample's elements of r**2, or of Huber's function of r
     u_i, v_i                   base weight (part of the objective), sample weight (importance correction, mask share)
     g_i = u_i * ell_i          base loss: what enters the bins
-    w(lambda_i)                adaptive or fixed weight
+    w(lambda_i)                weight: from the table, given, or 1; NaN where lambda_i is NaN
     loss = mean_i w u v ell    every sample's weight comes from the statistics before this batch
+
+Masked: u = 0 or v = 0. A masked sample has no loss, no gradient and enters no bin, whatever else it has.
+Skipped: a sample that is not masked, with a NaN lambda or a non-finite ell, u, v or g. It enters no bin and is counted.
+Its loss and gradient are what the arithmetic makes of it, as with `F.mse_loss`; other samples do not notice.
 
 State of K bins: `state` int64 [4K + 2], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
 squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket by which a CUDA kernel counts
@@ -26,75 +29,38 @@ Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .problem import FACTOR, MASKED, Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
+
 BLOCK = 4096  # elements summed in float32 before float64 takes over
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
-
-Coefficient = float | Tensor  # a number, or one per sample [B]
-Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 1] of this rank -> [ranks, 4K + 1]
-
-
-class Bins(NamedTuple):
-    """K equal-width intervals of log-SNR; values outside fall in the end bins."""
-
-    size: int  # K
-    low: float
-    high: float
-
-    @property
-    def width(self) -> float:
-        return (self.high - self.low) / self.size
-
-    @property
-    def inv_width(self) -> float:
-        return self.size / (self.high - self.low)
-
-
-class TableRule(NamedTuple):
-    """How statistics become an adaptive weight table. `statistic` "" means: no table (fixed weighting)."""
-
-    statistic: str = ""  # "std", "mean" or "rms" of the base loss
-    strength: float = 1.0
-    smoothing: float = 0.5  # h, in log-SNR units
-    clip: float = 10.0
-    prior: float = 32.0
-
-    def radius(self, bins: Bins) -> int:
-        """Bins within three smoothing widths, to each side (the slack keeps exact multiples inside)."""
-        return int(min(3.0 * self.smoothing / bins.width + 1e-6, bins.size - 1))
 
 
 # rows: one value per sample
 
 
-def residual(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-) -> Tensor:
-    """r = a*F + b*x0 + c*eps in float32 (float64 for float64 outputs), [B, ...]. A tensor given as None is not read."""
-    dtype = compute_dtype(output)
-
-    def term(coefficient: Coefficient, tensor: Tensor) -> Tensor:
-        if isinstance(coefficient, Tensor):
-            coefficient = coefficient.to(dtype).view(-1, *[1] * (tensor.dim() - 1))
-        return tensor.to(dtype) * coefficient
-
-    r = term(a, output)
-    if target is not None:
-        r = r + term(b, target)
-    if noise is not None:
-        r = r + term(c, noise)
+def residual(inputs: Inputs) -> Tensor:
+    """r = a*F + b*x0 + c*eps in float32 (float64 for a float64 F), [B, ...]. A tensor given as None is not read."""
+    dtype = compute_dtype(inputs.prediction)
+    r = None
+    for coefficient, tensor in (
+        (inputs.a, inputs.prediction), (inputs.b, inputs.target), (inputs.c, inputs.noise)
+    ):  # fmt: skip
+        if tensor is not None:
+            term = tensor.to(dtype) * (_column(coefficient, tensor) if isinstance(coefficient, Tensor) else coefficient)
+            r = term if r is None else r + term
+    assert r is not None  # the prediction is always read
     return r
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to go with `like` [B, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def per_sample_loss(r: Tensor, huber_delta: float) -> Tensor:
@@ -135,53 +101,49 @@ class Samples(NamedTuple):
     """What each sample of a batch is worth; all [B]."""
 
     base_loss: Tensor  # g = u*ell
-    entered: Tensor  # bool: goes into the bins
-    poisoned: Tensor  # bool: counted in `skipped`, loss and gradient are NaN
-    factor: Tensor  # w*u*v; NaN if poisoned, 0 if left out
-    slope: Tensor  # w*v*ell, the derivative by u; NaN if poisoned, 0 if left out
-    weighted: Tensor  # w*u*v*ell; NaN if poisoned, 0 if left out
+    masked: Tensor  # bool: no loss, no gradient, enters no bin
+    skipped: Tensor  # bool: not finite, enters no bin and is counted
+    factor: Tensor  # w*u*v; 0 if masked
+    slope: Tensor  # w*v*ell, the derivative by u; 0 if masked
+    weighted: Tensor  # w*u*v*ell; 0 if masked
 
 
-def classify(
-    ell: Tensor,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    log_weights: Tensor | None,
-    bins: Bins,
-) -> Samples:
-    """Weigh each sample and sort out the poisoned and the left out. `weight` None: from the table; both None: 1.
+def classify(ell: Tensor, inputs: Inputs, log_weights: Tensor | None, bins: Bins) -> Samples:
+    """Compute each sample's weight; flag masked and skipped samples.
 
-    Poisoned: NaN log-SNR, or non-finite ell, u, v or g. Left out: u*v = 0; its ell may be anything."""
+    ell: [B]. log_weights: the table [K], read where no weight is given; both None: w = 1."""
     one = torch.ones_like(ell)
-    u = one if base_weight is None else base_weight.to(ell.dtype)
-    v = one if sample_weight is None else sample_weight.to(ell.dtype)
-    if weight is not None:
-        w = weight.to(ell.dtype)
+    u = one if inputs.base_weight is None else inputs.base_weight.to(ell.dtype)
+    v = one if inputs.sample_weight is None else inputs.sample_weight.to(ell.dtype)
+    if inputs.weight is not None:
+        w = inputs.weight.to(ell.dtype)
     elif log_weights is not None:
-        w = log_weight_at(log_weights, log_snr, bins).exp().to(ell.dtype)
+        w = log_weight_at(log_weights, inputs.log_snr, bins).exp().to(ell.dtype)
     else:
         w = one
+    w = w.masked_fill(inputs.log_snr.isnan(), math.nan)
     g = u * ell
-    left_out = u * v == 0
-    poisoned = log_snr.isnan() | ~u.isfinite() | ~v.isfinite() | (~g.isfinite() | ~ell.isfinite()) & ~left_out
-
-    def settled(value: Tensor) -> Tensor:
-        return value.masked_fill(left_out, 0.0).masked_fill(poisoned, math.nan)
-
-    factor = settled(w * u * v)
-    return Samples(g, ~(poisoned | left_out), poisoned, factor, settled(w * v * ell), settled(factor * ell))
+    masked = (u == 0) | (v == 0)
+    finite = ell.isfinite() & u.isfinite() & v.isfinite() & g.isfinite() & ~inputs.log_snr.isnan()
+    factor = w * u * v
+    return Samples(
+        base_loss=g,
+        masked=masked,
+        skipped=~finite & ~masked,
+        factor=factor.masked_fill(masked, 0.0),
+        slope=(w * v * ell).masked_fill(masked, 0.0),
+        weighted=(factor * ell).masked_fill(masked, 0.0),
+    )
 
 
 # statistics: one value per log-SNR bin
 
 
-def batch_statistics(samples: Samples, log_snr: Tensor, sample_weight: Tensor | None, bins: Bins) -> Tensor:
+def batch_statistics(samples: Samples, inputs: Inputs, bins: Bins) -> Tensor:
     """Statistics of one batch, float64 [4K + 1]: two passes within tiles of samples, Chan's merge across them."""
     g = samples.base_loss.double()
-    v = torch.ones_like(g) if sample_weight is None else sample_weight.double()
-    bin_of = torch.where(samples.entered, bin_index(log_snr, bins), -1)
+    v = torch.ones_like(g) if inputs.sample_weight is None else inputs.sample_weight.double()
+    bin_of = torch.where(samples.masked | samples.skipped, -1, bin_index(inputs.log_snr, bins))
     ks = torch.arange(bins.size, device=g.device)
     tiles = []
     for start in range(0, len(g), TILE):
@@ -191,7 +153,7 @@ def batch_statistics(samples: Samples, log_snr: Tensor, sample_weight: Tensor | 
         mean = torch.where(member, g[tile, None], 0.0).sum(0) / n.clamp(min=1.0)
         m2 = torch.where(member, (g[tile, None] - mean) ** 2, 0.0).sum(0)
         mass = torch.where(member, v[tile, None], 0.0).sum(0)
-        tiles.append(torch.cat([n, mean, m2, mass, samples.poisoned[tile].sum().double()[None]]))
+        tiles.append(torch.cat([n, mean, m2, mass, samples.skipped[tile].sum().double()[None]]))
     return merge(torch.stack(tiles), bins)
 
 
@@ -294,121 +256,64 @@ def smooth(a: Tensor, n: Tensor, bins: Bins, rule: TableRule) -> tuple[Tensor, T
 # the four functions of a backend
 
 
-def diffusion_loss(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    huber_delta: float,
-    mean: bool,
-    with_gradient: bool,
-    update: bool,
-    gather: Gather | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step. Returns the loss (scalar, or [B] if not `mean`), ell [B], what a backward needs besides the inputs
-    [2B + 1] (w*u*v and w*v*ell of each sample, then the mean loss), and the gradient of the mean loss by `output` in
-    its dtype and layout (empty unless `with_gradient`).
+def step(
+    problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
+) -> Step:
+    """One step: loss, what a backward needs besides the inputs, and with `gradient` the gradient of the mean loss.
 
-    With `update`, `state` and `log_weights` move in place, after the weights of this batch were read."""
-    r = residual(output, target, noise, a, b, c)
-    ell = per_sample_loss(r, huber_delta)
-    table = log_weights if rule.statistic else None
-    samples = classify(ell, log_snr, base_weight, sample_weight, weight, table, bins)
-    mean_loss = samples.weighted.mean(dtype=torch.float64).to(ell.dtype)
-    saved = torch.cat([samples.factor, samples.slope, mean_loss[None]])
-    gradient = output.new_empty(0)
-    if with_gradient:
-        gradient = _gradient(r, samples.factor, a, output, huber_delta, 1.0 / output.numel())
+    With `update`, `state` moves in place, after the weights of this batch were read. `gather` brings the batch
+    statistics of all ranks together; None: one rank."""
+    r = residual(inputs)
+    ell = per_sample_loss(r, problem.huber_delta)
+    samples = classify(ell, inputs, state.log_weights if problem.rule.statistic else None, problem.bins)
+    loss = samples.weighted
+    if inputs.mean:
+        loss = loss.mean(dtype=torch.float64).to(ell.dtype)
+    made = inputs.prediction.new_empty(0)
+    if gradient:
+        scale = 1.0 / inputs.prediction.numel()
+        made = _gradient(r, samples.factor, samples.masked, inputs, problem.huber_delta, scale)
     if update:
-        _update(samples, log_snr, sample_weight, state, log_weights, bins, half_life, rule, gather)
-    return mean_loss if mean else samples.weighted, ell, saved, gradient
+        _update(problem, samples, inputs, state, gather)
+    return Step(loss, torch.stack([ell, samples.factor, samples.slope, samples.masked.to(ell.dtype)]), made)
 
 
-def diffusion_loss_backward(
-    upstream: Tensor,
-    saved: Tensor,
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    huber_delta: float,
-) -> Tensor:
-    """Gradient by `output` from the saved inputs; `upstream` is a scalar (loss was the mean) or [B]. NaN where the
-    loss is."""
-    r = residual(output, target, noise, a, b, c)
-    mean = upstream.dim() == 0
-    factor = saved[: len(output)] * upstream.to(r.dtype)
-    if mean:
-        factor = factor.masked_fill(saved[-1].isnan(), math.nan)
-    return _gradient(r, factor, a, output, huber_delta, (1 if mean else len(output)) / output.numel())
+def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient by the prediction from the inputs of a step; `upstream` is a scalar (loss was the mean) or [B]."""
+    r = residual(inputs)
+    samples = 1 if upstream.dim() == 0 else len(r)
+    factor = per_sample[FACTOR] * upstream.to(r.dtype)
+    return _gradient(r, factor, per_sample[MASKED] != 0, inputs, problem.huber_delta, samples / r.numel())
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
-    """out = gradient * upstream, NaN if the mean loss is; `out` may be `gradient` itself."""
-    out.copy_(gradient.to(compute_dtype(gradient)) * upstream.masked_fill(saved[-1].isnan(), math.nan))
+def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """out = gradient * upstream; `upstream` is a scalar, `out` may be `gradient` itself."""
+    out.copy_(gradient.to(compute_dtype(gradient)) * upstream)
 
 
-def reweight(
-    loss: Tensor,
-    log_snr: Tensor,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    update: bool,
-    gather: Gather | None,
-) -> Tensor:
-    """Record a per-sample base loss [B] and return its factor w*v [B]; NaN if poisoned, 0 if left out."""
-    table = log_weights if rule.statistic else None
-    samples = classify(loss, log_snr, None, sample_weight, weight, table, bins)
+def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
+    """Record per-sample base losses [B] and return their factors w*v [B]; 0 if masked, NaN where the loss is not finite.
+
+    With `update`, `state` moves in place, after the weights of this batch were read."""
+    loss = inputs.prediction
+    samples = classify(loss, inputs, state.log_weights if problem.rule.statistic else None, problem.bins)
     if update:
-        _update(samples, log_snr, sample_weight, state, log_weights, bins, half_life, rule, gather)
-    return samples.factor
+        _update(problem, samples, inputs, state, gather)
+    return samples.factor.masked_fill(~loss.isfinite() & ~samples.masked, math.nan)
 
 
-def _update(
-    samples: Samples,
-    log_snr: Tensor,
-    sample_weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    gather: Gather | None,
-) -> None:
-    batch = batch_statistics(samples, log_snr, sample_weight, bins)
+def _update(problem: Problem, samples: Samples, inputs: Inputs, state: State, gather: Gather | None) -> None:
+    batch = batch_statistics(samples, inputs, problem.bins)
     if gather is not None:
-        batch = merge(gather(batch), bins)
-    fold(state, batch, half_life, bins)
-    if rule.statistic:
-        moments = moments_of(state, bins)
-        log_weights.view(torch.float32).copy_(weight_table(moments, bins, rule))
+        batch = merge(gather(batch), problem.bins)
+    fold(state.state, batch, problem.half_life, problem.bins)
+    if problem.rule.statistic:
+        table = weight_table(moments_of(state.state, problem.bins), problem.bins, problem.rule)
+        state.log_weights.view(torch.float32).copy_(table)
 
 
-def _gradient(r: Tensor, factor: Tensor, a: Coefficient, output: Tensor, huber_delta: float, scale: float) -> Tensor:
-    """factor_i * a_i * scale * slope(r) in the output's dtype and layout; exactly 0 for samples whose factor is 0."""
-    per_sample = (factor * a * scale).to(r.dtype).view(-1, *[1] * (r.dim() - 1))
-    g = torch.where(per_sample == 0, 0.0, per_sample * residual_slope(r, huber_delta))
-    return torch.empty_like(output).copy_(g)
-
-
-def compute_dtype(output: Tensor) -> torch.dtype:
-    """Arithmetic of a call: float64 for float64 outputs, else float32."""
-    return torch.float64 if output.dtype == torch.float64 else torch.float32
+def _gradient(r: Tensor, factor: Tensor, masked: Tensor, inputs: Inputs, huber_delta: float, scale: float) -> Tensor:
+    """factor_i * a_i * scale * slope(r) in the prediction's dtype and layout; exactly 0 for masked samples."""
+    each = _column((factor * inputs.a * scale).to(r.dtype), r)
+    g = (each * residual_slope(r, huber_delta)).masked_fill(_column(masked, r), 0.0)
+    return torch.empty_like(inputs.prediction).copy_(g)

@@ -1,0 +1,205 @@
+"""The contract of one call: what stays from call to call, what a call is given, what it moves, what it returns.
+
+Every backend is a module with four functions, here with these types:
+
+    step(problem, inputs, state, *, gradient, update, gather) -> Step
+    backward(problem, inputs, per_sample, upstream) -> Tensor        gradient of a loss that `step` returned
+    scale(gradient, upstream, out) -> None                           out = gradient * upstream
+    reweight(problem, inputs, state, *, update, gather) -> Tensor    factors of losses computed elsewhere
+
+`vadiff.ops.reference` defines what they compute. Backends believe their inputs: `make_inputs` checks what users give,
+`vadiff.ops.operators` brings prediction, target and noise into one dense layout with the batch outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._validation import check_elements, check_per_sample, check_prediction, is_number
+
+Coefficient = float | Tensor  # one number, or one per sample [B]
+Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 1] of this rank -> [ranks, 4K + 1]
+
+REDUCTIONS = ("mean", "none")
+
+
+class Bins(NamedTuple):
+    """K equal-width intervals of log-SNR; values outside fall in the end bins."""
+
+    size: int  # K
+    low: float
+    high: float
+
+    @property
+    def width(self) -> float:
+        return (self.high - self.low) / self.size
+
+    @property
+    def inv_width(self) -> float:
+        return self.size / (self.high - self.low)
+
+
+class TableRule(NamedTuple):
+    """How statistics become an adaptive weight table. `statistic` "" means: no table (fixed weighting)."""
+
+    statistic: str = ""  # "std", "mean" or "rms" of the base loss
+    strength: float = 1.0
+    smoothing: float = 0.5  # h, in log-SNR units
+    clip: float = 10.0
+    prior: float = 32.0
+
+    def radius(self, bins: Bins) -> int:
+        """Bins within three smoothing widths, to each side (the slack keeps exact multiples inside)."""
+        return int(min(3.0 * self.smoothing / bins.width + 1e-6, bins.size - 1))
+
+
+NO_TABLE = TableRule()
+
+
+class Problem(NamedTuple):
+    """What stays the same from call to call of a criterion."""
+
+    bins: Bins
+    half_life: float  # samples per bin, on average, after which a sample counts half
+    rule: TableRule = NO_TABLE
+    huber_delta: float = 0.0  # 0: squared error
+    sync: bool = True  # merge the statistics of all ranks
+    backend: str = "auto"
+
+
+class Inputs(NamedTuple):
+    """What one call is given. For `reweight`, `prediction` holds the per-sample losses [B], and a = 1, b = c = 0.
+
+    [B]-shaped tensors are contiguous, float32, or float64 beside a float64 prediction; log_snr is always float32."""
+
+    prediction: Tensor  # F [B, ...], float32, bfloat16, float16 or float64
+    target: Tensor | None  # x0 [B, ...], any of these dtypes; None: not read
+    noise: Tensor | None  # eps [B, ...], likewise
+    a: Coefficient
+    b: Coefficient
+    c: Coefficient
+    log_snr: Tensor  # [B] float32
+    base_weight: Tensor | None  # u [B]; None: 1
+    sample_weight: Tensor | None  # v [B]; None: 1
+    weight: Tensor | None  # w [B]; None: from the table, or 1 without a table
+    mean: bool  # reduction "mean"; False: "none"
+
+
+class State(NamedTuple):
+    """The buffers of a criterion that a call reads and, in training, moves in place."""
+
+    state: Tensor  # int64 [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; a CUDA kernel's ticket
+    log_weights: Tensor  # int32 [K]: bits of float32 ln w at the bin centres
+
+
+class Step(NamedTuple):
+    """What a step returns."""
+
+    loss: Tensor  # scalar, or [B] for reduction "none"
+    per_sample: Tensor  # [4, B], rows ELL, FACTOR, SLOPE, MASKED
+    gradient: Tensor  # of the mean loss by the prediction, in its dtype and layout; [0] where none was asked for
+
+
+# Rows of `Step.per_sample`.
+ELL = 0  # ell
+FACTOR = 1  # w*u*v, 0 where masked: the gradient's factor
+SLOPE = 2  # w*v*ell, 0 where masked: derivative of the weighted loss by u
+MASKED = 3  # 1 where u = 0 or v = 0, else 0
+
+
+def compute_dtype(prediction: Tensor) -> torch.dtype:
+    """Arithmetic of a call: float64 for a float64 prediction, else float32."""
+    return torch.float64 if prediction.dtype is torch.float64 else torch.float32
+
+
+def make_inputs(
+    prediction: Tensor,
+    target: Tensor,
+    log_snr: Tensor,
+    noise: Tensor | None,
+    coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
+    base_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> Inputs:
+    """Check the arguments of a call, see `DiffusionLoss.forward`. A tensor whose coefficient is the number 0 is left out.
+
+    Raises:
+        ValueError, TypeError: a bad argument; the message names it, what it is and what was expected.
+    """
+    check_prediction("prediction", prediction)
+    check_elements("target", target, prediction)
+    dtype = compute_dtype(prediction)
+    read_noise: Tensor | None
+    if coefficients is None and noise is None:
+        a, b, c, read_noise = 1.0, -1.0, 0.0, None
+    else:
+        if noise is not None:
+            check_elements("noise", noise, prediction)
+        a, b, c = _check_coefficients(coefficients, noise, prediction, dtype)
+        read_noise = noise if isinstance(c, Tensor) or c != 0.0 else None
+    log_snr = check_per_sample("log_snr", log_snr, prediction, torch.float32)
+    if base_weight is not None:
+        base_weight = check_per_sample("base_weight", base_weight, prediction, dtype, differentiable=True)
+    if sample_weight is not None:
+        sample_weight = check_per_sample("sample_weight", sample_weight, prediction, dtype)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    return Inputs(
+        prediction=prediction,
+        target=target if isinstance(b, Tensor) or b != 0.0 else None,
+        noise=read_noise,
+        a=a,
+        b=b,
+        c=c,
+        log_snr=log_snr,
+        base_weight=base_weight,
+        sample_weight=sample_weight,
+        weight=None,
+        mean=reduction == "mean",
+    )
+
+
+def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None) -> Inputs:
+    """Check the arguments of `DiffusionLoss.reweight`.
+
+    Raises:
+        ValueError, TypeError: a bad argument; the message names it, what it is and what was expected.
+    """
+    check_prediction("loss_per_sample", loss_per_sample)
+    dtype = compute_dtype(loss_per_sample)
+    loss = check_per_sample("loss_per_sample", loss_per_sample, loss_per_sample, dtype, differentiable=True)
+    log_snr = check_per_sample("log_snr", log_snr, loss, torch.float32)
+    if sample_weight is not None:
+        sample_weight = check_per_sample("sample_weight", sample_weight, loss, dtype)
+    return Inputs(loss, None, None, 1.0, 0.0, 0.0, log_snr, None, sample_weight, weight=None, mean=False)
+
+
+def _check_coefficients(
+    coefficients: object, noise: Tensor | None, prediction: Tensor, dtype: torch.dtype
+) -> list[Coefficient]:
+    """[a, b, c] of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
+    if coefficients is None:
+        raise ValueError("noise is given without coefficients: pass coefficients=(a, b, c), or leave noise out")
+    if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
+        got = f"{len(coefficients)} values" if isinstance(coefficients, (tuple, list)) else type(coefficients).__name__
+        raise ValueError(f"coefficients is {got}, expected (a, b, c) of the residual a*prediction + b*target + c*noise")
+    checked: list[Coefficient] = []
+    for name, value in zip("abc", coefficients, strict=True):
+        if isinstance(value, Tensor):
+            checked.append(check_per_sample(f"coefficients {name}", value, prediction, dtype))
+        elif is_number(value):
+            checked.append(float(value))
+        else:
+            raise TypeError(
+                f"coefficients {name} is a {type(value).__name__}, expected a number or a tensor of shape "
+                f"({prediction.shape[0]},)"
+            )
+    c = checked[2]
+    if noise is None and (isinstance(c, Tensor) or c != 0.0):
+        raise ValueError("coefficients has a c for the noise, but noise is None: pass noise=eps")
+    return checked
