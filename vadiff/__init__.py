@@ -2,7 +2,7 @@
 
 from . import ema, levels, log_snr, optimal_loss, process, weighting
 from ._version import __version__
-from .backends import backend_report
+from .ops.backends import backend_report
 from .loss import DiffusionLoss
 from .statistics import LogSNRStatistics
 

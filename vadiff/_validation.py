@@ -7,8 +7,6 @@ import numbers
 import torch
 from torch import Tensor
 
-from .reference import Coefficient, compute_dtype
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,13 +36,9 @@ def check_prediction(name: str, prediction: Tensor) -> None:
 
 
 def check_per_sample(
-    name: str,
-    tensor: Tensor,
-    prediction: Tensor,
-    dtype: torch.dtype | None = None,
-    differentiable: bool = False,
+    name: str, tensor: Tensor, prediction: Tensor, dtype: torch.dtype, differentiable: bool = False
 ) -> Tensor:
-    """One value per sample, [B]; returned as contiguous `dtype`, or in the arithmetic of the prediction."""
+    """One value per sample of the prediction, [B]; returned as a contiguous `dtype`."""
     _check_float(name, tensor)
     samples = prediction.shape[0]
     if tensor.dim() != 1 or tensor.shape[0] != samples:
@@ -57,37 +51,9 @@ def check_per_sample(
     _check_device(name, tensor, prediction)
     if not differentiable:
         _check_detached(name, tensor)
-    return tensor.to(dtype or compute_dtype(prediction)).contiguous()
-
-
-def check_coefficients(
-    coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
-    noise: Tensor | None,
-    prediction: Tensor,
-) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """(a, b, c) of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
-    if coefficients is None:
-        if noise is not None:
-            raise ValueError("noise is given without coefficients: pass coefficients=(a, b, c), or leave noise out")
-        return 1.0, -1.0, 0.0
-    if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:
-        got = f"{len(coefficients)} values" if isinstance(coefficients, (tuple, list)) else type(coefficients).__name__
-        raise ValueError(f"coefficients is {got}, expected (a, b, c) of the residual a*prediction + b*target + c*noise")
-    checked: list[Coefficient] = []
-    for name, value in zip("abc", coefficients, strict=True):
-        if isinstance(value, Tensor):
-            checked.append(check_per_sample(f"coefficients {name}", value, prediction))
-        elif is_number(value):
-            checked.append(float(value))
-        else:
-            raise TypeError(
-                f"coefficients {name} is a {type(value).__name__}, expected a number or a tensor of shape "
-                f"({prediction.shape[0]},)"
-            )
-    a, b, c = checked
-    if noise is None and (isinstance(c, Tensor) or c != 0.0):
-        raise ValueError("coefficients has a c for the noise, but noise is None: pass noise=eps")
-    return a, b, c
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
 
 
 def is_number(value: object) -> bool:

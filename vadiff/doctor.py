@@ -8,9 +8,9 @@ from importlib import metadata
 
 import torch
 
-from . import backends
 from ._version import __version__
 from .extras import MissingExtraError, import_extra
+from .ops import backends
 
 _ENVIRONMENT = {
     backends.ENVIRONMENT_VARIABLE: 'backend where the argument is "auto"',

@@ -7,23 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
-from . import autograd, backends, eager, live, settings
-from ._validation import check_coefficients, check_elements, check_per_sample, check_prediction, is_number
-from .reference import Bins, Coefficient, TableRule, log_weight_at
+from ._validation import check_per_sample, check_prediction, is_number
+from .ops import autograd, backends
+from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
+from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
-from .weighting import (
-    AdaptiveWeighting,
-    Constant,
-    FixedWeighting,
-    LearnedUncertainty,
-    LossZScore,
-    Weighting,
-    from_name,
-)
+from .summary import BANDS, log_to, plot, summary
+from .weighting import Weighting, from_name
 
-REDUCTIONS = ("mean", "none")
 LOSSES = ("mse", "huber")
 
 
@@ -44,7 +36,7 @@ class DiffusionLoss(nn.Module):
         half_life: samples per bin, on average, after which a sample counts half; `float("inf")` is plain Welford.
         loss: "mse", or "huber" (`torch.nn.functional.huber_loss`'s definition).
         huber_delta: where Huber's function turns from quadratic to linear.
-        backend: "auto", "native", "triton" or "reference"; see `vadiff.backends`.
+        backend: "auto", "native", "triton" or "reference"; see "Backends" in the documentation.
         sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
             must then call the criterion equally often.
 
@@ -65,7 +57,8 @@ class DiffusionLoss(nn.Module):
         tensor(8., dtype=torch.float64)
     """
 
-    _last: Any = None  # ell of the last call: a tensor, or what `eager.step` left behind
+    _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
+    _problem: tuple[tuple[Any, ...], Problem] | None = None  # what it was made of, and the Problem
 
     def __init__(
         self,
@@ -83,14 +76,25 @@ class DiffusionLoss(nn.Module):
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
-        if not is_number(huber_delta) or not torch.finfo(torch.float32).tiny <= huber_delta < math.inf:
-            raise ValueError(f"huber_delta is {huber_delta!r}, expected a positive finite number")
-        backends.check_name(backend)
         self.loss = loss
-        self.huber_delta = float(huber_delta)
+        self.huber_delta = huber_delta
         self.backend = backend
-        self.sync = bool(sync)
+        self.sync = sync
         self.base_loss: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a call is made of may be reassigned; it is checked here and takes effect at the next call."""
+        if name == "weighting":
+            value = from_name(value)
+            self._modules.pop(name, None)  # a learned one is a module, others are not: torch allows no change of kind
+            self.__dict__.pop(name, None)
+        elif name == "huber_delta":
+            if not is_number(value) or not torch.finfo(torch.float32).tiny <= value < math.inf:
+                raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
+            value = float(value)
+        elif name == "backend":
+            backends.check_name(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def for_process(
@@ -124,7 +128,7 @@ class DiffusionLoss(nn.Module):
             >>> criterion.weighting, criterion.statistics.bins
             (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0), Bins(size=26, low=-5.5, high=7.5))
         """
-        return cls(**settings.settings_for(process, prediction_type, fine_tuning, **overrides))
+        return cls(**arguments_for(process, prediction_type, fine_tuning, **overrides))
 
     def forward(
         self,
@@ -153,52 +157,32 @@ class DiffusionLoss(nn.Module):
             reduction: "mean" over the batch, or "none".
 
         Returns:
-            The loss, a float32 scalar, or [B] for "none" (float64 for a float64 prediction). It and its gradient are
-            NaN where a sample has a NaN log-SNR or a non-finite loss or weight; such samples are not recorded, but
-            counted in `statistics.skipped`. Samples with u*v = 0 are left out.
+            The loss, a float32 scalar, or [B] for "none" (float64 for a float64 prediction). Non-finite values show in
+            the loss and in the gradient as with `F.mse_loss`; a NaN log-SNR makes the weight NaN. Samples with a NaN
+            log-SNR or a non-finite loss or weight are not recorded, but counted in `statistics.skipped`. Samples with
+            u = 0 or v = 0 are masked: no loss, no gradient, not recorded, whatever their values are.
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
-        if reduction == "mean" and self._records() and not is_dynamo_compiling():
-            loss = eager.step(self, prediction, target, log_snr, noise, coefficients, base_weight, sample_weight)
-            if loss is not None:
-                return loss
-        check_prediction("prediction", prediction)
-        check_elements("target", target, prediction)
-        if noise is not None:
-            check_elements("noise", noise, prediction)
-        a, b, c = check_coefficients(coefficients, noise, prediction)
-        log_snr = check_per_sample("log_snr", log_snr, prediction, torch.float32)
-        if base_weight is not None:
-            base_weight = check_per_sample("base_weight", base_weight, prediction, differentiable=True)
-        if sample_weight is not None:
-            sample_weight = check_per_sample("sample_weight", sample_weight, prediction)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-        statistics = self._statistics_beside(prediction, "prediction")
-        x0, eps = (  # a tensor with a plain 0 in front is not read
-            None if not isinstance(coefficient, Tensor) and coefficient == 0.0 else tensor
-            for coefficient, tensor in ((b, target), (c, noise))
-        )
-        by_losses = isinstance(self.weighting, LossZScore)  # known only afterwards: `reweight` records and weighs
-        mean, weight = reduction == "mean", None if by_losses else self._fixed_weight(log_snr, prediction)
-        loss, ell = autograd.diffusion_loss(
-            prediction, x0, eps, a, b, c, log_snr, base_weight, None if by_losses else sample_weight,
-            weight, *statistics, self.huber_delta if self.loss == "huber" else 0.0,
-            mean and not by_losses, self._records() and not by_losses, self.sync, self.backend,
+        inputs = make_inputs(
+            prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )  # fmt: skip
-        if by_losses:
-            if base_weight is not None:  # u*v = 0 leaves a sample out; `reweight` knows v only
-                one = torch.ones_like(ell) if sample_weight is None else sample_weight
-                sample_weight = one.masked_fill(base_weight == 0, 0.0)
-            loss = self.reweight(loss, log_snr, sample_weight)
-            loss = loss.mean() if mean else loss
-        elif isinstance(self.weighting, LearnedUncertainty):
-            term = self._uncertainty_term(ell, log_snr, base_weight, sample_weight)
-            loss = loss + (term.mean() if mean else term)
-        self._keep(ell)
+        weighting = self.weighting
+        if weighting.needs_losses:
+            return self._weighted_by_losses(inputs)
+        problem, state = self._current_problem(), self.statistics.checked_state("prediction", prediction)
+        records = self.training and torch.is_grad_enabled()
+        weight = weighting.for_batch(inputs.log_snr, sync=problem.sync and records)
+        if weight is not None:
+            inputs = inputs._replace(weight=self._checked_weight(weight, prediction))
+        loss, per_sample = autograd.diffusion_loss(problem, inputs, state, update=records)
+        extra = weighting.extra_term(per_sample[ELL], inputs) if weighting.has_parameters else None
+        if extra is not None:
+            term, self.base_loss = extra
+            loss = loss + (term.mean() if inputs.mean else term)
+        self._keep(per_sample)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -216,36 +200,42 @@ class DiffusionLoss(nn.Module):
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
         """
-        check_prediction("loss_per_sample", loss_per_sample)
-        loss_per_sample = check_per_sample("loss_per_sample", loss_per_sample, loss_per_sample, differentiable=True)
-        log_snr = check_per_sample("log_snr", log_snr, loss_per_sample, torch.float32)
-        if sample_weight is not None:
-            sample_weight = check_per_sample("sample_weight", sample_weight, loss_per_sample)
-        statistics = self._statistics_beside(loss_per_sample, "loss_per_sample")
-        self._keep(loss_per_sample.detach())
-        if isinstance(self.weighting, LossZScore):
-            weights = self.weighting.weights_of(loss_per_sample, sample_weight, self.sync and self._records())
-            weight: Tensor | None = weights.to(loss_per_sample.dtype)
+        inputs = make_loss_inputs(loss_per_sample, log_snr, sample_weight)
+        weighting, loss = self.weighting, inputs.prediction
+        problem, state = self._current_problem(), self.statistics.checked_state("loss_per_sample", loss)
+        records = self.training and torch.is_grad_enabled()
+        sync = problem.sync and records  # no collective in eval mode: one rank may evaluate alone
+        if weighting.needs_losses:
+            weight: Tensor | None = weighting.weights_of_losses(loss, inputs.sample_weight, sync)
         else:
-            weight = self._fixed_weight(log_snr, loss_per_sample)
-        loss = autograd.reweight(
-            loss_per_sample, log_snr, sample_weight, weight, *statistics,
-            self._records(), self.sync, self.backend,
-        )  # fmt: skip
-        if isinstance(self.weighting, LearnedUncertainty):
-            loss = loss + self._uncertainty_term(loss_per_sample.detach(), log_snr, None, sample_weight)
-        return loss
+            weight = weighting.for_batch(inputs.log_snr, sync=sync)
+        if weight is not None:
+            inputs = inputs._replace(weight=self._checked_weight(weight, loss))
+        weighted = autograd.reweight(problem, inputs, state, update=records)
+        extra = weighting.extra_term(loss.detach(), inputs)
+        if extra is not None:
+            term, self.base_loss = extra
+            weighted = weighted + term
+        self._keep(loss.detach()[None])
+        return weighted
+
+    def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
+        """The loss under a weighting that needs the losses of the batch: they are computed first, then reweighted."""
+        problem, state = self._current_problem(), self.statistics.checked_state("prediction", inputs.prediction)
+        u, v = inputs.base_weight, inputs.sample_weight
+        losses, per_sample = autograd.diffusion_loss(
+            problem, inputs._replace(sample_weight=None, mean=False), state, update=False
+        )
+        if u is not None:  # reweight knows of v only, and u = 0 masks as well
+            v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
+        loss = self.reweight(losses, inputs.log_snr, v)
+        self._keep(per_sample)
+        return loss.mean() if inputs.mean else loss
 
     @property
     def per_sample_loss(self) -> Tensor | None:
-        """ell [B] of the last call, float32 (float64 for a float64 prediction), detached; None before the first."""
-        if not (self._last is None or isinstance(self._last, Tensor)):
-            object.__setattr__(self, "_last", eager.tensor_of(self._last))
-        return self._last
-
-    @per_sample_loss.setter
-    def per_sample_loss(self, ell: Tensor | None) -> None:
-        self._last = ell
+        """A copy of ell [B] of the last call, float32 (float64 for a float64 prediction), detached; None before it."""
+        return None if self._last is None else self._last[ELL].clone()
 
     @property
     def bin_centers(self) -> Tensor:
@@ -257,7 +247,7 @@ class DiffusionLoss(nn.Module):
     @property
     def weights(self) -> Tensor:
         """The weight w at the bin centres; NaN where it depends on more than log-SNR. [K] float32."""
-        if isinstance(self.weighting, AdaptiveWeighting):
+        if self.weighting.rule.statistic:
             return self.statistics.log_weights.view(torch.float32).exp()
         return self.weight_at(self.bin_centers)
 
@@ -271,72 +261,43 @@ class DiffusionLoss(nn.Module):
         """
         check_prediction("log_snr", log_snr)
         log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
-        self._statistics_beside(log_snr, "log_snr")
-        if isinstance(self.weighting, AdaptiveWeighting):
-            return log_weight_at(self.statistics.log_weights, log_snr, self.statistics.bins).exp()
-        if isinstance(self.weighting, LearnedUncertainty):
-            return (-self.weighting(log_snr)).exp().detach()
-        if isinstance(self.weighting, LossZScore) or not self.weighting.pointwise:
-            return torch.full_like(log_snr, math.nan)
-        return check_per_sample("weighting(log_snr)", self.weighting(log_snr), log_snr)
+        state = self.statistics.checked_state("log_snr", log_snr)
+        weight = self.weighting.weight_at(log_snr, state.log_weights, self.statistics.bins)
+        return self._checked_weight(weight, log_snr)
 
     def extra_repr(self) -> str:
         loss = f"huber, huber_delta={self.huber_delta:g}" if self.loss == "huber" else self.loss
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "base_loss": None}  # a copy starts without the last batch
+        return {**self.__dict__, "_last": None, "_problem": None, "base_loss": None}  # a copy starts without the last batch
 
-    def _records(self) -> bool:
-        return self.training and torch.is_grad_enabled()
-
-    def _fixed_weight(self, log_snr: Tensor, prediction: Tensor) -> Tensor | None:
-        """w [B] in the arithmetic of the prediction; None where it is 1 or comes from the table."""
-        weighting = self.weighting
-        if isinstance(weighting, (AdaptiveWeighting, Constant, LossZScore)):
-            return None
-        if isinstance(weighting, FixedWeighting):  # evaluation may be one rank's alone, and then nobody answers
-            weight = weighting.for_batch(log_snr, sync=self.sync and self._records())
-        else:
-            weight = (-weighting(log_snr)).exp().detach()
-        return check_per_sample("weighting(log_snr)", weight, prediction)
-
-    def _uncertainty_term(
-        self, ell: Tensor, log_snr: Tensor, base_weight: Tensor | None, sample_weight: Tensor | None
-    ) -> Tensor:
-        """v*h(log_snr) [B], h the learned ln of the base loss g, with the gradient of v*(g/e**h + h) by h.
-
-        The term g/e**h is in the loss already, with the gradient by the prediction.
-        """
-        one = torch.ones_like(ell)
-        u = one if base_weight is None else base_weight.detach()
-        v = one if sample_weight is None else sample_weight
-        left_out = u * v == 0
-        g = (u * ell).masked_fill(left_out, 0.0)
-        self.base_loss = (v * g).mean()
-        assert isinstance(self.weighting, LearnedUncertainty)
-        h = self.weighting(log_snr).to(ell.dtype)
-        scaled = g * (-h).exp()
-        return (v * (h + scaled - scaled.detach())).masked_fill(left_out, 0.0)
-
-    def _statistics_beside(self, tensor: Tensor, name: str) -> tuple[Tensor, Tensor, Bins, float, TableRule]:
-        """What the operators take of the statistics, after making sure that they are on the tensor's device."""
+    def _current_problem(self) -> Problem:
+        """The Problem of the next call; made anew when an attribute that it reads was changed."""
         statistics = self.statistics
-        state, log_weights = statistics.state, statistics.log_weights
-        if state.device != tensor.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
-                f"Use criterion.to({str(tensor.device)!r})."
-            )
-        statistics.check_buffers(state, log_weights)
-        rule = self.weighting.rule if isinstance(self.weighting, AdaptiveWeighting) else eager.NO_TABLE
-        return state, log_weights, statistics.bins, statistics.half_life, rule
+        read = (self.weighting, statistics.bins, statistics.half_life, self.loss, self.huber_delta, self.sync, self.backend)
+        if self._problem is not None and self._problem[0] == read:
+            return self._problem[1]
+        problem = Problem(
+            bins=statistics.bins,
+            half_life=float(statistics.half_life),
+            rule=self.weighting.rule,
+            huber_delta=self.huber_delta if self.loss == "huber" else 0.0,
+            sync=bool(self.sync),
+            backend=self.backend,
+        )
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_problem", (read, problem))
+        return problem
 
-    def _keep(self, ell: Tensor) -> None:
+    def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
+        return check_per_sample("weighting(log_snr)", weight, prediction, compute_dtype(prediction))
+
+    def _keep(self, per_sample: Tensor) -> None:
         if torch.compiler.is_compiling():
-            self._last = ell
+            self._last = per_sample
         else:
-            object.__setattr__(self, "_last", ell)  # a module's own takes microseconds
+            object.__setattr__(self, "_last", per_sample)  # `nn.Module.__setattr__` costs 2 µs
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw base loss (mean ± standard deviation) and weight against log-SNR; empty bins are left out.
@@ -352,9 +313,9 @@ class DiffusionLoss(nn.Module):
             MissingExtraError: matplotlib is not installed; the message says how to get it.
             TypeError: ax is something else.
         """
-        return live.plot(self, ax)
+        return plot(self, ax)
 
-    def summary(self, bands: int = live.BANDS) -> str:
+    def summary(self, bands: int = BANDS) -> str:
         """A table as text, one line per band of log-SNR in which samples were seen.
 
         Share of the samples, mean, standard deviation and std/mean of the base loss, mean weight; what was skipped.
@@ -370,9 +331,9 @@ class DiffusionLoss(nn.Module):
             Constant(): base loss by noise level, 0 samples after forgetting
             no samples recorded yet: they are in training mode, with grad enabled
         """
-        return live.summary(self, bands)
+        return summary(self, bands)
 
-    def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = live.BANDS) -> None:
+    def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
         """Hand the statistics to an experiment tracker. Waits for the GPU once; call it every hundred steps or so.
 
         The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
@@ -391,4 +352,4 @@ class DiffusionLoss(nn.Module):
             TypeError: the writer is none of these, or step is no integer; nothing is written then.
             ValueError: bands is no positive integer.
         """
-        live.log_to(self, writer, step, prefix, bands)
+        log_to(self, writer, step, prefix, bands)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .log_snr import from_flow_time, from_sigma
-from .reference import Coefficient
+from .ops.problem import Coefficient
 
 __all__ = [
     "EDM",

@@ -1,4 +1,4 @@
-"""What a criterion should be set to for a noise process; behind `DiffusionLoss.for_process`."""
+"""Arguments of `DiffusionLoss` that suit a noise process; behind `DiffusionLoss.for_process`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def available() -> tuple[str, ...]:
     return tuple(sorted([*_PROCESSES, STABLE_DIFFUSION]))
 
 
-def settings_for(
+def arguments_for(
     process: Any, prediction_type: str | None = None, fine_tuning: bool = False, **overrides: Any
 ) -> dict[str, Any]:
     """Arguments of `DiffusionLoss`; see `DiffusionLoss.for_process`."""
@@ -41,29 +41,29 @@ def settings_for(
     form, low, high = _described(process, prediction_type)
     width = _BIN_FINE_TUNING if fine_tuning else _BIN
     low, high = math.floor(low / width) * width, math.ceil(high / width) * width
-    settings: dict[str, Any] = {"log_snr_range": (low, high), **overrides}
-    bounds = checked_bins(2, settings["log_snr_range"])
-    settings.setdefault("bins", min(1024, max(2, math.ceil((bounds.high - bounds.low) / width))))
+    arguments: dict[str, Any] = {"log_snr_range": (low, high), **overrides}
+    bounds = checked_bins(2, arguments["log_snr_range"])
+    arguments.setdefault("bins", min(1024, max(2, math.ceil((bounds.high - bounds.low) / width))))
     weighting = overrides.get("weighting", "variance_aware")
     if weighting == "variance_aware":
         halved = fine_tuning and form not in ("edm", "flow")
         strength = _FINE_TUNING_STRENGTH if halved else 1.0
         # Losses between images differ by more than the clip² by which two levels' weights may.
-        settings["weighting"] = VarianceAware(strength, clip=math.inf) if form == "sample" else VarianceAware(strength)
+        arguments["weighting"] = VarianceAware(strength, clip=math.inf) if form == "sample" else VarianceAware(strength)
     elif isinstance(weighting, str) and takes_prediction_type(weighting):
         if form is None:
             raise ValueError(
                 f"weighting is {weighting!r}, which depends on what the loss is written in, and prediction_type is "
                 f"None: expected one of {', '.join(PREDICTION_TYPES)}"
             )
-        settings["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
+        arguments["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
     elif isinstance(weighting, SNRWeighting) and form is not None and weighting.prediction_type != form:
         name = type(weighting).__name__
         raise ValueError(
             f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: what the loss of "
             f"this process is written in. Use {name}(prediction_type={form!r}), or prediction_type= if it is another."
         )
-    return settings
+    return arguments
 
 
 def _described(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:

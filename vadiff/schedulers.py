@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import process
 from .log_snr import from_alphas_cumprod, from_flow_time, from_sigma
-from .reference import Coefficient
+from .ops.problem import Coefficient
 
 __all__ = [
     "coefficients_of",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import is_number
-from .reference import Bins, moments_of, variance
+from .ops.problem import Bins, State
+from .ops.reference import moments_of, variance
 
 
 class LogSNRStatistics(nn.Module):
@@ -97,17 +98,32 @@ class LogSNRStatistics(nn.Module):
         limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64, device="cpu")
         self.log_snr_range.copy_(limits.view(torch.int64))
 
-    def check_buffers(self, state: Tensor, log_weights: Tensor) -> None:
-        """Raise RuntimeError unless these are the bits of so many bins: kernels write into them."""
-        size = self.bins.size
-        dtypes, sizes = (state.dtype, log_weights.dtype), (state.numel(), log_weights.numel())
-        if dtypes == (torch.int64, torch.int32) and sizes == (4 * size + 2, size):
-            return
-        raise RuntimeError(
-            f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
-            f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): the bits "
-            "of the numbers, which module.type(...) destroys and module.to(...) leaves alone. Make a new criterion"
-        )
+    def checked_state(self, name: str, tensor: Tensor) -> State:
+        """The buffers that a call on `tensor` reads and moves. Kernels write into them, so they are checked.
+
+        Raises:
+            ValueError: they are on another device than `tensor`, the argument `name`.
+            RuntimeError: they do not hold the bits of so many bins.
+        """
+        state, log_weights, size = self.state, self.log_weights, self.bins.size
+        if state.device != tensor.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
+                f"Use criterion.to({str(tensor.device)!r})."
+            )
+        if (
+            state.dtype is not torch.int64
+            or log_weights.dtype is not torch.int32
+            or state.numel() != 4 * size + 2
+            or log_weights.numel() != size
+        ):
+            raise RuntimeError(
+                f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
+                f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): the "
+                "bits of the numbers, which module.type(...) destroys and module.to(...) leaves alone. Make a new "
+                "criterion"
+            )
+        return State(state, log_weights)
 
     def extra_repr(self) -> str:
         low, high = self.bins.low, self.bins.high

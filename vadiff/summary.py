@@ -10,22 +10,34 @@ import contextlib
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .extras import MissingExtraError, import_extra
-from .reference import moments_of, variance
-
-if TYPE_CHECKING:
-    from .loss import DiffusionLoss
+from .ops.reference import moments_of, variance
+from .statistics import LogSNRStatistics
+from .weighting import Weighting
 
 BANDS = 16
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
 
 _LOSS_COLOR, _WEIGHT_COLOR = "#0072B2", "#D55E00"
 _WIDE = 10.0  # values that spread further than this are drawn on a logarithmic axis
+
+
+class Criterion(Protocol):
+    """What is read of a criterion: of a `vadiff.DiffusionLoss`."""
+
+    weighting: Weighting
+    statistics: LogSNRStatistics
+
+    @property
+    def bin_centers(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
 
 
 class Bands(NamedTuple):
@@ -43,7 +55,7 @@ class Bands(NamedTuple):
         return self.samples / self.samples.sum()
 
 
-def bands_of(criterion: DiffusionLoss, bands: int = BANDS) -> Bands:
+def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
     """The statistics of a criterion, merged into `bands` intervals of log-SNR, on the CPU.
 
     Moments merge by Chan's formula, so a band's standard deviation is that of its samples, not a mean of deviations.
@@ -80,7 +92,7 @@ def bands_of(criterion: DiffusionLoss, bands: int = BANDS) -> Bands:
     )
 
 
-def summary(criterion: DiffusionLoss, bands: int = BANDS) -> str:
+def summary(criterion: Criterion, bands: int = BANDS) -> str:
     """A table of the noise levels seen, as text without a newline at the end; see `DiffusionLoss.summary`."""
     found = bands_of(criterion, bands)
     statistics = criterion.statistics
@@ -103,7 +115,7 @@ def summary(criterion: DiffusionLoss, bands: int = BANDS) -> str:
     return "\n".join(lines)
 
 
-def plot(criterion: DiffusionLoss, ax: Any = None) -> tuple[Any, Any]:
+def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
     """Draw base loss and weight over log-SNR; see `DiffusionLoss.plot`."""
     if ax is None:
         pyplot = import_extra("matplotlib.pyplot", "report")
@@ -120,7 +132,7 @@ def plot(criterion: DiffusionLoss, ax: Any = None) -> tuple[Any, Any]:
     return loss_axes, weight_axes
 
 
-def log_to(criterion: DiffusionLoss, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
+def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
     """Hand the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
     log = _logger(writer)
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
@@ -156,7 +168,7 @@ def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
     )
 
 
-def _scalars(criterion: DiffusionLoss, found: Bands, prefix: str) -> Iterator[tuple[str, float]]:
+def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[str, float]]:
     """Names, of characters that every tracker takes, and values; those that are not numbers are left out."""
     edges = [f"{edge:.4g}" for edge in found.edges.tolist()]
     columns = {
@@ -173,7 +185,7 @@ def _scalars(criterion: DiffusionLoss, found: Bands, prefix: str) -> Iterator[tu
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
 
 
-def _add_histogram(criterion: DiffusionLoss, writer: Any, step: int, prefix: str) -> None:
+def _add_histogram(criterion: Criterion, writer: Any, step: int, prefix: str) -> None:
     """Where in log-SNR the samples fell, as a histogram of TensorBoard."""
     bins, counts = criterion.statistics.bins, criterion.statistics.count.cpu()
     if counts.sum() > 0:
@@ -191,14 +203,14 @@ def _add_histogram(criterion: DiffusionLoss, writer: Any, step: int, prefix: str
         )
 
 
-def _figure(criterion: DiffusionLoss) -> Any:
+def _figure(criterion: Criterion) -> Any:
     """A figure that pyplot does not know of, and so need not be closed."""
     figure = import_extra("matplotlib.figure", "report").Figure(figsize=(6.4, 5.2), layout="constrained")
     _draw(criterion, *figure.subplots(2, 1, sharex=True))
     return figure
 
 
-def _draw(criterion: DiffusionLoss, loss_axes: Any, weight_axes: Any) -> None:
+def _draw(criterion: Criterion, loss_axes: Any, weight_axes: Any) -> None:
     statistics = criterion.statistics
     count, mean, variances = (values.cpu() for values in (statistics.count, statistics.mean, statistics.variance))
     centers, weight = criterion.bin_centers.cpu().double(), criterion.weights.cpu().double()  # [K]

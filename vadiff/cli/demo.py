@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
+from ..ops import backends
 from ..training.presets import PRESETS
 
 NAME = "demo"

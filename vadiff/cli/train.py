@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .. import backends
+from ..ops import backends
 from ..training.config import TrainConfig
 from ..training.presets import ABOUT, PRESETS
 from .config_flags import add_config_flags, given_fields

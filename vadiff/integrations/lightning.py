@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..extras import MissingExtraError
-from ..live import BANDS
+from ..summary import BANDS
 from ..loss import DiffusionLoss
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..loss import DiffusionLoss
-from ..reference import TableRule, moments_of, weight_table
+from ..ops.problem import TableRule
+from ..ops.reference import moments_of, weight_table
 from ..weighting import FixedWeighting, LossZScore
 from .fixed import LogNormal, LogUniform
 from .sampler import LevelSampler, require_number

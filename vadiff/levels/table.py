@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import bin_index
+from ..ops.reference import bin_index
 from ..statistics import checked_bins
 from .fixed import EVERYWHERE, LogUniform
 from .sampler import LevelSampler, NoiseLevels, checked_uniforms

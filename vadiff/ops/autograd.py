@@ -1,9 +1,9 @@
-"""Gradients of the operators, in two modes.
+"""Gradients of the operators: one autograd Function, two modes.
 
-*Fused*: the forward writes the gradient, the backward scales it; nothing else is saved. *Deferred* (float16, float64,
-reduction "none", under torch.compile): the inputs are saved and the backward computes it. An fp16 gradient written
-before a gradient scaler has acted would be mostly subnormal, and a mutation in backward makes the compiler clone its
-tensor.
+*Fused* (reduction "mean", float32 or bfloat16, eager): the forward writes the gradient, the backward scales it by
+upstream; nothing else is saved. *Deferred* (float16, float64, reduction "none", under torch.compile): the inputs are
+saved and the backward computes the gradient. A float16 gradient written before a gradient scaler has acted would be
+mostly subnormal, and a mutation in the backward makes the compiler clone its tensor.
 """
 
 from __future__ import annotations
@@ -12,185 +12,131 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import ops
-from .reference import Bins, Coefficient, TableRule
+from . import operators
+from ._torch import graph_is_kept, plain_apply, raising_if_differentiated, transformed
+from .problem import SLOPE, Inputs, Problem, State
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
+_ONCE = "the gradient of vadiff's loss cannot be differentiated a second time"
+_RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # what of the inputs a deferred backward reads
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiates by `output` and `base_weight`; `others` are the remaining arguments of `ops.step` in its order.
+    """Differentiates by `prediction` and `base_weight`.
 
-    They come in a tuple because torch unwraps each argument in Python, and refuses to compile one tensor passed twice.
-    """
+    Under torch.compile these two are None in `inputs`: one tensor must not be given twice."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, base_weight: Tensor | None, others: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        target, noise, a, b, c, log_snr = others[:6]
-        step: Any = ops.dispatched_step if _observed(output, base_weight, *others[:8]) else ops.step
-        mean, fused = others[-5:-3]
+    def forward(
+        ctx: Any,
+        prediction: Tensor,
+        base_weight: Tensor | None,
+        problem: Problem,
+        inputs: Inputs,
+        state: State,
+        fused: bool,
+        update: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if inputs.prediction is None:
+            inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
         if not fused:  # what is saved
-            output, target, noise = ops.one_layout(output, target, noise)
-        loss, ell, saved, gradient = step(output, target, noise, a, b, c, log_snr, base_weight, *others[6:])
-        ctx.set_materialize_grads(False)  # or a backward begins with zeros for ell
-        ctx.mark_non_differentiable(ell)
-        ctx.fused, ctx.mean, ctx.backend = fused, mean, others[-1]
-        # Never what is returned: `loss /= n` would spoil it.
-        if ctx.fused:
-            ctx.save_for_backward(saved, gradient)
-        elif ctx.needs_input_grad[0]:
-            (a_each, a), (b_each, b), (c_each, c) = ops.split(a), ops.split(b), ops.split(c)
-            ctx.numbers = a, b, c, others[-6]
-            ctx.save_for_backward(saved, output, target, noise, a_each, b_each, c_each)
+            inputs = operators.one_layout(inputs)
+        loss, per_sample, gradient = operators.step(problem, inputs, state, gradient=fused, update=update)
+        ctx.set_materialize_grads(False)  # else a backward begins with zeros for per_sample
+        ctx.mark_non_differentiable(per_sample)
+        ctx.problem, ctx.fused, ctx.mean = problem, fused, inputs.mean
+        # Never save what is returned: `loss /= n` would spoil it.
+        if fused and base_weight is None:
+            ctx.save_for_backward(gradient)
+        elif fused:
+            ctx.save_for_backward(gradient, per_sample)
         else:
-            ctx.save_for_backward(saved)
-        return loss, ell
+            read = [name for name in _RESIDUAL if isinstance(getattr(inputs, name), Tensor)]
+            ctx.save_for_backward(per_sample, *(getattr(inputs, name) for name in read))
+            ctx.read, ctx.numbers = read, (inputs.a, inputs.b, inputs.c)
+        return loss, per_sample
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return None, None, None
-        by_output = by_base_weight = None
-        saved, *inputs = ctx.saved_tensors
+            return (None,) * 7
         if upstream.requires_grad:
             upstream = upstream.detach()
-        if ctx.needs_input_grad[0] and ctx.fused:
-            by_output = scaled(inputs[0], upstream, saved, ctx.backend)
-        elif ctx.needs_input_grad[0]:
-            run: Any = torch.ops.vadiff.diffusion_loss_backward if _observed(upstream, *inputs) else ops.loss_backward
-            by_output = run(upstream, saved, *inputs, *ctx.numbers, ctx.backend)
+        by_prediction = by_base_weight = None
+        if ctx.fused:
+            gradient, *rest = ctx.saved_tensors
+            per_sample = rest[0] if rest else None
+            by_prediction = operators.scale(gradient, upstream, ctx.problem.backend, in_place=not graph_is_kept())
+        else:
+            per_sample, *tensors = ctx.saved_tensors
+            if ctx.needs_input_grad[0]:
+                inputs = _residual_inputs(ctx, tensors)
+                by_prediction = operators.backward(ctx.problem, inputs, per_sample, upstream)
         if ctx.needs_input_grad[1]:
-            samples = saved.numel() // 2
-            by_base_weight = saved[samples : 2 * samples] * upstream
+            assert per_sample is not None
+            by_base_weight = per_sample[SLOPE] * upstream
             if ctx.mean:
-                by_base_weight = by_base_weight.masked_fill(saved[-1].isnan(), torch.nan) / samples
+                by_base_weight = by_base_weight / by_base_weight.shape[0]
         if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
-            by_output, by_base_weight = not_differentiable(by_output), not_differentiable(by_base_weight)
-        return by_output, by_base_weight, None
+            by_prediction = raising_if_differentiated(by_prediction, _ONCE)
+            by_base_weight = raising_if_differentiated(by_base_weight, _ONCE)
+        return by_prediction, by_base_weight, None, None, None, None, None
 
 
-# Whether a second backward may follow. Where torch does not say (None), assume so: the gradient is then copied.
-graph_keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-
-# Function.apply without its Python, which looks for functorch's transforms: those are refused before.
-_apply = super(torch.autograd.Function, _Loss).apply
-
-
-def scaled(gradient: Tensor, upstream: Tensor, saved: Tensor, backend: str) -> Tensor:
-    """gradient * upstream: in the gradient's own memory, unless a second backward may follow."""
-    if graph_keeps is None or graph_keeps():
-        result: Tensor = torch.ops.vadiff.scale_gradient(gradient, upstream, saved, backend)
-        return result
-    run: Any = torch.ops.vadiff.scale_gradient_ if _observed(upstream, gradient) else ops.scale_in_place
-    run(gradient, upstream, saved, backend)
-    return gradient
+def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
+    """The inputs that a deferred forward saved; None for those that a backward does not read."""
+    fields: dict[str, Any] = dict.fromkeys(Inputs._fields)
+    fields.update(zip("abc", ctx.numbers, strict=True))
+    fields.update(zip(ctx.read, tensors, strict=True))
+    return Inputs(**fields)
 
 
-def not_differentiable(gradient: Tensor | None) -> Tensor | None:
-    """A gradient that raises when it is differentiated."""
-    if gradient is None:
-        return None
-    message = "the gradient of vadiff's loss cannot be differentiated a second time"
-    raising: Tensor = torch._C._functions.DelayedError(message, 1)(gradient.detach().requires_grad_())
-    return raising
+_apply = plain_apply(_Loss)
+
+
+def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bool) -> tuple[Tensor, Tensor]:
+    """Differentiable step: the loss (scalar, or [B]) and the per-sample results [4, B] of `Step`.
+
+    Raises:
+        RuntimeError: under a transform of torch.func or forward-mode differentiation; or as `operators.step`.
+    """
+    compiling = torch.compiler.is_compiling()
+    prediction, base_weight = inputs.prediction, inputs.base_weight
+    if not compiling and transformed():
+        _refuse_transforms()
+    by_prediction = prediction.requires_grad
+    if not torch.is_grad_enabled() or not (by_prediction or (base_weight is not None and base_weight.requires_grad)):
+        loss, per_sample, _ = operators.step(problem, inputs, state, gradient=False, update=update)
+        return loss, per_sample
+    if compiling:
+        inputs = inputs._replace(prediction=None, base_weight=None)  # type: ignore[arg-type]
+        applied: tuple[Tensor, Tensor] = _Loss.apply(prediction, base_weight, problem, inputs, state, False, update)
+        return applied
+    if base_weight is not None and not base_weight.requires_grad:
+        base_weight = None
+    fused = by_prediction and inputs.mean and prediction.dtype in FUSED_DTYPES
+    return _apply(prediction, base_weight, problem, inputs, state, fused, update)  # type: ignore[no-any-return]
+
+
+def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) -> Tensor:
+    """w*v*loss [B] of per-sample losses [B], differentiable by them; the weights are constants.
+
+    Raises:
+        RuntimeError: as `diffusion_loss`.
+    """
+    if not torch.compiler.is_compiling() and transformed():
+        _refuse_transforms()
+    loss = inputs.prediction
+    detached = inputs._replace(prediction=loss.detach().contiguous())
+    factor = operators.reweight(problem, detached, state, update=update)
+    if inputs.sample_weight is not None:  # a masked sample may have lost a NaN
+        loss = loss.masked_fill(inputs.sample_weight == 0, 0.0)
+    return loss * factor
 
 
 def _refuse_transforms() -> None:
-    """torch.func's transforms would see through the operator, and forward mode would return zeros."""
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    ):
-        raise RuntimeError(
-            "vadiff's loss has no rule for torch.func transforms and forward-mode differentiation: "
-            "use loss.backward() or torch.autograd.grad"
-        )
-
-
-def _observed(*tensors: Any) -> bool:
-    """Whether a call has to go through the dispatcher, which costs ten microseconds: for the compiler, a tracer, a
-    profiler, a dispatch mode, a tensor subclass, a lazily negated tensor or a lazy zero. Otherwise what it would call
-    is called."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
-        return True
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if tensor.is_neg() or tensor._is_zerotensor():
-                return True
-        elif isinstance(tensor, Tensor):
-            return True
-    return False
-
-
-def diffusion_loss(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    huber_delta: float,
-    mean: bool,
-    update: bool,
-    sync: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Differentiable step on validated inputs: loss (scalar, or [B] if not `mean`) and per-sample ell [B].
-
-    [B]-shaped inputs are float32 (float64 for float64 outputs; log_snr always float32)."""
-    _refuse_transforms()
-    recorded = torch.is_grad_enabled() and (
-        output.requires_grad or (base_weight is not None and base_weight.requires_grad)
+    raise RuntimeError(
+        "vadiff's loss has no rule for torch.func transforms and forward-mode differentiation: "
+        "use loss.backward() or torch.autograd.grad"
     )
-    compiling = torch.compiler.is_compiling()
-    fused = recorded and mean and output.requires_grad and output.dtype in FUSED_DTYPES and not compiling
-    others = (
-        target, noise, a, b, c, log_snr, sample_weight, weight, state, log_weights, bins, half_life, rule, huber_delta,
-        mean, fused, update, sync, backend,
-    )  # fmt: skip
-    if recorded:
-        apply: Any = _Loss.apply if compiling else _apply
-        loss, ell = apply(output, base_weight, others)
-    else:
-        step: Any = ops.dispatched_step if _observed(output, base_weight, *others[:8]) else ops.step
-        loss, ell, _, _ = step(output, *others[:6], base_weight, *others[6:])
-    return loss, ell
-
-
-def reweight(
-    loss: Tensor,
-    log_snr: Tensor,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    update: bool,
-    sync: bool,
-    backend: str,
-) -> Tensor:
-    """w*v*loss [B] for a validated per-sample loss [B], differentiable by the loss; weights are detached."""
-    _refuse_transforms()
-    factor = torch.ops.vadiff.reweight(
-        loss.detach().contiguous(), log_snr, sample_weight, weight, state, log_weights, bins.low, bins.high, half_life,
-        *rule, update, sync, backend,
-    )  # fmt: skip
-    return loss.masked_fill(factor == 0, 0.0) * factor  # masked: a sample left out may have lost a NaN

@@ -38,7 +38,12 @@ def check_name(backend: str, argument: str = "backend") -> None:
 
 
 def select(backend: str, tensor: Tensor) -> ModuleType:
-    """The module whose functions run a call on `tensor` (the network's output, or the per-sample loss)."""
+    """The module whose functions run a call on `tensor` (the prediction, the per-sample losses, or a gradient).
+
+    Raises:
+        ValueError: the environment variable names no backend.
+        RuntimeError: a backend asked for by name cannot run the call; the message says why and what mends it.
+    """
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
@@ -46,7 +51,6 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
         return _best(tensor)
     if backend == "reference":
         return reference
-    check_name(backend)  # an attribute of the criterion, which may have been set since
     kernels = _usable(backend, tensor)
     if isinstance(kernels, Obstacle):
         raise RuntimeError(f"backend {backend!r} cannot run this call: {kernels}") from kernels.__cause__
@@ -151,7 +155,7 @@ def native_build() -> str:
 
 def _build_note() -> str:
     """What setup.py noted; "" if it left nothing out, or left no note."""
-    note = Path(__file__).with_name("_native_build.txt")
+    note = Path(__file__).parent.with_name("_native_build.txt")
     return note.read_text().strip() if note.exists() else ""
 
 
@@ -160,7 +164,7 @@ def load_native() -> ModuleType | Obstacle:
     """The compiled kernels, or why they cannot be loaded; tried once."""
     try:
         importlib.import_module("vadiff._native")  # first: `from . import _native` does not say that it is missing
-        return importlib.import_module("vadiff.native")
+        return importlib.import_module("vadiff.ops.native")
     except ModuleNotFoundError as error:
         return _obstacle(f"the native kernels are not built. {native_build()}", error)
     except ImportError as error:

@@ -292,7 +292,7 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
-    """Record per-sample base losses [B] and return their factors w*v [B]; 0 if masked, NaN where the loss is not finite.
+    """Record per-sample base losses [B]; return their factors w*v [B], 0 if masked, NaN where the loss is not finite.
 
     With `update`, `state` moves in place, after the weights of this batch were read."""
     loss = inputs.prediction

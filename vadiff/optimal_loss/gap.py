@@ -17,7 +17,7 @@ from ..levels.fixed import LogUniform
 from ..levels.sampler import LevelSampler, require_number
 from ..loss import DiffusionLoss
 from ..process import PREDICTION_TYPES, loss_ratio
-from ..reference import moments_of
+from ..ops.reference import moments_of
 from ..weighting.fixed import MAX_WEIGHT, SNRWeighting
 from .curve import OptimalLoss
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import backends, levels, weighting
+from .. import levels, weighting
+from ..ops import backends
 from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
+from .base import Weighting
 from .batch import Cauchy, Gaussian, LossZScore
 from .fixed import (
     EDM,
@@ -55,8 +56,6 @@ __all__ = [
     "from_name",
     "takes_prediction_type",
 ]
-
-Weighting = AdaptiveWeighting | FixedWeighting | LearnedUncertainty | LossZScore
 
 _BY_NAME: dict[str, type[Weighting]] = {
     "cauchy": Cauchy,

@@ -7,11 +7,15 @@ import numbers
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..reference import TableRule
+from torch import Tensor
+
+from ..ops.problem import Bins, TableRule
+from ..ops.reference import log_weight_at
+from .base import Weighting
 
 
 @dataclass(frozen=True)
-class AdaptiveWeighting:
+class AdaptiveWeighting(Weighting):
     """Weight by the inverse of a statistic s of the base loss in each bin, w = c * s**-strength.
 
     Smoothed over neighbouring bins, shrunk towards 1 where few samples were seen, and scaled so that the expected loss
@@ -53,6 +57,9 @@ class AdaptiveWeighting:
                 raise ValueError(f"{name} is {value!r}, expected a{' finite' if finite else ''} number{bound}")
         numbers_given = (float(value) for value in (self.strength, self.smoothing, self.clip, self.prior))
         object.__setattr__(self, "rule", TableRule(self.statistic, *numbers_given))
+
+    def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
+        return log_weight_at(log_weights, log_snr, bins).exp()
 
 
 class VarianceAware(AdaptiveWeighting):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
 from .._validation import check_log_snr, is_number
+from .base import Weighting
 from .fixed import FixedWeighting
 
 
@@ -86,7 +88,7 @@ class Gaussian(_Bump):
 
 
 @dataclass(frozen=True)
-class LossZScore:
+class LossZScore(Weighting):
     """1 + alpha·(g - mean)/std over the losses g of the batch, of all ranks: the README's formula, detached.
 
     std divides by the number of losses, not by one less.
@@ -104,14 +106,20 @@ class LossZScore:
 
     alpha: float = 0.1
 
+    needs_losses: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not is_number(self.alpha) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
 
-    def weights_of(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
+    @property
+    def pointwise(self) -> bool:
+        return False
+
+    def weights_of_losses(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
         """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike but for float64 rounding.
 
-        Samples whose sample weight is 0 are left out of mean and std, whatever their loss is.
+        Masked samples, whose sample weight is 0, do not count in mean and std, whatever their loss is.
         """
         counted = torch.ones_like(loss, dtype=torch.bool) if sample_weight is None else sample_weight != 0
         loss = torch.where(counted, loss.detach().double(), 0.0)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .._validation import check_log_snr, is_number
+from ..ops.problem import Bins
 from ..process import PREDICTION_TYPES, loss_ratio
+from .base import Weighting
 
 if TYPE_CHECKING:
     from ..optimal_loss import OptimalLoss
@@ -24,23 +26,20 @@ if TYPE_CHECKING:
 MAX_WEIGHT = 1e6  # the EDM weight of sigma = 0.001
 
 
-class FixedWeighting:
+class FixedWeighting(Weighting):
     """A weight that depends on log-SNR only. Call it with log-SNR [B] float to get weights [B] float32.
 
     Those of this package raise TypeError for anything else than a float tensor: timesteps are no log-SNR.
     """
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether a sample's weight depends on its own log-SNR only, not on the rest of the batch."""
-        return True
-
     def __call__(self, log_snr: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
-        """The weights [B] of this rank's batch; what depends on the batch looks at all ranks' if `sync`."""
+    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor | None:
         return self(log_snr)
+
+    def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
+        return self(log_snr) if self.pointwise else super().weight_at(log_snr, log_weights, bins)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ class Constant(FixedWeighting):
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         check_log_snr(log_snr)
-        return torch.ones_like(log_snr, dtype=torch.float32)
+        return torch.ones_like(log_snr, dtype=torch.float32).where(~log_snr.isnan(), math.nan)
+
+    def for_batch(self, log_snr: Tensor, sync: bool) -> None:
+        return None
 
 
 class SNRWeighting(FixedWeighting):

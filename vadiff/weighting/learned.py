@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.problem import Bins, Inputs
+from .base import Weighting
+
 _WIDEST = 40.0  # log-SNR beyond which the head sees no difference; it has to see a number at +-inf
 
 
-class LearnedUncertainty(nn.Module):
+class LearnedUncertainty(nn.Module, Weighting):
     """The loss is mean_i v_i·(g_i/e**u_i + u_i) with u_i = u(log_snr_i) learned: EDM2 (arXiv 2312.02696, eqs. 20, 21).
 
     At the optimum e**u is the mean base loss g at that noise level (eq. 25), so that w = e**-u is what
@@ -31,6 +35,8 @@ class LearnedUncertainty(nn.Module):
     Raises:
         ValueError: an argument out of bounds.
     """
+
+    has_parameters: ClassVar[bool] = True
 
     frequencies: Tensor  # [channels]
     phases: Tensor  # [channels]
@@ -53,6 +59,27 @@ class LearnedUncertainty(nn.Module):
         features = math.sqrt(2.0) * (c_noise[:, None] * self.frequencies.float() + self.phases.float()).cos()  # [B, C]
         # Not a matrix product: autocast would take that in bfloat16.
         return (features * self.weight.float()).sum(1) / math.sqrt(len(self.weight))
+
+    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
+        return (-self(log_snr)).exp().detach()
+
+    def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
+        return self.for_batch(log_snr, sync=False)
+
+    def extra_term(self, ell: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """v·u(log_snr) [B] with the gradient of v·(g/e**u + u) by the parameters, and the mean of v·g.
+
+        The term g/e**u is in the weighted loss already, with the gradient by the prediction.
+        """
+        one = torch.ones_like(ell)
+        base_weight = one if inputs.base_weight is None else inputs.base_weight.detach()
+        v = one if inputs.sample_weight is None else inputs.sample_weight
+        masked = (base_weight == 0) | (v == 0)
+        g = (base_weight * ell).masked_fill(masked, 0.0)
+        u = self(inputs.log_snr).to(ell.dtype)
+        scaled = g * (-u).exp()
+        term = v * (u + scaled - scaled.detach())
+        return term.masked_fill(masked, 0.0), (v * g).masked_fill(masked, 0.0).mean()
 
     def extra_repr(self) -> str:
         return f"channels={len(self.weight)}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._validation import check_log_snr, is_number
-from ..reference import Bins, log_weight_at
+from ..ops.problem import Bins
+from ..ops.reference import log_weight_at
 from ..statistics import checked_bins
 from .fixed import FixedWeighting
 

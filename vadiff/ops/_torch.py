@@ -1,0 +1,79 @@
+"""The private names of torch that vadiff uses, each with what stands in where a torch has no such name.
+
+All are asked at every call, so each is one C function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_C: Any = torch._C
+
+
+def _private(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """torch._C.<path>, or `otherwise`."""
+    found = _C
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found or otherwise
+
+
+# Whether a second backward may follow the one that runs; if torch does not say: yes, and the gradient is copied.
+graph_is_kept: Callable[[], bool] = _private("_autograd._get_current_graph_task_keep_graph", lambda: True)
+
+# Number of the backward pass that this call is made from, -1 outside; if torch does not say: outside.
+_backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
+
+# What has to see an operator instead of its result: torch.jit's tracer, the profiler, dispatch modes, torch.func.
+_tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)
+_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
+_transforms: Callable[[], object] = _private("_functorch.peek_interpreter_stack", lambda: None)
+_is_zero: Callable[[Tensor], bool] = getattr(Tensor, "_is_zerotensor", lambda tensor: False)
+
+
+def inside_backward() -> bool:
+    """Whether this call is made from inside a backward pass."""
+    return _backward_pass() != -1
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return _transforms() is not None or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def observed(values: tuple[Any, ...]) -> bool:
+    """Whether a call has to go through the dispatcher, which costs 40 to 55 µs: a compiler, tracer, profiler or dispatch
+    mode is active, or one of the values is a tensor subclass, a lazily negated tensor or a lazy zero."""
+    if torch.compiler.is_compiling() or _tracing_state() or _profiling() or _dispatch_modes() > 0:
+        return True
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if value.is_neg() or _is_zero(value):
+                return True
+        elif isinstance(value, Tensor):
+            return True
+    return False
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its Python, which looks for transforms of torch.func; those are refused before."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def raising_if_differentiated(gradient: Tensor | None, message: str) -> Tensor | None:
+    """A gradient that raises `message` when it is differentiated.
+
+    `once_differentiable` would leave out the missing derivative in silence where other terms have one."""
+    if gradient is None:
+        return None
+    delayed = getattr(_C._functions, "DelayedError", None)
+    if delayed is None:
+        raise RuntimeError(message)
+    raising: Tensor = delayed(message, 1)(gradient.detach().requires_grad_())
+    return raising

@@ -1,0 +1,56 @@
+"""What a weighting is: the one type that `DiffusionLoss` knows."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops.problem import NO_TABLE, Bins, Inputs, TableRule
+
+
+class Weighting:
+    """How much each noise level counts in the loss. Its kinds answer the questions below, each in its own way.
+
+    A weighting is one of three: a table of ln w that follows the statistics (`AdaptiveWeighting`, which has a `rule`), a
+    function of log-SNR (`FixedWeighting`, `for_batch`), or a learned function with a term of its own in the loss
+    (`LearnedUncertainty`, `extra_term`).
+    """
+
+    rule: TableRule = NO_TABLE
+    """How the statistics become a table of weights; without a statistic: no table."""
+
+    needs_losses: ClassVar[bool] = False
+    """Whether the weights depend on the losses of the batch: then `weights_of_losses` gives them."""
+
+    has_parameters: ClassVar[bool] = False
+    """Whether it is a module with parameters to be trained."""
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a sample's weight depends on its own log-SNR only, not on the rest of the batch."""
+        return True
+
+    def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor | None:
+        """The weights [B] of this rank's batch, without gradient; what depends on the batch looks at all ranks' if `sync`.
+
+        None where they come from the table, or are 1.
+        """
+        return None
+
+    def weights_of_losses(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
+        """The weights [B] of the batch's base losses [B], where `needs_losses`."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at losses")
+
+    def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
+        """The weight that a sample at each log-SNR [B] would get with that table; NaN where it depends on more."""
+        return torch.full_like(log_snr, math.nan)
+
+    def extra_term(self, ell: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+        """A term [B] to add to the weighted losses, and the mean base loss that is then no longer the loss; or None.
+
+        ell: per-sample losses [B], detached.
+        """
+        return None
