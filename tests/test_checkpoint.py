@@ -1,4 +1,4 @@
-"""vadiff.training.checkpoint: whole or not at all, and no code."""
+"""vadiff.trainer.training.checkpoint: whole or not at all, and no code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from vadiff.errors import CheckpointError
-from vadiff.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
+from vadiff.trainer.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
 
 
 def save(run: Path, *steps: int, keep: int = 3) -> None:

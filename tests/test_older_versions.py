@@ -80,7 +80,7 @@ def test_run_opens(run: Run) -> None:
 
 
 def test_held_out_loss_of_run_is_what_it_was(run: Run) -> None:
-    from vadiff.training.held_out import held_out_loss_of_run
+    from vadiff.trainer.training.held_out import held_out_loss_of_run
 
     recorded = run.metrics()[-1]["held_out"]
     for weights in ("ema", "raw"):

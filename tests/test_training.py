@@ -12,11 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 import vadiff
-from vadiff.data.digits import SIGMA_DATA
 from vadiff.errors import DataError, RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
+from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.metrics import MetricsLog
+from vadiff.trainer.training.optimisation import learning_rate_at
+from vadiff.trainer.training.streams import ShuffledIndices
 from vadiff.training import (
     Objective,
     TrainConfig,
@@ -26,9 +29,6 @@ from vadiff.training import (
     open_run,
     train,
 )
-from vadiff.training.metrics import MetricsLog
-from vadiff.training.optimisation import learning_rate_at
-from vadiff.training.streams import ShuffledIndices
 
 TINY = TrainConfig(
     steps=5, batch_size=8, channels=(8, 16), log_every=2, held_out_images=20, held_out_levels=3, tensorboard=False,

@@ -21,8 +21,9 @@ from torch import Tensor
 from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
 from vadiff.optimal_loss import OptimalLoss
-from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
-from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
+from vadiff.trainer.training import run_folder
+from vadiff.trainer.training.checkpoint import load_checkpoint, save_checkpoint
+from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, train
 
 CONFIG = TrainConfig(
     steps=6, batch_size=64, channels=(8, 16), log_every=2, checkpoint_every=2, held_out_images=20, held_out_levels=3,
@@ -187,7 +188,7 @@ def test_stopped_where_a_checkpoint_was_due_it_is_written_once(tmp_path: Path, m
         saved.append(step)
         save_checkpoint(run, step, *rest)
 
-    monkeypatch.setattr("vadiff.training.loop.save_checkpoint", save)
+    monkeypatch.setattr("vadiff.trainer.training.loop.save_checkpoint", save)
     with pytest.raises(Stopped):
         train(CONFIG, stopping_at(4), out=tmp_path, progress=False)
     assert saved == [2, 4]
