@@ -10,14 +10,15 @@ import torch
 from test_training_resume import assert_same, outcome, stopping_at
 
 from vadiff.errors import RunError
-from vadiff.optimal_loss import GapLevels, GapWeighting, OptimalLoss
+from vadiff.levels import GapLevels
+from vadiff.optimal_loss import OptimalLoss
 from vadiff.trainer.ablation import read_grid
 from vadiff.trainer.ablation.grid import GridError
 from vadiff.trainer.cli import main
 from vadiff.trainer.training.assembly import build_criterion, build_levels, load_images
 from vadiff.trainer.training.optimal_curve import CURVE_FILE, estimate_curve
 from vadiff.training import Stopped, TrainConfig, open_run, train
-from vadiff.weighting import InverseOptimalLoss, MinSNR
+from vadiff.weighting import GapWeighting, InverseOptimalLoss, MinSNR
 
 pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")

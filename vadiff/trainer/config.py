@@ -17,11 +17,10 @@ from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
 from ..models import PROCESSES, check_attention, check_halvings
-from ..optimal_loss import GapWeighting
 
 TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
 GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss
-CURVE_WEIGHTINGS = {GAP: GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
+CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
 _HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # and widths, in pixels; of "images" it is image_size

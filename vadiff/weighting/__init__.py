@@ -13,7 +13,6 @@ from .fixed import (
     CosMap,
     Debiased,
     FixedWeighting,
-    InverseOptimalLoss,
     MinSNR,
     MonotonicEDM,
     SigmaSqrt,
@@ -23,6 +22,7 @@ from .fixed import (
     TruncatedSNR,
 )
 from .learned import LearnedUncertainty
+from .optimal import GapWeighting, InverseOptimalLoss
 from .table import WeightTable
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "CosMap",
     "Debiased",
     "FixedWeighting",
+    "GapWeighting",
     "Gaussian",
     "InverseOptimalLoss",
     "LearnedUncertainty",
@@ -84,7 +85,7 @@ _BY_NAME: dict[str, type[Weighting]] = {
 def available() -> tuple[str, ...]:
     """Names that `DiffusionLoss(weighting=...)` accepts in place of an object, sorted.
 
-    `InverseOptimalLoss` and `vadiff.optimal_loss.GapWeighting` need a data set's optimal loss and have none.
+    `InverseOptimalLoss` and `GapWeighting` need a data set's optimal loss and have none.
     """
     return tuple(sorted(_BY_NAME))
 

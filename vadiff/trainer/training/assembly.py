@@ -8,10 +8,10 @@ from torch import nn
 
 from ... import levels, weighting
 from ...errors import DataError, RunError
-from ...levels import LevelSampler
+from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser, EDM2UNet, unet
-from ...optimal_loss import GapLevels, OptimalLoss
+from ...optimal_loss import OptimalLoss
 from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 from ..data import Images, cifar, digits, folder
