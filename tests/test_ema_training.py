@@ -23,8 +23,9 @@ from vadiff.trainer.pictures import PictureWriter
 from vadiff.trainer.report.ema_sweep import sweep_figure
 from vadiff.trainer.report.magnitudes import magnitudes_figure, rms_over_training
 from vadiff.trainer.training.assembly import build_denoiser
+from vadiff.trainer.training.averages import SNAPSHOTS
 from vadiff.trainer.training.checkpoint import load_checkpoint
-from vadiff.trainer.training.post_hoc import SNAPSHOTS, write_averages
+from vadiff.trainer.training.post_hoc import write_averages
 from vadiff.training import PRESETS, HeldOutLoss, Stopped, TrainConfig, edm_objective, open_run, train
 
 CONFIG = TrainConfig(

@@ -24,6 +24,7 @@ from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
+from .averages import SNAPSHOTS
 from .batches import Batch, Batches
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .distributed import Ranks, local_device, ranks
@@ -32,7 +33,6 @@ from .metrics import MetricsLog, memory_bytes, statistics_of
 from .objective import OBJECTIVES, Objective
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import Optimisation, RunningAverage, learning_rate_at
-from .post_hoc import SNAPSHOTS
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
 from .stopping import Stopped, StopRequest

@@ -31,6 +31,7 @@ from ...errors import RunError
 from ...extras import import_extra
 from ...loss import DiffusionLoss
 
+METRICS = "metrics.jsonl"  # in a run directory
 _PER_BIN = ("count", "mean", "variance", "mass")
 
 
@@ -79,11 +80,11 @@ class MetricsLog:
 
     def __init__(self, run: Path | None, *, tensorboard: bool, after: int = 0) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._path = None if run is None else run / "metrics.jsonl"
+        self._path = None if run is None else run / METRICS
         self._writer: Any = None
         if run is None:
             return
-        self.entries = _cut(run / "metrics.jsonl", after)
+        self.entries = _cut(run / METRICS, after)
         if tensorboard:
             import_extra("tensorboard", "train")
             module = import_extra("torch.utils.tensorboard", "train")
@@ -113,10 +114,24 @@ class MetricsLog:
             self._writer.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one without its end, of a process that was killed, is left out.
+
+    Raises:
+        RunError: a line that is not JSON.
+    """
+    text = path.read_text()
+    entries = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: {error}") from error
+    return entries
+
+
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:
     """Remove the lines of steps beyond `after`; returns those that stay."""
-    from .run import read_metrics
-
     entries = [entry for entry in read_metrics(path) if entry["step"] <= after] if path.exists() else []
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

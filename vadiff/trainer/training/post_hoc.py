@@ -1,29 +1,19 @@
-"""Averages of any width of a run's weights, made from its snapshots after training.
-
-snapshots/<n>.pt                        what training leaves, see `vadiff.ema`
-ema/step-<n>/sigma-rel-<width>.pt       what is made of it; `Run.denoiser(weights="ema-<width>")` opens it
-"""
+"""Averages of any width of a run's weights, made from its snapshots after training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...ema import reconstruct, times_saved
-from ...ema.archive import read_archive, write_archive
+from ...ema.archive import write_archive
 from ...errors import CheckpointError
+from .averages import PREFIX, SNAPSHOTS, average_file
 from .checkpoint import load_checkpoint
 from .held_out import HeldOutLoss, held_out_loss_of_run
-
-if TYPE_CHECKING:
-    from .run import Run
-
-SNAPSHOTS, FOLDER = "snapshots", "ema"
-PREFIX = "ema-"  # of the names of weights: "ema-0.1"
-_STEP, _FILE = "step-", "sigma-rel-"
+from .run import Run
 
 
 def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None) -> dict[float, Path]:
@@ -48,7 +38,7 @@ def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None
     step = int(saved[-1]) if step is None else step
     states = reconstruct(snapshots, sigma_rel, step)
     about = {name: value for name, value in load_checkpoint(run.path).items() if name in ("image_shape", "classes")}
-    files = {width: _file(run.path, step, width) for width in states}
+    files = {width: average_file(run.path, step, width) for width in states}
     for width, state in states.items():
         write_archive(files[width], {**about, "step": step, "sigma_rel": width, "ema": state})
     return files
@@ -73,28 +63,3 @@ def held_out_of_averages(
         for name in (*names.values(), *others)
     }
     return {width: found[name] for width, name in names.items()}, {name: found[name] for name in others}
-
-
-def read_average(run: Path, weights: str, step: int | None = None) -> dict[str, Any]:
-    """The file of "ema-<width>", with "ema", "image_shape" and "classes" as in a checkpoint.
-
-    Raises:
-        ValueError: not a width.
-        CheckpointError: it was not made yet, or is corrupt.
-    """
-    try:
-        width = float(weights.removeprefix(PREFIX))
-    except ValueError:
-        raise ValueError(f"weights is {weights!r}, expected {PREFIX} and a width, as {PREFIX}0.1") from None
-    made = [int(folder.name.removeprefix(_STEP)) for folder in (run / FOLDER).glob(_STEP + "*")]
-    steps = [made_at for made_at in made if _file(run, made_at, width).exists() and step in (None, made_at)]
-    if not steps:
-        of_step, flag = ("", "") if step is None else (f" of step {step}", f" --step {step}")
-        raise CheckpointError(
-            f"{run} has no {weights}{of_step}: `vadiff ema {run} --sigma-rel {width:g}{flag}` makes it"
-        )
-    return read_archive(_file(run, max(steps), width))
-
-
-def _file(run: Path, step: int, width: float) -> Path:
-    return run / FOLDER / f"{_STEP}{step}" / f"{_FILE}{width:g}.pt"

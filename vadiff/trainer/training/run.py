@@ -7,7 +7,7 @@ metrics.jsonl        one JSON object per line: a few every so many steps, see `v
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
 samples/step-<n>.png
-snapshots/, ema/     see `vadiff.trainer.training.post_hoc`
+snapshots/, ema/     see `vadiff.trainer.training.averages`
 """
 
 import json
@@ -22,12 +22,13 @@ from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ..config import TrainConfig
 from ..data import Images
-from . import post_hoc
+from . import averages
 from .assembly import build_criterion, build_denoiser, load_images
 from .checkpoint import load_checkpoint, steps_saved
+from .metrics import METRICS, read_metrics
 from .optimal_curve import read_curve
 
-CONFIG, METRICS, DATA = "config.yaml", "metrics.jsonl", "data.json"
+CONFIG, DATA = "config.yaml", "data.json"
 WEIGHTS = ("ema", "raw")
 
 
@@ -107,10 +108,10 @@ class Run:
         """
         if weights in WEIGHTS:
             state = load_checkpoint(self.path, step)
-        elif weights.startswith(post_hoc.PREFIX):
-            state = post_hoc.read_average(self.path, weights, step)
+        elif weights.startswith(averages.PREFIX):
+            state = averages.read_average(self.path, weights, step)
         else:
-            raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {post_hoc.PREFIX}<sigma_rel>")
+            raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {averages.PREFIX}<sigma_rel>")
         channels, height, width = state["image_shape"]
         denoiser = build_denoiser(self.config, (channels, height, width), state["classes"])
         denoiser.load_state_dict(state["model" if weights == "raw" else "ema"])
@@ -147,19 +148,3 @@ def open_run(path: str | Path) -> Run:
         what = "has no config.yaml" if path.is_dir() else "is not a folder"
         raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
     return Run(path, TrainConfig.load(path / CONFIG))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one without its end, of a process that was killed, is left out.
-
-    Raises:
-        RunError: a line that is not JSON.
-    """
-    text = path.read_text()
-    entries = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(f"{path}, line {number}: {error}") from error
-    return entries

@@ -14,12 +14,12 @@ from ...errors import RunError
 from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
 from ..data import Images
-from . import post_hoc
+from . import averages
 from .assembly import TABLE_FILE, keep_table, read_table
 from .checkpoint import FOLDER
+from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
-from .post_hoc import SNAPSHOTS
-from .run import CONFIG, DATA, METRICS, open_run
+from .run import CONFIG, DATA, open_run
 
 # What has no bearing on what a run computes.
 IMMATERIAL = {
@@ -33,7 +33,7 @@ _CHANGEABLE = IMMATERIAL | {
     "learning_rate", "clip", "precision",
 }  # fmt: skip
 _OPEN_ENDED = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
-_AVERAGES = f"{post_hoc.FOLDER}/step-*"
+_AVERAGES = f"{averages.FOLDER}/step-*"
 _LOCK = ".lock"
 _ATTEMPTS, _PAUSE = 5, 0.05  # seconds
 
@@ -171,7 +171,7 @@ def _clear(path: Path) -> None:
     for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
-        FOLDER, SNAPSHOTS, post_hoc.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
+        FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
     ):  # fmt: skip
         if (path / name).is_dir():
             shutil.rmtree(path / name)
