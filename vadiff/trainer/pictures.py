@@ -1,9 +1,9 @@
-"""Images as files: PNG folders and npz archives, written whole or not at all, and read back as uint8."""
+"""Images as files: PNG folders and npz archives, written whole or not at all, and read back as uint8. Grids of them."""
 
-import os
-import shutil
+import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..extras import import_extra
+from ..files import replacing
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -40,14 +41,13 @@ class PictureWriter:
         if shape[0] not in (1, 3):
             raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
         self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
-        self.partial = path.with_name(path.name + ".partial")
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
         self._pillow = import_extra("PIL.Image", "eval")
 
     def __enter__(self) -> "PictureWriter":
-        self._remove_partial()
-        (self.path.parent if self.archive else self.partial).mkdir(parents=True, exist_ok=True)
+        self._writing = self._whole_or_not_at_all()
+        self._writing.__enter__()
         return self
 
     def write(self, start: int, images: Tensor, labels: Tensor | None = None) -> None:
@@ -60,24 +60,25 @@ class PictureWriter:
             return
         for offset, picture in enumerate(pixels):
             name = f"{self.seeds[start + offset]:06d}" + ("" if labels is None else f"_class{int(labels[offset])}")
-            self._pillow.fromarray(_grey_or_rgb(picture)).save(self.partial / f"{name}.png")
+            self._pillow.fromarray(_grey_or_rgb(picture)).save(self._partial / f"{name}.png")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            return self._remove_partial()
-        if self.archive:
-            arrays: dict[str, Any] = {"arr_0": self.images} | ({} if self.labels is None else {"arr_1": self.labels})
-            with self.partial.open("wb") as file:
-                np.savez(file, **arrays)
-        os.replace(self.partial, self.path)
+        self._writing.__exit__(kind, error, trace)
 
-    def _remove_partial(self) -> None:
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
-        else:
-            self.partial.unlink(missing_ok=True)
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        with replacing(self.path) as self._partial:
+            if not self.archive:
+                self._partial.mkdir()
+            yield
+            if self.archive:
+                arrays: dict[str, Any] = {"arr_0": self.images}
+                if self.labels is not None:
+                    arrays["arr_1"] = self.labels
+                with self._partial.open("wb") as file:
+                    np.savez(file, **arrays)
 
 
 def read_pictures(path: Path) -> Tensor:
@@ -93,6 +94,19 @@ def read_pictures(path: Path) -> Tensor:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a folder of images or an .npz archive")
     return _read_archive(path) if path.is_file() else _read_folder(path)
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """[N, C, H, W] → [rows·(H+1) - 1, columns·(W+1) - 1, C], white between the images and in empty places.
+
+    Images are in [-1, 1], 1 is white.
+    """
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    cells = torch.full((rows * columns, channels, height + 1, width + 1), 1.0)
+    cells[:count, :, :height, :width] = images
+    picture = cells.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    return picture.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
 
 
 def _read_archive(path: Path) -> Tensor:

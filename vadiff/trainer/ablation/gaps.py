@@ -18,8 +18,8 @@ from ...extras import import_extra
 from ...optimal_loss import OptimalLoss
 from ...process import loss_ratio
 from ..data import Images
-from ..training import TrainConfig
 from ..training.assembly import load_images
+from ..training.held_out import held_out_log_snr
 from ..training.metrics import stacked
 from ..training.optimal_curve import estimate_curve
 from ..training.run import Run, open_run
@@ -148,10 +148,9 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         )  # fmt: skip
         if key not in known:
             data = load_images(run.config)
-            known[key] = (
-                data,
-                estimate_curve(config, data, device, sigmas=_sigmas(config), relative=0.01, absolute=1e-4, limit=16384),
-            )
+            sigmas = (-0.5 * held_out_log_snr(config)).exp().tolist()
+            optimal = estimate_curve(config, data, device, sigmas=sigmas, relative=0.01, absolute=1e-4, limit=16384)
+            known[key] = (data, optimal)
         data, optimal = known[key]
         gap = gap_of_run(opened, optimal, images=data, number=images, device=device)
         unit = loss_ratio("edm", -2.0 * gap.sigma.log(), sigma_data=config.sigma_data)
@@ -181,13 +180,6 @@ def write_gaps(gaps: Gaps, out: Path) -> None:
     (out / "gaps.csv").write_text(gaps.as_csv())
     (out / "gaps.txt").write_text(gaps.as_text() + "\n")
     (out / "gaps.png").write_bytes(picture.getvalue())
-
-
-def _sigmas(config: TrainConfig) -> list[float]:
-    """Where the held-out loss is measured."""
-    low, high = (math.log(sigma) for sigma in config.held_out_sigma)
-    sigmas: list[float] = torch.linspace(low, high, config.held_out_levels, dtype=torch.float64).exp().tolist()
-    return sigmas
 
 
 def _held_out(run: Run) -> Tensor:

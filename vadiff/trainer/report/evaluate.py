@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...extras import import_extra
+from ...files import replacing
 from ...optimal_loss import ModelGap
 from ...pixels import normalised
 from ...sampling.generation import Generation, generate
@@ -23,7 +23,8 @@ from ..data import Images
 from ..evaluation import LevelGradients, image_metrics, level_gradients
 from ..evaluation.fidelity import content_key, weights_key, within_reach
 from ..pictures import read_pictures
-from ..training import HeldOutLoss, Run, TrainConfig, held_out_loss, open_run
+from ..training import HeldOutLoss, Run, open_run
+from ..training.held_out import held_out_log_snr, held_out_loss_of_run
 from ..training.optimal_curve import estimate_curve
 from ..training.run_gap import gap_of_run
 from .gap import gap_chart, gap_rows, gap_table
@@ -98,7 +99,11 @@ def evaluate_run(
         values = compare(images, reference, settings, device)
         files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
     if held_out_images != 0:
-        losses = {name: _held_out(run, data, name, step, device, held_out_images) for name in ("ema", "raw")}
+        limit = len(data.held_out) if held_out_images is None else held_out_images
+        losses = {
+            name: held_out_loss_of_run(run.config, data, run.denoiser(name, step, device), limit=limit)
+            for name in ("ema", "raw")
+        }
         number = losses["ema"].per_image.shape[1]
         print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
@@ -180,25 +185,12 @@ def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tenso
     return torch.cat([batches[start] for start in sorted(batches)])
 
 
-def _held_out(
-    run: Run, data: Images, weights: str, step: int | None, device: torch.device, limit: int | None
-) -> HeldOutLoss:
-    labels = data.held_out_labels
-    return held_out_loss(
-        run.denoiser(weights, step=step, device=device),
-        normalised(data.held_out[:limit]),
-        None if labels is None else labels[:limit],
-        log_snr_levels=_log_snr_levels(run.config).tolist(),
-        draws=run.config.held_out_draws,
-    )
-
-
 def _gradients(
     run: Run, data: Images, step: int | None, device: torch.device, number: int, batch_size: int
 ) -> LevelGradients:
     criterion = run.criterion(step)
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:number]
-    log_snr = _log_snr_levels(run.config).flip(0)  # ascending, as the charts draw them
+    log_snr = held_out_log_snr(run.config).flip(0)  # ascending, as the charts draw them
     return level_gradients(
         run.denoiser("raw", step=step, device=device).requires_grad_(True),
         normalised(data.train[chosen]),
@@ -211,19 +203,13 @@ def _gradients(
 
 
 def _gap(run: Run, data: Images, generation: Generation, device: torch.device, number: int) -> ModelGap:
-    sigmas = (-0.5 * _log_snr_levels(run.config)).exp().tolist()
+    sigmas = (-0.5 * held_out_log_snr(run.config)).exp().tolist()
     optimal = estimate_curve(
         run.config, data, device, sigmas=sigmas, relative=0.01, absolute=1e-4, limit=16384, progress=True
     )
     return gap_of_run(
         run, optimal, images=data, number=number, weights=generation.weights, step=generation.step, device=device
     )
-
-
-def _log_snr_levels(config: TrainConfig) -> Tensor:
-    """The noise levels a run's held-out loss is measured at, [L] float64, evenly spaced in ln sigma."""
-    low, high = (math.log(sigma) for sigma in config.held_out_sigma)
-    return -2.0 * torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
 
 
 def _bin_of(log_snr: Tensor, centers: Tensor) -> Tensor:
@@ -323,8 +309,6 @@ def _pictures(charts: Sequence[Chart]) -> dict[str, bytes]:
 
 
 def _write(folder: Path, files: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as partial:
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...extras import import_extra
+from ..pictures import image_grid
 from ..training import TrainedRun
 from ..training.metrics import stacked
 
@@ -169,17 +170,11 @@ def _sample_grids(area: Any, runs: Mapping[str, TrainedRun], samples: Mapping[st
     captions = ["Held-out images: what samples should look like, in variety and in clean strokes."]
     captions += ["Each place starts from the same noise in every grid. Look for broken or smeared strokes."] * len(runs)
     for panel, (title, images), caption in zip(panels, grids.items(), captions, strict=True):
-        panel.imshow(_grid(images, columns=8).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        panel.imshow(
+            image_grid(images, columns=8).squeeze(2).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"
+        )
         panel.set_axis_off()
         _title(panel, title, caption, width=48, lines=2)
-
-
-def _grid(images: Tensor, columns: int) -> Tensor:
-    """[N, 1, H, W] → [rows·(H+1) - 1, columns·(W+1) - 1], a grid with lines of white between the images."""
-    images = torch.nn.functional.pad(images[: len(images) // columns * columns], (0, 1, 0, 1), value=1.0)
-    _, _, height, width = images.shape
-    rows = images.view(-1, columns, height, width).transpose(1, 2)
-    return rows.reshape(-1, columns * width)[:-1, :-1]
 
 
 def _panels(area: Any, number: int, *, sharey: bool, right: float = 0.98) -> Any:

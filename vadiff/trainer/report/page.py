@@ -12,6 +12,7 @@ import numpy as np
 
 from ..._version import __version__
 from ...extras import import_extra
+from ...files import replacing
 from . import charts, held_out_charts
 from .magnitudes import magnitudes_svg
 from .overview import Table, overview_table, settings_table, several_seeds
@@ -88,9 +89,8 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         for kind in ("png", "svg"):
             files.append(folder / f"{chart.name}.{kind}")
             files[-1].write_bytes(chart.picture(kind, described=True))
-    partial = page.with_name(page.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(page)
+    with replacing(page) as partial:
+        partial.write_text(html, encoding="utf-8")
     return files
 
 

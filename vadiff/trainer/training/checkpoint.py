@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
+from ...files import flush
 
 FOLDER = "checkpoints"
 _STATE, _CHECKSUM = "state.pt", "sha256"
@@ -65,17 +66,13 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
         partial.mkdir()
         with (partial / _STATE).open("wb") as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        with (partial / _CHECKSUM).open("w") as text:
-            text.write(_digest(partial / _STATE) + "\n")
-            text.flush()
-            os.fsync(text.fileno())
-        _flush_folder(partial)
+        (partial / _CHECKSUM).write_text(_digest(partial / _STATE) + "\n")
+        for written in (partial / _STATE, partial / _CHECKSUM, partial):
+            flush(written)
         if final.exists():  # of an earlier run of the same steps, or corrupt: this one takes its place
             os.rename(final, replaced)
         os.rename(partial, final)
-        _flush_folder(folder)
+        flush(folder)
     except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not final.exists():
@@ -148,7 +145,7 @@ def _last_good(run: Path, not_step: int) -> str:
     """What to do when the checkpoint of `not_step` is of no use."""
     good = [step for step, folder in _folders(run).items() if step != not_step and _trouble(folder) is None]
     if not good:
-        return "There is no other good one"
+        return "No earlier checkpoint is intact"
     return f"The last good one is step {max(good)}: to go on from it, remove the folder of step {not_step}"
 
 
@@ -158,15 +155,6 @@ def _digest(path: Path) -> str:
         while chunk := file.read(2**22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make what was created or renamed in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tidy(folder: Path) -> None:

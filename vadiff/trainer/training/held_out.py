@@ -37,17 +37,30 @@ class HeldOutLoss(NamedTuple):
         return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
 
 
-def held_out_loss_of_run(config: TrainConfig, images: Images, denoiser: Denoiser) -> HeldOutLoss:
-    """The loss on the held-out images, at the levels and with the draws that a config says."""
-    number = min(config.held_out_images, len(images.held_out))
-    labels = images.held_out_labels
+def held_out_log_snr(config: TrainConfig) -> Tensor:
+    """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, falling. [L] float64."""
     low, high = (math.log(sigma) for sigma in config.held_out_sigma)
-    log_sigmas = torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
+    return -2.0 * torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
+
+
+def held_out_loss_of_run(
+    config: TrainConfig, images: Images, denoiser: Denoiser, *, limit: int | None = None
+) -> HeldOutLoss:
+    """The loss on the held-out images, at the levels and with the draws that a config says.
+
+    Args:
+        config: the run's.
+        images: its data set.
+        denoiser: see `held_out_loss`.
+        limit: at most so many images; `config.held_out_images` by default.
+    """
+    number = config.held_out_images if limit is None else limit
+    labels = images.held_out_labels
     return held_out_loss(
         denoiser,
         normalised(images.held_out[:number]),
         None if labels is None else labels[:number],
-        log_snr_levels=(-2.0 * log_sigmas).tolist(),
+        log_snr_levels=held_out_log_snr(config).tolist(),
         draws=config.held_out_draws,
     )
 

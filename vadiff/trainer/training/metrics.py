@@ -18,7 +18,6 @@ their running average), rms (weights, updates and activations per layer) and eva
 
 import json
 import math
-import os
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from ...errors import RunError
 from ...extras import import_extra
+from ...files import replacing
 from ...loss import DiffusionLoss
 
 METRICS = "metrics.jsonl"  # in a run directory
@@ -133,9 +133,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:
     """Remove the lines of steps beyond `after`; returns those that stay."""
     entries = [entry for entry in read_metrics(path) if entry["step"] <= after] if path.exists() else []
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
 
 

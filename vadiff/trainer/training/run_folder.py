@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ...errors import RunError
+from ...files import replacing
 from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
 from ..data import Images
@@ -122,9 +122,8 @@ def begin(
         "held_out_is_test": images.held_out_is_test,
     }
     (path / DATA).write_text(json.dumps(facts) + "\n")
-    partial = path / f".{CONFIG}"
-    config.save(partial)
-    os.replace(partial, path / CONFIG)
+    with replacing(path / CONFIG) as partial:
+        config.save(partial)
 
 
 @contextlib.contextmanager
