@@ -17,6 +17,7 @@ from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
 from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.checkpoint import load_checkpoint
 from vadiff.trainer.training.metrics import MetricsLog
 from vadiff.trainer.training.optimisation import learning_rate_at
 from vadiff.trainer.training.streams import ShuffledIndices
@@ -269,6 +270,47 @@ def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
     first, last = parameters(run.denoiser("raw", step=1)), parameters(run.denoiser("raw", step=3))
     assert torch.equal(first, last)
     assert torch.isfinite(last).all()
+
+
+def huber_of_torch(criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
+    """Infinite for an infinite output, with a finite gradient."""
+    return torch.nn.functional.huber_loss(output.float(), x0)
+
+
+def huber_of_vadiff(criterion: vadiff.DiffusionLoss, *rest: Any) -> Tensor:
+    criterion.loss = "huber"
+    return edm_objective(criterion, *rest)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("objective", [edm_objective, huber_of_vadiff, huber_of_torch])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_step_with_a_non_finite_prediction_is_left_out(
+    tmp_path: Path, value: float, objective: Objective, precision: str
+) -> None:
+    """With a gradient scaler (fp16) and without. One number of one part of the batch is not finite, in two steps."""
+    calls = 0
+
+    def poisoned(criterion: vadiff.DiffusionLoss, output: Tensor, *rest: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (4, 5):
+            output = output.clone()
+            output[0, 0, 0, 0] = value
+        return objective(criterion, output, *rest)
+
+    config = dataclasses.replace(
+        TINY, steps=3, log_every=1, ema_decay=0.0, checkpoint_every=1, accumulate=2, precision=precision
+    )
+    lines = train(config, poisoned, out=tmp_path, progress=False).metrics
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2]
+    run = open_run(tmp_path)
+    first, last = parameters(run.denoiser("raw", step=1)), parameters(run.denoiser("raw", step=3))
+    assert torch.equal(first, last)
+    assert last.isfinite().all()
+    if precision == "fp16":
+        scales = [load_checkpoint(tmp_path, step)["scaler"]["scale"] for step in (1, 3)]
+        assert scales[1] == scales[0] / 4
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run() -> None:

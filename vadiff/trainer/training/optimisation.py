@@ -27,7 +27,7 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 
 
 class Optimisation:
-    """An optimiser that leaves out steps with a non-finite gradient, without asking the device.
+    """An optimiser that leaves out steps with a non-finite loss or gradient, without asking the device.
 
     Args:
         config: optimiser, clipping, precision.
@@ -49,11 +49,18 @@ class Optimisation:
         # those; then non-finite steps of the run, in a row now, and the longest row.
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
         self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._nan = torch.full((), math.nan, device=device)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one part of a batch."""
+        """Add the gradient of one part of a batch; that of a non-finite loss is NaN.
+
+        A loss may be infinite with a finite gradient, as Huber's of an infinite prediction is. Neither the gradient
+        scaler nor the gradient's norm would see that. NaN spreads to all ranks when gradients are averaged, so all
+        leave out the step, and nobody waits for a device.
+        """
         parts = self._config.accumulate
-        self.scaler.scale(loss if parts == 1 else loss / parts).backward()
+        scaled = self.scaler.scale(loss if parts == 1 else loss / parts)
+        scaled.backward(torch.where(loss.isfinite(), self._one, self._nan).to(scaled.dtype))
 
     def step(self, step: int, loss: Tensor) -> None:
         """Change the weights by the gradient, unless it is non-finite, and forget it.
