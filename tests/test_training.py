@@ -1,27 +1,36 @@
 """vadiff.training: paired seeds, what a step does, what is logged and saved, held-out loss."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import usable
 from PIL import Image
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import vadiff
 from vadiff.errors import DataError, RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
+from vadiff.trainer.data import Images
 from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.batches import Batch, Batches
 from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.distributed import Ranks
 from vadiff.trainer.training.metrics import MetricsLog
 from vadiff.trainer.training.optimisation import learning_rate_at
-from vadiff.trainer.training.streams import ShuffledIndices
+from vadiff.trainer.training.streams import ShuffledIndices, Streams
 from vadiff.training import (
+    PRESETS,
     Objective,
     TrainConfig,
     TrainedRun,
@@ -337,6 +346,67 @@ def test_accumulation_changes_neither_the_data_nor_the_result(recorded) -> None:
             assert torch.equal(torch.cat([part[index] for part in parts]), steps[step][index])
     assert torch.allclose(parameters(whole.denoiser), parameters(parted.denoiser), atol=2e-3)
     assert parted.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
+
+
+def copies_of(shape: torch.Size, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a call returns, and how many tensors of a shape are copied or converted in it, by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        result = call()
+    copies = [event for event in recorded.events() if event.name == "aten::copy_"]
+    return result, sum(event.input_shapes[:1] == [list(shape)] for event in copies)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_criterion_copies_neither_images_nor_noise(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """diffusers' U-Net returns channels_last, in which the trainer makes its batches from the second step on."""
+    usable("native")
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    images = Images(pixels, None, pixels[:2], None, held_out_is_test=False)
+    monkeypatch.setattr("vadiff.trainer.training.loop.load_images", lambda config: images)
+    preset = dataclasses.replace(
+        PRESETS["cifar10-mini"], steps=3, batch_size=4, channels=(32, 32, 32), precision=precision, device="cpu",
+        backend="native", tensorboard=False, held_out_images=2, held_out_levels=2,
+    )  # fmt: skip
+    assert preset.model == "unet"
+    handed: list[tuple[Tensor, ...]] = []
+    copies: list[int] = []
+
+    def objective(criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, *rest: Any) -> Tensor:
+        handed.append((output, x0, eps))
+        call = functools.partial(edm_objective, copy.deepcopy(criterion), output)
+        _, of_others = copies_of(output.shape, lambda: call(x0.contiguous(), eps, *rest))
+        assert of_others > 0, "this would not be seen"
+        loss, found = copies_of(output.shape, lambda: edm_objective(criterion, output, x0, eps, *rest))
+        copies.append(found)
+        return loss
+
+    made: list[Batch] = []
+    at = Batches.at
+    monkeypatch.setattr(Batches, "at", lambda self, step: made.extend(found := at(self, step)) or found)
+    train(preset, objective, progress=False)
+    assert handed[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert not handed[0][0].is_contiguous()
+    assert all(output.stride() == x0.stride() == eps.stride() for output, x0, eps in handed)
+    assert copies == [0, 0, 0]
+    assert [batch.eps is eps for batch, (_, _, eps) in zip(made, handed, strict=True)] == [False, True, True]
+    assert [batch.x0 is x0 for batch, (_, x0, _) in zip(made, handed, strict=True)] == [False, True, True]
+
+
+def test_memory_format_changes_neither_images_nor_noise() -> None:
+    pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, None, pixels[:2], None, held_out_is_test=False)
+    config = dataclasses.replace(TINY, flips=True, accumulate=2)
+    device = torch.device("cpu")
+    batches = Batches(config, images, vadiff.levels.LogNormal(), Streams(0, 0, device), device, Ranks())
+    plain = batches.at(3)
+    batches.memory_format = torch.channels_last
+    for one, other in zip(plain, batches.at(3), strict=True):
+        assert one.x0.is_contiguous()
+        assert one.eps.is_contiguous()
+        assert other.x0.stride() == other.eps.stride() == (192, 1, 24, 3)
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.eps, other.eps)
+        assert torch.equal(one.sigma, other.sigma)
 
 
 def test_clipping_bounds_the_step_and_is_counted() -> None:

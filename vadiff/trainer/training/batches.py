@@ -23,8 +23,18 @@ class Batch(NamedTuple):
     sample_weight: Tensor | None  # [B] float32
 
 
+def memory_format_of(output: Tensor) -> torch.memory_format:
+    """channels_last where a network's output [B, C, H, W] is dense in that and not contiguous."""
+    last = torch.channels_last
+    return last if not output.is_contiguous() and output.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
 class Batches:
     """The batches of a run.
+
+    Attributes:
+        memory_format: in which images and noise are made. The loop sets it to that of the network's output, beside
+            which the criterion reads them: any other would be copied at every step. It does not change their values.
 
     Args:
         config: sizes, flips, label dropout, strata and pairs of noise levels.
@@ -52,6 +62,7 @@ class Batches:
                 f"batch_size is {config.batch_size}, expected a multiple of accumulate × ranks = "
                 f"{config.accumulate} × {ranks.size}"
             )
+        self.memory_format = torch.contiguous_format
         self._config = config
         self._levels = levels
         self._streams = streams
@@ -100,12 +111,15 @@ class Batches:
         mirrored: Tensor | None,
         withheld: Tensor | None,
     ) -> Batch:
-        x0 = normalised(self._pixels[indices])
+        pixels = self._pixels[indices].contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
+        x0 = normalised(pixels)
         if mirrored is not None:
             x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
         labels = None
         if self._labels is not None and withheld is not None:
             labels = self._labels[indices].masked_fill(withheld, self._classes)
+        # Drawn in the order of a contiguous tensor whatever the format: a seed stands for the same noise.
+        eps = eps.contiguous(memory_format=self.memory_format)
         levels = self._levels(u)
         return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
 

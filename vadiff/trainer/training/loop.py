@@ -25,7 +25,7 @@ from ..config import TABLE, TrainConfig
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .averages import SNAPSHOTS
-from .batches import Batch, Batches
+from .batches import Batch, Batches, memory_format_of
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
@@ -230,9 +230,10 @@ class _Trainer:
         noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
-        return self.objective(
-            self.criterion, output, batch.x0, batch.eps, batch.sigma, self.config.sigma_data, batch.sample_weight
-        )
+        self.batches.memory_format = memory_format_of(output)
+        # Copies at the first step only, until batches are made in this format.
+        x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
+        return self.objective(self.criterion, output, x0, eps, batch.sigma, self.config.sigma_data, batch.sample_weight)
 
     def _due(self, every: int, step: int | None = None) -> bool:
         step = self.step if step is None else step
