@@ -382,7 +382,12 @@ def test_criterion_copies_neither_images_nor_noise(monkeypatch: pytest.MonkeyPat
 
     made: list[Batch] = []
     at = Batches.at
-    monkeypatch.setattr(Batches, "at", lambda self, step: made.extend(found := at(self, step)) or found)
+
+    def recording(self: Batches, step: int) -> list[Batch]:
+        made.extend(batches := at(self, step))
+        return batches
+
+    monkeypatch.setattr(Batches, "at", recording)
     train(preset, objective, progress=False)
     assert handed[0][0].is_contiguous(memory_format=torch.channels_last)
     assert not handed[0][0].is_contiguous()
