@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from ...extras import import_extra
 from ...sampling.generation import default_generation, with_settings
-from ..training import HeldOutLoss
+from ..training import HeldOutLoss, Run
 from .charts import METRICS, spoken_metric
 from .evaluate import MetricSettings, compare, draw_images, reference_images, settings_within_reach
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..training import Run
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:

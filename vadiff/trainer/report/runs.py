@@ -4,15 +4,12 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...errors import RunError
-from ..training import TrainConfig
-
-if TYPE_CHECKING:
-    from ..training import Run
+from ..training import Run, TrainConfig
 
 Array = np.ndarray
 
@@ -87,7 +84,7 @@ class Group:
         return self.runs[0]
 
 
-def read_history(run: "Run") -> History:
+def read_history(run: Run) -> History:
     """The history of an opened run.
 
     Raises:
