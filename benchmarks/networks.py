@@ -21,8 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from training_loop import loop_steps, random_images, seconds, training_loop
 
+from vadiff.trainer.training.distributed import Ranks
 from vadiff.training import PRESETS, TrainConfig
-from vadiff.training.distributed import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from results import write_results

@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from vadiff.data import Images
 from vadiff.ema import PowerFunctionEMA
 from vadiff.models import normalize_weights
+from vadiff.trainer.data import Images
+from vadiff.trainer.training import loop as training_loop
+from vadiff.trainer.training.distributed import Ranks
 from vadiff.training import PRESETS, TrainConfig
-from vadiff.training import loop as training_loop
-from vadiff.training.distributed import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from results import write_results

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import torch
 
-from vadiff.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
+from vadiff.trainer.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
 
 EVENTS = ("open", "os.", "shutil.")
 

@@ -1,4 +1,4 @@
-"""vadiff.ablation: what a grid means, training it, and what is collected."""
+"""vadiff.trainer.ablation: what a grid means, training it, and what is collected."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ import pytest
 import torch
 from scipy import stats
 
-from vadiff.ablation import Evaluation, collect, evaluate_all, read_grid, train_all, write_results
-from vadiff.ablation.collect import interval
-from vadiff.ablation.grid import Grid, GridError, PlannedRun
-from vadiff.cli import main
 from vadiff.errors import RunError
-from vadiff.training import TrainConfig, open_run, run_folder, train
-from vadiff.training.assembly import load_images
-from vadiff.training.run_folder import begin, lock
+from vadiff.trainer.ablation import Evaluation, collect, evaluate_all, read_grid, train_all, write_results
+from vadiff.trainer.ablation.collect import interval
+from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
+from vadiff.trainer.cli import main
+from vadiff.trainer.training import run_folder
+from vadiff.trainer.training.assembly import load_images
+from vadiff.trainer.training.run_folder import begin, lock
+from vadiff.training import TrainConfig, open_run, train
 
 EXPERIMENTS = Path(__file__).parent.parent / "benchmarks" / "experiments"
 
@@ -140,7 +141,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         train(run.config, out=run.path, resume=True, progress=False)
         return True
 
-    monkeypatch.setattr("vadiff.ablation.runner._Children.train", train_here)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.train", train_here)
     return trained
 
 
@@ -177,7 +178,7 @@ def test_index_trains_one_run_and_what_it_needs(tmp_path: Path, in_process: list
 def test_run_that_fails_takes_those_that_need_it_with_it_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vadiff.ablation.runner._Children.train", lambda self, run: run.arm != "variance_aware")
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.train", lambda self, run: run.arm != "variance_aware")
     failed = train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path, jobs=2)
     assert [path.parent.name for path in failed] == ["variance_aware", "twin"]
 
@@ -325,8 +326,8 @@ def test_evaluate_measures_each_run_once_from_the_same_seeds(
         assert log.name == "evaluate.log"
         return main(command)
 
-    monkeypatch.setattr("vadiff.ablation.runner._Children._call", call)
-    monkeypatch.setattr("vadiff.training.run.Run.images", few_images)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children._call", call)
+    monkeypatch.setattr("vadiff.trainer.training.run.Run.images", few_images)
     arguments = ["ablate", str(path), "--out", str(tmp_path / "out"), "--seeds", "1", "--evaluate"]
     arguments += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]
     handler = signal.getsignal(signal.SIGTERM)
@@ -364,7 +365,7 @@ def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
         seen.append(run.path)
         return run.path != runs["other", 0].path
 
-    monkeypatch.setattr("vadiff.ablation.runner._Children.evaluate", evaluate)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.evaluate", evaluate)
     assert evaluate_all(grid, tmp_path, jobs=2) == [runs["other", 0].path]
     assert len(seen) == 4
     assert evaluate_all(grid, tmp_path, index=1) == [runs["other", 0].path]
@@ -456,9 +457,9 @@ def test_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeypat
         waited.set()
         return run_folder.is_in_use(path)
 
-    monkeypatch.setattr("vadiff.ablation.runner._Children._train_once", train_here)
-    monkeypatch.setattr("vadiff.ablation.runner.is_in_use", is_in_use)
-    monkeypatch.setattr("vadiff.ablation.runner._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children._train_once", train_here)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner.is_in_use", is_in_use)
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._POLL_SECONDS", 0.01)
     with lock(source.path):  # as the other task has it
         task = threading.Thread(target=train_all, args=(grid, tmp_path), kwargs={"index": 3})
         task.start()

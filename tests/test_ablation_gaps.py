@@ -1,4 +1,4 @@
-"""vadiff.ablation.gaps: the loss of every arm above the optimal one."""
+"""vadiff.trainer.ablation.gaps: the loss of every arm above the optimal one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vadiff.ablation import collect_gaps, read_grid
-from vadiff.ablation.grid import GridError
-from vadiff.ablation.output import arm_style
-from vadiff.cli import main
 from vadiff.optimal_loss import model_gap
 from vadiff.process import loss_ratio
+from vadiff.trainer.ablation import collect_gaps, read_grid
+from vadiff.trainer.ablation.grid import GridError
+from vadiff.trainer.ablation.output import arm_style
+from vadiff.trainer.cli import main
+from vadiff.trainer.training.optimal_curve import estimate_curve
 from vadiff.training import open_run, train
-from vadiff.training.optimal_curve import estimate_curve
 
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")

@@ -1,4 +1,4 @@
-"""vadiff.training.checkpoint: whole or not at all, and no code."""
+"""vadiff.trainer.training.checkpoint: whole or not at all, and no code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from vadiff.errors import CheckpointError
-from vadiff.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
+from vadiff.trainer.training.checkpoint import FOLDER, load_checkpoint, save_checkpoint, steps_saved
 
 
 def save(run: Path, *steps: int, keep: int = 3) -> None:
@@ -130,7 +130,7 @@ def test_one_flipped_bit_is_found_and_the_last_good_one_offered(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"step-3 is corrupt: state\.pt has SHA-256 .*last good one is step 1"):
         load_checkpoint(tmp_path)
     damage(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="There is no other good one"):
+    with pytest.raises(CheckpointError, match="No earlier checkpoint is intact"):
         load_checkpoint(tmp_path)
 
 

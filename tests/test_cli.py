@@ -13,9 +13,9 @@ import pytest
 from torch import Tensor
 
 import vadiff
-from vadiff.cli import main
+from vadiff.trainer.cli import main
+from vadiff.trainer.training.objective import OBJECTIVES
 from vadiff.training import PRESETS, TrainConfig, edm_objective, open_run
-from vadiff.training.objective import OBJECTIVES
 
 TINY = TrainConfig(
     steps=3, batch_size=64, channels=(8, 16), log_every=1, held_out_images=20, tensorboard=False, device="cpu",
@@ -189,14 +189,15 @@ def test_interrupt_is_said_without_a_traceback(
     def interrupted() -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vadiff.doctor.report", interrupted)
+    monkeypatch.setattr("vadiff.trainer.doctor.report", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "\nvadiff: interrupted\n"
 
 
 def test_command_and_training_import_no_optional_package() -> None:
     code = (
-        "import sys, vadiff.cli, vadiff.training, vadiff.report, vadiff.doctor, vadiff.sampling, vadiff.ablation\n"
+        "import sys, vadiff.trainer.cli, vadiff.training, vadiff.trainer.report, vadiff.trainer.doctor\n"
+        "import vadiff.sampling, vadiff.trainer.ablation\n"
         "optional = {'diffusers', 'sklearn', 'matplotlib', 'torchvision', 'yaml', 'tensorboard', 'PIL', 'scipy'}\n"
         "print(*optional & set(sys.modules))"
     )

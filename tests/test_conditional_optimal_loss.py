@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadiff.cli import main
 from vadiff.errors import RunError
 from vadiff.optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until, model_gap
+from vadiff.trainer.cli import main
+from vadiff.trainer.training.optimal_curve import estimate_curve, training_set
+from vadiff.trainer.training.run_gap import gap_of_run
 from vadiff.training import TrainConfig, open_run, train
-from vadiff.training.optimal_curve import estimate_curve, training_set
-from vadiff.training.run_gap import gap_of_run
 
 
 def two_points(sigma: float) -> float:

@@ -1,4 +1,4 @@
-"""vadiff.data: official layouts made here, right and wrong; pictures in a folder."""
+"""vadiff.trainer.data: official layouts made here, right and wrong; pictures in a folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vadiff.data import Images, cifar, digits, folder, normalised, pixels
-from vadiff.data.pickled_arrays import load_arrays
 from vadiff.errors import DataError
+from vadiff.pixels import normalised, pixels
+from vadiff.trainer.data import Images, cifar, digits, folder
+from vadiff.trainer.data.pickled_arrays import load_arrays
 
 TRAIN, TEST = 40, 20  # images per file here; the official files have thousands
 

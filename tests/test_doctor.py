@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff import doctor
+from vadiff.trainer import doctor
 
 
 @pytest.fixture

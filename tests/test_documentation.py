@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff.cli import _parser
+from vadiff.trainer.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -216,7 +216,7 @@ def test_configurations_parse(block: Block, tmp_path: Path) -> None:
     elif block.language == "yaml":
         pytest.importorskip("yaml").safe_load(block.text)
     elif "arms" in _toml(block.text):
-        from vadiff.ablation.grid import read_grid
+        from vadiff.trainer.ablation.grid import read_grid
 
         (tmp_path / "grid.toml").write_text(block.text)
         assert read_grid(tmp_path / "grid.toml").runs(tmp_path)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vadiff.data import normalised
-from vadiff.data.digits import SIGMA_DATA, digits
 from vadiff.models import Denoiser, EDM2UNet, normalize_weights
 from vadiff.models.magnitude_preserving import (
     CosineAttention,
@@ -26,6 +24,8 @@ from vadiff.models.magnitude_preserving import (
     normalized,
     pixel_norm,
 )
+from vadiff.pixels import normalised
+from vadiff.trainer.data.digits import SIGMA_DATA, digits
 
 
 def double(*shape: int) -> Tensor:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vadiff.trainer.training.assembly import build_denoiser, load_images
+from vadiff.trainer.training.held_out import held_out_loss_of_run
 from vadiff.training import HeldOutLoss
-from vadiff.training.assembly import build_denoiser, load_images
-from vadiff.training.held_out import held_out_loss_of_run
 
 
 def job(network: str = "edm2", rate: float = 0.04, seed: int = 0) -> edm2.Job:

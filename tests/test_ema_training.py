@@ -15,17 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from vadiff import ema
-from vadiff.cli import main
 from vadiff.errors import CheckpointError
-from vadiff.evaluation import image_metrics
-from vadiff.generation import default_generation, generate, with_settings
-from vadiff.pictures import PictureWriter
-from vadiff.report.ema_sweep import sweep_figure
-from vadiff.report.magnitudes import magnitudes_figure, rms_over_training
+from vadiff.sampling.generation import default_generation, generate, with_settings
+from vadiff.trainer.cli import main
+from vadiff.trainer.evaluation import image_metrics
+from vadiff.trainer.pictures import PictureWriter
+from vadiff.trainer.report.ema_sweep import sweep_figure
+from vadiff.trainer.report.magnitudes import magnitudes_figure, rms_over_training
+from vadiff.trainer.training.assembly import build_denoiser
+from vadiff.trainer.training.averages import SNAPSHOTS
+from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.post_hoc import write_averages
 from vadiff.training import PRESETS, HeldOutLoss, Stopped, TrainConfig, edm_objective, open_run, train
-from vadiff.training.assembly import build_denoiser
-from vadiff.training.checkpoint import load_checkpoint
-from vadiff.training.post_hoc import SNAPSHOTS, write_averages
 
 CONFIG = TrainConfig(
     model="edm2", channels=(8, 16), sigma_rel=(0.05, 0.1), snapshot_every=2, snapshot_precision="fp32",

@@ -1,4 +1,4 @@
-"""vadiff.evaluation and `vadiff evaluate`: metrics through torch-fidelity, held-out loss and gradients per level."""
+"""vadiff.trainer.evaluation and `vadiff evaluate`: image metrics, held-out loss and gradients per level."""
 
 import csv
 import json
@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vadiff.cli import main
 from vadiff.errors import UserError
-from vadiff.evaluation import LevelGradients, image_metrics, level_gradients
-from vadiff.evaluation.fidelity import content_key, weights_key, within_reach
 from vadiff.models import Denoiser
-from vadiff.pictures import PictureWriter
-from vadiff.report.evaluate import _gradients, _gradients_rows
 from vadiff.statistics import LogSNRStatistics
+from vadiff.trainer.cli import main
+from vadiff.trainer.evaluation import LevelGradients, image_metrics, level_gradients
+from vadiff.trainer.evaluation.fidelity import content_key, weights_key, within_reach
+from vadiff.trainer.pictures import PictureWriter
+from vadiff.trainer.report.evaluate import _gradients, _gradients_rows
 from vadiff.training import held_out_loss, open_run
 
 

@@ -1,4 +1,4 @@
-"""vadiff.generation, vadiff.pictures and `vadiff sample`: images of a run, as files."""
+"""vadiff.sampling.generation, vadiff.trainer.pictures and `vadiff sample`: images of a run, as files."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vadiff.cli import main
 from vadiff.errors import RunError
-from vadiff.generation import Generation, default_generation, generate
-from vadiff.pictures import PictureWriter, read_pictures
 from vadiff.sampling import Churn
+from vadiff.sampling.generation import Generation, default_generation, generate
+from vadiff.trainer.cli import main
+from vadiff.trainer.pictures import PictureWriter, read_pictures
 from vadiff.training import Run, open_run
 
 QUICK = Generation(steps=3)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vadiff.cli import _parser
-from vadiff.cli.train import training_config
+from vadiff.trainer.cli import _parser
+from vadiff.trainer.cli.train import training_config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

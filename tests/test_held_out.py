@@ -1,4 +1,4 @@
-"""vadiff.training.held_out: the loss per noise level, on fixed noise."""
+"""vadiff.trainer.training.held_out: the loss per noise level, on fixed noise."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadiff.data.digits import SIGMA_DATA
 from vadiff.models import Denoiser
+from vadiff.trainer.data.digits import SIGMA_DATA
 from vadiff.training import held_out_loss
 
 

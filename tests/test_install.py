@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 NINJA = Path(sysconfig.get_path("scripts"), "ninja")  # the program of its package
 PROGRAM = """
 import torch, vadiff
-from vadiff.doctor import report
+from vadiff.trainer.doctor import report
 print(report())
 batch = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 8, 8), torch.randn(4)
 loss = vadiff.DiffusionLoss()(*batch)
@@ -225,7 +225,7 @@ def test_a_wheel_has_every_module_and_data_file_and_nothing_else(wheel: Path) ->
         found = {name for name in file.namelist() if ".dist-info/" not in name}
     wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("vadiff/**/*.py")}
     wanted |= {f"vadiff/{path.relative_to(ROOT)}" for path in ROOT.glob("triton_kernels/**/*.py")}
-    data = {"vadiff/py.typed", "vadiff/_native.pyi", "vadiff/report/page.html", "vadiff/_native_build.txt"}
+    data = {"vadiff/py.typed", "vadiff/_native.pyi", "vadiff/trainer/report/page.html", "vadiff/_native_build.txt"}
     assert found == wanted | data
 
 

@@ -1,4 +1,4 @@
-"""vadiff.training.optimal_curve: runs trained with what is made of the optimal loss."""
+"""vadiff.trainer.training.optimal_curve: runs trained with what is made of the optimal loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 import torch
 from test_training_resume import assert_same, outcome, stopping_at
 
-from vadiff.ablation import read_grid
-from vadiff.ablation.grid import GridError
-from vadiff.cli import main
 from vadiff.errors import RunError
-from vadiff.optimal_loss import GapLevels, GapWeighting, OptimalLoss
+from vadiff.levels import GapLevels
+from vadiff.optimal_loss import OptimalLoss
+from vadiff.trainer.ablation import read_grid
+from vadiff.trainer.ablation.grid import GridError
+from vadiff.trainer.cli import main
+from vadiff.trainer.training.assembly import build_criterion, build_levels, load_images
+from vadiff.trainer.training.optimal_curve import CURVE_FILE, estimate_curve
 from vadiff.training import Stopped, TrainConfig, open_run, train
-from vadiff.training.assembly import build_criterion, build_levels, load_images
-from vadiff.training.optimal_curve import CURVE_FILE, estimate_curve
-from vadiff.weighting import InverseOptimalLoss, MinSNR
+from vadiff.weighting import GapWeighting, InverseOptimalLoss, MinSNR
 
 pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")

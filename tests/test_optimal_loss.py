@@ -15,17 +15,16 @@ from torch import Tensor
 
 import vadiff
 from vadiff import process
-from vadiff.levels import LogNormal, uniforms
+from vadiff.levels import GapLevels, LogNormal, uniforms
 from vadiff.optimal_loss import (
     Estimate,
-    GapLevels,
-    GapWeighting,
     OptimalLoss,
     estimate,
     estimate_until,
     fit_scaling_law,
     model_gap,
 )
+from vadiff.weighting import GapWeighting
 
 INF = math.inf
 SIGMAS = (0.3, 0.5, 0.8)  # where the posterior of the digits is over few of them
@@ -514,6 +513,12 @@ def test_bad_arguments_of_the_rest_are_named(make, message):
 def test_other_types_are_named(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_names_that_moved_are_found_where_they_were() -> None:
+    assert vadiff.optimal_loss.GapLevels is GapLevels
+    assert vadiff.optimal_loss.GapWeighting is GapWeighting
+    assert not hasattr(vadiff.optimal_loss, "Gap")
 
 
 @pytest.mark.parametrize("make", [GapWeighting, vadiff.weighting.InverseOptimalLoss])

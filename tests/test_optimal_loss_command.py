@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vadiff.cli import main
-from vadiff.data import load_digits
 from vadiff.optimal_loss import OptimalLoss, estimate_until
+from vadiff.trainer.cli import main
+from vadiff.trainer.data import load_digits
 from vadiff.training import TrainConfig, train
 
 pytest.importorskip("sklearn")

@@ -1,4 +1,4 @@
-"""vadiff.report and `vadiff report`: runs as groups, the charts, and the page as a browser sees it."""
+"""vadiff.trainer.report and `vadiff report`: runs as groups, the charts, and the page as a browser sees it."""
 
 import json
 import re
@@ -12,10 +12,10 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from vadiff.cli import main
 from vadiff.errors import RunError
-from vadiff.report import Group, charts, group_runs, held_out_charts, overview, page, read_history, write_report
-from vadiff.report.style import line
+from vadiff.trainer.cli import main
+from vadiff.trainer.report import Group, charts, group_runs, held_out_charts, overview, page, read_history, write_report
+from vadiff.trainer.report.style import line
 from vadiff.training import open_run
 
 

@@ -1,4 +1,4 @@
-"""vadiff.report.gap: what `vadiff evaluate --gap` prints and writes, and the report shows."""
+"""vadiff.trainer.report.gap: what `vadiff evaluate --gap` prints and writes, and the report shows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from vadiff.cli import main
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.process import loss_ratio
-from vadiff.report.page import sections_of
-from vadiff.report.runs import group_runs, read_history
+from vadiff.trainer.cli import main
+from vadiff.trainer.report.page import sections_of
+from vadiff.trainer.report.runs import group_runs, read_history
+from vadiff.trainer.training.optimal_curve import estimate_curve
+from vadiff.trainer.training.run_gap import gap_of_run
 from vadiff.training import open_run
-from vadiff.training.optimal_curve import estimate_curve
-from vadiff.training.run_gap import gap_of_run
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -32,7 +32,7 @@ def test_gap_of_a_run_is_evaluated_and_reported(
         curves.append(estimate_curve(*arguments, **{**options, "limit": 512}))
         return curves[0]
 
-    monkeypatch.setattr("vadiff.report.evaluate.estimate_curve", roughly)
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.estimate_curve", roughly)
     nothing_else = ["--metrics", "--no-held-out", "--devices", "cpu"]
     assert main(["evaluate", str(tmp_path / "run"), *nothing_else, "--gap", "--gap-images", "40"]) == 0
     printed = capsys.readouterr().out

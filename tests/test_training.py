@@ -1,23 +1,36 @@
 """vadiff.training: paired seeds, what a step does, what is logged and saved, held-out loss."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import usable
 from PIL import Image
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import vadiff
-from vadiff.data.digits import SIGMA_DATA
 from vadiff.errors import DataError, RunError, TrainingError
 from vadiff.extras import MissingExtraError
 from vadiff.models import Denoiser
 from vadiff.process import edm_preconditioning
+from vadiff.trainer.data import Images
+from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.batches import Batch, Batches
+from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.distributed import Ranks
+from vadiff.trainer.training.metrics import MetricsLog
+from vadiff.trainer.training.optimisation import learning_rate_at
+from vadiff.trainer.training.streams import ShuffledIndices, Streams
 from vadiff.training import (
+    PRESETS,
     Objective,
     TrainConfig,
     TrainedRun,
@@ -26,9 +39,6 @@ from vadiff.training import (
     open_run,
     train,
 )
-from vadiff.training.metrics import MetricsLog
-from vadiff.training.optimisation import learning_rate_at
-from vadiff.training.streams import ShuffledIndices
 
 TINY = TrainConfig(
     steps=5, batch_size=8, channels=(8, 16), log_every=2, held_out_images=20, held_out_levels=3, tensorboard=False,
@@ -271,6 +281,47 @@ def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
     assert torch.isfinite(last).all()
 
 
+def huber_of_torch(criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
+    """Infinite for an infinite output, with a finite gradient."""
+    return torch.nn.functional.huber_loss(output.float(), x0)
+
+
+def huber_of_vadiff(criterion: vadiff.DiffusionLoss, *rest: Any) -> Tensor:
+    criterion.loss = "huber"
+    return edm_objective(criterion, *rest)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("objective", [edm_objective, huber_of_vadiff, huber_of_torch])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_step_with_a_non_finite_prediction_is_left_out(
+    tmp_path: Path, value: float, objective: Objective, precision: str
+) -> None:
+    """With a gradient scaler (fp16) and without. One number of one part of the batch is not finite, in two steps."""
+    calls = 0
+
+    def poisoned(criterion: vadiff.DiffusionLoss, output: Tensor, *rest: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in (4, 5):
+            output = output.clone()
+            output[0, 0, 0, 0] = value
+        return objective(criterion, output, *rest)
+
+    config = dataclasses.replace(
+        TINY, steps=3, log_every=1, ema_decay=0.0, checkpoint_every=1, accumulate=2, precision=precision
+    )
+    lines = train(config, poisoned, out=tmp_path, progress=False).metrics
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2]
+    run = open_run(tmp_path)
+    first, last = parameters(run.denoiser("raw", step=1)), parameters(run.denoiser("raw", step=3))
+    assert torch.equal(first, last)
+    assert last.isfinite().all()
+    if precision == "fp16":
+        scales = [load_checkpoint(tmp_path, step)["scaler"]["scale"] for step in (1, 3)]
+        assert scales[1] == scales[0] / 4
+
+
 def test_too_many_non_finite_steps_in_a_row_end_the_run() -> None:
     config = dataclasses.replace(TINY, max_skipped_steps=3, log_every=1)
     calls = 0
@@ -295,6 +346,72 @@ def test_accumulation_changes_neither_the_data_nor_the_result(recorded) -> None:
             assert torch.equal(torch.cat([part[index] for part in parts]), steps[step][index])
     assert torch.allclose(parameters(whole.denoiser), parameters(parted.denoiser), atol=2e-3)
     assert parted.metrics[-1]["loss"] == pytest.approx(whole.metrics[-1]["loss"], rel=1e-4)
+
+
+def copies_of(shape: torch.Size, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a call returns, and how many tensors of a shape are copied or converted in it, by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        result = call()
+    copies = [event for event in recorded.events() if event.name == "aten::copy_"]
+    return result, sum(event.input_shapes[:1] == [list(shape)] for event in copies)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_criterion_copies_neither_images_nor_noise(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """diffusers' U-Net returns channels_last, in which the trainer makes its batches from the second step on."""
+    usable("native")
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    images = Images(pixels, None, pixels[:2], None, held_out_is_test=False)
+    monkeypatch.setattr("vadiff.trainer.training.loop.load_images", lambda config: images)
+    preset = dataclasses.replace(
+        PRESETS["cifar10-mini"], steps=3, batch_size=4, channels=(32, 32, 32), precision=precision, device="cpu",
+        backend="native", tensorboard=False, held_out_images=2, held_out_levels=2,
+    )  # fmt: skip
+    assert preset.model == "unet"
+    handed: list[tuple[Tensor, ...]] = []
+    copies: list[int] = []
+
+    def objective(criterion: vadiff.DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, *rest: Any) -> Tensor:
+        handed.append((output, x0, eps))
+        call = functools.partial(edm_objective, copy.deepcopy(criterion), output)
+        _, of_others = copies_of(output.shape, lambda: call(x0.contiguous(), eps, *rest))
+        assert of_others > 0, "this would not be seen"
+        loss, found = copies_of(output.shape, lambda: edm_objective(criterion, output, x0, eps, *rest))
+        copies.append(found)
+        return loss
+
+    made: list[Batch] = []
+    at = Batches.at
+
+    def recording(self: Batches, step: int) -> list[Batch]:
+        made.extend(batches := at(self, step))
+        return batches
+
+    monkeypatch.setattr(Batches, "at", recording)
+    train(preset, objective, progress=False)
+    assert handed[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert not handed[0][0].is_contiguous()
+    assert all(output.stride() == x0.stride() == eps.stride() for output, x0, eps in handed)
+    assert copies == [0, 0, 0]
+    assert [batch.eps is eps for batch, (_, _, eps) in zip(made, handed, strict=True)] == [False, True, True]
+    assert [batch.x0 is x0 for batch, (_, x0, _) in zip(made, handed, strict=True)] == [False, True, True]
+
+
+def test_memory_format_changes_neither_images_nor_noise() -> None:
+    pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, None, pixels[:2], None, held_out_is_test=False)
+    config = dataclasses.replace(TINY, flips=True, accumulate=2)
+    device = torch.device("cpu")
+    batches = Batches(config, images, vadiff.levels.LogNormal(), Streams(0, 0, device), device, Ranks())
+    plain = batches.at(3)
+    batches.memory_format = torch.channels_last
+    for one, other in zip(plain, batches.at(3), strict=True):
+        assert one.x0.is_contiguous()
+        assert one.eps.is_contiguous()
+        assert other.x0.stride() == other.eps.stride() == (192, 1, 24, 3)
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.eps, other.eps)
+        assert torch.equal(one.sigma, other.sigma)
 
 
 def test_clipping_bounds_the_step_and_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""vadiff.training.config: what fits, what does not, and what becomes of it."""
+"""vadiff.trainer.config: what fits, what does not, and what becomes of it."""
 
 import dataclasses
 import math
@@ -9,9 +9,9 @@ import torch
 
 import vadiff
 from vadiff.errors import RunError
+from vadiff.trainer.training.assembly import build_criterion, build_denoiser, build_levels
+from vadiff.trainer.training.optimisation import learning_rate_at
 from vadiff.training import PRESETS, TrainConfig
-from vadiff.training.assembly import build_criterion, build_denoiser, build_levels
-from vadiff.training.optimisation import learning_rate_at
 
 TINY = TrainConfig(steps=5, batch_size=8, channels=(8, 16), device="cpu", backend="reference")
 

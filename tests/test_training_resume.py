@@ -21,8 +21,9 @@ from torch import Tensor
 from vadiff.ema import reconstruct
 from vadiff.errors import CheckpointError, RunError, TrainingError
 from vadiff.optimal_loss import OptimalLoss
-from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, run_folder, train
-from vadiff.training.checkpoint import load_checkpoint, save_checkpoint
+from vadiff.trainer.training import run_folder
+from vadiff.trainer.training.checkpoint import load_checkpoint, save_checkpoint
+from vadiff.training import Objective, Stopped, TrainConfig, edm_objective, open_run, train
 
 CONFIG = TrainConfig(
     steps=6, batch_size=64, channels=(8, 16), log_every=2, checkpoint_every=2, held_out_images=20, held_out_levels=3,
@@ -187,7 +188,7 @@ def test_stopped_where_a_checkpoint_was_due_it_is_written_once(tmp_path: Path, m
         saved.append(step)
         save_checkpoint(run, step, *rest)
 
-    monkeypatch.setattr("vadiff.training.loop.save_checkpoint", save)
+    monkeypatch.setattr("vadiff.trainer.training.loop.save_checkpoint", save)
     with pytest.raises(Stopped):
         train(CONFIG, stopping_at(4), out=tmp_path, progress=False)
     assert saved == [2, 4]
@@ -304,7 +305,27 @@ def rank_main(rank: int, folder: str) -> None:
             train(config, objective, out=out / name / "parted", progress=False)
         assert stopped.value.exit_code == 143
         train(config, out=out / name / "parted", resume=True, progress=False)
+    for poisoned in (False, True):
+        config = dataclasses.replace(CONFIG, steps=3, ema_decay=0.0, log_every=1)
+        trained = train(config, infinite_loss_of_steps_2_and_3(poisoned and rank == 1), progress=False)
+        found = {"denoiser": trained.denoiser.state_dict(), "metrics": trained.metrics}
+        torch.save(found, out / f"poisoned {poisoned}, rank {rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def infinite_loss_of_steps_2_and_3(poisoned: bool) -> Objective:
+    """Huber's loss; where `poisoned`, of an infinite output after the first step: its gradient is finite."""
+    calls = 0
+
+    def objective(criterion: Any, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if poisoned and calls > 1:
+            output = output.clone()
+            output[0, 0, 0, 0] = math.inf
+        return torch.nn.functional.huber_loss(output.float(), x0)
+
+    return objective
 
 
 @pytest.fixture(scope="module")
@@ -357,3 +378,20 @@ def test_learned_weighting_is_trained_alike_on_one_rank_and_two(two_ranks: Path,
     learned, as_learned = (torch.tensor(lines[-1]["weights"]).log() for lines in (one, two))
     assert learned.abs().max() > 0.005
     assert (learned - as_learned).abs().max() < 0.02 * learned.abs().max()
+
+
+def test_step_with_an_infinite_loss_on_one_rank_is_left_out_on_both(two_ranks: Path, tmp_path: Path) -> None:
+    found = {
+        (poisoned, rank): torch.load(two_ranks / f"poisoned {poisoned}, rank {rank}.pt")
+        for poisoned in (False, True)
+        for rank in (0, 1)
+    }
+    assert [line["skipped_steps"] for line in found[False, 0]["metrics"]] == [0, 0, 0]
+    assert [line["skipped_steps"] for line in found[True, 0]["metrics"]] == [0, 1, 2]
+    assert_same(found[True, 0]["denoiser"], found[True, 1]["denoiser"])
+    # That is, what they were after the first step: a run of one step on one rank ends with the same, to rounding.
+    first = dataclasses.replace(CONFIG, steps=1, ema_decay=0.0)
+    alone = train(first, infinite_loss_of_steps_2_and_3(False), progress=False).denoiser.state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(found[True, 0]["denoiser"][name], value, rtol=1e-3, atol=1e-5)
+    assert any(not torch.equal(value, found[False, 0]["denoiser"][name]) for name, value in alone.items())

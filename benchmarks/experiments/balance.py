@@ -27,12 +27,12 @@ from results import write_results
 from torch import Tensor
 
 import vadiff
-from vadiff.data import load_digits
-from vadiff.data.digits import SIGMA_DATA
 from vadiff.process import coefficients, loss_ratio
 from vadiff.reference import bin_index
+from vadiff.trainer.data import load_digits
+from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.objective import edm_objective
 from vadiff.training import TrainConfig, train
-from vadiff.training.objective import edm_objective
 
 HALF_LIFE, BATCH, MIN_COUNT = 256.0, 512, 500
 P_MEAN, P_STD = -1.2, 1.2  # ln sigma of the objective's level sampler

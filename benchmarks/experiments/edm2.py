@@ -31,14 +31,14 @@ from edm2_figures import curves_figure, held_out_figure, rates_figure, save
 from matplotlib.figure import Figure
 from results import RESULTS, write_results
 
-from vadiff.ablation.collect import interval
-from vadiff.data import Images
-from vadiff.report.ema_sweep import sweep_figure, sweep_scores
-from vadiff.report.magnitudes import magnitudes_figure
+from vadiff.trainer.ablation.collect import interval
+from vadiff.trainer.data import Images
+from vadiff.trainer.report.ema_sweep import sweep_figure, sweep_scores
+from vadiff.trainer.report.magnitudes import magnitudes_figure
+from vadiff.trainer.training.assembly import load_images
+from vadiff.trainer.training.held_out import held_out_loss_of_run
+from vadiff.trainer.training.post_hoc import write_averages
 from vadiff.training import PRESETS, HeldOutLoss, Run, TrainConfig, open_run, train
-from vadiff.training.assembly import load_images
-from vadiff.training.held_out import held_out_loss_of_run
-from vadiff.training.post_hoc import write_averages
 
 NETWORKS = {"classic": "digits", "edm2": "digits-edm2"}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the preset's learning rate

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vadiff.trainer.training.metrics import stacked
 from vadiff.training import HeldOutLoss
-from vadiff.training.metrics import stacked
 
 COLORS = {"classic": "#0072B2", "edm2": "#D55E00"}
 LABELS = {"classic": "classic U-Net", "edm2": "EDM2, config G"}

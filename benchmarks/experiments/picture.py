@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 
 import vadiff
-from vadiff.data import load_digits
+from vadiff.trainer.data import load_digits
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BINS, RANGE = 24, (-10.5, 9.5)  # of a schedule of a thousand linear betas

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from waits import waits_are_errors
 
+from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.distributed import Ranks
+from vadiff.trainer.training.loop import _Trainer
 from vadiff.training import Stopped, TrainConfig, edm_objective, train
-from vadiff.training.checkpoint import load_checkpoint
-from vadiff.training.distributed import Ranks
-from vadiff.training.loop import _Trainer
 
 # EDM2's network, as it needs nothing; unet needs diffusers.
 CONFIG = TrainConfig(

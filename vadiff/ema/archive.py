@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-
-_PARTIAL = ".partial-"
+from ..files import replacing
 
 
 def write_archive(path: Path, content: Mapping[str, Any]) -> None:
@@ -22,16 +20,10 @@ def write_archive(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written, as on a full disk; what stood there stays.
     """
-    partial = path.with_name(_PARTIAL + path.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path, durable=True) as partial, partial.open("wb") as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written: {error}. What was there before stays") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime
+from .gap import GapLevels
 from .sampler import LevelSampler, NoiseLevels, uniforms
 from .table import Table
 
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptiveLevels",
     "Cauchy",
     "CosMap",
+    "GapLevels",
     "Laplace",
     "LevelSampler",
     "LogNormal",

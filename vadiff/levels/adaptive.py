@@ -11,7 +11,6 @@ from torch import Tensor
 from ..loss import DiffusionLoss
 from ..ops.problem import TableRule
 from ..ops.reference import moments_of, weight_table
-from ..weighting import FixedWeighting, LossZScore
 from .fixed import LogNormal, LogUniform
 from .sampler import LevelSampler, require_number
 from .table import Table
@@ -102,7 +101,7 @@ class _StatisticLevels(AdaptiveLevels):
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
         weighting = criterion.weighting
-        if isinstance(weighting, LossZScore) or (isinstance(weighting, FixedWeighting) and not weighting.pointwise):
+        if not weighting.pointwise:
             raise ValueError(
                 f"the criterion's weighting is {weighting}, expected one whose weight depends on log-SNR alone, which "
                 f"{type(self).__name__} multiplies with the loss: give it a center, or use another"

@@ -1,9 +1,11 @@
-"""The lowest loss any network can have: its estimation, a model's gap to it, and the schedule made of both."""
+"""The lowest loss any network can have: its estimation, and a model's gap to it."""
+
+from typing import Any
 
 from .conditional import estimate_given_class
 from .curve import ConvertedLoss, OptimalLoss
 from .estimators import Estimate, estimate, estimate_until
-from .gap import GapLevels, GapWeighting, ModelGap, model_gap
+from .gap import ModelGap, model_gap
 from .posterior import ESTIMATORS
 from .scaling import ScalingLaw, fit_scaling_law
 
@@ -11,8 +13,6 @@ __all__ = [
     "ESTIMATORS",
     "ConvertedLoss",
     "Estimate",
-    "GapLevels",
-    "GapWeighting",
     "ModelGap",
     "OptimalLoss",
     "ScalingLaw",
@@ -22,3 +22,16 @@ __all__ = [
     "fit_scaling_law",
     "model_gap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`GapLevels` and `GapWeighting`, which had their place here in version 0.1.
+
+    They are in `vadiff.levels` and `vadiff.weighting`. This is the one place where an import goes up.
+    """
+    from .. import levels, weighting
+
+    moved = {"GapLevels": levels, "GapWeighting": weighting}
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(moved[name], name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from ..process import EDM, NoiseProcess, loss_ratio
 
 # Below this share of the total variance J* is float32 rounding; interpolation in logs needs a positive number.
@@ -128,14 +128,10 @@ class OptimalLoss:
 
     def save(self, path: str | Path) -> None:
         """Write the curve as CSV, one line per level. Replaces the file in one step."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".tmp")
-        with draft.open("w", newline="") as file:
+        with replacing(Path(path)) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
             writer.writerows(self.as_rows())
-        os.replace(draft, path)
 
     @classmethod
     def load(cls, path: str | Path) -> OptimalLoss:

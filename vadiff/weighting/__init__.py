@@ -14,7 +14,6 @@ from .fixed import (
     CosMap,
     Debiased,
     FixedWeighting,
-    InverseOptimalLoss,
     MinSNR,
     MonotonicEDM,
     SigmaSqrt,
@@ -24,6 +23,7 @@ from .fixed import (
     TruncatedSNR,
 )
 from .learned import LearnedUncertainty
+from .optimal import GapWeighting, InverseOptimalLoss
 from .table import WeightTable
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "CosMap",
     "Debiased",
     "FixedWeighting",
+    "GapWeighting",
     "Gaussian",
     "InverseOptimalLoss",
     "LearnedUncertainty",
@@ -83,7 +84,7 @@ _BY_NAME: dict[str, type[Weighting]] = {
 def available() -> tuple[str, ...]:
     """Names that `DiffusionLoss(weighting=...)` accepts in place of an object, sorted.
 
-    `InverseOptimalLoss` and `vadiff.optimal_loss.GapWeighting` need a data set's optimal loss and have none.
+    `InverseOptimalLoss` and `GapWeighting` need a data set's optimal loss and have none.
     """
     return tuple(sorted(_BY_NAME))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from .._validation import check_log_snr, is_number
 from ..ops.problem import Bins
 from ..process import PREDICTION_TYPES, loss_ratio
 from .base import Weighting
-
-if TYPE_CHECKING:
-    from ..optimal_loss import OptimalLoss
 
 MAX_WEIGHT = 1e6  # the EDM weight of sigma = 0.001
 
@@ -353,40 +350,6 @@ class CosMap(_SD3Weighting):
     def _log_weight(self, log_snr: Tensor) -> Tensor:
         t = (-0.5 * log_snr).sigmoid()
         return math.log(2.0 / math.pi) - (1.0 - 2.0 * t + 2.0 * t.square()).log()
-
-
-@dataclass(frozen=True)
-class InverseOptimalLoss(SNRWeighting):
-    """min(D/J*, cap) on the x0 loss, J*/D the lowest loss per element that any network can have (arXiv 2506.13763).
-
-    A model at its optimum then has loss 1 at every noise level: what EDM2's learned weighting and `LossLevel` tend to
-    as the gap closes.
-
-    Args:
-        optimal: the data set's J*, from `vadiff.optimal_loss.estimate`.
-        cap: bound of the weight of the x0 loss, for J* goes to 0 with the noise.
-        prediction_type, sigma_data, max_weight: see `SNRWeighting`.
-
-    Raises:
-        TypeError: `optimal` is no `vadiff.optimal_loss.OptimalLoss`.
-        ValueError: an argument out of bounds.
-    """
-
-    optimal: OptimalLoss
-    cap: float = 1e3
-    prediction_type: str = "edm"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
-
-    _positive: ClassVar[tuple[str, ...]] = ("cap",)
-
-    def __post_init__(self) -> None:
-        if not hasattr(self.optimal, "log_loss_at"):  # by what it does: importing its class would be a circle
-            raise TypeError(f"optimal is a {type(self.optimal).__name__}, expected a vadiff.optimal_loss.OptimalLoss")
-        super().__post_init__()
-
-    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
-        return (-self.optimal.log_loss_at(log_snr)).clamp(max=math.log(self.cap))
 
 
 def _log_add(log_snr: Tensor, log_constant: float) -> Tensor:

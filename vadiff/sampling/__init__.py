@@ -1,0 +1,7 @@
+"""Drawing samples from a trained denoiser: solvers, the steps they take, and many images over several devices."""
+
+from .generation import draw
+from .solvers import euler, heun
+from .steps import Churn, flow_times, noise_levels
+
+__all__ = ["Churn", "draw", "euler", "flow_times", "heun", "noise_levels"]

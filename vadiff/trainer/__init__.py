@@ -1,0 +1,1 @@
+"""vadiff's own trainer: config, data, training, evaluation, ablation, report and command line."""

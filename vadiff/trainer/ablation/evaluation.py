@@ -1,0 +1,120 @@
+"""How the images of every run of a grid are compared with real ones: the table [evaluate] of the experiment's file.
+
+[evaluate]                   # what `vadiff ablate --evaluate` does with each run that is done; these are the defaults
+metrics = ["fid", "kid"]     # of fid, kid, isc, prc
+layer = "2048"               # of the Inception network
+images = 5000                # drawn from the same seeds for every run
+first_seed = 0
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import RunError
+from ..evaluation.fidelity import LAYERS, METRICS
+
+_FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # of each metric
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, and on which images.
+
+    Raises:
+        ValueError: a setting that does not fit.
+    """
+
+    metrics: tuple[str, ...] = ("fid", "kid")
+    layer: str = "2048"
+    images: int = 5000
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.metrics or set(self.metrics) - set(METRICS):
+            raise ValueError(f"metrics is {list(self.metrics)}, expected some of {', '.join(METRICS)}")
+        if self.layer not in LAYERS:
+            raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
+        for name, least in (("images", 5), ("first_seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}, expected a whole number from {least}")
+
+    @classmethod
+    def from_table(cls, table: Any) -> "Evaluation":
+        """From what stands in the file.
+
+        Raises:
+            ValueError: an unknown or unfitting setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(table, Mapping) or set(table) - set(names):
+            raise ValueError(f"evaluate is {table!r}, expected only {', '.join(names)}")
+        metrics = table.get("metrics", list(cls.metrics))
+        if not isinstance(metrics, list):
+            raise ValueError(f"metrics is {metrics!r}, expected a list of {', '.join(METRICS)}")
+        return cls(**{**table, "metrics": tuple(metrics)})
+
+    def arguments(self) -> list[str]:
+        """Those of `vadiff evaluate RUN`."""
+        return [
+            "--metrics", *self.metrics, "--layer", self.layer, "--images", str(self.images),
+            "--first-seed", str(self.first_seed), "--no-held-out",
+        ]  # fmt: skip
+
+    def was_done(self, run: Path, step: int, inception_weights: str) -> bool:
+        """Whether `vadiff evaluate` left just this in a run.
+
+        Args:
+            run: its folder.
+            step: of the checkpoint.
+            inception_weights: what `weights_key` makes of the weights file.
+        """
+        found = settings_of(run, step)
+        if found is None:
+            return False
+        wanted = {
+            "layer": self.layer,
+            "images": self.images,
+            "first_seed": self.first_seed,
+            "inception_weights": inception_weights,
+            "generation.weights": "ema",
+        }
+        measured = json.loads(_file(run, step).read_text())["metrics"]
+        names = {_FIRST_VALUE[name] for name in self.metrics if name != "isc"}  # that the weights may not reach
+        return names <= {name.split("-")[0] for name in measured} and all(
+            found.get(name) == value for name, value in wanted.items()
+        )
+
+
+def settings_of(run: Path, step: int) -> dict[str, Any] | None:
+    """How `vadiff evaluate` measured a step of a run, by name; None where it did not.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    file = _file(run, step)
+    if not file.exists():
+        return None
+    try:
+        content = dict(json.loads(file.read_text()))
+        generation = {f"generation.{name}": value for name, value in content.pop("generation", {}).items()}
+        return {
+            name: value
+            for name, value in (content | generation).items()
+            if name not in ("step", "images_seen", "metrics")
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The name of a setting that two evaluations differ in; None where they are alike."""
+    return next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), None)
+
+
+def _file(run: Path, step: int) -> Path:
+    return run / "evaluation" / f"step-{step}" / "metrics.json"

@@ -1,0 +1,204 @@
+"""The loss of every arm per noise level, held out and above the optimal one, averaged over seeds.
+
+All in EDM's unit, λ(σ)·mean((D - x0)²), in which levels can be told apart on one scale. The gap is that of training
+images, averaged weights, eval mode; the held-out loss has no optimal loss to subtract.
+"""
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...extras import import_extra
+from ...optimal_loss import OptimalLoss
+from ...process import loss_ratio
+from ..data import Images
+from ..training.assembly import load_images
+from ..training.held_out import held_out_log_snr
+from ..training.metrics import stacked
+from ..training.optimal_curve import estimate_curve
+from ..training.run import Run, open_run
+from ..training.run_gap import gap_of_run
+from .collect import Interval, interval
+from .grid import Grid, GridError
+from .output import arm_style, plain_axes
+
+_COLUMNS = ("arm", "sigma", "log_snr", "seeds", "held_out", "held_out_low", "held_out_high", "training", "optimal",
+            "optimal_stderr", "gap", "gap_low", "gap_high")  # fmt: skip
+
+
+class LevelGap(NamedTuple):
+    """One arm at one noise level, in EDM's unit."""
+
+    sigma: float
+    held_out: Interval
+    training: float  # on images trained on, mean over seeds
+    optimal: float  # J*/D
+    optimal_stderr: float
+    gap: Interval  # training - optimal. The interval is over seeds; the error of J* is the same for all of them
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The arms of a grid, level by level."""
+
+    name: str
+    seeds: tuple[int, ...]
+    arms: dict[str, tuple[LevelGap, ...]]
+
+    def as_text(self) -> str:
+        """Two tables for people, arms by noise levels, without a newline at the end."""
+        width = max(len(arm) for arm in self.arms)
+        sigmas = [level.sigma for level in next(iter(self.arms.values()))]
+        header = f"{'arm':<{width}}" + "".join(f"  σ {sigma:<7.3g}" for sigma in sigmas) + f"  {'mean':>9}"
+        lines = [f"{self.name}: EDM's loss per noise level, mean over seeds"]
+        for title, value in (
+            ("Held-out images", lambda level: level.held_out.mean),
+            ("Gap to the optimal loss on training images", lambda level: level.gap.mean),
+        ):
+            lines += ["", title, header]
+            for arm, levels in self.arms.items():
+                values = [value(level) for level in levels]
+                lines.append(
+                    f"{arm:<{width}}" + "".join(f"  {number:9.5f}" for number in [*values, sum(values) / len(values)])
+                )
+        return "\n".join(lines)
+
+    def as_csv(self) -> str:
+        """One line per arm and noise level."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for arm, levels in self.arms.items():
+            for level in levels:
+                numbers = (
+                    level.sigma, -2.0 * math.log(level.sigma), level.held_out.number, *level.held_out[:3],
+                    level.training, level.optimal, level.optimal_stderr, *level.gap[:3],
+                )  # fmt: skip
+                writer.writerow([arm, *("" if math.isnan(number) else f"{number:.8g}" for number in numbers)])
+        return text.getvalue()
+
+    def figure(self) -> Any:
+        """Left: held-out loss over noise levels. Right: the gap. A `matplotlib.figure.Figure`."""
+        figure = import_extra("matplotlib.figure", "report").Figure(figsize=(15, 7), dpi=100, facecolor="white")
+        panels = figure.subplots(1, 2)
+        figure.subplots_adjust(left=0.06, right=0.84, top=0.82, bottom=0.1, wspace=0.15)
+        for row, (arm, levels) in enumerate(self.arms.items()):
+            sigmas = [level.sigma for level in levels]
+            for panel, values in zip(
+                panels, ([level.held_out for level in levels], [level.gap for level in levels]), strict=True
+            ):
+                style = arm_style(row)
+                panel.plot(sigmas, [value.mean for value in values], label=arm, markersize=5, **style)
+                panel.fill_between(
+                    sigmas, [value.low for value in values], [value.high for value in values],
+                    color=style["color"], alpha=0.12, linewidth=0,
+                )  # fmt: skip
+        panels[0].set_title("Held-out loss.\nBand: 95 % interval over seeds.", loc="left")
+        panels[1].set_title(
+            "Gap: loss on training images − optimal loss.\nWhat training could still win there.", loc="left"
+        )
+        panels[1].axhline(0.0, color="black", linewidth=1)
+        for panel in panels:
+            panel.set_xscale("log")
+            panel.set_xlabel("noise level σ      ← less noise · more noise →")
+            plain_axes(panel)
+        panels[0].set_ylabel("λ(σ) · mean squared error of D")
+        panels[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
+        figure.suptitle(f"{self.name}: {len(self.seeds)} seeds", x=0.02, ha="left", fontsize=16, weight="bold")
+        return figure
+
+
+def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = True) -> Gaps:
+    """Measure the runs of a grid that are done, at the noise levels of their held-out loss.
+
+    J* of each data set is estimated first, to 1 % or 1e-4 of the total variance: some seconds on digits.
+
+    Args:
+        grid: the experiment, of whose runs one at least is done.
+        out: its folder.
+        images: training images of each run that are measured on; the same ones, with the same noise.
+        progress: show progress bars where stderr is a terminal.
+
+    Raises:
+        UserError: no run is done, one was trained with other settings, or its checkpoint or the data set is missing or
+            corrupt.
+    """
+    done = [run for run in grid.runs(out) if run.is_done]
+    if not done:
+        raise GridError(f"no run in {out} is done, expected one at least: train them first")
+    for run in done:
+        run.check()
+    known: dict[tuple[object, ...], tuple[Images, OptimalLoss]] = {}
+    order = sorted(grid.arms, key=lambda arm: arm != grid.baseline)  # the baseline first, the others as they are
+    found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in order}
+    bar_type = import_extra("tqdm", "train").tqdm
+    for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
+        opened = open_run(run.path)
+        config = opened.config
+        device = run.config.torch_device()  # the grid's config says where data and device are on this machine
+        key = (
+            config.dataset, run.config.data, config.image_size, config.flips, config.class_conditional,
+            config.held_out_levels, config.held_out_sigma,
+        )  # fmt: skip
+        if key not in known:
+            data = load_images(run.config)
+            sigmas = (-0.5 * held_out_log_snr(config)).exp().tolist()
+            optimal = estimate_curve(config, data, device, sigmas=sigmas, relative=0.01, absolute=1e-4, limit=16384)
+            known[key] = (data, optimal)
+        data, optimal = known[key]
+        gap = gap_of_run(opened, optimal, images=data, number=images, device=device)
+        unit = loss_ratio("edm", -2.0 * gap.sigma.log(), sigma_data=config.sigma_data)
+        found[run.arm].append(
+            {
+                "sigma": gap.sigma,
+                "held_out": _held_out(opened),
+                "training": unit * gap.loss,
+                "optimal": unit * gap.optimal,
+                "optimal_stderr": unit * optimal.stderr / optimal.elements,
+                "gap": unit * gap.gap,
+            }
+        )
+    arms = {arm: _levels(seeds) for arm, seeds in found.items() if seeds}
+    return Gaps(grid.name, grid.seeds, arms)
+
+
+def write_gaps(gaps: Gaps, out: Path) -> None:
+    """Write gaps.csv, gaps.txt and gaps.png to a folder, which is made.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    picture = io.BytesIO()
+    gaps.figure().savefig(picture, format="png")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gaps.csv").write_text(gaps.as_csv())
+    (out / "gaps.txt").write_text(gaps.as_text() + "\n")
+    (out / "gaps.png").write_bytes(picture.getvalue())
+
+
+def _held_out(run: Run) -> Tensor:
+    """The held-out loss at the end, averaged weights, [L]."""
+    last = [entry for entry in run.metrics() if "held_out" in entry][-1]
+    return stacked([last], "held_out", "loss_ema")[0]
+
+
+def _levels(seeds: list[dict[str, Tensor]]) -> tuple[LevelGap, ...]:
+    """Over seeds, level by level."""
+    values = {name: torch.stack([seed[name] for seed in seeds]) for name in seeds[0]}  # [S, L]
+    return tuple(
+        LevelGap(
+            float(values["sigma"][0, level]),
+            interval(values["held_out"][:, level].tolist()),
+            float(values["training"][:, level].mean()),
+            float(values["optimal"][0, level]),
+            float(values["optimal_stderr"][0, level]),
+            interval(values["gap"][:, level].tolist()),
+        )
+        for level in range(values["sigma"].shape[1])
+    )

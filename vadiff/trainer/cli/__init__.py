@@ -1,0 +1,71 @@
+"""The command `vadiff`: one module per command, imported for its arguments; what is heavy is imported when it runs."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from ..._version import __version__
+from ...errors import UserError
+from ...extras import MissingExtraError
+from . import ablate, demo, doctor, ema, evaluate, optimal_loss, report, sample, train
+
+# Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
+COMMANDS = (train, ema, sample, evaluate, report, ablate, optimal_loss, demo, doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None reads them from the shell.
+
+    Returns:
+        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted, 141 when
+        nobody reads its output any more.
+
+    Raises:
+        SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except (MissingExtraError, UserError) as error:
+        print(f"vadiff: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("\nvadiff: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not `(default: None)`: where None is one, the help says what it means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vadiff",
+        description="Adaptive weighting of noise levels for diffusion and flow training.",
+        epilog="`vadiff COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"vadiff {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            formatter_class=_HelpFormatter,
+        )
+        subparser.set_defaults(run=command.run, parser=subparser)
+        command.add_arguments(subparser)
+    return parser

@@ -1,0 +1,92 @@
+"""`vadiff train`."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from ...ops import backends
+from ..config import TrainConfig
+from ..presets import ABOUT, PRESETS
+from .config_flags import add_config_flags, given_fields
+
+NAME = "train"
+HELP = "train a denoiser"
+DESCRIPTION = (
+    "Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/. "
+    "A flag that is not given has the value of the preset. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. "
+    "Exit status: 0 at the end of training, 1 for what can be mended (the message says how), 2 for flags that do not "
+    "fit, 143 after SIGTERM and 130 after SIGINT, with a checkpoint that --resume goes on from. Under torchrun the "
+    "status is torchrun's own: 1 for anything but 0, also after a signal, with a checkpoint all the same."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "; ".join(f"{name}: {ABOUT[name]}" for name in PRESETS)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS, help=about)
+    source.add_argument(
+        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="a config.yaml in place of a preset"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="run directory; runs/PRESET if not given"
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out from its latest checkpoint, if there is one"
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
+    add_config_flags(parser.add_argument_group("fields of the config"))
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..report import held_out_table
+    from ..training import Stopped, train
+
+    config, out = training_config(options), _out(options)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if main_rank:
+        print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
+    try:
+        trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
+    except Stopped as stop:
+        if main_rank:
+            options.parser.exit(stop.exit_code, f"vadiff: {stop}\n")
+        raise SystemExit(stop.exit_code) from None
+    except ValueError as error:
+        options.parser.error(str(error))
+    if main_rank:
+        print("\nEDM's loss on held-out images per noise level, averaged weights:")
+        print(held_out_table({config.weighting: trained.held_out}))
+
+
+def training_config(options: argparse.Namespace) -> TrainConfig:
+    """The preset, file or resumed run with the flags given; what does not fit ends the program as a usage error."""
+    out = _out(options)
+    if out.exists() and not out.is_dir():
+        options.parser.error(f"argument --out: {out} is a file, expected a folder")
+    saved = out / "config.yaml"
+    try:
+        if "preset" in options:
+            base = PRESETS[options.preset]
+        elif "config" in options:
+            base = TrainConfig.load(options.config)
+        elif options.resume and saved.is_file():
+            base = TrainConfig.load(saved)
+        else:
+            options.parser.error("one of the arguments --preset --config is required")
+        config = dataclasses.replace(base, **given_fields(options))
+        backends.select(config.backend, torch.empty(0, device=config.torch_device()))
+    except (ValueError, RuntimeError) as error:
+        options.parser.error(str(error))
+    return config
+
+
+def _out(options: argparse.Namespace) -> Path:
+    if "out" in options:
+        return Path(options.out)
+    return Path("runs") / getattr(options, "preset", "train")

@@ -1,0 +1,309 @@
+"""Everything a run can be told. Each field is a flag of `vadiff train`, with the help text that stands here."""
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import levels, weighting
+from ..ops import backends
+from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
+from ..errors import RunError
+from ..extras import import_extra
+from ..models import PROCESSES, check_attention, check_halvings
+
+TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
+GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss
+CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
+
+DATASETS = ("digits", "cifar10", "cifar100", "images")
+_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # and widths, in pixels; of "images" it is image_size
+MODELS = ("unet", "edm2")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+_BOUNDS: dict[str, Callable[[float, float], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
+def _setting(default: Any, text: str, **bounds: Any) -> Any:
+    """A field with its help text, and what is allowed: `choices`, `at_least`, `above`, `below`, `at_most`."""
+    return dataclasses.field(default=default, metadata={"help": text, **bounds})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the defaults are the preset `digits`. `vadiff train --help` explains every field.
+
+    Runs with the same seeds start from the same weights and see the same images, noise levels and noise.
+
+    Raises:
+        ValueError: a field out of bounds, of the wrong type, or not fitting another.
+    """
+
+    dataset: str = _setting("digits", "data set", choices=DATASETS)
+    data: str | None = _setting(
+        None,
+        "where the data set is: a folder, or the official tar.gz of CIFAR; without it CIFAR is downloaded",
+    )
+    image_size: int = _setting(32, "height and width of the pictures of dataset images", at_least=4)
+    flips: bool = _setting(False, "mirror every second training image")
+    sigma_data: float = _setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
+
+    process: str = _setting("edm", "what the network predicts: edm (EDM's F) or flow (velocity)", choices=PROCESSES)
+    weighting: str = _setting(
+        "variance_aware",
+        "of noise levels; table: as the run given by --table ended; gap, inverse_optimal_loss: see --optimal-loss",
+        choices="weightings",
+    )
+    weighting_options: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"help": "arguments of the weighting, as strength=0.5"}
+    )
+    levels: str = _setting(
+        "log_normal",
+        "how noise levels are drawn; table: by density times the weights of --table; gap: see --optimal-loss",
+        choices="levels",
+    )
+    levels_options: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={"help": "arguments of the level sampler, as floor=0.2"}
+    )
+    levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
+    p_mean: float = _setting(-1.2, "of log_normal levels, which others tilt: ln sigma ~ N(p_mean, p_std^2)")
+    p_std: float = _setting(1.2, "of log_normal levels", above=0)
+    stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
+    antithetic: bool = _setting(
+        False, "draw noise levels in mirrored pairs: the quantiles u and 1 - u of their distribution"
+    )
+    table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
+    optimal_loss: str | None = _setting(
+        None,
+        "CSV of `vadiff optimal-loss` with the training images' optimal loss, of which gap and inverse_optimal_loss "
+        "are made; without it, it is estimated before the first step",
+    )
+    bins: int = _setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
+    log_snr_range: tuple[float, float] = _setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
+    half_life: float = _setting(128.0, "of the statistics, in samples per bin on average", above=0)
+
+    model: str = _setting("unet", "network: unet (diffusers) or edm2 (EDM2's, config G)", choices=MODELS)
+    channels: tuple[int, ...] = _setting((32, 48), "width of each resolution, from the image's down", at_least=1)
+    layers_per_block: int = _setting(1, "residual blocks per resolution", at_least=1)
+    attention_resolutions: tuple[int, ...] = _setting((), "heights in pixels of the resolutions with self-attention")
+    norm_groups: int = _setting(8, "groups of group normalisation in unet; divides every width", at_least=1)
+    dropout: float = _setting(0.0, "in the residual blocks", at_least=0, below=1)
+    class_conditional: bool = _setting(False, "tell the network the class")
+    label_dropout: float = _setting(0.1, "share of labels withheld, for guidance", at_least=0, at_most=1)
+
+    steps: int = _setting(450, "optimiser steps", at_least=1)
+    batch_size: int = _setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
+    accumulate: int = _setting(1, "parts a batch is computed in, one after the other, to save memory", at_least=1)
+    optimizer: str = _setting("adam", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = _setting(8e-3, "reached after the warm-up", above=0, below=math.inf)
+    betas: tuple[float, float] = _setting((0.9, 0.99), "of the optimiser", at_least=0, below=1)
+    weight_decay: float = _setting(0.0, "of adamw", at_least=0, below=math.inf)
+    warmup: int = _setting(50, "steps of rising learning rate; 0 for none", at_least=0)
+    schedule: str = _setting(
+        "linear", "learning rate after the warm-up: linear and cosine fall to 0", choices=SCHEDULES
+    )
+    schedule_steps: int = _setting(1000, "of inverse_sqrt: steps after which the learning rate falls", at_least=1)
+    clip: float = _setting(math.inf, "largest norm of the gradient; inf for no clipping", above=0)
+    ema_decay: float = _setting(0.99, "of the running average of the weights", at_least=0, below=1)
+    sigma_rel: tuple[float, ...] = _setting(
+        (), "relative widths of power-function averages to keep, as 0.05 0.1, from which `vadiff ema` makes any other",
+        above=0, below=12**-0.5,
+    )  # fmt: skip
+    snapshot_every: int = _setting(100, "steps between two snapshots of them; there is one at the end too", at_least=1)
+    snapshot_precision: str = _setting("fp16", "of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
+    max_skipped_steps: int = _setting(25, "stop after so many non-finite steps in a row", at_least=1)
+
+    seed: int = _setting(0, "of the initial weights, and of all else unless data_seed is given", at_least=0)
+    data_seed: int | None = _setting(None, "of the order of images, the noise levels and the noise", at_least=0)
+    device: str = _setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    backend: str = _setting("auto", "which kernels compute the loss", choices=backends.BACKENDS)
+    precision: str = _setting("fp32", "of the network's arithmetic; weights stay fp32", choices=PRECISIONS)
+    compile: bool = _setting(False, "torch.compile the network")
+    deterministic: bool = _setting(False, "deterministic algorithms only; on a GPU slower")
+
+    log_every: int = _setting(20, "steps between two lines of metrics.jsonl", at_least=1)
+    tensorboard: bool = _setting(True, "also write the metrics for TensorBoard")
+    log_rms: bool = _setting(False, "with the metrics: root mean square of weights and activations per layer")
+    checkpoint_every: int = _setting(1000, "steps between two checkpoints; there is one at the end too", at_least=1)
+    keep_checkpoints: int = _setting(3, "how many of the latest checkpoints stay", at_least=1)
+    samples_every: int = _setting(0, "steps between two grids of samples; 0 for none", at_least=0)
+    sample_count: int = _setting(64, "samples in a grid", at_least=1)
+    held_out_every: int = _setting(
+        0, "steps between two measurements of the held-out loss; there is one at the end too; 0 for that only",
+        at_least=0,
+    )  # fmt: skip
+    held_out_images: int = _setting(1000, "at most so many held-out images are measured on", at_least=1)
+    held_out_draws: int = _setting(1, "noises per held-out image and noise level", at_least=1)
+    held_out_levels: int = _setting(12, "noise levels measured, evenly spaced in ln sigma", at_least=2)
+    held_out_sigma: tuple[float, float] = _setting((0.02, 20.0), "lowest and highest of them", above=0)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(TrainConfig)
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+            _check(field, value)
+        for name in ("log_snr_range", "held_out_sigma"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
+        height = _HEIGHTS.get(self.dataset, self.image_size)
+        check_halvings((1, height, height), self.channels)
+        check_attention(height, self.channels, self.attention_resolutions)
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
+        if len(set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}, expected each width once")
+        if TABLE in (self.weighting, self.levels) and self.table is None:
+            raise ValueError(
+                "table is None, but weighting or levels is 'table': give the run directory to take it from"
+            )
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
+
+    @property
+    def name(self) -> str:
+        """The name of the weighting."""
+        return self.weighting
+
+    def torch_device(self) -> torch.device:
+        """The device that `device` names. The config of a run may name one that only another machine has.
+
+        Raises:
+            ValueError: no such device on this machine.
+        """
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {self.device!r}, but torch sees {torch.cuda.device_count()} CUDA devices; "
+                "`vadiff doctor` says what this machine has"
+            )
+        return device
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain numbers, strings, lists and mappings."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the fields as YAML.
+
+        Raises:
+            MissingExtraError: PyYAML is not installed.
+        """
+        path.write_text(import_extra("yaml", "train").safe_dump(self.as_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Read what `save` wrote, or what a person did.
+
+        Raises:
+            RunError: not YAML, an unknown field or a value that does not fit.
+            MissingExtraError: PyYAML is not installed.
+        """
+        yaml = import_extra("yaml", "train")
+        try:
+            fields = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"{path} cannot be read as YAML: {error}") from error
+        if not isinstance(fields, Mapping):
+            raise RunError(f"{path} holds {type(fields).__name__}, expected the fields of a training config")
+        try:
+            return cls.from_dict(fields)
+        except ValueError as error:
+            raise RunError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
+        """Make a config from plain values; what is missing gets its default.
+
+        Raises:
+            ValueError: an unknown field or a value that does not fit.
+        """
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such field; `vadiff train --help` lists them")
+        return cls(**fields)
+
+
+def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
+    """The values a field of `TrainConfig` may have, None where they are not a list of names."""
+    allowed = field.metadata.get("choices")
+    if allowed == "weightings":
+        return (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
+    if allowed == "levels":
+        return (*levels.available(), GAP)  # TABLE among them
+    return allowed
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as its field's type; YAML and TOML have no tuples, and YAML reads 1e-4 as text."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    try:
+        if origin is tuple:
+            if isinstance(value, str) or not isinstance(value, (tuple, list)):
+                raise TypeError
+            variable = arguments[-1] is Ellipsis
+            if not variable and len(value) != len(arguments):
+                raise TypeError
+            return tuple(_typed(name, item, arguments[0]) for item in value)
+        if origin is dict:
+            return {str(key): _typed(name, item, float) for key, item in dict(value).items()}
+        if kind is bool or isinstance(value, bool):
+            if kind is not bool or not isinstance(value, bool):
+                raise TypeError
+            return value
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise TypeError
+        if kind is str and not isinstance(value, (str, Path)):
+            raise TypeError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}, expected {_spoken(kind)}") from None
+
+
+def _spoken(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if typing.get_origin(kind) is tuple:
+        arguments = typing.get_args(kind)
+        number = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"a list of {number}numbers"
+    return names.get(kind, "a mapping of names to numbers")
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    """One of the choices, and within the bounds; None stands outside of both."""
+    allowed = choices(field)
+    if allowed is not None and value not in allowed:
+        raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(allowed)}")
+    bounds = [(key, field.metadata[key]) for key in _BOUNDS if key in field.metadata]
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, (int, float)):
+            continue
+        if math.isnan(number) or not all(_BOUNDS[key](number, bound) for key, bound in bounds):
+            expected = " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds)
+            raise ValueError(f"{field.name} is {number}, expected {expected or 'a number'}")

@@ -1,0 +1,150 @@
+"""Images as files: PNG folders and npz archives, written whole or not at all, and read back as uint8. Grids of them."""
+
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..extras import import_extra
+from ..files import replacing
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class PictureWriter:
+    """Writes a PNG folder or an npz archive; it appears under its name when the `with` block ends without an error.
+
+    The archive holds `arr_0` [N, H, W, C] uint8 and, with labels, `arr_1` [N] int64: what the evaluation scripts of
+    the field read. A folder holds one file per image, named by its seed (and class).
+
+    Args:
+        path: what ends in .npz is an archive, all else a folder.
+        seeds: of all images.
+        shape: (C, H, W), C 1 or 3.
+        labels: whether images have a class.
+
+    Raises:
+        FileExistsError: there is something at `path` already.
+        ValueError: images that are neither grey nor RGB.
+    """
+
+    def __init__(self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False) -> None:
+        if path.exists():
+            raise FileExistsError(f"{path} exists already: give another name, or remove it first")
+        if shape[0] not in (1, 3):
+            raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
+        self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
+        self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
+        self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
+        self._pillow = import_extra("PIL.Image", "eval")
+
+    def __enter__(self) -> "PictureWriter":
+        self._writing = self._whole_or_not_at_all()
+        self._writing.__enter__()
+        return self
+
+    def write(self, start: int, images: Tensor, labels: Tensor | None = None) -> None:
+        """Add images [B, C, H, W] uint8, whose seeds begin at place `start`."""
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        if labels is not None and self.labels is not None:
+            self.labels[start : start + len(pixels)] = labels.numpy()
+        if self.archive:
+            self.images[start : start + len(pixels)] = pixels
+            return
+        for offset, picture in enumerate(pixels):
+            name = f"{self.seeds[start + offset]:06d}" + ("" if labels is None else f"_class{int(labels[offset])}")
+            self._pillow.fromarray(_grey_or_rgb(picture)).save(self._partial / f"{name}.png")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writing.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        with replacing(self.path) as self._partial:
+            if not self.archive:
+                self._partial.mkdir()
+            yield
+            if self.archive:
+                arrays: dict[str, Any] = {"arr_0": self.images}
+                if self.labels is not None:
+                    arrays["arr_1"] = self.labels
+                with self._partial.open("wb") as file:
+                    np.savez(file, **arrays)
+
+
+def read_pictures(path: Path) -> Tensor:
+    """All images of a PNG folder or an npz archive, in the order of their names.
+
+    Returns:
+        [N, C, H, W] uint8, C 1 if every image is grey, else 3.
+
+    Raises:
+        ValueError: no images, images of different sizes, or an archive without `arr_0` [N, H, W, C] uint8.
+        FileNotFoundError: nothing at `path`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, expected a folder of images or an .npz archive")
+    return _read_archive(path) if path.is_file() else _read_folder(path)
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """[N, C, H, W] → [rows·(H+1) - 1, columns·(W+1) - 1, C], white between the images and in empty places.
+
+    Images are in [-1, 1], 1 is white.
+    """
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    cells = torch.full((rows * columns, channels, height + 1, width + 1), 1.0)
+    cells[:count, :, :height, :width] = images
+    picture = cells.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
+    return picture.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+
+
+def _read_archive(path: Path) -> Tensor:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            pixels = archive["arr_0"]
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz archive with images under arr_0, or damaged ({error})") from error
+    if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3) or len(pixels) == 0:
+        raise ValueError(
+            f"{path} holds arr_0 of shape {pixels.shape} and dtype {pixels.dtype}, expected [N, H, W, 1 or 3] uint8"
+        )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_folder(path: Path) -> Tensor:
+    pillow = import_extra("PIL.Image", "eval")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"{path} holds no images, expected files ending in {', '.join(EXTENSIONS)}")
+    pictures: list[np.ndarray] = []
+    for file in files:
+        try:
+            with pillow.open(file) as picture:
+                pixels = np.array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{file} is not a readable image: {error}") from error
+        if pictures and pixels.shape[:2] != pictures[0].shape[:2]:
+            (height, width), (expected_height, expected_width) = pixels.shape[:2], pictures[0].shape[:2]
+            raise ValueError(
+                f"{file} has {width} x {height} pixels, expected {expected_width} x {expected_height} like "
+                f"{files[0].name}: all images of a folder must have one size"
+            )
+        pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)
+    channels = max(picture.shape[2] for picture in pictures)
+    pixels = np.stack([np.broadcast_to(picture, (*picture.shape[:2], channels)) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _grey_or_rgb(picture: np.ndarray) -> np.ndarray:
+    return picture[..., 0] if picture.shape[-1] == 1 else picture

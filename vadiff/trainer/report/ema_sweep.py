@@ -1,0 +1,118 @@
+"""How good a run's averaged weights are, over the width of the average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...extras import import_extra
+from ...sampling.generation import default_generation, with_settings
+from ..training import HeldOutLoss, Run
+from .charts import METRICS, spoken_metric
+from .evaluate import MetricSettings, compare, draw_images, reference_images, settings_within_reach
+
+
+def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
+    """Geometric mean over the noise levels of each held-out loss."""
+    return {name: math.exp(float(loss.mean.double().log().mean())) for name, loss in losses.items()}
+
+
+def sweep_metrics(
+    run: Run,
+    weights: Sequence[float | str],
+    step: int,
+    seeds: Sequence[int],
+    settings: MetricSettings,
+    device: torch.device,
+) -> dict[float | str, dict[str, float]]:
+    """FID and its kin of images drawn with each of some weights, from the same seeds; printed as well.
+
+    Args:
+        run: what `open_run` returned.
+        weights: widths of averages that `write_averages` made, or "ema" and "raw".
+        step: of them.
+        seeds: one per image.
+        settings: of the comparison with real images.
+        device: where images are drawn and compared.
+
+    Returns:
+        For each of the weights, metric → value.
+
+    Raises:
+        ValueError: settings that do not fit.
+        MissingExtraError: torch-fidelity is not installed.
+    """
+    settings = settings_within_reach(settings)
+    reference = run.images().train if settings.reference is None else reference_images(settings.reference)
+    found = {}
+    for each in weights:
+        name = each if isinstance(each, str) else f"ema-{each:g}"
+        generation = with_settings(default_generation(run), weights=name, step=step, devices=(device,))
+        print(f"\n{name}: ", end="")
+        found[each] = compare(draw_images(run, seeds, generation), reference, settings, device)
+    return found
+
+
+def sweep_figure(
+    losses: Mapping[float, HeldOutLoss],
+    others: Mapping[str, HeldOutLoss],
+    kept: tuple[float, ...] = (),
+    metrics: Mapping[float | str, Mapping[str, float]] | None = None,
+) -> Any:
+    """Held-out loss over σ_rel: of all noise levels together, and of each one against its lowest; then each metric.
+
+    Args:
+        losses: of each width, on the same images, levels and noise.
+        others: of other weights of the run, drawn as horizontal lines.
+        kept: the widths that were kept while training; marked.
+        metrics: what `sweep_metrics` returned, for the same widths and other weights.
+
+    Returns:
+        A `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    matplotlib = import_extra("matplotlib", "report")
+    names = [name for name in next(iter(metrics.values()), {}) if not name.endswith("_std")] if metrics else []
+    figure = import_extra("matplotlib.figure", "report").Figure(
+        figsize=(6.25 * (2 + len(names)), 4.6), dpi=120, facecolor="white", layout="constrained"
+    )
+    overall, by_level, *panels = figure.subplots(1, 2 + len(names))
+    widths = sorted(losses)
+    _curve(overall, sweep_scores(losses) | sweep_scores(others), widths, kept)
+    overall.set_ylabel("held-out EDM loss, geometric mean over noise levels")
+    per_level = np.stack([losses[width].mean.double().numpy() for width in widths])  # [W, L]
+    ratio = per_level / per_level.min(0)
+    sigmas = np.exp(-0.5 * losses[widths[0]].log_snr.double().numpy())
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.92, len(sigmas)))
+    for level, (sigma, color) in enumerate(zip(sigmas, colors, strict=True)):
+        by_level.plot(widths, ratio[:, level], color=color, linewidth=1.5, label=f"σ = {sigma:.2g}")
+    by_level.set_ylabel("held-out loss ÷ lowest at that noise level")
+    by_level.legend(frameon=False, fontsize=8, ncols=2)
+    for name, panel in zip(names, panels, strict=True):
+        assert metrics is not None
+        _curve(panel, {weights: values[name] for weights, values in metrics.items()}, widths, kept)
+        better = METRICS[name.split("-")[0]][1].partition(":")[0]
+        panel.set_ylabel(f"{spoken_metric(name)} ({better})")
+    for panel in (overall, by_level, *panels):
+        panel.set_xlabel("width of the average, σ_rel      ← less averaging · more averaging →")
+        panel.grid(alpha=0.25)
+    return figure
+
+
+def _curve(panel: Any, values: Mapping[Any, float], widths: Sequence[float], kept: tuple[float, ...]) -> None:
+    """A value over the widths; of other weights as horizontal lines."""
+    panel.plot(widths, [values[width] for width in widths], color="#0072B2", marker="o", markersize=4, linewidth=2)
+    stored = [width for width in widths if width in kept]
+    if stored:
+        panel.plot(stored, [values[width] for width in stored], "s", color="#D55E00", label="kept while training")
+    others = [name for name in values if isinstance(name, str)]
+    for name, dash in zip(others, ("--", ":", "-."), strict=False):
+        panel.axhline(values[name], color="#888888", linestyle=dash, linewidth=1.5, label=name)
+    if stored or others:
+        panel.legend(frameon=False)

@@ -1,0 +1,211 @@
+"""What the report shows: histories of runs as arrays, and runs that differ in their seed only as one group."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import RunError
+from ..training import Run, TrainConfig
+
+Array = np.ndarray
+
+# What may differ between the runs of one group: how a run was started, logged and saved, not what it computes.
+_NOT_COMPARED = {
+    "accumulate", "backend", "checkpoint_every", "compile", "data", "data_seed", "deterministic", "device",
+    "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
+    "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard",
+}  # fmt: skip
+_ENOUGH = 20.0  # samples in a bin, after forgetting, from which on it is drawn
+
+
+@dataclass(frozen=True)
+class History:
+    """One run over training, R entries of K bins; NaN where there is no value."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    step: Array  # [R]
+    images: Array  # [R]
+    scalars: dict[str, Array]  # name → [R]: loss, base_loss, grad_norm, ...
+    centers: Array  # [K] log-SNR in the middle of each bin
+    count: Array  # [R, K]
+    mean: Array  # [R, K] of the base loss
+    std: Array  # [R, K] of the base loss
+    weights: Array  # [R, K]
+    held_out: list[tuple[int, dict[str, Array]]]  # (images, log_snr [L], loss_raw [L], loss_ema [L])
+    evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
+    samples: list[tuple[int, Path]]  # (step, picture)
+    gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
+    gap: list[Path] = field(default_factory=list)  # the picture of the last `vadiff evaluate --gap`
+    magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
+    held_out_is_test: bool | None = None  # None where the run has not noted it
+    held_out_number: int | None = None  # images held out; None likewise
+
+    @property
+    def seen(self) -> Array:
+        """Which bins hold enough samples to be drawn, [R, K]; fewer suffice in a run too short for more."""
+        if not len(self.count):
+            return self.count > 0
+        enough = np.minimum(_ENOUGH, self.count[-1].max(initial=0.0) / 2)
+        return (self.count >= enough) & (self.count > 0)
+
+    def rows_at(self, images: Array) -> Array:
+        """Which entries were written after these numbers of images, all of which must be there. [X]"""
+        return np.searchsorted(self.images, images)
+
+    @property
+    def relative_std(self) -> Array:
+        """std / mean of the base loss, [R, K]."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.std / self.mean
+
+    @property
+    def share(self) -> Array:
+        """Share of the samples of recent training in each bin at the end, [K], summing to 1."""
+        last = self.count[-1]
+        return last / max(last.sum(), 1e-300)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only."""
+
+    label: str
+    runs: tuple[History, ...]
+
+    @property
+    def first(self) -> History:
+        """The run with the lowest seed."""
+        return self.runs[0]
+
+
+def read_history(run: Run) -> History:
+    """The history of an opened run.
+
+    Raises:
+        RunError: nothing was logged yet, or its files are damaged.
+    """
+    lines, facts = run.metrics(), run.data_facts()
+    logged = [line for line in lines if "statistics" in line]
+    if not logged:
+        raise RunError(f"{run.path} has logged nothing yet: train for at least log_every steps, then report")
+    config = run.config.as_dict()
+    low, high = config["log_snr_range"]
+    bins = config["bins"]
+    statistics = {
+        name: np.array([line["statistics"][name] for line in logged], dtype=float)  # None becomes NaN
+        for name in ("count", "mean", "variance")
+    }
+    scalars = {
+        name: np.array([line.get(name) for line in logged], dtype=float)
+        for name, value in logged[-1].items()
+        if value is None or isinstance(value, (int, float))
+    }
+    return History(
+        name=run.path.name or str(run.path),
+        path=run.path,
+        config=config,
+        step=np.array([line["step"] for line in logged]),
+        images=np.array([line["images"] for line in logged]),
+        scalars=scalars,
+        centers=low + (np.arange(bins) + 0.5) * (high - low) / bins,
+        count=np.nan_to_num(statistics["count"]),
+        mean=statistics["mean"],
+        std=np.sqrt(statistics["variance"]),
+        weights=np.array([line["weights"] for line in logged], dtype=float),
+        held_out=_held_out(lines),
+        evaluation=run.evaluations(),
+        samples=_samples(run.path),
+        gradients=_evaluated(run.path, "gradient-*.svg"),
+        gap=_evaluated(run.path, "gap.svg"),
+        magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
+        held_out_is_test=None if facts is None else facts.held_out_is_test,
+        held_out_number=None if facts is None else facts.held_out,
+    )
+
+
+def group_runs(histories: Sequence[History]) -> list[Group]:
+    """Put runs together that differ only in their seed; the first given stands first.
+
+    A group is called by its weighting, if that differs, and by what else its settings have other than the first's; by
+    the run's folder where nothing differs.
+
+    Raises:
+        RunError: runs that differ in their seed only have logged at no common number of images.
+    """
+    groups: list[tuple[dict[str, Any], list[History]]] = []
+    for history in histories:
+        compared = _compared(history.config)
+        for settings, members in groups:
+            if settings == compared:
+                members.append(history)
+                break
+        else:
+            groups.append((compared, [history]))
+    first = groups[0][0]
+    differing = [name for name in first if any(settings.get(name) != first[name] for settings, _ in groups)]
+    named = []
+    for settings, members in groups:
+        if settings is first:
+            telling = ["weighting"] if "weighting" in differing else differing
+        else:
+            telling = [name for name in differing if name == "weighting" or settings.get(name) != first[name]]
+        label = _label({name: settings.get(name) for name in telling}) if telling else members[0].name
+        ordered = sorted(members, key=lambda history: history.config["seed"])
+        if not set.intersection(*({*run.images.tolist()} for run in ordered)):
+            paths = ", ".join(str(run.path) for run in ordered)
+            raise RunError(
+                f"{paths} differ in their seed only, but have no line of metrics at the same number of images: let "
+                "them end, or report them one by one"
+            )
+        named.append(Group(label, tuple(ordered)))
+    return named
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a group; a run whose weights are taken counts by its own settings, not by its path."""
+    settings = {name: value for name, value in config.items() if name not in _NOT_COMPARED}
+    if settings.get("table"):
+        with contextlib.suppress(RunError):  # its folder is gone: then by the path
+            settings["table"] = _compared(TrainConfig.load(Path(settings["table"]) / "config.yaml").as_dict())
+    return settings
+
+
+def _label(settings: dict[str, Any]) -> str:
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, dict) and "weighting" in value:  # the settings of the run a table is from
+            value = f"of {value['weighting']}"
+        parts.append(f"{'' if name == 'weighting' else name} {value}".replace("_", " ").strip())
+    return ", ".join(parts)
+
+
+def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Array]]]:
+    return [
+        (line["images"], {name: np.array(values, dtype=float) for name, values in line["held_out"].items()})
+        for line in lines
+        if line.get("held_out")
+    ]
+
+
+def _evaluated(path: Path, name: str) -> list[Path]:
+    """The pictures of this name of the last checkpoint that has some."""
+    measured = [(int(folder.name.removeprefix("step-")), folder) for folder in path.glob("evaluation/step-*")]
+    for _, folder in sorted(measured, reverse=True):
+        if pictures := sorted(folder.glob(name)):
+            return pictures
+    return []
+
+
+def _samples(path: Path) -> list[tuple[int, Path]]:
+    pictures = []
+    for file in path.glob("samples/step-*.png"):
+        number = file.stem.removeprefix("step-")
+        if number.isdigit():
+            pictures.append((int(number), file))
+    return sorted(pictures)

@@ -1,0 +1,179 @@
+"""From a config to its parts: network, criterion, level sampler, data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ... import levels, weighting
+from ...errors import DataError, RunError
+from ...levels import GapLevels, LevelSampler
+from ...loss import DiffusionLoss
+from ...models import Denoiser, EDM2UNet, unet
+from ...optimal_loss import OptimalLoss
+from ...weighting import SNRWeighting, Weighting, WeightTable
+from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
+from ..data import Images, cifar, digits, folder
+
+_ADAPTIVE_LEVELS = ("second_moment", "loss_spread")
+TABLE_FILE = "table.json"  # in a run directory: the table it was told to use, so that it stands on its own
+
+
+def load_images(config: TrainConfig) -> Images:
+    """The data set of a config.
+
+    Raises:
+        DataError: it is missing, truncated or corrupt, or has no labels for a class-conditional network.
+        MissingExtraError: a package that reads it is not installed.
+    """
+    if config.dataset == "digits":
+        images = digits.digits()
+    elif config.dataset == "images":
+        if config.data is None:
+            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
+        images = folder.load(Path(config.data), config.image_size)
+    else:
+        images = cifar.load(config.dataset, None if config.data is None else Path(config.data))
+    if config.class_conditional and images.train_labels is None:
+        raise DataError(f"class_conditional is true, but {config.data} has no classes: one folder for each")
+    return images
+
+
+def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], classes: int) -> Denoiser:
+    """An untrained denoiser, initialised from torch's global random state, on the CPU.
+
+    Raises:
+        MissingExtraError: diffusers is not installed.
+        ValueError: sizes that do not fit the images.
+    """
+    labels = classes if config.class_conditional else 0
+    sizes: dict[str, Any] = {
+        "layers_per_block": config.layers_per_block,
+        "attention_resolutions": config.attention_resolutions,
+        "dropout": config.dropout,
+        "labels": labels,
+    }
+    network: nn.Module
+    if config.model == "edm2":
+        network = EDM2UNet(image_shape, config.channels, **sizes)
+    else:
+        network = unet(image_shape, config.channels, norm_groups=config.norm_groups, **sizes)
+    return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.process)
+
+
+def build_criterion(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> DiffusionLoss:
+    """A criterion without statistics.
+
+    Args:
+        config: the run's.
+        run: where its weight table lies, for weighting "table".
+        optimal: the optimal loss of its training images, for a weighting made of that.
+
+    Raises:
+        ValueError: an option that the weighting does not have, or out of bounds, or no optimal loss where one is
+            needed.
+        RunError: there is no such table.
+    """
+    return DiffusionLoss(
+        weighting=_weighting(config, run, optimal),
+        bins=config.bins,
+        log_snr_range=config.log_snr_range,
+        half_life=config.half_life,
+        backend=config.backend,
+    )
+
+
+def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> LevelSampler:
+    """A sampler of noise levels, on the CPU.
+
+    Args:
+        config: the run's.
+        run: where its weight table lies, for levels "table".
+        optimal: the optimal loss of its training images, for levels "gap".
+
+    Raises:
+        ValueError: an option that the sampler does not have, or out of bounds, or no optimal loss where one is needed.
+        RunError: there is no such table.
+    """
+    base = levels.LogNormal(config.p_mean, config.p_std)
+    if config.levels == TABLE:
+        table = read_table(config, run)
+        return levels.Table(table.weights, table.log_snr_range, base)
+    options: dict[str, Any] = dict(config.levels_options)
+    if config.levels == "log_normal":
+        options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
+    if config.levels in _ADAPTIVE_LEVELS:
+        options = {"base": base, "bins": config.bins, "log_snr_range": config.log_snr_range, **options}
+    try:
+        if config.levels == GAP:
+            return _gap_levels(config, run, _required(optimal, "levels"), options)
+        return levels.from_name(config.levels, **options)
+    except TypeError as error:
+        raise ValueError(f"levels_options is {config.levels_options}: {error}") from None
+
+
+def read_table(config: TrainConfig, run: Path | None) -> WeightTable:
+    """The weight table that a config names: the copy in the run's own folder, or else what the other run ended with.
+
+    Raises:
+        RunError: there is no such table, or the other run has not ended yet.
+    """
+    copy = None if run is None else run / TABLE_FILE
+    try:
+        if copy is not None and copy.exists():
+            content = json.loads(copy.read_text())
+            return WeightTable(tuple(content["weights"]), tuple(content["log_snr_range"]))
+        source = Path(str(config.table))
+        other = TrainConfig.load(source / "config.yaml")
+        last = json.loads((source / "metrics.jsonl").read_text().splitlines()[-1])
+        if last["step"] != other.steps:
+            raise RunError(f"{source} is at step {last['step']} of {other.steps}: let it end before its table is used")
+        return WeightTable(tuple(last["weights"]), other.log_snr_range)
+    except (OSError, IndexError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"no weight table can be read from {config.table}: {error}") from error
+
+
+def keep_table(table: WeightTable, run: Path) -> None:
+    """Copy a table into a run's own folder, so that the run can be opened without the other one."""
+    content = {"weights": list(table.weights), "log_snr_range": list(table.log_snr_range)}
+    (run / TABLE_FILE).write_text(json.dumps(content) + "\n")
+
+
+def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | None) -> Weighting:
+    if config.weighting == TABLE:
+        return read_table(config, run)
+    options: dict[str, Any] = dict(config.weighting_options)
+    made_of_curve = CURVE_WEIGHTINGS.get(config.weighting)
+    if made_of_curve or weighting.takes_prediction_type(config.weighting):
+        # The bare name means a loss of eps; ours is that of F.
+        options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
+    try:
+        if made_of_curve:
+            return made_of_curve(_required(optimal, "weighting"), **options)
+        return weighting.from_name(config.weighting, **options)
+    except TypeError as error:
+        raise ValueError(f"weighting_options is {config.weighting_options}: {error}") from None
+
+
+def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, options: dict[str, Any]) -> GapLevels:
+    """Levels by weight times gap: the weight is the run's where it is one of the x0 loss, else that of the schedule."""
+    chosen = _weighting(config, run, optimal)
+    return GapLevels(
+        optimal,
+        chosen if isinstance(chosen, SNRWeighting) else None,
+        **{
+            "bins": config.bins,
+            "log_snr_range": config.log_snr_range,
+            "half_life": config.half_life,
+            "prediction_type": "sample" if config.process == "edm" else config.process,  # EDM's residual is D's
+            "sigma_data": config.sigma_data,
+            **options,
+        },
+    )
+
+
+def _required(optimal: OptimalLoss | None, name: str) -> OptimalLoss:
+    if optimal is None:
+        raise ValueError(f"optimal is None, expected the optimal loss of the training images: {name} is made of it")
+    return optimal

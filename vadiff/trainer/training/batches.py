@@ -1,0 +1,129 @@
+"""What a step trains on: images gathered on the device, noise levels and noise from their own streams."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...levels import LevelSampler, uniforms
+from ...pixels import normalised
+from ..config import TrainConfig
+from ..data import Images
+from .distributed import Ranks
+from .streams import ShuffledIndices, Streams
+
+
+class Batch(NamedTuple):
+    """One part of this rank's share of a batch."""
+
+    x0: Tensor  # [B, C, H, W] float32 in [-1, 1]
+    eps: Tensor  # [B, C, H, W] float32
+    sigma: Tensor  # [B] float32, of the variance-exploding process
+    labels: Tensor | None  # [B] int64, `classes` where withheld; None for a network without classes
+    sample_weight: Tensor | None  # [B] float32
+
+
+def memory_format_of(output: Tensor) -> torch.memory_format:
+    """channels_last where a network's output [B, C, H, W] is dense in that and not contiguous."""
+    last = torch.channels_last
+    return last if not output.is_contiguous() and output.is_contiguous(memory_format=last) else torch.contiguous_format
+
+
+class Batches:
+    """The batches of a run.
+
+    Attributes:
+        memory_format: in which images and noise are made. The loop sets it to that of the network's output, beside
+            which the criterion reads them: any other would be copied at every step. It does not change their values.
+
+    Args:
+        config: sizes, flips, label dropout, strata and pairs of noise levels.
+        images: the data set; its training images are kept on the device as bytes.
+        levels: from uniform numbers to noise levels; its state at the time of a step counts.
+        streams: where the random numbers come from.
+        device: where batches are made; nothing is copied from the host in a step, but for a new pass over the data.
+        ranks: this process among all.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Images,
+        levels: LevelSampler,
+        streams: Streams,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        if config.batch_size % (config.accumulate * ranks.size):
+            raise ValueError(
+                f"batch_size is {config.batch_size}, expected a multiple of accumulate × ranks = "
+                f"{config.accumulate} × {ranks.size}"
+            )
+        self.memory_format = torch.contiguous_format
+        self._config = config
+        self._levels = levels
+        self._streams = streams
+        self._ranks = ranks
+        self._pixels = images.train.to(device)
+        self._labels = None
+        if config.class_conditional and images.train_labels is not None:
+            self._labels = images.train_labels.to(device)
+        self._classes = images.classes
+        self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's share of the batch of step 0, 1, ..., in as many parts as are accumulated.
+
+        The numbers of the whole batch are drawn, then sliced: neither the ranks nor the parts change them.
+        """
+        config, size = self._config, self._config.batch_size
+        indices = self._indices.at(step)
+        levels = self._streams.at("levels", step)
+        u = uniforms(size, levels, stratified=config.stratified, antithetic=config.antithetic)
+        noise = self._streams.at("noise", step)
+        eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
+        mirrored = self._coins("flips", step, 0.5) if config.flips else None
+        withheld = self._coins("labels", step, config.label_dropout) if self._labels is not None else None
+        share = size // config.accumulate // self._ranks.size
+        batches = []
+        for part in range(config.accumulate):
+            start = (part * self._ranks.size + self._ranks.rank) * share
+            mine = slice(start, start + share)
+            batches.append(
+                self._batch(
+                    indices[mine],
+                    u[mine],
+                    eps[mine],
+                    None if mirrored is None else mirrored[mine],
+                    None if withheld is None else withheld[mine],
+                )
+            )
+        return batches
+
+    def _batch(
+        self,
+        indices: Tensor,
+        u: Tensor,
+        eps: Tensor,
+        mirrored: Tensor | None,
+        withheld: Tensor | None,
+    ) -> Batch:
+        pixels = self._pixels[indices].contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
+        x0 = normalised(pixels)
+        if mirrored is not None:
+            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        labels = None
+        if self._labels is not None and withheld is not None:
+            labels = self._labels[indices].masked_fill(withheld, self._classes)
+        # Drawn in the order of a contiguous tensor whatever the format: a seed stands for the same noise.
+        eps = eps.contiguous(memory_format=self.memory_format)
+        levels = self._levels(u)
+        return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
+
+    def _coins(self, stream: str, step: int, probability: float) -> Tensor:
+        """True with a probability, for every image of the whole batch. bool [batch_size]."""
+        generator = self._streams.at(stream, step)
+        return torch.rand(self._config.batch_size, generator=generator, device=generator.device) < probability

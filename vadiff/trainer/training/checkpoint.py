@@ -1,0 +1,167 @@
+"""Checkpoints: folders that appear whole or not at all, and are read without executing code.
+
+`checkpoints/step-<n>/state.pt` holds everything a run needs to go on, `sha256` its checksum. A checkpoint is written
+to a folder of another name, flushed to the disk and renamed: whenever the process is killed or the disk fills up,
+what was there before stays as it was. One of the same step steps aside as `.replaced-<n>`, and counts as long as
+there is no `step-<n>`.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError
+from ...files import flush
+
+FOLDER = "checkpoints"
+_STATE, _CHECKSUM = "state.pt", "sha256"
+_PARTIAL, _REMOVED, _REPLACED = ".partial-", ".removed-", ".replaced-"  # what a killed process may leave behind
+_NAME, _ASIDE = re.compile(r"step-(\d+)"), re.compile(re.escape(_REPLACED) + r"(\d+)")
+
+
+def steps_saved(run: Path) -> list[int]:
+    """The steps of the checkpoints of a run directory, ascending. Whether they are sound is seen when they are read."""
+    return sorted(_folders(run))
+
+
+def fingerprint(run: Path) -> str:
+    """Step and checksum of the latest checkpoint, "none" where there is none; equal for equal checkpoints only."""
+    folders = _folders(run)
+    if not folders:
+        return "none"
+    latest = max(folders)
+    try:
+        return f"step {latest}, SHA-256 {(folders[latest] / _CHECKSUM).read_text().strip()[:12]}…"
+    except (OSError, UnicodeDecodeError):
+        return f"step {latest}, corrupt"
+
+
+def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Write `checkpoints/step-<step>` and remove all but the `keep` latest.
+
+    Args:
+        run: the run directory.
+        step: number of steps done.
+        state: tensors and plain values.
+        keep: how many checkpoints stay, this one included.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, no permission), and the earlier ones are as they were;
+            or it is written, and earlier ones could not be removed. The message says which.
+    """
+    folder = run / FOLDER
+    final = folder / f"step-{step}"
+    partial, replaced = folder / f"{_PARTIAL}{step}", folder / f"{_REPLACED}{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        partial.mkdir()
+        with (partial / _STATE).open("wb") as file:
+            torch.save(dict(state), file)
+        (partial / _CHECKSUM).write_text(_digest(partial / _STATE) + "\n")
+        for written in (partial / _STATE, partial / _CHECKSUM, partial):
+            flush(written)
+        if final.exists():  # of an earlier run of the same steps, or corrupt: this one takes its place
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        flush(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            with contextlib.suppress(OSError):  # it counts under that name too
+                os.rename(replaced, final)
+        kept = f"That of step {step} from before is as it was. " if step in steps_saved(run) else ""
+        raise CheckpointError(f"{final} could not be written: {error}. {kept}{_last_good(run, step)}") from error
+    try:
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        for old in steps_saved(run)[:-keep]:
+            removed = folder / f"{_REMOVED}{old}"
+            os.rename(folder / f"step-{old}", removed)
+            shutil.rmtree(removed)
+    except OSError as error:
+        raise CheckpointError(f"{final} is written, but earlier checkpoints could not be removed: {error}") from error
+    return final
+
+
+def load_checkpoint(run: Path, step: int | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; only tensors and plain values are made, no code runs.
+
+    Args:
+        run: the run directory.
+        step: which one; None is the latest.
+        device: where its tensors go.
+
+    Raises:
+        CheckpointError: there is none, or it is truncated or corrupt; the message names the last good one.
+    """
+    folders = _folders(run)
+    if not folders:
+        raise CheckpointError(f"{run} has no checkpoint")
+    if step is not None and step not in folders:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {', '.join(map(str, sorted(folders)))}")
+    step = max(folders) if step is None else step
+    folder = folders[step]
+    trouble = _trouble(folder)
+    if trouble is None:
+        try:
+            state: dict[str, Any] = torch.load(folder / _STATE, map_location=device, weights_only=True)
+            return state
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            trouble = str(error)
+    raise CheckpointError(f"{folder} is corrupt: {trouble}. {_last_good(run, step)}")
+
+
+def _folders(run: Path) -> dict[int, Path]:
+    """Step → where its checkpoint lies."""
+    folder = run / FOLDER
+    names = {entry.name for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else set()
+    found = {int(match[1]): folder / match[0] for name in names if (match := _NAME.fullmatch(name))}
+    aside = {int(match[1]): folder / match[0] for name in names if (match := _ASIDE.fullmatch(name))}
+    return aside | found
+
+
+def _trouble(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if its checksum fits."""
+    try:
+        expected = (folder / _CHECKSUM).read_text().strip()
+        found = _digest(folder / _STATE)
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
+    if found != expected:
+        return f"{_STATE} has SHA-256 {found[:12]}…, expected {expected[:12]}…"
+    return None
+
+
+def _last_good(run: Path, not_step: int) -> str:
+    """What to do when the checkpoint of `not_step` is of no use."""
+    good = [step for step, folder in _folders(run).items() if step != not_step and _trouble(folder) is None]
+    if not good:
+        return "No earlier checkpoint is intact"
+    return f"The last good one is step {max(good)}: to go on from it, remove the folder of step {not_step}"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes left behind; a checkpoint that stepped aside for none takes its place again."""
+    for entry in folder.iterdir():
+        aside = _ASIDE.fullmatch(entry.name)
+        if aside and not (folder / f"step-{aside[1]}").exists():
+            os.rename(entry, folder / f"step-{aside[1]}")
+        elif aside or entry.name.startswith((_PARTIAL, _REMOVED)):
+            shutil.rmtree(entry)

@@ -1,0 +1,116 @@
+"""EDM's loss on images never trained on, one noise level at a time, with the same noise for every run."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...models import Denoiser
+from ...pixels import normalised
+from ...process import loss_ratio
+from ..config import TrainConfig
+from ..data import Images
+
+LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
+
+
+class HeldOutLoss(NamedTuple):
+    """EDM's loss λ(σ)·mean((D - x0)²) per noise level and image, averaged over draws of noise."""
+
+    log_snr: Tensor  # [L] float32
+    per_image: Tensor  # [L, N] float32, on the CPU
+
+    @property
+    def mean(self) -> Tensor:
+        """Over images, [L]."""
+        return self.per_image.mean(1)
+
+    def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
+        """How many times `other`'s mean loss this one has, and the standard error of that, each [L].
+
+        The images and the noise are the same, so the error is that of the paired difference.
+        """
+        ratio = self.mean / other.mean
+        difference = self.per_image - ratio[:, None] * other.per_image
+        return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
+
+
+def held_out_log_snr(config: TrainConfig) -> Tensor:
+    """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, falling. [L] float64."""
+    low, high = (math.log(sigma) for sigma in config.held_out_sigma)
+    return -2.0 * torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
+
+
+def held_out_loss_of_run(
+    config: TrainConfig, images: Images, denoiser: Denoiser, *, limit: int | None = None
+) -> HeldOutLoss:
+    """The loss on the held-out images, at the levels and with the draws that a config says.
+
+    Args:
+        config: the run's.
+        images: its data set.
+        denoiser: see `held_out_loss`.
+        limit: at most so many images; `config.held_out_images` by default.
+    """
+    number = config.held_out_images if limit is None else limit
+    labels = images.held_out_labels
+    return held_out_loss(
+        denoiser,
+        normalised(images.held_out[:number]),
+        None if labels is None else labels[:number],
+        log_snr_levels=held_out_log_snr(config).tolist(),
+        draws=config.held_out_draws,
+    )
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    log_snr_levels: Sequence[float] = LOG_SNR_LEVELS,
+    draws: int = 2,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> HeldOutLoss:
+    """EDM's loss of a denoiser with `draws` fixed noises per image and level.
+
+    A flow denoiser is measured in the same way, by its estimate of x0. The noise depends on the seed, the place of an
+    image in `images` and the draw only, not on how many there are; it is the same for every level.
+
+    Args:
+        denoiser: used in the mode it is in; call `.eval()` first if it has dropout.
+        images: [N, C, H, W] float32 in [-1, 1].
+        labels: [N] int64, for a class-conditional denoiser; None means none given.
+        log_snr_levels: the L levels.
+        draws: noises per image and level.
+        seed: of the noise.
+        batch_size: images at a time.
+    """
+    device = next(denoiser.parameters()).device
+    levels = torch.tensor(log_snr_levels)
+    weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
+    errors = torch.zeros(len(levels), len(images), device=device)
+    for draw in range(draws):
+        noise = _noise(images.shape, seed, draw)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            clean = images[part].to(device)
+            eps = noise[part].to(device)
+            classes = labels[part].to(device) if labels is not None and denoiser.labels else None
+            for row, level in enumerate(log_snr_levels):
+                sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
+                error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
+                errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
+    return HeldOutLoss(levels, errors.cpu())
+
+
+def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
+    """Noise of which the first n images are the same however many there are."""
+    generator = torch.Generator().manual_seed(seed + (draw << 32))
+    size = shape.numel()
+    rounded = -(-size // 16) * 16  # torch fills sixteen at a time, and draws an incomplete sixteen differently
+    return torch.randn(rounded, generator=generator)[:size].view(shape)

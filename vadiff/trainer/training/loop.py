@@ -1,0 +1,395 @@
+"""The training loop, top to bottom: data, network, criterion, steps, log, save."""
+
+import contextlib
+import copy
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...ema import PowerFunctionEMA, remove_after
+from ...errors import RunError, TrainingError
+from ...extras import import_extra
+from ...log_snr import from_sigma
+from ...loss import DiffusionLoss
+from ...models import Denoiser, normalize_weights
+from ...optimal_loss import OptimalLoss
+from ..config import TABLE, TrainConfig
+from . import run_folder
+from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
+from .averages import SNAPSHOTS
+from .batches import Batch, Batches, memory_format_of
+from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
+from .distributed import Ranks, local_device, ranks
+from .held_out import HeldOutLoss, held_out_loss_of_run
+from .metrics import MetricsLog, memory_bytes, statistics_of
+from .objective import OBJECTIVES, Objective
+from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
+from .optimisation import Optimisation, RunningAverage, learning_rate_at
+from .rms import rms_per_layer, weights_of_layers
+from .samples import save_grid
+from .stopping import Stopped, StopRequest
+from .streams import Streams, own_global_state
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainedRun:
+    """What training returns."""
+
+    config: TrainConfig
+    denoiser: Denoiser  # averaged weights, eval mode, on the training device
+    criterion: DiffusionLoss
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    held_out: HeldOutLoss  # of the averaged weights; under torchrun on the main rank only, elsewhere empty
+
+
+def train(
+    config: TrainConfig,
+    objective: Objective | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainedRun:
+    """Train a denoiser.
+
+    Under torchrun every process calls this, and they train one denoiser together.
+
+    Args:
+        config: everything about the run.
+        objective: how a step calls the criterion; that of `config.process` by default.
+        out: the run directory; None writes nothing.
+        resume: go on from the latest checkpoint in `out`, or start where there is none.
+        overwrite: replace a run that is in `out`.
+        progress: show a progress bar where stderr is a terminal.
+
+    Returns:
+        The averaged denoiser, the criterion, the metrics and the loss on held-out images.
+
+    Raises:
+        MissingExtraError: a package of the extra `train` is not installed.
+        DataError: the data set is missing, truncated or corrupt.
+        RunError: `out` holds a run already, or one of another config or of other images; another process trains there;
+            or the ranks do not find the same in it.
+        CheckpointError: a checkpoint is corrupt, or cannot be written; the message names the last good one.
+        TrainingError: too many non-finite steps in a row.
+        Stopped: SIGTERM or SIGINT; a checkpoint was written, unless the steps before were non-finite.
+    """
+    path = None if out is None else Path(out)
+    device = local_device(config.torch_device())
+    with (
+        ranks(device) as group,
+        own_global_state(device, deterministic=config.deterministic),
+        contextlib.ExitStack() as locks,
+    ):
+        was_there = path is not None and path.is_dir()
+        if path is not None and was_there and group.is_main:
+            locks.enter_context(run_folder.lock(path))
+        if path is not None:
+            run_folder.check(path, config, resume=resume, overwrite=overwrite)
+        trainer = _Trainer(
+            config, objective or OBJECTIVES[config.process], path, device, group, resume=resume, progress=progress
+        )
+        group.wait()
+        if path is not None and group.is_main:  # not before all parts are made: what does not fit writes nothing
+            if not was_there:
+                path.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(run_folder.lock(path))
+                run_folder.check(path, config, resume=resume, overwrite=overwrite)  # another may have been faster
+            run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal)
+        trainer.open_log()
+        try:
+            return trainer.run(progress)
+        finally:
+            trainer.log.close()
+
+
+class _Trainer:
+    """The parts of a run, and what is done with them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        out: Path | None,
+        device: torch.device,
+        group: Ranks,
+        *,
+        resume: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.config, self.objective, self.device, self.group = config, objective, device, group
+        self.out = out if group.is_main else None  # only the main process writes
+        self.bar_type = import_extra("tqdm", "train").tqdm
+        data_seed = config.seed if config.data_seed is None else config.data_seed
+        self.streams = Streams(config.seed, data_seed, device)
+        self.images = load_images(config)
+        torch.manual_seed(self.streams.initialisation)
+        self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
+        self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
+        self.power_averages = None  # on the main process only: they are the same on all
+        if config.sigma_rel and group.is_main:
+            self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
+        earlier = out if resume else None  # where there may be something to go on from
+        self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
+        self.criterion = build_criterion(config, earlier, self.optimal).to(device)
+        self.levels = build_levels(config, earlier, self.optimal).to(device)
+        self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
+        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
+        self.optimisation = Optimisation(config, parameters, device)
+        self.network = self._trained_network()
+        self.step, self.seconds = 0, 0.0
+        self.saved: int | None = None  # the step of the latest checkpoint
+        self.save_due = False
+        self._agree(earlier)
+        if earlier is not None:
+            run_folder.check_images(earlier, self.images)
+            if steps_saved(earlier):
+                self._load(load_checkpoint(earlier, device=device))
+        self.timed_step = self.step  # since when images per second are counted
+
+    def open_log(self) -> None:
+        """Go on with the metrics; lines and snapshots after the step that is resumed are removed."""
+        if self.out is not None:
+            remove_after(self.out / SNAPSHOTS, self.step)
+        self.log = MetricsLog(self.out, tensorboard=self.config.tensorboard, after=self.step)
+
+    def run(self, progress: bool) -> TrainedRun:
+        """Train to the end, or until a signal."""
+        config, size = self.config, self.config.batch_size
+        quiet = True if not (progress and self.group.is_main) else None  # None: a bar where stderr is a terminal
+        self.since = self.resumed = time.monotonic()
+        held_out = None
+        with (
+            StopRequest(self.group) as stop,
+            self.bar_type(
+                total=config.steps * size, initial=self.step * size, unit=" images", unit_scale=True,
+                desc=config.weighting, disable=quiet, file=sys.stderr,
+            ) as bar,
+        ):  # fmt: skip
+            while self.step < config.steps:
+                weights = None
+                if config.log_rms and self.group.is_main and self._logs(self.step + 1):
+                    weights = weights_of_layers(self.denoiser)
+                self._train_step(self.step)
+                self.step += 1
+                bar.update(size)
+                if self.step % config.max_skipped_steps == 0:  # now and then: it waits for the device
+                    self._check_skipped()
+                measured = self._due(config.held_out_every)
+                if self._logs(self.step):
+                    held_out = self._write_line(bar, measured, weights)
+                if config.samples_every and self._due(config.samples_every) and self.out is not None:
+                    save_grid(self.out, self.step, self.average, config.sample_count)
+                if self.power_averages is not None and self.out is not None and self._due(config.snapshot_every):
+                    self.power_averages.save(self.out / SNAPSHOTS, config.snapshot_precision)
+                self.save_due |= self._due(config.checkpoint_every)
+                if self.save_due and (self.step == config.steps or not self._skipped_in_a_row()):
+                    self._save()
+                if number := stop.agreed():
+                    self._stop(number)
+        if held_out is None:  # the run had come to its end before
+            held_out = held_out_loss_of_run(self.config, self.images, self.average)
+        return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
+
+    def _train_step(self, step: int) -> None:
+        config = self.config
+        parts = self.batches.at(step)
+        losses = []
+        for number, batch in enumerate(parts):
+            if config.dropout:
+                self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                loss = self._loss(batch)
+                self.optimisation.backward(loss)
+            losses.append(loss.detach())
+        self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
+        self.optimisation.step(step, losses[0] if len(losses) == 1 else torch.stack(losses).mean())
+        if self.config.model == "edm2":
+            normalize_weights(self.denoiser)
+        self.running_average.update()
+        if self.power_averages is not None:
+            self.power_averages.update(step + 1)
+        if (step + 1) % config.levels_every == 0:
+            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # those that do not adapt ignore it
+
+    def _loss(self, batch: Batch) -> Tensor:
+        dtype = _AUTOCAST[self.config.precision]
+        noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
+        self.batches.memory_format = memory_format_of(output)
+        # Copies at the first step only, until batches are made in this format.
+        x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
+        return self.objective(self.criterion, output, x0, eps, batch.sigma, self.config.sigma_data, batch.sample_weight)
+
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+    def _logs(self, step: int) -> bool:
+        """Whether there is a line of metrics after so many steps."""
+        return self._due(self.config.log_every, step) or self._due(self.config.held_out_every, step)
+
+    def _write_line(self, bar: Any, measured: bool, weights: Mapping[str, Tensor] | None = None) -> HeldOutLoss | None:
+        """Read the totals, which waits for the device, and write a line; returns the held-out loss if `measured`.
+
+        `weights` are those of the layers before the last step, if their updates are to be logged.
+        """
+        totals = self.optimisation.totals
+        loss, norm, clipped, finite, skipped = self.group.mean(totals[:5]).tolist()
+        totals[:4] = 0.0
+        now = time.monotonic()
+        entry = {
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "loss": loss / finite if finite else None,
+            "grad_norm": norm / finite if finite else None,
+            "clipped_share": clipped / finite if finite else None,
+            "skipped_steps": round(skipped),
+            "learning_rate": learning_rate_at(self.config, self.step - 1),
+            "images_per_second": (self.step - self.timed_step) * self.config.batch_size / (now - self.since),
+            "memory_bytes": memory_bytes(self.device),
+            "seconds": self.seconds + now - self.resumed,
+            **statistics_of(self.criterion),
+        }
+        held_out = None
+        if self.group.is_main:
+            if self.config.log_rms:
+                entry["rms"] = rms_per_layer(self.denoiser, self.batches.at(self.step - 1)[0], weights)
+            if measured:
+                raw = held_out_loss_of_run(self.config, self.images, self.denoiser.eval())
+                held_out = held_out_loss_of_run(self.config, self.images, self.average)
+                self.denoiser.train()
+                entry["held_out"] = {
+                    "log_snr": held_out.log_snr.tolist(),
+                    "loss_raw": raw.mean.tolist(),
+                    "loss_ema": held_out.mean.tolist(),
+                }
+            self.log.add(entry)
+            bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
+        self.timed_step, self.since = self.step, time.monotonic()
+        self._check_skipped()
+        return held_out
+
+    def _check_skipped(self) -> None:
+        """Whether too many steps in a row were left out; waits for the device."""
+        longest = int(self.optimisation.totals[6])
+        if longest >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"{longest} steps in a row had a non-finite gradient, the last up to step {self.step}. They were left "
+                "out of the weights, and no checkpoint was written since the first. Go on with --resume and a lower "
+                "--learning-rate, a --clip, or --precision bf16 in place of fp16. Metrics up to here are in "
+                f"{self.out or 'memory'}"
+            )
+
+    def _skipped_in_a_row(self) -> int:
+        """How many steps up to this one were left out; waits for the device.
+
+        Meanwhile nothing is saved: what cannot go on would take the place of checkpoints that can.
+        """
+        return int(self.optimisation.totals[5])
+
+    def _optimal_loss(self, earlier: Path | None, progress: bool) -> OptimalLoss:
+        """That of the training images. What the main process reads or estimates counts on all ranks."""
+
+        def on_main() -> OptimalLoss:
+            optimal = read_curve(self.config, earlier)
+            if optimal is None:
+                optimal = estimate_curve(self.config, self.images, self.device, progress=progress)
+            check_curve(optimal, self.config, self.images)
+            return optimal
+
+        return self.group.from_main(on_main)
+
+    def _agree(self, earlier: Path | None) -> None:
+        """Whether all ranks go on from the same: on several machines, each looks into its own folder."""
+        config = self.config
+        parts = ["no checkpoint" if earlier is None else f"checkpoint: {fingerprint(earlier)}"]
+        parts.append(f"{len(self.images.train):,} training images")
+        if TABLE in (config.weighting, config.levels):
+            weights = repr(read_table(config, earlier).weights)
+            parts.append(f"weight table {hashlib.sha256(weights.encode()).hexdigest()[:12]}…")
+        found = self.group.gather("; ".join(parts))
+        if len(set(found)) > 1:
+            other = next(rank for rank, text in enumerate(found) if text != found[0])
+            raise RunError(
+                f"the ranks do not begin from the same: rank 0 has {found[0]}; rank {other} has {found[other]}. "
+                "Several machines need a shared file system for --out, --data and --table, or the same files on each"
+            )
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Where gradients stay on their rank until the last part of the batch."""
+        if isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _trained_network(self) -> nn.Module:
+        network = self.denoiser.network
+        if self.config.compile:
+            network = cast(nn.Module, torch.compile(network, dynamic=False))
+        if self.group.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
+        return network
+
+    def _save(self) -> None:
+        self.save_due = False
+        if self.saved == self.step:
+            return
+        if self.out is not None:
+            state = {
+                "step": self.step,
+                "seconds": self.seconds + time.monotonic() - self.resumed,
+                "image_shape": list(self.images.shape),
+                "classes": self.images.classes,
+                "model": self.denoiser.state_dict(),
+                "ema": self.average.state_dict(),
+                "criterion": self.criterion.state_dict(),
+                "levels": self.levels.state_dict(),
+                "optimizer": self.optimisation.optimizer.state_dict(),
+                "scaler": self.optimisation.scaler.state_dict(),
+                "totals": self.optimisation.totals,
+            }
+            if self.power_averages is not None:
+                state["power_averages"] = self.power_averages.state_dict()
+            save_checkpoint(self.out, self.step, state, self.config.keep_checkpoints)
+        self.saved = self.step
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.levels.load_state_dict(state["levels"])
+        self.optimisation.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty where the precision was another
+            self.optimisation.scaler.load_state_dict(state["scaler"])
+        totals = self.optimisation.totals
+        totals.copy_(state["totals"])
+        totals[6] = totals[5]  # the longest row of skipped steps is that of this process
+        if self.power_averages is not None:
+            self.power_averages.load_state_dict(state["power_averages"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
+
+    def _stop(self, number: int) -> None:
+        skipped = self._skipped_in_a_row()
+        if skipped < 2:  # one alone is how fp16 finds its scale: no reason to lose what was done
+            self._save()
+        name = signal.Signals(number).name
+        where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
+        if skipped >= 2:
+            where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
+        raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

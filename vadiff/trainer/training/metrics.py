@@ -1,0 +1,157 @@
+"""metrics.jsonl, one JSON object per line, and the same for TensorBoard.
+
+A line has, with K the number of bins:
+
+    step, images              done so far
+    loss                      weighted, mean over the finite steps since the last line
+    base_loss                 without the weighting: Σ mass·mean / Σ mass of the running statistics
+    grad_norm, clipped_share  mean norm before clipping, share of steps clipped, since the last line
+    skipped_samples           samples with a non-finite loss, in the whole run
+    skipped_steps             steps with a non-finite gradient, in the whole run
+    learning_rate, images_per_second, seconds, memory_bytes
+    statistics                count, mean, variance, mass of the base loss, [K] each
+    weights                   w at the bin centres, [K]
+
+and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noise level, of the trained weights and of
+their running average), rms (weights, updates and activations per layer) and evaluation. NaN and infinities are null.
+"""
+
+import json
+import math
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RunError
+from ...extras import import_extra
+from ...files import replacing
+from ...loss import DiffusionLoss
+
+METRICS = "metrics.jsonl"  # in a run directory
+_PER_BIN = ("count", "mean", "variance", "mass")
+
+
+def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
+    """What a line says about the criterion. Copies to the CPU, hence waits for the device."""
+    statistics = criterion.statistics
+    per_bin = {name: getattr(statistics, name).cpu() for name in _PER_BIN}
+    mass = per_bin["mass"]
+    return {
+        "base_loss": ((mass * per_bin["mean"].nan_to_num()).sum() / mass.sum()).item(),
+        "skipped_samples": int(statistics.skipped),
+        "statistics": {name: values.tolist() for name, values in per_bin.items()},
+        "weights": criterion.weights.tolist(),
+    }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that was in use so far: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stacked(entries: Sequence[Mapping[str, Any]], *keys: str) -> Tensor:
+    """A value of each line as one tensor: `stacked(entries, "statistics", "mean")` is [R, K] float64; null is NaN."""
+    rows = []
+    for entry in entries:
+        value: Any = entry
+        for key in keys:
+            value = value[key]
+        rows.append([math.nan if item is None else item for item in value] if isinstance(value, list) else value)
+    return torch.tensor([math.nan if row is None else row for row in rows], dtype=torch.float64)
+
+
+class MetricsLog:
+    """Writes the lines of a run.
+
+    Args:
+        run: the run directory; None keeps the lines in `entries` only.
+        tensorboard: write for TensorBoard too.
+        after: the steps done so far: lines of later steps, of a process that was killed, are removed.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+
+    def __init__(self, run: Path | None, *, tensorboard: bool, after: int = 0) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._path = None if run is None else run / METRICS
+        self._writer: Any = None
+        if run is None:
+            return
+        self.entries = _cut(run / METRICS, after)
+        if tensorboard:
+            import_extra("tensorboard", "train")
+            module = import_extra("torch.utils.tensorboard", "train")
+            self._writer = module.SummaryWriter(run / "tensorboard", purge_step=after + 1)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write a line.
+
+        Raises:
+            RunError: it cannot be written, as on a full disk; the lines before it are as they were.
+        """
+        finite: dict[str, Any] = _finite(entry)
+        self.entries.append(finite)
+        if self._path is not None:
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+            except OSError as error:
+                raise RunError(f"{self._path} cannot be written: {error}. Mend it, then go on with --resume") from error
+        if self._writer is not None:
+            for name, value in _scalars(finite):
+                self._writer.add_scalar(name, value, finite["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one without its end, of a process that was killed, is left out.
+
+    Raises:
+        RunError: a line that is not JSON.
+    """
+    text = path.read_text()
+    entries = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: {error}") from error
+    return entries
+
+
+def _cut(path: Path, after: int) -> list[dict[str, Any]]:
+    """Remove the lines of steps beyond `after`; returns those that stay."""
+    entries = [entry for entry in read_metrics(path) if entry["step"] <= after] if path.exists() else []
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return entries
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinities."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
+            found.append((prefix + key, value))
+    return found

@@ -1,0 +1,64 @@
+"""How a training step calls the criterion."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ...log_snr import from_sigma
+from ...loss import DiffusionLoss
+from ...process import coefficients, loss_ratio
+
+Objective = Callable[[DiffusionLoss, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""(criterion, network output F [B, ...], x0 [B, ...], eps [B, ...], sigma [B], sigma_data, sample weight [B] or None)
+→ scalar loss."""
+
+
+def edm_objective(
+    criterion: DiffusionLoss,
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """EDM's objective: λ(σ)·(D - x0)², where the residual D - x0 is taken from F, x0 and eps in the kernel.
+
+    Source: EDM (arXiv 2206.00364), eq. 2 and table 1; λ(σ) = 1/c_out² is the base weight.
+    """
+    log_snr = from_sigma(sigma)
+    return criterion(
+        output,
+        x0,
+        log_snr,
+        noise=eps,
+        coefficients=coefficients("edm", 1.0, sigma, sigma_data=sigma_data),
+        base_weight=loss_ratio("edm", log_snr, sigma_data=sigma_data),
+        sample_weight=sample_weight,
+    )
+
+
+def flow_objective(
+    criterion: DiffusionLoss,
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Flow matching: (F - (eps - x0))², F the velocity at t = sigma/(1 + sigma), which has the same log-SNR.
+
+    Source: Lipman et al., Flow matching (arXiv 2210.02747), eq. 23 with sigma_min = 0, seen from noise to data.
+    """
+    return criterion(
+        output,
+        x0,
+        from_sigma(sigma),
+        noise=eps,
+        coefficients=coefficients("flow", 1.0, sigma),
+        sample_weight=sample_weight,
+    )
+
+
+OBJECTIVES: dict[str, Objective] = {"edm": edm_objective, "flow": flow_objective}

@@ -1,0 +1,122 @@
+"""The optimal loss a run is trained with: given as a file, or estimated from the training images; kept in the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import RunError
+from ...extras import import_extra
+from ...optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
+from ...pixels import normalised
+from ..config import CURVE_WEIGHTINGS, GAP, TrainConfig
+from ..data import Images
+
+CURVE_FILE = "optimal_loss.csv"  # in a run directory: the curve of the run, so that it stands on its own
+
+
+def needs_curve(config: TrainConfig) -> bool:
+    """Whether the weighting or the levels of a config are made of an optimal loss."""
+    return config.weighting in CURVE_WEIGHTINGS or config.levels == GAP
+
+
+def read_curve(config: TrainConfig, run: Path | None) -> OptimalLoss | None:
+    """The curve of a run: the copy in its own folder, or else the file that the config names; None without either.
+
+    Raises:
+        RunError: there is no such file, or it is no optimal-loss curve.
+    """
+    copy = None if run is None else run / CURVE_FILE
+    if copy is not None and copy.exists():
+        path = copy
+    elif config.optimal_loss is not None:
+        path = Path(config.optimal_loss)
+    else:
+        return None
+    try:
+        return OptimalLoss.load(path)
+    except OSError as error:
+        raise RunError(
+            f"optimal_loss is {path}, which cannot be read: {error}. Give a CSV that `vadiff optimal-loss` wrote, or "
+            "none, and it is estimated"
+        ) from error
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tuple[Tensor, Tensor | None]:
+    """What a run sees: its images, mirrored ones too where it flips, and their classes where it tells them.
+
+    Returns:
+        [N, C, H, W] float32 in [-1, 1], and int64 [N] or None.
+    """
+    data, labels = normalised(images.train), images.train_labels if class_conditional else None
+    if flips:
+        data = torch.cat([data, data.flip(-1)])
+        labels = None if labels is None else labels.repeat(2)
+    return data, labels
+
+
+def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
+    """Whether a curve can be that of the images that are trained on.
+
+    Raises:
+        RunError: it is of images of another size or number, or of a network that is told the class where the run's is
+            not, or the other way round.
+    """
+    expected = (len(images.train) * (2 if config.flips else 1), images.train[0].numel())
+    if (optimal.samples, optimal.elements) != expected:
+        flips = " (each mirrored too: --flips)" if config.flips else ""
+        raise RunError(
+            f"optimal_loss is of {optimal.samples:,} images of {optimal.elements:,} numbers, the training images are "
+            f"{expected[0]:,} of {expected[1]:,}{flips}: give the curve of this data set, or none, and it is estimated"
+        )
+    if (optimal.classes > 0) != config.class_conditional:
+        told, wanted = ("no class", "the class") if config.class_conditional else ("the class", "none")
+        raise RunError(
+            f"optimal_loss is of a network that is told {told}, the run's is told {wanted}: estimate it with"
+            f"{'' if config.class_conditional else 'out'} --class-conditional, or give none, and it is estimated"
+        )
+
+
+def estimate_curve(
+    config: TrainConfig,
+    images: Images,
+    device: torch.device,
+    *,
+    sigmas: Sequence[float] | None = None,
+    relative: float = 0.02,
+    absolute: float = 2e-4,
+    limit: int = 4096,
+    progress: bool = False,
+) -> OptimalLoss:
+    """J* of what a run is trained on: of mirrored images too where it flips, given the class where it tells it.
+
+    A second on digits; on CIFAR-10 seconds on a GPU, minutes on a CPU.
+
+    Args:
+        config: the run's. With `label_dropout` its network also learns without the class, where more is left to guess:
+            J* given the class is then a little below what training can reach.
+        images: its data set.
+        device: where to compute.
+        sigmas: noise levels; 36 from 0.02 to 80 by default, from far below where any image is mistaken for another to
+            far above the data.
+        relative, absolute, limit: see `vadiff.optimal_loss.estimate_until`.
+        progress: show a progress bar where stderr is a terminal.
+    """
+    data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
+    if sigmas is None:
+        sigmas = torch.linspace(math.log(0.02), math.log(80.0), 36, dtype=torch.float64).exp().tolist()
+    bar_type = import_extra("tqdm", "train").tqdm
+    with bar_type(total=limit, unit="draw", desc="optimal loss", disable=None if progress else True) as bar:
+
+        def show(so_far: Estimate) -> None:
+            bar.update(int(so_far.optimal.draws.max()) - bar.n)
+
+        if labels is None:
+            return estimate_until(data, sigmas, limit, relative, absolute, device=device, progress=show)
+        return estimate_given_class(data, labels, sigmas, limit, relative, absolute, device=device, progress=show)

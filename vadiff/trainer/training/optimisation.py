@@ -1,0 +1,111 @@
+"""From gradients to weights: learning rate, clipping, the optimiser's step, the running average."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..config import TrainConfig
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """The learning rate of step 0, 1, ...: a linear warm-up times the schedule."""
+    done = step / config.steps
+    if config.schedule == "linear":
+        factor = 1.0 - done
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    elif config.schedule == "inverse_sqrt":  # EDM2 (arXiv 2312.02696), eq. 67
+        factor = 1.0 / math.sqrt(max(step / config.schedule_steps, 1.0))
+    else:
+        factor = 1.0
+    warm = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
+    return config.learning_rate * warm * factor
+
+
+class Optimisation:
+    """An optimiser that leaves out steps with a non-finite loss or gradient, without asking the device.
+
+    Args:
+        config: optimiser, clipping, precision.
+        parameters: what is trained.
+        device: where they are.
+    """
+
+    def __init__(self, config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self._config = config
+        self._parameters = list(parameters)
+        settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "fused": True}
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self._parameters, weight_decay=config.weight_decay, **settings)
+        else:
+            self.optimizer = torch.optim.Adam(self._parameters, **settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        # Sums since the last line of metrics: loss, gradient norm and clipped steps of the finite steps, number of
+        # those; then non-finite steps of the run, in a row now, and the longest row.
+        self.totals = torch.zeros(7, dtype=torch.float64, device=device)
+        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        self._nan = torch.full((), math.nan, device=device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one part of a batch; that of a non-finite loss is NaN.
+
+        A loss may be infinite with a finite gradient, as Huber's of an infinite prediction is. Neither the gradient
+        scaler nor the gradient's norm would see that. NaN spreads to all ranks when gradients are averaged, so all
+        leave out the step, and nobody waits for a device.
+        """
+        parts = self._config.accumulate
+        scaled = self.scaler.scale(loss if parts == 1 else loss / parts)
+        scaled.backward(torch.where(loss.isfinite(), self._one, self._nan).to(scaled.dtype))
+
+    def step(self, step: int, loss: Tensor) -> None:
+        """Change the weights by the gradient, unless it is non-finite, and forget it.
+
+        Args:
+            step: 0, 1, ...
+            loss: of the whole batch, for the totals.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self._config, step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # As torch's get_total_norm, which looks at the device of every one of them first.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self._config.clip < math.inf:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip, norm, foreach=True)
+        finite = norm.isfinite()
+        broken = (~finite).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # What GradScaler tells fused optimisers: they leave out the step on the device, without a look at it.
+            self.optimizer.found_inf = broken  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(loss, norm, finite, broken)
+
+    def _count(self, loss: Tensor, norm: Tensor, finite: Tensor, broken: Tensor) -> None:
+        """Few operations: each is a launch on a GPU, and a few µs of every step anywhere."""
+        clipped = (norm > self._config.clip).float() if self._config.clip < math.inf else self._zero
+        self.totals[:4] += torch.stack([loss, norm, clipped, self._one]).where(finite, self._zero)
+        skipped, in_a_row, longest = self.totals[4:].unbind()
+        skipped += broken
+        in_a_row.add_(1.0).mul_(broken)
+        torch.maximum(longest, in_a_row, out=longest)
+
+
+class RunningAverage:
+    """Exponential moving average of a network's parameters, ema ← decay·ema + (1 - decay)·parameter."""
+
+    def __init__(self, average: nn.Module, network: nn.Module, decay: float) -> None:
+        self._average = list(average.parameters())
+        self._network = list(network.parameters())
+        self._update = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        self._update(self._average, self._network, 0)

@@ -1,0 +1,150 @@
+"""A run directory, opened to look at, sample from or evaluate.
+
+config.yaml          the config
+data.json            how many images, and whether those held out are a test set
+optimal_loss.csv     the optimal loss, where the weighting or the levels are made of it
+metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.trainer.training.metrics`
+tensorboard/         the same for TensorBoard
+checkpoints/step-<n>/
+samples/step-<n>.png
+snapshots/, ema/     see `vadiff.trainer.training.averages`
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import RunError
+from ...loss import DiffusionLoss
+from ...models import Denoiser
+from ..config import TrainConfig
+from ..data import Images
+from . import averages
+from .assembly import build_criterion, build_denoiser, load_images
+from .checkpoint import load_checkpoint, steps_saved
+from .metrics import METRICS, read_metrics
+from .optimal_curve import read_curve
+
+CONFIG, DATA = "config.yaml", "data.json"
+WEIGHTS = ("ema", "raw")
+
+
+class DataFacts(NamedTuple):
+    """What a run notes about its data set."""
+
+    train: int  # images
+    held_out: int  # images
+    held_out_is_test: bool  # False where they were taken from the training set
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `vadiff train` left in a folder, or is still writing there."""
+
+    path: Path
+    config: TrainConfig
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far; empty before the first.
+
+        Raises:
+            RunError: a line that is not JSON, other than a last one that is still being written.
+        """
+        path = self.path / METRICS
+        return read_metrics(path) if path.exists() else []
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        return steps_saved(self.path)
+
+    def data_facts(self) -> DataFacts | None:
+        """What was noted about the data set when the run began, None where nothing was.
+
+        Raises:
+            RunError: the note is damaged.
+        """
+        path = self.path / DATA
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            return DataFacts(int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} cannot be read: {error}. Remove it, then go on with --resume") from error
+
+    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        """(images seen, metric → value) for each step that was evaluated, ascending.
+
+        From metrics.jsonl, and from what `vadiff evaluate` left in the run; the latter counts where both have one.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        found = {line["images"]: dict(line["evaluation"]) for line in self.metrics() if line.get("evaluation")}
+        for file in sorted(self.path.glob("evaluation/step-*/metrics.json")):
+            try:
+                content = json.loads(file.read_text())
+                found.setdefault(content["images_seen"], {}).update(content["metrics"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
+        return sorted(found.items())
+
+    def denoiser(self, weights: str = "ema", step: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
+        """The denoiser of a checkpoint, in eval mode.
+
+        Args:
+            weights: "ema", the running average, which samples are drawn from; "raw", those that were trained; or
+                "ema-0.1", the power-function average of that width, which `vadiff ema` made.
+            step: of the checkpoint; None is the latest.
+            device: where to put it.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+            ValueError: no such weights.
+            MissingExtraError: diffusers is not installed.
+        """
+        if weights in WEIGHTS:
+            state = load_checkpoint(self.path, step)
+        elif weights.startswith(averages.PREFIX):
+            state = averages.read_average(self.path, weights, step)
+        else:
+            raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {averages.PREFIX}<sigma_rel>")
+        channels, height, width = state["image_shape"]
+        denoiser = build_denoiser(self.config, (channels, height, width), state["classes"])
+        denoiser.load_state_dict(state["model" if weights == "raw" else "ema"])
+        return denoiser.to(device).eval()
+
+    def criterion(self, step: int | None = None) -> DiffusionLoss:
+        """The criterion with the statistics of a checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+        """
+        criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
+        criterion.load_state_dict(load_checkpoint(self.path, step)["criterion"])
+        return criterion
+
+    def images(self) -> Images:
+        """The data set it is trained on, read again from where it was.
+
+        Raises:
+            DataError: it is no longer there, or not as it should be.
+            MissingExtraError: a package that reads it is not installed.
+        """
+        return load_images(self.config)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory. What it holds is read when it is asked for.
+
+    Raises:
+        RunError: not a run directory, or a config that does not fit this version.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        what = "has no config.yaml" if path.is_dir() else "is not a folder"
+        raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
+    return Run(path, TrainConfig.load(path / CONFIG))

@@ -1,0 +1,184 @@
+"""A run directory before the first step: made, replaced, or found fit to go on in."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from ...errors import RunError
+from ...files import replacing
+from ...optimal_loss import OptimalLoss
+from ..config import TABLE, TrainConfig
+from ..data import Images
+from . import averages
+from .assembly import TABLE_FILE, keep_table, read_table
+from .checkpoint import FOLDER
+from .metrics import METRICS
+from .optimal_curve import CURVE_FILE
+from .run import CONFIG, DATA, open_run
+
+# What has no bearing on what a run computes.
+IMMATERIAL = {
+    "data", "table", "optimal_loss", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every",
+    "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
+    "snapshot_precision",
+}  # fmt: skip
+# What may differ besides when a run goes on: what it is measured by, and what helps against non-finite steps.
+_CHANGEABLE = IMMATERIAL | {
+    "steps", "held_out_every", "held_out_images", "held_out_draws", "held_out_levels", "held_out_sigma",
+    "learning_rate", "clip", "precision",
+}  # fmt: skip
+_OPEN_ENDED = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
+_AVERAGES = f"{averages.FOLDER}/step-*"
+_LOCK = ".lock"
+_ATTEMPTS, _PAUSE = 5, 0.05  # seconds
+
+
+def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Whether `path` can become, or go on as, the run directory of `config`; nothing is written.
+
+    Raises:
+        RunError: it is a file, or holds a run and neither `resume` nor `overwrite` is set, or a run of another config
+            is to be resumed.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, expected a folder")
+    if not (path / CONFIG).exists():
+        return
+    if resume:
+        saved = TrainConfig.load(path / CONFIG)
+        if differing := differences(saved, config, _CHANGEABLE):
+            raise RunError(f"{path} cannot go on with another config: {'; '.join(differing)}")
+    elif not overwrite:
+        raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
+
+
+def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
+    """In which fields, but for those `ignored`, two configs differ; `steps` counts where it sets the schedule."""
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in ignored]
+    if "steps" not in names and saved.schedule not in _OPEN_ENDED:
+        names.append("steps")
+    return [
+        f"{name} was {getattr(saved, name)!r}, is {getattr(config, name)!r}"
+        + (f", which changes the {saved.schedule} schedule" if name == "steps" else "")
+        for name in names
+        if getattr(saved, name) != getattr(config, name)
+    ]
+
+
+def check_images(path: Path, images: Images) -> None:
+    """Whether a run goes on with as many images as it began with.
+
+    Raises:
+        RunError: the data set has changed since.
+    """
+    facts = open_run(path).data_facts() if (path / CONFIG).exists() else None
+    if facts is not None and (facts.train, facts.held_out) != (len(images.train), len(images.held_out)):
+        raise RunError(
+            f"{path} began with {facts.train:,} training and {facts.held_out:,} held-out images, the data set now has "
+            f"{len(images.train):,} and {len(images.held_out):,}: give the same with --data"
+        )
+
+
+def begin(
+    path: Path,
+    config: TrainConfig,
+    images: Images,
+    *,
+    resume: bool,
+    step: int = 0,
+    optimal: OptimalLoss | None = None,
+) -> None:
+    """Make `path` the run directory of `config`, after `check`: what is there of a run goes, unless it is resumed.
+
+    Args:
+        path: the folder.
+        config: saved in it.
+        images: the data set, whose size is noted.
+        resume: keep what is there, but for what was made after `step`.
+        step: where the run goes on.
+        optimal: the optimal loss that the run is trained with, kept in it.
+
+    Raises:
+        RunError: the weight table that the config names is not there.
+    """
+    if resume and (path / CONFIG).exists():
+        _drop_later(path, step)
+    else:
+        table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
+        _clear(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if table is not None:
+            keep_table(table, path)
+    if optimal is not None and not (path / CURVE_FILE).exists():
+        optimal.save(path / CURVE_FILE)
+    facts = {
+        "train": len(images.train),
+        "held_out": len(images.held_out),
+        "held_out_is_test": images.held_out_is_test,
+    }
+    (path / DATA).write_text(json.dumps(facts) + "\n")
+    with replacing(path / CONFIG) as partial:
+        config.save(partial)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder. A process that is killed leaves no lock.
+
+    Raises:
+        RunError: another one is at it, or the folder cannot be written.
+    """
+    try:
+        file = (path / _LOCK).open("a")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from error
+    with file:
+        for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == _ATTEMPTS - 1:
+                    raise RunError(
+                        f"{path} is in use: another process trains there. Wait for it, or name another"
+                    ) from None
+                time.sleep(_PAUSE)
+            except OSError:  # a file system without locks
+                break
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process trains in a folder."""
+    try:
+        with (path / _LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such folder, or a file system without locks
+        return False
+    return False
+
+
+def _clear(path: Path) -> None:
+    """Remove what `vadiff` writes to a run directory by itself, and nothing else."""
+    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, "report.html"):
+        (path / name).unlink(missing_ok=True)
+    for name in (
+        FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
+    ):  # fmt: skip
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Remove sample grids, evaluations and averages of steps that are yet to be done again."""
+    for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/step-*"), *path.glob(_AVERAGES)):
+        number = entry.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,0 +1,56 @@
+"""What a run's loss is above the optimal one."""
+
+import torch
+
+from ...optimal_loss import ModelGap, OptimalLoss, model_gap
+from ...pixels import normalised
+from ..data import Images
+from .optimal_curve import check_curve
+from .run import Run
+
+
+def gap_of_run(
+    run: Run,
+    optimal: OptimalLoss,
+    *,
+    images: Images | None = None,
+    number: int = 1000,
+    weights: str = "ema",
+    step: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ModelGap:
+    """Loss, J* and gap of a run's denoiser on images it was trained on, at the noise levels of `optimal`.
+
+    A class-conditional network is told the classes, and `optimal` has to be that of one. The same images and noise
+    whatever the run.
+
+    Args:
+        run: the run.
+        optimal: J* of what it is trained on, see `optimal_curve.estimate_curve`.
+        images: its data set, where it is at hand already.
+        number: of training images, mirrored ones among them where the run flips.
+        weights, step: of the denoiser, see `Run.denoiser`.
+        seed: of the choice of images, and of the noise.
+        device: where to compute.
+
+    Raises:
+        UserError: the checkpoint or the data set is missing or corrupt, or `optimal` is of something else.
+    """
+    images = run.images() if images is None else images
+    check_curve(optimal, run.config, images)
+    size = len(images.train)
+    seen = size * (2 if run.config.flips else 1)
+    chosen = torch.randperm(seen, generator=torch.Generator().manual_seed(seed))[:number]
+    mirrored, rows = chosen >= size, chosen % size
+    clean = normalised(images.train[rows])
+    clean[mirrored] = clean[mirrored].flip(-1)
+    labels = images.train_labels if run.config.class_conditional else None
+    return model_gap(
+        run.denoiser(weights, step, device),
+        clean,
+        optimal,
+        labels=None if labels is None else labels[rows],
+        seed=seed,
+        device=device,
+    )
