@@ -2,8 +2,8 @@
 
 from . import ema, levels, log_snr, optimal_loss, process, weighting
 from ._version import __version__
-from .ops.backends import backend_report
 from .loss import DiffusionLoss
+from .ops.backends import backend_report
 from .statistics import LogSNRStatistics
 
 __all__ = [

@@ -270,12 +270,25 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_problem": None, "base_loss": None}  # a copy starts without the last batch
+        return {
+            **self.__dict__,
+            "_last": None,
+            "_problem": None,
+            "base_loss": None,
+        }  # a copy starts without the last batch
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call; made anew when an attribute that it reads was changed."""
         statistics = self.statistics
-        read = (self.weighting, statistics.bins, statistics.half_life, self.loss, self.huber_delta, self.sync, self.backend)
+        read = (
+            self.weighting,
+            statistics.bins,
+            statistics.half_life,
+            self.loss,
+            self.huber_delta,
+            self.sync,
+            self.backend,
+        )
         if self._problem is not None and self._problem[0] == read:
             return self._problem[1]
         problem = Problem(

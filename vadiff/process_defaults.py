@@ -56,7 +56,9 @@ def arguments_for(
                 f"weighting is {weighting!r}, which depends on what the loss is written in, and prediction_type is "
                 f"None: expected one of {', '.join(PREDICTION_TYPES)}"
             )
-        arguments["weighting"] = from_name(weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process))
+        arguments["weighting"] = from_name(
+            weighting, prediction_type=form, sigma_data=schedulers.sigma_data_of(process)
+        )
     elif isinstance(weighting, SNRWeighting) and form is not None and weighting.prediction_type != form:
         name = type(weighting).__name__
         raise ValueError(

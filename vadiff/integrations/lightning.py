@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..extras import MissingExtraError
-from ..summary import BANDS
 from ..loss import DiffusionLoss
+from ..summary import BANDS
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..loss import DiffusionLoss
-from ..process import PREDICTION_TYPES, loss_ratio
 from ..ops.reference import moments_of
+from ..process import PREDICTION_TYPES, loss_ratio
 from ..weighting import GapWeighting, SNRWeighting
 from ..weighting.optimal import OptimalCurve, require_curve
 from .adaptive import AdaptiveLevels

@@ -47,8 +47,10 @@ def transformed() -> bool:
 
 
 def observed(values: tuple[Any, ...]) -> bool:
-    """Whether a call has to go through the dispatcher, which costs 40 to 55 µs: a compiler, tracer, profiler or dispatch
-    mode is active, or one of the values is a tensor subclass, a lazily negated tensor or a lazy zero."""
+    """Whether a call has to go through the dispatcher, which costs 40 to 55 µs.
+
+    So it is where a compiler, tracer, profiler or dispatch mode is active, or where one of the values is a tensor
+    subclass, a lazily negated tensor or a lazy zero."""
     if torch.compiler.is_compiling() or _tracing_state() or _profiling() or _dispatch_modes() > 0:
         return True
     for value in values:

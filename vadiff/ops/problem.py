@@ -126,7 +126,7 @@ def make_inputs(
     sample_weight: Tensor | None,
     reduction: str,
 ) -> Inputs:
-    """Check the arguments of a call, see `DiffusionLoss.forward`; a tensor whose coefficient is the number 0 is dropped.
+    """Check the arguments of `DiffusionLoss.forward`. A tensor whose coefficient is the number 0 is dropped.
 
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what it is and what was expected.

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from .. import levels, weighting
-from ..ops import backends
 from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
 from ..models import PROCESSES, check_attention, check_halvings
+from ..ops import backends
 
 TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
 GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss

@@ -12,11 +12,11 @@ from ..ops.problem import NO_TABLE, Bins, Inputs, TableRule
 
 
 class Weighting:
-    """How much each noise level counts in the loss. Its kinds answer the questions below, each in its own way.
+    """How much each noise level counts in the loss.
 
-    A weighting is one of three: a table of ln w that follows the statistics (`AdaptiveWeighting`, which has a `rule`), a
-    function of log-SNR (`FixedWeighting`, `for_batch`), or a learned function with a term of its own in the loss
-    (`LearnedUncertainty`, `extra_term`).
+    A weighting is one of three: a table of ln w that follows the statistics (`AdaptiveWeighting`, by its `rule`), a
+    function of log-SNR (`FixedWeighting`, by `for_batch`), or a learned function that adds a term to the loss
+    (`LearnedUncertainty`, by `for_batch` and `extra_term`).
     """
 
     rule: TableRule = NO_TABLE
@@ -34,9 +34,9 @@ class Weighting:
         return True
 
     def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor | None:
-        """The weights [B] of this rank's batch, without gradient; what depends on the batch looks at all ranks' if `sync`.
+        """The weights [B] of this rank's batch, without gradient; None where they come from the table, or are 1.
 
-        None where they come from the table, or are 1.
+        sync: weights that depend on the batch use the batches of all ranks.
         """
         return None
 
