@@ -19,11 +19,10 @@ from cases import MODES, Contest
 from contest import make_batches, make_losses, refuse_wrong, speed_ratios
 from measure import Effort, Run
 from measurements import Measurement, NotMeasured
-from providers import Batch, Loss
+from providers import Batch, Loss, inputs_of, problem_of, state_of
 
-from vadiff import backends
+from vadiff.ops import backends
 from vadiff.statistics import LogSNRStatistics
-from vadiff.weighting import VarianceAware
 
 CONTEST = Contest("huge", "fp32", "past-cache")
 KERNEL, CALL = "kernel alone", "whole call"
@@ -43,19 +42,18 @@ def kernel_alone(backend: str, batches: list[Batch], gradient: torch.Tensor) -> 
         NoBufferTakenError: on a call, if the backend allocates in another way.
     """
     module = backends.select(backend, batches[0].prediction)
-    statistics, rule = LogSNRStatistics(), VarianceAware().rule
+    statistics = LogSNRStatistics()
+    problem, state = problem_of(statistics), state_of(statistics)
     rotation, empty_like = itertools.cycle(batches), torch.empty_like
 
     def allocate(like: torch.Tensor, **options: Any) -> torch.Tensor:
         return gradient if like.shape == gradient.shape else empty_like(like, **options)
 
     def run() -> None:
-        prediction, target, log_snr, _ = next(rotation)
+        batch = next(rotation)
+        inputs = inputs_of(batch, batch.prediction)
         with mock.patch.object(torch, "empty_like", allocate), torch.no_grad():
-            written = module.diffusion_loss(
-                prediction, target, None, 1.0, -1.0, 0.0, log_snr, None, None, None, statistics.state,
-                statistics.log_weights, statistics.bins, statistics.half_life, rule, 0.0, True, True, True, None,
-            )[3]  # fmt: skip
+            written = module.step(problem, inputs, state, gradient=True, update=True, gather=None).gradient
         if written.data_ptr() != gradient.data_ptr():
             raise NoBufferTakenError("the backend does not allocate its gradient by torch.empty_like")
 

@@ -15,7 +15,8 @@ from hand_written import HandWrittenLoss
 from torch import Tensor
 
 import vadiff
-from vadiff import reference
+from vadiff.ops import reference
+from vadiff.ops.problem import Inputs, Problem, State
 from vadiff.statistics import LogSNRStatistics
 from vadiff.weighting import VarianceAware
 
@@ -102,17 +103,34 @@ def moments_of(statistics: LogSNRStatistics) -> Moments:
     }
 
 
+def problem_of(statistics: LogSNRStatistics) -> Problem:
+    """Squared error with `VarianceAware`'s table, on one rank."""
+    return Problem(statistics.bins, statistics.half_life, VarianceAware().rule, sync=False)
+
+
+def state_of(statistics: LogSNRStatistics) -> State:
+    """The buffers that a call moves."""
+    return State(statistics.state, statistics.log_weights)
+
+
+def inputs_of(batch: Batch, prediction: Tensor) -> Inputs:
+    """A batch as backends take it: no weights, the mean."""
+    b, c = (-1.0, 0.0) if batch.noise is None else (1.0, -1.0)
+    return Inputs(prediction, batch.target, batch.noise, 1.0, b, c, batch.log_snr, None, None, None, mean=True)
+
+
 class _CompiledReference:
-    """The functions of `vadiff.reference` under torch.compile, called without the operators the compiler cannot enter.
+    """The functions of `vadiff.ops.reference` under torch.compile, without the operators that a compiler cannot enter.
 
     Like the fused backends, it computes the gradient in the forward pass unless told otherwise."""
 
     def __init__(self, device: torch.device) -> None:
         self.statistics = LogSNRStatistics().to(device)
-        self.rule = VarianceAware().rule
-        self.forward = torch.compile(reference.diffusion_loss, fullgraph=True, dynamic=False)
-        self.backward = torch.compile(reference.diffusion_loss_backward, fullgraph=True, dynamic=False)
-        self.scale = torch.compile(reference.scale_gradient, fullgraph=True, dynamic=False)
+        self.problem = problem_of(self.statistics)
+        self.state = state_of(self.statistics)
+        self.forward = torch.compile(reference.step, fullgraph=True, dynamic=False)
+        self.backward = torch.compile(reference.backward, fullgraph=True, dynamic=False)
+        self.scale = torch.compile(reference.scale, fullgraph=True, dynamic=False)
 
     def __call__(self, batch: Batch, deferred: bool) -> Tensor:
         loss: Tensor = _CompiledFunction.apply(batch.prediction, batch, deferred, self)
@@ -125,24 +143,28 @@ class _CompiledReference:
 class _CompiledFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, batch: Batch, deferred: bool, provider: _CompiledReference) -> Tensor:
-        statistics, coefficients = provider.statistics, (1.0, -1.0 if batch.noise is None else 1.0, -1.0)
         fused = ctx.needs_input_grad[0] and not deferred and prediction.dtype != torch.float16
-        prediction = prediction.detach()
-        loss, _, saved, gradient = provider.forward(
-            prediction, batch.target, batch.noise, *coefficients, batch.log_snr, None, None, None, statistics.state,
-            statistics.log_weights, statistics.bins, statistics.half_life, provider.rule, 0.0, True, fused, True, None,
-        )  # fmt: skip
-        ctx.provider, ctx.coefficients, ctx.fused = provider, coefficients, fused
-        ctx.save_for_backward(saved, *((gradient,) if fused else (prediction, batch.target, batch.noise)))
+        inputs = inputs_of(batch, prediction.detach())
+        loss, per_sample, gradient = provider.forward(
+            provider.problem, inputs, provider.state, gradient=fused, update=True, gather=None
+        )
+        ctx.provider, ctx.fused = provider, fused
+        if fused:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(per_sample, inputs.prediction, inputs.target, inputs.noise)
+            ctx.inputs = inputs._replace(prediction=None, target=None, noise=None)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        saved, first, *others = ctx.saved_tensors
         if not ctx.fused:
-            return ctx.provider.backward(upstream, saved, first, *others, *ctx.coefficients, 0.0), None, None, None
-        ctx.provider.scale(first, upstream, saved, first)
-        return first, None, None, None
+            per_sample, prediction, target, noise = ctx.saved_tensors
+            inputs = ctx.inputs._replace(prediction=prediction, target=target, noise=noise)
+            return ctx.provider.backward(ctx.provider.problem, inputs, per_sample, upstream), None, None, None
+        (gradient,) = ctx.saved_tensors
+        ctx.provider.scale(gradient, upstream, gradient)
+        return gradient, None, None, None
 
 
 class Provider(NamedTuple):

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from vadiff import triton_kernels
-from vadiff.reference import Bins, TableRule
+from vadiff.ops.problem import Bins, TableRule
 
 
 class CompileOnly:

@@ -108,7 +108,7 @@ def one_thread_and_a_seed() -> None:
 
 
 def vadiff_native() -> ModuleType:
-    return importlib.import_module("vadiff.native")
+    return importlib.import_module("vadiff.ops.native")
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +158,7 @@ def usable(backend: str) -> str:
 
 def _native_loads() -> None:
     """Skips where nothing could have compiled the kernels; fails where they are missing nevertheless."""
-    from vadiff import backends
+    from vadiff.ops import backends
 
     kernels = backends.load_native()
     if isinstance(kernels, backends.Obstacle):

@@ -104,11 +104,7 @@ class Oracle:
         grad = np.zeros(prediction.shape)
         with np.errstate(all="ignore"):
             for i in range(batch):
-                if u[i] * v[i] == 0:
-                    continue
-                if _poisoned(log_snr[i], per_sample[i], u[i], v[i]):
-                    grad[i] = math.nan
-                else:
+                if not _masked(u[i], v[i]):
                     grad[i] = result.weight[i] * u[i] * v[i] / batch * slope[i]
         result.grad_prediction = grad
         if record:
@@ -137,10 +133,7 @@ class Oracle:
         with np.errstate(all="ignore"):
             for i in range(batch):
                 weight[i] = self.weight_at(float(log_snr[i]))
-                if _poisoned(log_snr[i], per_sample[i], u[i], v[i]) and u[i] * v[i] != 0:
-                    weighted[i] = grad_u[i] = math.nan
-                    continue
-                if u[i] * v[i] != 0:
+                if not _masked(u[i], v[i]):
                     weighted[i] = weight[i] * u[i] * v[i] * per_sample[i]
                     grad_u[i] = weight[i] * v[i] * per_sample[i] / batch
         return Step(float(weighted.mean()), per_sample, weighted, weight, np.zeros(0), grad_u)
@@ -179,15 +172,14 @@ class Oracle:
         return np.array([self.weight_at(x) for x in self.centers])
 
     def batch_statistics(self, per_sample: np.ndarray, log_snr: np.ndarray, u: np.ndarray, v: np.ndarray) -> Batch:
-        """Two passes per bin over the samples that enter; poisoned ones are counted, u·v = 0 left out."""
+        """Two passes per bin over the samples that enter: neither masked nor skipped, which are counted."""
         members: list[list[float]] = [[] for _ in range(self.bins)]
         zeros = np.zeros(self.bins)
         out = Batch(zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy(), skipped=0)
         for i in range(len(per_sample)):
-            with np.errstate(all="ignore"):
-                if u[i] * v[i] == 0:
-                    continue
-            if _poisoned(log_snr[i], per_sample[i], u[i], v[i]):
+            if _masked(u[i], v[i]):
+                continue
+            if _not_finite(log_snr[i], per_sample[i], u[i], v[i]):
                 out.skipped += 1
                 continue
             k = self.bin_index(float(log_snr[i]))
@@ -291,10 +283,15 @@ def _per_sample(value: float | np.ndarray | None, default: float, batch: int) ->
     return np.broadcast_to(np.asarray(default if value is None else value, np.float64), (batch,))
 
 
-def _poisoned(log_snr: float, loss: float, u: float, v: float) -> bool:
-    """NaN λ, or ℓ, u or v that float32 cannot hold; λ = ±inf is legal."""
+def _masked(u: float, v: float) -> bool:
+    """No loss, no gradient, not recorded, whatever else the sample has."""
+    return bool(u == 0 or v == 0)
+
+
+def _not_finite(log_snr: float, loss: float, u: float, v: float) -> bool:
+    """NaN λ, or ℓ, u, v or u·ℓ that float32 cannot hold; λ = ±inf is legal."""
     with np.errstate(all="ignore"):
-        return bool(np.isnan(log_snr)) or not np.all(np.isfinite(np.float32([loss, u, v])))
+        return bool(np.isnan(log_snr)) or not np.all(np.isfinite(np.float32([loss, u, v, u * loss])))
 
 
 def _merge(x: Batch, y: Batch) -> Batch:

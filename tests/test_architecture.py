@@ -18,22 +18,6 @@ import vadiff
 
 PACKAGE = Path(vadiff.__file__).parent
 
-# DELETE AT THE MERGE of the rewritten core, with its two uses below.
-# The core as it is before that, by the rooms that it becomes. These modules may be imported as those rooms; what they
-# import themselves is not looked at.
-OLD_CORE = {
-    "vadiff._validation": "_validation",
-    "vadiff.autograd": "ops",
-    "vadiff.backends": "ops",
-    "vadiff.eager": "loss",
-    "vadiff.live": "summary",
-    "vadiff.loss": "loss",
-    "vadiff.native": "ops",
-    "vadiff.ops": "ops",
-    "vadiff.reference": "ops",
-    "vadiff.settings": "process_defaults",
-}
-
 # Room → the rooms it may import from.
 LIBRARY = {
     "_version": set(),
@@ -42,8 +26,8 @@ LIBRARY = {
     "files": set(),
     "pixels": set(),
     "log_snr": set(),
-    "ops": {"_native", "triton_kernels"},
-    "_validation": {"ops"},
+    "_validation": set(),
+    "ops": {"_native", "_validation", "triton_kernels"},
     "process": {"log_snr", "ops"},
     "schedulers": {"log_snr", "ops", "process"},
     "statistics": {"_validation", "ops"},
@@ -100,7 +84,6 @@ def module_name(path: Path) -> str:
 
 # The kernels are a package of their own, which an installed vadiff has inside.
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "triton_kernels" not in path.parts}
-LOOKED_AT = [name for name in MODULES if name not in OLD_CORE]  # AT THE MERGE: list(MODULES)
 
 
 def imports(module: str) -> Iterator[tuple[str, int]]:
@@ -121,13 +104,11 @@ def imports(module: str) -> Iterator[tuple[str, int]]:
 
 
 def room(module: str) -> str:
-    if module in OLD_CORE:  # DELETE AT THE MERGE
-        return OLD_CORE[module]
     _, *parts = module.split(".")
     return ".".join(parts[: 2 if parts[:1] == ["trainer"] else 1]) or "vadiff"
 
 
-@pytest.mark.parametrize("module", LOOKED_AT)
+@pytest.mark.parametrize("module", MODULES)
 def test_module_imports_from_lower_rooms_only(module: str) -> None:
     mine = room(module)
     assert mine in ALLOWED, f"{mine} is in no room of this table: say what it may import"
@@ -146,14 +127,14 @@ def test_table_of_rooms_has_no_circle() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = {module: {target for target, _ in imports(module)} for module in LOOKED_AT}
+    graph = {module: {target for target, _ in imports(module)} for module in MODULES}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" → ".join(reversed(error.args[1])))
 
 
-@pytest.mark.parametrize("module", [name for name in LOOKED_AT if room(name) != "ops"])
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) != "ops"])
 def test_kernels_are_named_in_ops_only(module: str) -> None:
     named = re.compile(r"\b(_native|triton_kernels)\b")
     tree = ast.parse(MODULES[module].read_text())

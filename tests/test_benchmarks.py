@@ -345,7 +345,7 @@ def test_past_the_cache_has_copies_and_both_calls() -> None:
 
 
 def test_a_kernel_that_does_not_take_the_buffer_is_not_timed_as_if_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vadiff.reference._gradient", lambda *_: torch.zeros(512, 3, 32, 32))
+    monkeypatch.setattr("vadiff.ops.reference._gradient", lambda *_: torch.zeros(512, 3, 32, 32))
     monkeypatch.setattr(past_cache, "refuse_wrong", lambda *_: [])
     outcomes = past_cache.hold(["reference"], quick=True)
     (missing,) = (o for o in outcomes if isinstance(o, NotMeasured) and "kernel" in o.provider)

@@ -280,7 +280,7 @@ def test_loss_zscore_through_forward_is_that_through_reweight():
     torch.testing.assert_close(one.per_sample_loss, (prediction - target).square().mean(1).detach())
 
 
-def test_samples_left_out_do_not_enter_the_z_score():
+def test_masked_samples_do_not_enter_the_z_score():
     kept = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")
     expected = kept.reweight(torch.tensor([1.0, 3.0]), torch.zeros(2))
     criterion = vadiff.DiffusionLoss(LossZScore(0.3), backend="reference")

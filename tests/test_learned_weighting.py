@@ -105,7 +105,7 @@ def test_its_parameters_are_the_criterions():
     assert torch.equal(other.weight_at(at), criterion.weight_at(at))
 
 
-def test_infinite_log_snr_has_a_weight_and_samples_left_out_teach_nothing():
+def test_infinite_log_snr_has_a_weight_and_masked_samples_teach_nothing():
     criterion = criterion_with()
     log_snr = torch.tensor([-INF, INF, 0.0])
     loss = criterion(
@@ -120,7 +120,7 @@ def test_infinite_log_snr_has_a_weight_and_samples_left_out_teach_nothing():
     torch.testing.assert_close(got, criterion.weighting.weight.grad)
 
 
-def test_a_poisoned_sample_makes_loss_and_gradients_nan():
+def test_a_nan_prediction_makes_loss_and_gradients_nan():
     criterion = criterion_with()
     prediction = torch.tensor([[1.0], [NAN]], requires_grad=True)
     loss = criterion(prediction, torch.zeros(2, 1), torch.zeros(2))

@@ -449,7 +449,7 @@ def test_a_tensor_whose_coefficient_is_a_plain_zero_is_not_read(make_criterion, 
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fused", "deferred"])
-def test_a_sample_left_out_has_no_gradient_though_its_weight_overflows(make_criterion, device, dtype):
+def test_a_masked_sample_has_no_gradient_though_its_weight_overflows(make_criterion, device, dtype):
     prediction = torch.ones(2, 3, device=device, dtype=dtype, requires_grad=True)
     big = torch.tensor([1e30, 1.0], device=device)
     v = torch.tensor([0.0, 1.0], device=device)

@@ -17,7 +17,7 @@ from conftest import usable, vadiff_native
 from torch import Tensor
 
 import vadiff
-from vadiff import backends
+from vadiff.ops import backends
 
 SHAPES = {"many small": (300, 3, 40, 41), "few large": (3, 4, 300, 301), "one": (1, 200_003), "tiny": (2, 5)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -179,7 +179,7 @@ def test_auto_takes_the_native_kernels_for_cpu_tensors(monkeypatch):
     monkeypatch.delenv("VADIFF_BACKEND", raising=False)
     for dtype in DTYPES:
         assert backends.select("auto", torch.zeros(1, dtype=dtype)) is vadiff_native()
-    assert backends.select("auto", torch.zeros(1, device="meta")).__name__ == "vadiff.reference"
+    assert backends.select("auto", torch.zeros(1, device="meta")).__name__ == "vadiff.ops.reference"
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_module_compiled_from_other_sources_is_not_used(hidden, monkeypatch, i
         monkeypatch.setattr(stale, "INTERFACE", interface, raising=False)
     monkeypatch.setitem(sys.modules, "vadiff._native", stale)
     monkeypatch.setattr(vadiff, "_native", stale, raising=False)
-    assert backends.select("auto", torch.zeros(1)).__name__ == "vadiff.reference"
+    assert backends.select("auto", torch.zeros(1)).__name__ == "vadiff.ops.reference"
     number = "not numbered" if interface is None else interface
     with pytest.raises(RuntimeError, match=rf"stale\.so was compiled from .* is {number}, expected \d+\).*pip install"):
         backends.select("native", torch.zeros(1))

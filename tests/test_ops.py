@@ -10,62 +10,86 @@ import torch
 from torch import Tensor
 
 import vadiff
-from vadiff import backends
+from vadiff.ops import backends
 
 SAMPLES = 6
-STATE = (torch.zeros(4 * 8 + 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), -8.0, 8.0, 256.0)
-RULE = ("std", 1.0, 0.5, 10.0, 32.0)
+BINS = 8
+LAYOUTS = ["contiguous", "channels_last", "transposed"]
 
 
-def state(device: torch.device) -> tuple[Any, ...]:
-    return tuple(x.to(device, copy=True) if isinstance(x, Tensor) else x for x in STATE)
+def problem(backend: str) -> dict[str, Any]:
+    return {
+        "low": -8.0, "high": 8.0, "half_life": 256.0, "statistic": "std", "strength": 1.0, "smoothing": 0.5,
+        "clip": 10.0, "prior": 32.0, "huber_delta": 0.0, "sync": True, "backend": backend,
+    }  # fmt: skip
 
 
-def residual_arguments(device: torch.device, layout: str, dtype: torch.dtype, noise: bool) -> tuple[Any, ...]:
+def state(device: torch.device) -> dict[str, Tensor]:
+    return {
+        "state": torch.zeros(4 * BINS + 2, dtype=torch.int64, device=device),
+        "log_weights": torch.zeros(BINS, dtype=torch.int32, device=device),
+    }
+
+
+def residual(device: torch.device, layout: str, dtype: torch.dtype, noise: bool) -> dict[str, Any]:
     shape = (SAMPLES, 4, 5, 3)
-    output, target, eps = (torch.randn(shape, device=device) for _ in range(3))
+    prediction, target, eps = (torch.randn(shape, device=device) for _ in range(3))
     if layout == "channels_last":
-        output = output.to(memory_format=torch.channels_last)
+        prediction = prediction.to(memory_format=torch.channels_last)
     elif layout == "transposed":
-        output = output.transpose(1, 2).contiguous().transpose(1, 2)
+        prediction = prediction.transpose(1, 2).contiguous().transpose(1, 2)
     each = torch.rand(SAMPLES, device=device) if noise else None
-    return output.to(dtype), target, eps if noise else None, each, each, each, 1.0, -1.0, 0.0
+    return {
+        "prediction": prediction.to(dtype), "target": target, "noise": eps if noise else None,
+        "a_each": each, "b_each": each, "c_each": each, "a": 1.0, "b": -1.0, "c": 0.0,
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def levels(device: torch.device, base_weight: bool = True) -> dict[str, Any]:
+    u = torch.rand(SAMPLES, device=device) + 0.5
+    log_snr = torch.linspace(-4, 4, SAMPLES, device=device)
+    return {"log_snr": log_snr, "base_weight": u if base_weight else None, "sample_weight": None, "weight": None}
+
+
+def check(operator: Any, call: dict[str, Any]) -> None:
+    """opcheck with what stands in `call`, in the operator's order."""
+    names = [argument.name for argument in operator._schema.arguments]
+    assert call.keys() == set(names)
+    torch.library.opcheck(operator, tuple(call[name] for name in names))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [True, False])
 def test_the_loss_operator_passes_opcheck(
     backend: str, device: torch.device, layout: str, dtype: torch.dtype, mean: bool
 ):
-    log_snr = torch.linspace(-4, 4, SAMPLES, device=device)
-    u = torch.rand(SAMPLES, device=device) + 0.5
-    arguments = (
-        *residual_arguments(device, layout, dtype, noise=mean), log_snr, u, None, None, *state(device), *RULE,
-        0.0, mean, mean, True, True, backend,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.vadiff.diffusion_loss.default, arguments)
+    call = {**residual(device, layout, dtype, noise=mean), **levels(device), "mean": mean}
+    call.update(**state(device), **problem(backend), gradient=mean, update=True)
+    check(torch.ops.vadiff.diffusion_loss.default, call)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_backward_operator_passes_opcheck(backend: str, device: torch.device, layout: str) -> None:
-    upstream = torch.ones((), device=device).expand(SAMPLES)
-    saved = torch.rand(2 * SAMPLES + 1, device=device)
-    arguments = (upstream, saved, *residual_arguments(device, layout, torch.float16, noise=True), 0.5, backend)
-    torch.library.opcheck(torch.ops.vadiff.diffusion_loss_backward.default, arguments)
+    call = residual(device, layout, torch.float16, noise=True)
+    call.update(
+        per_sample=torch.rand(4, SAMPLES, device=device), upstream=torch.ones((), device=device).expand(SAMPLES)
+    )
+    check(torch.ops.vadiff.diffusion_loss_backward.default, {**call, "huber_delta": 0.5, "backend": backend})
 
 
 def test_the_scaling_operators_pass_opcheck(backend: str, device: torch.device) -> None:
     gradient, scalar = torch.randn(SAMPLES, 7, device=device), torch.full((), 3.0, device=device)
-    saved = torch.rand(2 * SAMPLES + 1, device=device)
     for operator in (torch.ops.vadiff.scale_gradient.default, torch.ops.vadiff.scale_gradient_.default):
-        torch.library.opcheck(operator, (gradient, scalar, saved, backend))
+        torch.library.opcheck(operator, (gradient, scalar, backend))
 
 
 def test_the_reweight_operator_passes_opcheck(backend: str, device: torch.device) -> None:
-    loss, log_snr = torch.rand(SAMPLES, device=device), torch.linspace(-4, 4, SAMPLES, device=device)
-    arguments = (loss, log_snr, loss + 1, None, *state(device), *RULE, True, True, backend)
-    torch.library.opcheck(torch.ops.vadiff.reweight.default, arguments)
+    loss = torch.rand(SAMPLES, device=device)
+    residual = {"target": None, "noise": None, "a": 1.0, "b": 0.0, "c": 0.0}
+    call = {"prediction": loss, **residual, **dict.fromkeys(("a_each", "b_each", "c_each")), "mean": False}
+    call.update(**levels(device, base_weight=False), **state(device), **problem(backend), update=True)
+    check(torch.ops.vadiff.reweight.default, call)
 
 
 def test_the_argument_wins_over_the_environment_variable_and_it_over_auto(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +97,9 @@ def test_the_argument_wins_over_the_environment_variable_and_it_over_auto(monkey
     tensor = torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setenv("VADIFF_BACKEND", "triton")
     assert backends.select("auto", tensor).__name__ == "vadiff.triton_kernels"
-    assert backends.select("reference", tensor).__name__ == "vadiff.reference"
+    assert backends.select("reference", tensor).__name__ == "vadiff.ops.reference"
     monkeypatch.setenv("VADIFF_BACKEND", "reference")
-    assert backends.select("auto", tensor).__name__ == "vadiff.reference"
+    assert backends.select("auto", tensor).__name__ == "vadiff.ops.reference"
     assert backends.select("triton", tensor).__name__ == "vadiff.triton_kernels"
     monkeypatch.setenv("VADIFF_BACKEND", "fast")
     with pytest.raises(ValueError, match="VADIFF_BACKEND is 'fast', expected one of auto, reference, native, triton"):
@@ -108,7 +132,7 @@ before, environment = set(sys.modules), dict(os.environ)
 import vadiff
 new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 assert new <= {"vadiff", "torch", "numpy"}, new
-lazy = ("vadiff.triton_kernels", "vadiff.native", "vadiff._native", "vadiff.training")
+lazy = ("vadiff.triton_kernels", "vadiff.ops.native", "vadiff._native", "vadiff.trainer")
 assert not {name for name in sys.modules if name.startswith(lazy)}
 assert dict(os.environ) == environment
 assert not torch.cuda.is_initialized()

@@ -74,8 +74,6 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.weighting = from_name(weighting)
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}")
         self.loss = loss
         self.huber_delta = huber_delta
         self.backend = backend
@@ -92,6 +90,8 @@ class DiffusionLoss(nn.Module):
             if not is_number(value) or not torch.finfo(torch.float32).tiny <= value < math.inf:
                 raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
             value = float(value)
+        elif name == "loss" and value not in LOSSES:
+            raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
         elif name == "backend":
             backends.check_name(value)
         super().__setattr__(name, value)

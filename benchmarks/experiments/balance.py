@@ -27,8 +27,8 @@ from results import write_results
 from torch import Tensor
 
 import vadiff
+from vadiff.ops.reference import bin_index
 from vadiff.process import coefficients, loss_ratio
-from vadiff.reference import bin_index
 from vadiff.trainer.data import load_digits
 from vadiff.trainer.data.digits import SIGMA_DATA
 from vadiff.trainer.training.objective import edm_objective

@@ -26,7 +26,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def built_with_cuda() -> bool:
-    from vadiff import native
+    from vadiff.ops import native
 
     return native.CUDA_ARCHITECTURES is not None
 
@@ -264,17 +264,17 @@ def test_compiled_steps_match_eager_ones(backend: str) -> None:
     )
 
 
-def test_a_gradient_scaler_sees_a_poisoned_batch_and_skips_it(backend: str) -> None:
+def test_a_gradient_scaler_skips_a_batch_with_a_nan_log_snr(backend: str) -> None:
     layer = torch.nn.Linear(32, 32).cuda()
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.1), torch.amp.GradScaler("cuda", init_scale=65536.0)
     criterion = vadiff.DiffusionLoss(backend=backend).cuda()
     x, log_snr = torch.randn(16, 32, device="cuda"), torch.zeros(16, device="cuda")
-    for poison, moves in ((False, True), (True, False), (False, True)):
+    for nan, moves in ((False, True), (True, False), (False, True)):
         before = layer.weight.detach().clone()
         with torch.autocast("cuda", torch.float16):
             prediction = layer(x)
         loss = criterion(
-            prediction, x, log_snr.masked_fill(torch.arange(16, device="cuda") == 3, torch.nan) if poison else log_snr
+            prediction, x, log_snr.masked_fill(torch.arange(16, device="cuda") == 3, torch.nan) if nan else log_snr
         )
         optimizer.zero_grad()
         scaler.scale(loss).backward()

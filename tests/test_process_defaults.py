@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff import process, settings, weighting
+from vadiff import process, process_defaults, weighting
 from vadiff.schedulers import log_snr_of
 
 for_process = vadiff.DiffusionLoss.for_process
@@ -31,8 +31,8 @@ def limits(criterion: vadiff.DiffusionLoss) -> tuple[float, float]:
 @pytest.mark.parametrize("fine_tuning", [False, True])
 @pytest.mark.parametrize("name", ENDS)
 def test_bins_cover_the_process_and_little_else(name: str, fine_tuning: bool) -> None:
-    assert name in settings.available()
-    assert len(ENDS) == len(settings.available())
+    assert name in process_defaults.available()
+    assert len(ENDS) == len(process_defaults.available())
     criterion = for_process(name, fine_tuning=fine_tuning)
     low, high = limits(criterion)
     width = 0.5 if fine_tuning else 0.25

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff import live
+from vadiff import summary
 from vadiff.extras import MissingExtraError
 
 Seen = tuple[vadiff.DiffusionLoss, np.ndarray, np.ndarray]
@@ -43,7 +43,7 @@ def pyplot() -> Any:
 
 def test_bands_hold_the_moments_of_the_samples_in_them(seen: Seen) -> None:
     criterion, log_snr, losses = seen
-    bands = live.bands_of(criterion, 5)  # 16 bins: one band has four of them
+    bands = summary.bands_of(criterion, 5)  # 16 bins: one band has four of them
     edges = bands.edges.numpy()
     np.testing.assert_allclose(edges, [-8, -4, -1, 2, 5, 8])
     for i in range(4):
@@ -59,7 +59,7 @@ def test_bands_hold_the_moments_of_the_samples_in_them(seen: Seen) -> None:
 def test_weight_of_a_band_is_that_of_its_samples(seen: Seen) -> None:
     criterion, _, _ = seen
     count, weights = criterion.statistics.count[4:8], criterion.weights[4:8].double()
-    bands = live.bands_of(criterion, 4)
+    bands = summary.bands_of(criterion, 4)
     torch.testing.assert_close(bands.weight[1], (count * weights).sum() / count.sum())
 
 
@@ -247,7 +247,7 @@ def test_a_summary_writer_gets_scalars_a_picture_and_a_histogram(seen: Seen, tmp
     tags = events.Tags()
     assert len(tags["scalars"]) == 5 * 6 + 1  # with the names as they were given
     (event,) = events.Scalars("vadiff/base_loss/log_snr_-6_to_-4")
-    assert (event.step, event.value) == (7, pytest.approx(live.bands_of(criterion, 8).mean[1].item()))
+    assert (event.step, event.value) == (7, pytest.approx(summary.bands_of(criterion, 8).mean[1].item()))
     assert events.Images("vadiff/noise_levels")[0].step == 7
     (histogram,) = events.Histograms("vadiff/log_snr")
     assert histogram.histogram_value.num == 400
