@@ -15,6 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SHAPES = {
     "tiny": (1, 3, 32, 32),
+    "small": (16, 4, 8, 8),
     "cifar-64": (64, 3, 32, 32),
     "cifar-128": (128, 3, 32, 32),
     "cifar-512": (512, 3, 32, 32),
@@ -100,7 +101,7 @@ def contests(device_type: str) -> list[Contest]:
 # (case, dtypes, modes), separated by blanks. The rest of `contests` runs with --all.
 _DEFAULT = {
     "cpu": [
-        ("tiny cifar-64 cifar-128 cifar-512 latents-64 huge", "fp32", "fused"),
+        ("tiny small cifar-64 cifar-128 cifar-512 latents-64 huge", "fp32", "fused"),
         ("cifar-128", "fp32", "forward deferred noise"),
         ("cifar-128", "fp16", "deferred"),
         ("cifar-128 latents-128 video", "bf16", "fused"),
