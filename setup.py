@@ -169,11 +169,7 @@ def _build_file(target: Path, compiler: list[str], openmp: list[str], nvcc: str 
         for name, flags in INSTRUCTION_SETS.items()
         if x86 or name == "generic"
     ]
-    objects += [
-        ("cxx", "cpu.o", "cpu.cpp", ""),
-        ("cxx", "direct.o", "direct.cpp", ""),
-        ("cxx", "module.o", "module.cpp", ""),
-    ]
+    objects += [("cxx", "cpu.o", "cpu.cpp", ""), ("cxx", "module.o", "module.cpp", "")]
     if nvcc:
         architectures = _architectures(nvcc)
         defines.append(f"-DVADIFF_CUDA=sm_{'+sm_'.join(architectures)}")

@@ -1,5 +1,4 @@
-// Work items over threads, then what comes after the elements: samples, statistics, table. Every sum has an order that does
-// not depend on the number of threads.
+// A call on the CPU: rows over threads, then samples, statistics and table. No sum's order depends on the number of threads.
 
 #include "cpu.h"
 
@@ -7,21 +6,23 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
 
+#include "step.h"
+
 namespace vadiff {
 namespace {
 
-constexpr int64_t kItems = 64;                  // a batch is cut into at least so many items, if they are
-constexpr int64_t kMinChunk = 16384;            // not shorter than this many elements
-constexpr int64_t kForThreads = 65536;          // fewer elements are not worth waking threads for, least of all busy ones
+constexpr int64_t kItems = 64;          // a batch is cut into at least so many items, unless
+constexpr int64_t kMinChunk = 16384;    // they would have fewer elements than this
+constexpr int64_t kForThreads = 65536;  // with fewer elements, waking threads costs more than it saves
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // from here on a fresh buffer costs more in page faults than in arithmetic
+constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // a larger fresh buffer costs more in page faults than in arithmetic
 
 const RowKernels* const* compiled() {
 #ifdef VADIFF_X86
@@ -64,8 +65,8 @@ ScaleKernel<float> scale_kernel() { return kernels()->scale_float; }
 template <>
 ScaleKernel<double> scale_kernel() { return kernels()->scale_double; }
 
-// One, or all: a smaller team makes OpenMP end the other threads, which the next of torch's operators starts again.
-int useful_threads(int64_t elements, int threads) { return elements < kForThreads ? 1 : threads; }
+// One, or all: for a smaller team OpenMP ends the other threads, and torch's next operator starts them again.
+int useful_threads(int64_t elements, int64_t threads) { return elements < kForThreads ? 1 : int(threads); }
 
 // Ask for huge pages under a large fresh buffer.
 void advise(void* data, int64_t bytes) {
@@ -79,8 +80,8 @@ void advise(void* data, int64_t bytes) {
 #endif
 }
 
-// Whether what is written will have left the caches before anybody reads it. A virtual machine reports a cache that it shares
-// with others: no more than 32 MiB of it are counted on.
+// Whether so many bytes leave the caches before they are read again. A virtual machine reports a cache that it shares with
+// others: at most 32 MiB of it are assumed.
 bool outgrows_caches(int64_t bytes) {
   static const int64_t cache = [] {
     int64_t found = 0;
@@ -102,164 +103,245 @@ void split(RowsTask<C>& rows, int64_t samples) {
   rows.splits = (rows.elements + rows.chunk - 1) / rows.chunk;
 }
 
-template <class C>
-C weight_of(const Levels<C>& levels, int64_t i, const Bins& bins) {
-  if (levels.weight) return levels.weight[i];
-  if (levels.log_weights) return C(expf(log_weight_at(levels.log_weights, levels.log_snr[i], bins)));
-  return C(1);
+std::vector<Moments> load_moments(const void* from, int size) {  // float64 [4, K]
+  std::vector<double> rows(4 * size);
+  memcpy(rows.data(), from, 4 * size * sizeof(double));
+  std::vector<Moments> bins(size);
+  for (int k = 0; k < size; ++k) bins[k] = {rows[k], rows[size + k], rows[2 * size + k], rows[3 * size + k]};
+  return bins;
 }
 
-template <class C>
-C value_or_one(const C* each, int64_t i) {
-  return each ? each[i] : C(1);
-}
-
-
-Moments* moments_at(const double* vector, int size, std::unique_ptr<Moments[]>& into) {
-  if (!into) into.reset(new Moments[size]);
-  for (int k = 0; k < size; ++k) into[k] = {vector[k], vector[size + k], vector[2 * size + k], vector[3 * size + k]};
-  return into.get();
-}
-
-void store_moments(const Moments* bins, int size, double* vector) {
-  for (int k = 0; k < size; ++k) {
-    vector[k] = bins[k].n;
-    vector[size + k] = bins[k].mean;
-    vector[2 * size + k] = bins[k].m2;
-    vector[3 * size + k] = bins[k].mass;
+void store_moments(const std::vector<Moments>& bins, void* to) {
+  const size_t size = bins.size();
+  std::vector<double> rows(4 * size);
+  for (size_t k = 0; k < size; ++k) {
+    rows[k] = bins[k].n;
+    rows[size + k] = bins[k].mean;
+    rows[2 * size + k] = bins[k].m2;
+    rows[3 * size + k] = bins[k].mass;
   }
+  memcpy(to, rows.data(), 4 * size * sizeof(double));
 }
 
-void weight_table(const Moments* bins, const Update& update) {
+// The steps of reference.weight_table.
+void weight_table(const std::vector<Moments>& bins, const Update& update) {
   const Rule& rule = update.rule;
-  int size = update.bins.size;
-  std::unique_ptr<double[]> scratch(new double[4 * size + rule.radius + 1]);
-  double *a = scratch.get(), *n = a + size, *smooth_a = n + size, *smooth_n = smooth_a + size, *taps = smooth_n + size;
+  const int size = update.bins.size;
+  std::vector<double> a(size), n(size), smooth_a(size), smooth_n(size), taps(rule.radius + 1);
+  // 1. ln w of each bin that has a value.
   double mass = 0;
   for (int k = 0; k < size; ++k) {
-    bool has_value = log_weight_of(bins[k], rule, &a[k]);
+    const bool has_value = log_weight_of(bins[k], rule, &a[k]);
     n[k] = has_value ? bins[k].n : 0;
     if (has_value) mass += bins[k].mass;
   }
-  double centre = 0;
+  // 2. Smooth, and find the centre of what has a value.
   if (rule.smoothing > 0)
     for (int offset = 0; offset <= rule.radius; ++offset) taps[offset] = tap_weight(offset, rule, update.bins);
+  double centre = 0;
   for (int k = 0; k < size; ++k) {
     smooth_a[k] = a[k];
     smooth_n[k] = n[k];
-    if (rule.smoothing > 0) smooth_bin(k, a, n, taps, rule, update.bins, &smooth_a[k], &smooth_n[k]);
+    if (rule.smoothing > 0) smooth_bin(k, a.data(), n.data(), taps.data(), rule, update.bins, &smooth_a[k], &smooth_n[k]);
     if (n[k] > 0 && mass > 0) centre += bins[k].mass / mass * smooth_a[k];
   }
+  // 3. Centre, clamp, shrink.
   double total = 0, weighted = 0;
   for (int k = 0; k < size; ++k) {
     a[k] = shrink(smooth_a[k], smooth_n[k], centre, rule);
     total += bins[k].mass * bins[k].mean;
     weighted += bins[k].mass * exp(a[k]) * bins[k].mean;
   }
-  double log_c = log_scale(total, weighted);
+  // 4. Preserve the loss.
+  const double log_c = log_scale(total, weighted);
   for (int k = 0; k < size; ++k) update.log_weights[k] = float(a[k] + log_c);
 }
 
-void fold_batch(const Moments* batch, double poisoned, const Update& update) {
-  int size = update.bins.size;
-  std::unique_ptr<double[]> vector(new double[4 * size]);
-  memcpy(vector.get(), update.state, 4 * size * sizeof(double));
-  std::unique_ptr<Moments[]> bins;
-  moments_at(vector.get(), size, bins);
+void fold_batch(const std::vector<Moments>& batch, double skipped, const Update& update) {
+  const int size = update.bins.size;
+  std::vector<Moments> bins = load_moments(update.state, size);
   double entered = 0;
   for (int k = 0; k < size; ++k) entered += batch[k].n;
-  double rho = forgetting(entered, update.half_life, size);
+  const double rho = forgetting(entered, update.half_life, size);
   for (int k = 0; k < size; ++k) bins[k] = fold(bins[k], batch[k], rho);
-  store_moments(bins.get(), size, vector.get());
-  memcpy(update.state, vector.get(), 4 * size * sizeof(double));
-  update.state[4 * size] += int64_t(poisoned);
-  if (update.rule.statistic != kNone) weight_table(bins.get(), update);
+  store_moments(bins, update.state);
+  update.state[4 * size] += int64_t(skipped);
+  if (update.rule.statistic != kNone) weight_table(bins, update);
 }
 
-// Two passes over a tile of samples for each bin's moments, merged into those of the tiles before.
-void add_tile(const double* base_loss, const int* bin_of, const double* mass, int samples, int size, Moments* tile,
-              Moments* all) {
-  for (int k = 0; k < size; ++k) tile[k] = {0, 0, 0, 0};
-  for (int i = 0; i < samples; ++i) {
-    if (bin_of[i] < 0) continue;
-    Moments& bin = tile[bin_of[i]];
+// A sample on its way into the statistics.
+struct Entry {
+  int bin;  // -1: it does not enter
+  double base_loss, mass;
+};
+
+// Merge a tile of samples into the moments of all before it.
+void add_tile(const std::vector<Entry>& tile, int count, std::vector<Moments>& all) {
+  std::vector<Moments> bins(all.size(), {0, 0, 0, 0});
+  // 1. Means.
+  for (int i = 0; i < count; ++i) {
+    if (tile[i].bin < 0) continue;
+    Moments& bin = bins[tile[i].bin];
     bin.n += 1;
-    bin.mean += base_loss[i];
-    bin.mass += mass[i];
+    bin.mean += tile[i].base_loss;
+    bin.mass += tile[i].mass;
   }
-  for (int k = 0; k < size; ++k)
-    if (tile[k].n > 0) tile[k].mean /= tile[k].n;
-  for (int i = 0; i < samples; ++i) {
-    if (bin_of[i] < 0) continue;
-    Moments& bin = tile[bin_of[i]];
-    double deviation = base_loss[i] - bin.mean;
+  for (Moments& bin : bins)
+    if (bin.n > 0) bin.mean /= bin.n;
+  // 2. Squared deviations from them.
+  for (int i = 0; i < count; ++i) {
+    if (tile[i].bin < 0) continue;
+    Moments& bin = bins[tile[i].bin];
+    const double deviation = tile[i].base_loss - bin.mean;
     bin.m2 += deviation * deviation;
   }
-  for (int k = 0; k < size; ++k) all[k] = merge(all[k], tile[k]);
+  // 3. Chan's merge.
+  for (size_t k = 0; k < bins.size(); ++k) all[k] = merge(all[k], bins[k]);
 }
 
-// Settle every sample, then move the statistics. `ell_of(i)` is its loss, `weight(i)` its w.
-template <class C, class EllOf, class WeightOf>
-void finish(int64_t samples, const Levels<C>& levels, const Results<C>& results, const Update& update, EllOf ell_of,
-            WeightOf weight) {
-  int size = update.bins.size;
-  std::unique_ptr<Moments[]> moments;
-  std::unique_ptr<double[]> values;
-  std::unique_ptr<int[]> bin_of;
-  if (update.update) {
-    moments.reset(new Moments[2 * size]());
-    values.reset(new double[2 * kTile]);
-    bin_of.reset(new int[kTile]);
-  }
-  double total = 0, poisoned = 0;
-  for (int64_t first = 0; first < samples; first += kTile) {
-    int count = int(std::min<int64_t>(kTile, samples - first));
+// Everything after the elements; `ell_of(i)` is the loss of sample i.
+template <class C, class EllOf>
+void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
+  std::vector<Moments> moments(update.update ? update.bins.size : 0, {0, 0, 0, 0});
+  std::vector<Entry> tile(update.update ? std::min<int64_t>(kTile, samples.count) : 0);
+  double total = 0, skipped = 0;
+  for (int64_t first = 0; first < samples.count; first += kTile) {
+    const int count = int(std::min<int64_t>(kTile, samples.count - first));
+    // 1. Settle a tile of samples.
     for (int j = 0; j < count; ++j) {
-      int64_t i = first + j;
-      C ell = ell_of(i), v = value_or_one(levels.sample_weight, i);
-      Sample<C> sample = classify(ell, levels.log_snr[i], value_or_one(levels.base_weight, i), v, weight(i));
-      if (results.ell) results.ell[i] = ell;
-      if (results.loss && !results.mean) results.loss[i] = sample.weighted;
-      if (results.saved) results.saved[i] = sample.factor, results.saved[samples + i] = sample.slope;
+      const int64_t i = first + j;
+      const Sample<C> sample = settle(samples, i, C(ell_of(i)), update.bins);
       total += double(sample.weighted);
-      poisoned += sample.poisoned;
-      if (update.update) {
-        bin_of[j] = sample.entered ? bin_index(levels.log_snr[i], update.bins) : -1;
-        values[j] = double(sample.base_loss);
-        values[kTile + j] = double(v);
-      }
+      skipped += sample.skipped;
+      if (!update.update) continue;
+      const int bin = sample.masked || sample.skipped ? -1 : bin_index(samples.log_snr[i], update.bins);
+      tile[j] = {bin, double(sample.base_loss), double(value_or_one(samples.sample_weight, i))};
     }
-    if (update.update)
-      add_tile(values.get(), bin_of.get(), values.get() + kTile, count, size, moments.get() + size, moments.get());
+    // 2. Add it to the batch statistics.
+    if (update.update) add_tile(tile, count, moments);
   }
-  C mean = C(total / double(samples));
-  if (results.saved) results.saved[2 * samples] = mean;
-  if (results.loss && results.mean) *results.loss = mean;
+  // 3. The mean loss.
+  if (samples.loss && samples.mean) *samples.loss = C(total / double(samples.count));
   if (!update.update) return;
+  // 4. Fold the batch statistics, or return them for a gather.
   if (update.batch) {
-    store_moments(moments.get(), size, update.batch);
-    update.batch[4 * size] = poisoned;
+    store_moments(moments, update.batch);
+    update.batch[4 * update.bins.size] = skipped;
   } else {
-    fold_batch(moments.get(), poisoned, update);
+    fold_batch(moments, skipped, update);
   }
 }
 
 template <class C>
-void run_rows(RowsTask<C>& rows, int64_t samples, int threads) {
+void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
   const RowsKernel<C> kernel = rows_kernel<C>();
-  if (rows.factor) {
-    int64_t bytes = samples * rows.elements * dtype_size(rows.output.dtype);
+  if (rows.gradient) {
+    const int64_t bytes = samples * rows.elements * dtype_size(rows.prediction.dtype);
     advise(rows.gradient, bytes);
     rows.stream = outgrows_caches(bytes);
   }
   const int64_t items = samples * rows.splits;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  const int team = useful_threads(samples * rows.elements, threads);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (int64_t item = 0; item < items; ++item) kernel(rows, item);
+}
+
+template <class C>
+void step_in(const Call& call) {
+  const Samples<C> samples = samples_of<C>(call);
+  const Update update = update_of(call);
+  RowsTask<C> rows = rows_of<C>(call);
+  split(rows, samples.count);
+  // 1. What the gradient of each sample is multiplied by.
+  std::vector<C> factor(rows.gradient ? samples.count : 0);
+  const C scale = C(1 / (double(samples.count) * double(rows.elements)));
+  for (int64_t i = 0; rows.gradient && i < samples.count; ++i) {
+    factor[i] = factor_of(samples, i, update.bins) * (rows.a_each ? rows.a_each[i] : rows.a) * scale;
+    samples.masked[i] = C(is_masked(samples, i));
+  }
+  // 2. The elements.
+  std::vector<double> partial(samples.count * rows.splits);
+  rows.factor = factor.data();
+  rows.masked = samples.masked;
+  rows.partial = partial.data();
+  run_rows(rows, samples.count, call.threads);
+  // 3. Samples and statistics.
+  finish(samples, update, [&](int64_t i) {
+    double sum = 0;
+    for (int64_t split = 0; split < rows.splits; ++split) sum += partial[i * rows.splits + split];
+    return sum / double(rows.elements);
+  });
+}
+
+template <class C>
+void backward_in(const Call& call) {
+  const Samples<C> samples = samples_of<C>(call);
+  RowsTask<C> rows = rows_of<C>(call);
+  split(rows, samples.count);
+  std::vector<C> factor(samples.count);
+  const C scale = C(1 / ((call.mean ? double(samples.count) : 1.0) * double(rows.elements)));
+  const C* upstream = static_cast<const C*>(call.upstream);
+  for (int64_t i = 0; i < samples.count; ++i)
+    factor[i] = samples.factor[i] * upstream[i * call.upstream_stride] * (rows.a_each ? rows.a_each[i] : rows.a) * scale;
+  rows.factor = factor.data();
+  rows.masked = samples.masked;
+  run_rows(rows, samples.count, call.threads);
+}
+
+template <class C>
+void scale_in(const Call& call) {
+  const int dtype = int(call.prediction_dtype);
+  const int64_t size = call.elements, bytes = size * dtype_size(dtype);
+  const bool in_place = call.gradient == call.out;
+  const C upstream = *static_cast<const C*>(call.upstream);
+  if (in_place && upstream == C(1)) return;
+  if (!in_place) advise(call.out, bytes);
+  const ScaleTask<C> task = {call.gradient, call.out, dtype, upstream, kMinChunk, size, !in_place && outgrows_caches(bytes)};
+  const ScaleKernel<C> kernel = scale_kernel<C>();
+  const int64_t items = (size + task.chunk - 1) / task.chunk;
+  const int team = useful_threads(size, call.threads);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t item = 0; item < items; ++item) kernel(task, item);
+}
+
+template <class C>
+void reweight_in(const Call& call) {
+  const C* loss = static_cast<const C*>(call.prediction);
+  finish(samples_of<C>(call), update_of(call), [=](int64_t i) { return loss[i]; });
 }
 
 }  // namespace
 
 namespace cpu {
+
+void step(const Call& call) {
+  in_arithmetic_of(call, [&](auto zero) { step_in<decltype(zero)>(call); });
+}
+
+void backward(const Call& call) {
+  in_arithmetic_of(call, [&](auto zero) { backward_in<decltype(zero)>(call); });
+}
+
+void scale(const Call& call) {
+  in_arithmetic_of(call, [&](auto zero) { scale_in<decltype(zero)>(call); });
+}
+
+void reweight(const Call& call) {
+  in_arithmetic_of(call, [&](auto zero) { reweight_in<decltype(zero)>(call); });
+}
+
+void fold(const Call& call) {
+  const int size = int(call.problem.bins);
+  std::vector<Moments> all = load_moments(call.gathered, size);
+  double skipped = call.gathered[4 * size];
+  for (int64_t rank = 1; rank < call.ranks; ++rank) {
+    const double* row = call.gathered + rank * (4 * size + 1);
+    const std::vector<Moments> part = load_moments(row, size);
+    for (int k = 0; k < size; ++k) all[k] = merge(all[k], part[k]);
+    skipped += row[4 * size];
+  }
+  fold_batch(all, skipped, update_of(call));
+}
 
 const RowKernels* available(int index) {
   for (const RowKernels* const* kernels = compiled(); *kernels; ++kernels)
@@ -280,94 +362,4 @@ bool select(const char* name) {
 const char* selected() { return kernels()->name; }
 
 }  // namespace cpu
-
-template <class C>
-void diffusion_loss(RowsTask<C> rows, int64_t samples, const Levels<C>& levels, const Results<C>& results,
-                    const Update& update, int threads) {
-  split(rows, samples);
-  std::unique_ptr<C[]> weights(new C[2 * samples]);
-  std::unique_ptr<double[]> partial(new double[samples * rows.splits]);
-  C *weight = weights.get(), *factor = weight + samples;
-  const C scale = C(1.0 / (double(samples) * double(rows.elements)));
-  for (int64_t i = 0; i < samples; ++i) {
-    weight[i] = weight_of(levels, i, update.bins);
-    C a = rows.a_each ? rows.a_each[i] : rows.a;
-    factor[i] = forward_factor(value_or_one(levels.base_weight, i), value_or_one(levels.sample_weight, i), weight[i], a, scale);
-  }
-  rows.factor = rows.gradient ? factor : nullptr;
-  rows.partial = partial.get();
-  run_rows(rows, samples, useful_threads(samples * rows.elements, threads));
-  finish(
-      samples, levels, results, update,
-      [&](int64_t i) {
-        double sum = 0;
-        for (int64_t split = 0; split < rows.splits; ++split) sum += partial[i * rows.splits + split];
-        return C(sum / double(rows.elements));
-      },
-      [&](int64_t i) { return weight[i]; });
-}
-
-template <class C>
-void diffusion_loss_backward(RowsTask<C> rows, int64_t samples, const C* upstream, int64_t stride, bool mean, const C* saved,
-                             int threads) {
-  split(rows, samples);
-  std::unique_ptr<C[]> factor(new C[samples]);
-  const double elements = double(rows.elements);
-  const C scale = C(mean ? 1 / (double(samples) * elements) : 1 / elements);
-  const bool poisoned = mean && saved[2 * samples] != saved[2 * samples];
-  for (int64_t i = 0; i < samples; ++i) {
-    C a = rows.a_each ? rows.a_each[i] : rows.a;
-    factor[i] = poisoned ? C(NAN) : saved[i] * upstream[mean ? 0 : i * stride] * a * scale;
-  }
-  rows.factor = factor.get();
-  rows.partial = nullptr;
-  run_rows(rows, samples, useful_threads(samples * rows.elements, threads));
-}
-
-template <class C>
-void scale_gradient(const void* gradient, void* out, int dtype, int64_t size, const C* upstream, const C* mean_loss,
-                    int threads) {
-  ScaleTask<C> task = {gradient, out, dtype, *mean_loss != *mean_loss ? C(NAN) : *upstream, kMinChunk, size, false};
-  if (gradient == out && task.upstream == C(1)) return;
-  if (gradient != out) {
-    advise(out, size * dtype_size(dtype));
-    task.stream = outgrows_caches(size * dtype_size(dtype));
-  }
-  const ScaleKernel<C> kernel = scale_kernel<C>();
-  const int64_t items = (size + task.chunk - 1) / task.chunk;
-  threads = useful_threads(size, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) kernel(task, item);
-}
-
-template <class C>
-void reweight(const C* loss, int64_t samples, const Levels<C>& levels, const Results<C>& results, const Update& update,
-              int /*threads*/) {
-  finish(
-      samples, levels, results, update, [&](int64_t i) { return loss[i]; },
-      [&](int64_t i) { return weight_of(levels, i, update.bins); });
-}
-
-void fold(const double* parts, int64_t count, const Update& update, int /*threads*/) {
-  int size = update.bins.size;
-  std::unique_ptr<Moments[]> all, part;
-  moments_at(parts, size, all);
-  double poisoned = parts[4 * size];
-  for (int64_t i = 1; i < count; ++i) {
-    parts += 4 * size + 1;
-    moments_at(parts, size, part);
-    for (int k = 0; k < size; ++k) all[k] = merge(all[k], part[k]);
-    poisoned += parts[4 * size];
-  }
-  fold_batch(all.get(), poisoned, update);
-}
-
-#define VADIFF_INSTANTIATE(C)                                                                                               \
-  template void diffusion_loss<C>(RowsTask<C>, int64_t, const Levels<C>&, const Results<C>&, const Update&, int);           \
-  template void diffusion_loss_backward<C>(RowsTask<C>, int64_t, const C*, int64_t, bool, const C*, int);                   \
-  template void scale_gradient<C>(const void*, void*, int, int64_t, const C*, const C*, int);                               \
-  template void reweight<C>(const C*, int64_t, const Levels<C>&, const Results<C>&, const Update&, int);
-VADIFF_INSTANTIATE(float)
-VADIFF_INSTANTIATE(double)
-
 }  // namespace vadiff

@@ -1,5 +1,5 @@
 // One pass over the elements of a work item: sum of the element losses and, if wanted, the gradient. Compiled once per
-// instruction set, with VADIFF_ISA naming the namespace; GCC's and Clang's vector types stand for whatever there is.
+// instruction set, with VADIFF_ISA naming the namespace; GCC's and Clang's vector types become that set's registers.
 
 #include "cpu_rows.h"
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kTileElements = 1024;  // four buffers of it fit a first-level cache; below 4,096 as sums are float32
 
-constexpr int kAhead = 256;  // elements; asked for early, as the processor's own foresight ends with each page
+constexpr int kAhead = 256;  // elements; prefetched, as the hardware prefetcher stops at each page
 
 // Bytes of a register.
 #if defined(__AVX512F__)
@@ -62,7 +62,7 @@ inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradi
     if (kGradient) *reinterpret_cast<U*>(gradient + i) = slope * clamped;
     return V(clamped * (r - C(0.5) * clamped));  // both pieces of Huber's function at once
   };
-  V sums[4] = {zero, zero, zero, zero};  // a single chain of additions would wait for each
+  V sums[4] = {zero, zero, zero, zero};  // four chains of additions: one would wait for each sum
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int ahead = i + kAhead; ahead < i + kAhead + 4 * kLanes; ahead += kLine) {
@@ -127,29 +127,29 @@ void put(const C* values, void* to, int dtype, int64_t first, int n, bool stream
 template <class C>
 void rows(const RowsTask<C>& task, int64_t item) {
   alignas(64) C buffers[4][kTileElements];
-  int64_t sample = item / task.splits, start = (item - sample * task.splits) * task.chunk, row = sample * task.elements;
-  int64_t end = start + task.chunk < task.elements ? start + task.chunk : task.elements;
-  C factor = task.factor ? task.factor[sample] : C(0);
-  bool direct = !task.stream && dtype_size(task.output.dtype) == sizeof(C);  // write where the gradient goes
+  // 1. The item's elements, and what its sample multiplies them by.
+  const int64_t sample = item / task.splits, start = (item - sample * task.splits) * task.chunk, row = sample * task.elements;
+  const int64_t end = start + task.chunk < task.elements ? start + task.chunk : task.elements;
+  const C factor = task.gradient ? task.factor[sample] : C(0);
+  const bool masked = task.gradient && task.masked[sample] != 0;
+  const bool direct = !task.stream && dtype_size(task.prediction.dtype) == sizeof(C);  // compute in the gradient's own memory
   Residual<C> in;
   in.a = task.a_each ? task.a_each[sample] : task.a;
   in.b = task.b_each ? task.b_each[sample] : task.b;
   in.c = task.c_each ? task.c_each[sample] : task.c;
   double total = 0;
   for (int64_t at = start; at < end; at += kTileElements) {
-    int n = int(end - at < kTileElements ? end - at : kTileElements);
-    in.f = fetch(task.output.data, task.output.dtype, row + at, n, buffers[0]);
+    // 2. Read a tile of them.
+    const int n = int(end - at < kTileElements ? end - at : kTileElements);
+    in.f = fetch(task.prediction.data, task.prediction.dtype, row + at, n, buffers[0]);
     in.x = task.target.data ? fetch(task.target.data, task.target.dtype, row + at, n, buffers[1]) : nullptr;
     in.e = task.noise.data ? fetch(task.noise.data, task.noise.dtype, row + at, n, buffers[2]) : nullptr;
+    // 3. Sum its losses and write its gradient: exactly 0 if masked, whatever the residual.
     C* gradient = nullptr;
-    if (task.factor) gradient = direct ? static_cast<C*>(task.gradient) + row + at : buffers[3];
-    if (gradient && factor == 0) {  // left out: exactly 0, whatever the residual
-      total += tile<C>(in, task.huber_delta, factor, nullptr, n);
-      memset(gradient, 0, n * sizeof(C));
-    } else {
-      total += tile<C>(in, task.huber_delta, factor, gradient, n);
-    }
-    if (gradient) put(gradient, task.gradient, task.output.dtype, row + at, n, task.stream);
+    if (task.gradient) gradient = direct ? static_cast<C*>(task.gradient) + row + at : buffers[3];
+    total += tile<C>(in, task.huber_delta, factor, masked ? nullptr : gradient, n);
+    if (masked) memset(gradient, 0, n * sizeof(C));
+    if (gradient) put(gradient, task.gradient, task.prediction.dtype, row + at, n, task.stream);
   }
   if (task.partial) task.partial[item] = total;
   if (task.stream) stream_fence();

@@ -12,19 +12,20 @@ struct Elements {
   int dtype;
 };
 
-// Coefficients and per-sample factors are C: float, or double for float64 outputs.
+// The work of all items. C is float, or double for float64 predictions.
 template <class C>
 struct RowsTask {
-  Elements output, target, noise;    // [B, D], one layout
-  const C *a_each, *b_each, *c_each;  // [B] or null
-  C a, b, c;                          // used where there is none per sample
-  C huber_delta;                      // 0: squared error
-  int64_t elements;                   // D
-  int64_t splits, chunk;              // item = one of `splits` runs of `chunk` elements of one sample
-  const C* factor;                    // [B]: what the slope is multiplied with; null: no gradient
-  void* gradient;                     // [B, D] in the output's dtype
-  double* partial;                    // [B * splits], out: sums of element losses; null: not needed
-  bool stream;                        // write the gradient past the caches
+  Elements prediction, target, noise;  // [B, D], one layout
+  const C *a_each, *b_each, *c_each;   // [B] or null
+  C a, b, c;                           // used where there is none per sample
+  C huber_delta;                       // 0: squared error
+  int64_t elements;                    // D
+  int64_t splits, chunk;               // item = one of `splits` runs of `chunk` elements of one sample
+  void* gradient;                      // [B, D] in the prediction's dtype, out; null: none
+  const C* factor;                     // CPU, [B]: what the slope is multiplied by
+  const C* masked;                     // CPU, [B]: not 0 where the gradient is exactly 0
+  double* partial;                     // [B * splits], out: sums of element losses; null: not needed
+  bool stream;                         // CPU: write the gradient past the caches
 };
 
 template <class C>

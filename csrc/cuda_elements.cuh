@@ -16,13 +16,13 @@ constexpr int64_t kStep = int64_t(kThreads) * kVector;  // elements per block an
 
 __device__ __forceinline__ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// Eight stored elements, not yet converted: all loads of a step are issued before any of them is waited for.
+// Eight stored elements, not yet converted: a step issues all its loads before it uses one.
 template <class C>
 struct Raw {
   uint4 words[sizeof(C) == 8 ? 4 : 2];
 };
 
-// kReadOnly: nobody writes there while the kernel runs.
+// kReadOnly: the kernel does not write there.
 template <class C, bool kReadOnly = true>
 __device__ __forceinline__ void load_raw(Raw<C>& raw, const void* data, int dtype, int64_t first) {
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + first * dtype_size(dtype));
@@ -44,7 +44,7 @@ __device__ __forceinline__ C load_one(const void* data, int dtype, int64_t i) {
   }
 }
 
-// A float64 target beside a 32-bit output does not fit a Raw<float>; its loads are done here, element by element.
+// A float64 target of a 32-bit prediction does not fit a Raw<float>: it is loaded here, element by element.
 template <class C>
 __device__ __forceinline__ void convert(const Raw<C>& raw, const void* data, int dtype, int64_t first, C (&values)[kVector]) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(raw.words);

@@ -1,6 +1,6 @@
-// What comes after the elements: samples, statistics of the bins, weight table. One block does it all, or several share the
-// samples and the one that is done last goes on from there. A bin is computed by the thread that owns it, so there are no
-// atomics but that of a ticket, and every sum has a fixed order.
+// What comes after the elements: samples, statistics of the bins, weight table. One block does it all; or several share the
+// samples, and the last to finish merges their results. Each bin is computed by one thread, so the only atomic is a ticket's,
+// and every sum has a fixed order.
 #pragma once
 
 #include "cuda_elements.cuh"
@@ -11,14 +11,14 @@ namespace cuda {
 
 constexpr int kSamples = 512;  // settled at a time, a tile of the batch statistics
 constexpr int kMaxBins = 1024;
-constexpr int64_t kAlone = 2048;  // up to so many samples, one block settles them sooner than another launch begins
+constexpr int64_t kAlone = 2048;  // so many samples take one block less time than a second launch
 constexpr int64_t kMostBlocks = 64;
 
-// How many blocks settle so many samples. Without moving statistics there is no ticket by which the last one knows.
+// How many blocks settle so many samples. One if statistics do not move: finding the last block takes their ticket.
 __host__ __device__ inline int settling_blocks(int64_t samples, bool update) {
   if (samples <= kAlone || !update) return 1;
   const int64_t tiles = (samples + kSamples - 1) / kSamples, each = (tiles + kMostBlocks - 1) / kMostBlocks;
-  return int((tiles + each - 1) / each);  // so that none is without a tile
+  return int((tiles + each - 1) / each);  // every block has a tile
 }
 
 // In device memory; the last three are those of the first of `blocks` blocks.
@@ -27,7 +27,7 @@ struct Scratch {
   double* batch;    // [4K]
   double* groups;   // [4 * max(K, kThreads)]: moments of each group of samples
   double* part;     // [4K]: moments of a block's samples
-  double* sums;     // [2]: of weighted losses, of poisoned samples
+  double* sums;     // [2]: weighted losses, number of skipped samples
 };
 
 __host__ __device__ inline int64_t groups_size(int bins) { return 4 * int64_t(bins > kThreads ? bins : kThreads); }
@@ -45,10 +45,10 @@ __host__ __device__ inline Scratch scratch_at(double* workspace, int64_t samples
   return {workspace, batch, groups, part, part + blocks * 4 * bins};
 }
 
-// On the multiprocessor: first a tile of samples, then what the table is made of.
+// In shared memory: first a tile of samples, then the inputs of the table.
 union alignas(16) Shared {
   struct {
-    int bin_of[kSamples];  // -1: not entered
+    int bin_of[kSamples];  // -1: enters no bin
     double base_loss[kSamples];
   } tile;
   struct {
@@ -68,18 +68,6 @@ __device__ inline double block_sum(double value) {
   return total;
 }
 
-template <class C>
-__device__ __forceinline__ C weight_of(const Levels<C>& levels, int64_t i, const Bins& bins) {
-  if (levels.weight) return levels.weight[i];
-  if (levels.log_weights) return C(expf(log_weight_at(levels.log_weights, levels.log_snr[i], bins)));
-  return C(1);
-}
-
-template <class C>
-__device__ __forceinline__ C value_or_one(const C* each, int64_t i) {
-  return each ? each[i] : C(1);
-}
-
 // Sum of a sample's partials by a group of `lanes` threads (a power of two, at most a warp), in all of them.
 __device__ inline double sum_of_partials(const double* partial, int64_t splits, int lane, int lanes) {
   double sum = 0;
@@ -88,36 +76,40 @@ __device__ inline double sum_of_partials(const double* partial, int64_t splits, 
   return sum;
 }
 
-// Per-sample results of the tile that starts at `first`. Adds to this thread's sum of weighted losses and count of poisoned.
+// Where the losses of the samples come from: sums of the forward pass, or the caller of `reweight`.
 template <class C>
-__device__ void settle_tile(int64_t first, const C* loss, int64_t elements, int64_t splits, int64_t samples,
-                            const Levels<C>& levels, const Results<C>& results, const Bins& bins, const double* partial,
-                            Shared& shared, double& total, double& poisoned) {
+struct Losses {
+  const C* given;          // [B]; null: from the sums
+  const double* partial;   // [B * splits]
+  int64_t elements, splits;
+};
+
+// Settle the samples of the tile that starts at `first`. Adds to this thread's sum of weighted losses and count of skipped.
+template <class C>
+__device__ void settle_tile(int64_t first, const Losses<C>& losses, const Samples<C>& samples, const Bins& bins, Shared& shared,
+                            double& total, double& skipped) {
+  const int64_t splits = losses.given ? 0 : losses.splits;
   int lanes = 1;
   while (lanes < 32 && lanes < splits) lanes *= 2;
   const int lane = threadIdx.x % lanes, at_once = kThreads / lanes;
   for (int start = 0; start < kSamples; start += at_once) {  // whole warps together: the sum shuffles
     const int j = start + threadIdx.x / lanes;
     const int64_t i = first + j;
-    const bool here = i < samples;
+    const bool here = i < samples.count;
     C ell = 0;
-    if (splits > 0)
-      ell = C(sum_of_partials(partial + (here ? i : 0) * splits, here ? splits : 0, lane, lanes) / double(elements));
+    if (!losses.given)
+      ell = C(sum_of_partials(losses.partial + (here ? i : 0) * splits, here ? splits : 0, lane, lanes) /
+              double(losses.elements));
     else if (here)
-      ell = loss[i];
+      ell = losses.given[i];
     if (lane > 0) continue;
     shared.tile.bin_of[j] = -1;
     if (!here) continue;
-    const Sample<C> sample = classify(ell, levels.log_snr[i], value_or_one(levels.base_weight, i),
-                                      value_or_one(levels.sample_weight, i), weight_of(levels, i, bins));
-    if (results.ell) results.ell[i] = ell;
-    if (results.loss && !results.mean) results.loss[i] = sample.weighted;
-    results.saved[i] = sample.factor;
-    results.saved[samples + i] = sample.slope;
+    const Sample<C> sample = settle(samples, i, ell, bins);
     shared.tile.base_loss[j] = double(sample.base_loss);
-    if (sample.entered) shared.tile.bin_of[j] = bin_index(levels.log_snr[i], bins);
+    if (!sample.masked && !sample.skipped) shared.tile.bin_of[j] = bin_index(samples.log_snr[i], bins);
     total += double(sample.weighted);
-    poisoned += sample.poisoned;
+    skipped += sample.skipped;
   }
 }
 
@@ -129,7 +121,7 @@ __device__ __forceinline__ Moments load_moments(const double* from, int64_t stri
   return {from[0], from[stride], from[2 * stride], from[3 * stride]};
 }
 
-// Calls `each(j)` for the samples [first, last) of the tile that are in bin k; four bins a load, as few of them are.
+// Call `each(j)` for the samples [first, last) of the tile that are in bin k. Loads the bins of four samples at a time.
 template <class Each>
 __device__ __forceinline__ void for_bin(int k, int first, int last, const Shared& shared, Each each) {
   for (int j = first; j < last; j += 4) {
@@ -141,8 +133,8 @@ __device__ __forceinline__ void for_bin(int k, int first, int last, const Shared
   }
 }
 
-// Statistics of a tile, in two passes, merged into `groups` unless they are `fresh`: where there are more threads than bins,
-// groups of threads share the samples.
+// Statistics of a tile, in two passes, merged into `groups` unless those are `fresh`. With more threads than bins, groups of
+// threads share the samples.
 template <class C>
 __device__ void add_tile(int64_t first, bool fresh, const C* sample_weight, int bins, double* groups, const Shared& shared) {
   const int count = bins < kThreads ? kThreads / bins : 1;
@@ -175,10 +167,10 @@ __device__ inline void merge_groups(int bins, const double* groups, double* into
   }
 }
 
-// Merge what the blocks found, in their order.
-__device__ inline void merge_parts(int bins, int blocks, const Scratch& s, double& total, double& poisoned) {
-  total = poisoned = 0;
-  for (int block = 0; block < blocks; ++block) total += __ldcg(s.sums + 2 * block), poisoned += __ldcg(s.sums + 2 * block + 1);
+// Merge the blocks' results in their order.
+__device__ inline void merge_parts(int bins, int blocks, const Scratch& s, double& total, double& skipped) {
+  total = skipped = 0;
+  for (int block = 0; block < blocks; ++block) total += __ldcg(s.sums + 2 * block), skipped += __ldcg(s.sums + 2 * block + 1);
   for (int k = threadIdx.x; k < bins; k += kThreads) {
     Moments all;
     for (int block = 0; block < blocks; ++block) {
@@ -190,7 +182,7 @@ __device__ inline void merge_parts(int bins, int blocks, const Scratch& s, doubl
   }
 }
 
-// Whether this block is the last of `blocks` to come here; then all that they wrote before is there to read. For all threads.
+// Whether this block is the last of `blocks` to arrive; all that the others wrote before can then be read. For all threads.
 __device__ inline bool comes_last(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __syncthreads();
@@ -203,13 +195,14 @@ __device__ inline bool comes_last(unsigned* ticket, unsigned blocks) {
   return last;
 }
 
-// `smoothed` [2K]: scratch in device memory for the smoothed a and n, of which each thread reads only its own.
+// The steps of reference.weight_table. `smoothed` [2K]: scratch in device memory for the smoothed a and n, of which each thread reads only its own.
 __device__ inline void weight_table(const Update& update, double* smoothed, Shared& shared) {
   const Bins& bins = update.bins;
   const Rule& rule = update.rule;
   const int size = bins.size;
   const double* state = reinterpret_cast<const double*>(update.state);
   double *a = shared.table.a, *n = shared.table.n, *taps = shared.table.taps, *smooth_a = smoothed, *smooth_n = smoothed + size;
+  // 1. ln w of each bin that has a value.
   double mass = 0;
   for (int k = threadIdx.x; k < size; k += kThreads) {
     const Moments m = load_moments(state + k, size);
@@ -219,6 +212,7 @@ __device__ inline void weight_table(const Update& update, double* smoothed, Shar
     if (rule.smoothing > 0 && k <= rule.radius) taps[k] = tap_weight(k, rule, bins);
   }
   mass = block_sum(mass);  // its barriers also publish a, n and the taps
+  // 2. Smooth, and find the centre of what has a value.
   double centre = 0;
   for (int k = threadIdx.x; k < size; k += kThreads) {
     double a_k = a[k], n_k = n[k];
@@ -228,6 +222,7 @@ __device__ inline void weight_table(const Update& update, double* smoothed, Shar
     smooth_n[k] = n_k;
   }
   centre = block_sum(centre);
+  // 3. Centre, clamp, shrink.
   double total = 0, weighted = 0;
   for (int k = threadIdx.x; k < size; k += kThreads) {
     const double a_k = shrink(smooth_a[k], smooth_n[k], centre, rule);
@@ -236,18 +231,19 @@ __device__ inline void weight_table(const Update& update, double* smoothed, Shar
     weighted += loss * exp(a_k);
     smooth_a[k] = a_k;
   }
+  // 4. Preserve the loss.
   total = block_sum(total);
   weighted = block_sum(weighted);
   const double log_c = log_scale(total, weighted);
   for (int k = threadIdx.x; k < size; k += kThreads) update.log_weights[k] = float(smooth_a[k] + log_c);
 }
 
-// Fold the batch statistics in `batch` [4K], which is scratch afterwards, or hand them out.
-__device__ inline void move_statistics(double* batch, double poisoned, const Update& update, Shared& shared) {
+// Fold the batch statistics in `batch` [4K], which is scratch afterwards, or return them for a gather.
+__device__ inline void move_statistics(double* batch, double skipped, const Update& update, Shared& shared) {
   const int size = update.bins.size;
   if (update.batch) {
     for (int i = threadIdx.x; i < 4 * size; i += kThreads) update.batch[i] = batch[i];
-    if (threadIdx.x == 0) update.batch[4 * size] = poisoned;
+    if (threadIdx.x == 0) update.batch[4 * size] = skipped;
     return;
   }
   double entered = 0;
@@ -256,44 +252,43 @@ __device__ inline void move_statistics(double* batch, double poisoned, const Upd
   double* state = reinterpret_cast<double*>(update.state);
   for (int k = threadIdx.x; k < size; k += kThreads)
     store_moments(state + k, size, fold(load_moments(state + k, size), load_moments(batch + k, size), rho));
-  if (threadIdx.x == 0) update.state[4 * size] += int64_t(poisoned);
+  if (threadIdx.x == 0) update.state[4 * size] += int64_t(skipped);
   __syncthreads();
   if (update.rule.statistic != kNone) weight_table(update, batch, shared);
 }
 
-// All of it, by `blocks` blocks. `loss` [B] where the per-sample losses come from elsewhere, with splits = 0.
+// All of it, by `blocks` blocks; only one of them writes the mean loss and the statistics.
 template <class C>
-__device__ void finish(const C* loss, int64_t elements, int64_t splits, int64_t samples, const Levels<C>& levels,
-                       const Results<C>& results, const Update& update, const Scratch& s, int blocks, unsigned* ticket) {
+__device__ void finish(const Losses<C>& losses, const Samples<C>& samples, const Update& update, const Scratch& s, int blocks,
+                       unsigned* ticket) {
   __shared__ Shared shared;
   const int size = update.bins.size;
-  const int64_t tiles = (samples + kSamples - 1) / kSamples, block = blocks > 1 ? blockIdx.x : 0;
-  const int64_t each = (tiles + blocks - 1) / blocks * kSamples, begin = block * each, end = min(begin + each, samples);
+  const int64_t tiles = (samples.count + kSamples - 1) / kSamples, block = blocks > 1 ? blockIdx.x : 0;
+  const int64_t each = (tiles + blocks - 1) / blocks * kSamples, begin = block * each, end = min(begin + each, samples.count);
   double* groups = s.groups + block * groups_size(size);
-  double total = 0, poisoned = 0;
+  double total = 0, skipped = 0;
+  // 1. Tile by tile: settle the samples, add them to the statistics of this block.
   for (int64_t first = begin; first < end; first += kSamples) {
-    settle_tile(first, loss, elements, splits, samples, levels, results, update.bins, s.partial, shared, total, poisoned);
+    settle_tile(first, losses, samples, update.bins, shared, total, skipped);
     if (!update.update) continue;
     __syncthreads();
-    add_tile(first, first == begin, levels.sample_weight, size, groups, shared);
+    add_tile(first, first == begin, samples.sample_weight, size, groups, shared);
     __syncthreads();
   }
   total = block_sum(total);
-  poisoned = block_sum(poisoned);
+  skipped = block_sum(skipped);
   if (update.update) merge_groups(size, groups, blocks > 1 ? s.part + block * 4 * size : s.batch);
+  // 2. The last block merges those of all.
   if (blocks > 1) {
-    if (threadIdx.x == 0) s.sums[2 * block] = total, s.sums[2 * block + 1] = poisoned;
+    if (threadIdx.x == 0) s.sums[2 * block] = total, s.sums[2 * block + 1] = skipped;
     if (!comes_last(ticket, blocks)) return;
-    merge_parts(size, blocks, s, total, poisoned);
+    merge_parts(size, blocks, s, total, skipped);
   }
-  const C mean = C(total / double(samples));
-  if (threadIdx.x == 0) {
-    results.saved[2 * samples] = mean;
-    if (results.loss && results.mean) *results.loss = mean;
-  }
+  // 3. The mean loss, and the state.
+  if (samples.loss && samples.mean && threadIdx.x == 0) *samples.loss = C(total / double(samples.count));
   if (!update.update) return;
   __syncthreads();
-  move_statistics(s.batch, poisoned, update, shared);
+  move_statistics(s.batch, skipped, update, shared);
 }
 
 }  // namespace cuda

@@ -1,8 +1,8 @@
-// The mathematics of one step, for host and device: every formula of vadiff/reference.py that is about one element, one
-// sample or one bin stands here once. Notation as there. No state, no loops over data, no C++ library.
+// Formulas of one step, for host and device: those of vadiff/ops/reference.py that concern one element, one sample or one bin,
+// in its notation. No state, no loops over data, no C++ library.
 //
-// All functions are `static inline`: the row kernels are compiled several times, each for other instructions, and a shared
-// out-of-line copy could hand AVX-512 code to a machine without it.
+// All functions are `static inline`: the row kernels are compiled once per instruction set, and the linker could otherwise keep
+// the AVX-512 copy of a shared function for a machine without AVX-512.
 #pragma once
 
 #include <math.h>
@@ -24,7 +24,7 @@ enum Statistic : int { kNone = 0, kStd = 1, kMean = 2, kRms = 3 };  // kNone: no
 
 VADIFF_FN int dtype_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-// elements: C is float, or double for float64 outputs
+// elements: C is float, or double for float64 predictions
 
 template <class C>
 VADIFF_FN C element_loss(C r, C huber_delta) {  // r**2, or Huber's function of r where huber_delta > 0
@@ -37,12 +37,6 @@ template <class C>
 VADIFF_FN C residual_slope(C r, C huber_delta) {  // 2r, or r clamped to +-delta; NaN stays NaN
   if (!(huber_delta > 0)) return C(2) * r;
   return r > huber_delta ? huber_delta : r < -huber_delta ? -huber_delta : r;
-}
-
-// A factor of 0 leaves a sample out, whatever its residuals are.
-template <class C>
-VADIFF_FN C element_gradient(C factor, C r, C huber_delta) {
-  return factor == 0 ? C(0) : factor * residual_slope(r, huber_delta);
 }
 
 // samples
@@ -76,36 +70,28 @@ VADIFF_FN bool is_finite(C x) {
   return x - x == 0;
 }
 
+// A masked sample has no loss, no gradient and enters no bin. Every other factor of 0 multiplies: 0 * NaN = NaN.
+template <class C>
+VADIFF_FN bool is_masked(C u, C v) {
+  return u == 0 || v == 0;
+}
+
 template <class C>
 struct Sample {
   C base_loss;   // g = u*ell
-  C factor;      // w*u*v; NaN if poisoned, 0 if left out
-  C slope;       // w*v*ell, likewise
-  C weighted;    // w*u*v*ell, likewise
-  bool entered;  // goes into the bins
-  bool poisoned;
+  C factor;      // w*u*v, 0 if masked
+  C slope;       // w*v*ell, 0 if masked
+  C weighted;    // w*u*v*ell, 0 if masked
+  bool masked;
+  bool skipped;  // not masked, and non-finite: enters no bin and is counted
 };
 
 template <class C>
 VADIFF_FN Sample<C> classify(C ell, float log_snr, C u, C v, C w) {
-  const C nan = C(NAN);
-  Sample<C> s;
-  s.base_loss = u * ell;
-  bool left_out = u * v == 0;
-  s.poisoned = log_snr != log_snr || !is_finite(u) || !is_finite(v) ||
-               (!(is_finite(s.base_loss) && is_finite(ell)) && !left_out);
-  s.entered = !(s.poisoned || left_out);
-  s.factor = s.poisoned ? nan : left_out ? C(0) : w * u * v;
-  s.slope = s.poisoned ? nan : left_out ? C(0) : w * v * ell;
-  s.weighted = s.poisoned ? nan : left_out ? C(0) : s.factor * ell;
-  return s;
-}
-
-// What the forward pass multiplies the gradient with, before ell is known: a poisoned sample is found later, and then the
-// mean loss is NaN and the backward makes the whole gradient NaN.
-template <class C>
-VADIFF_FN C forward_factor(C u, C v, C w, C a, C scale) {
-  return u * v == 0 ? C(0) : w * u * v * a * scale;
+  const C g = u * ell, factor = w * u * v;
+  const bool masked = is_masked(u, v);
+  const bool finite = log_snr == log_snr && is_finite(ell) && is_finite(u) && is_finite(v) && is_finite(g);
+  return {g, masked ? C(0) : factor, masked ? C(0) : w * v * ell, masked ? C(0) : factor * ell, masked, !finite && !masked};
 }
 
 // bins
@@ -167,7 +153,7 @@ VADIFF_FN void smooth_bin(int k, const double* a, const double* n, const double*
     total += q;
     d_mean += q * ((j - k) * bins.width);
     a_mean += q * a[j];
-    const double low = q > 0 ? a[j] : INFINITY, high = q > 0 ? a[j] : -INFINITY;  // which bins are filled nobody predicts
+    const double low = q > 0 ? a[j] : INFINITY, high = q > 0 ? a[j] : -INFINITY;  // selects, as a branch is unpredictable
     lowest = low < lowest ? low : lowest;
     highest = high > highest ? high : highest;
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import importlib.machinery
@@ -11,7 +12,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def emulated_module(folder: Path) -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             flags = [*FLAGS.split(), *(f"-I{path}" for path in includes)]
-            sources = ["cpu_rows.cpp", "cpu.cpp", "direct.cpp", "module.cpp", "-xc++ cuda.cu"]
+            sources = ["cpu_rows.cpp", "cpu.cpp", "module.cpp", "-xc++ cuda.cu"]
             compiling = [
                 subprocess.Popen(
                     [compiler, *flags, "-c", *source.split(), "-o", str(folder / f"{i}.o")], cwd=ROOT / "csrc"
@@ -60,21 +60,15 @@ def emulated_module(folder: Path) -> ModuleType:
 
 def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on the native backend runs the CUDA kernels, on CPU tensors."""
-    from vadiff import eager, native
+    from vadiff.ops import native
 
     module = emulated_module(folder)
 
-    def where(tensor: Tensor, samples: int = 0, elements: int = 0, bins: int = 0) -> tuple[Any, Tensor | None]:
-        workspace = None
-        if elements:
-            size = module.cuda_workspace_size(samples, elements, bins, 0)
-            workspace = torch.full((size,), torch.nan, dtype=torch.float64)  # scratch means nothing before a call
-        return module.Where(0, 0, 0 if workspace is None else workspace.data_ptr()), workspace
+    def place(call: native.Call, tensor: Tensor) -> Tensor:
+        size = module.cuda_workspace_size(ctypes.addressof(call))
+        workspace = torch.full((size,), torch.nan, dtype=torch.float64)  # scratch means nothing before a call
+        call.workspace = workspace.data_ptr()
+        return workspace
 
     monkeypatch.setattr(native, "_native", module)
-    monkeypatch.setattr(native, "_where", where)
-    monkeypatch.setattr(
-        native, "settings_of", functools.lru_cache(native.settings_of.__wrapped__)
-    )  # of this module's type
-    eager.introduce(module, native.settings_of, 1, lambda device: True, lambda device: 0)
-    monkeypatch.setattr(eager, "_native", lambda: native)
+    monkeypatch.setattr(native, "_place", place)

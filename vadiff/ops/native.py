@@ -1,23 +1,24 @@
-"""The compiled kernels of csrc/: the four functions of `vadiff.reference`, with the same arguments in the same order.
+"""The compiled kernels of csrc/: the four functions of a backend, see `vadiff.ops.problem`.
 
 CPU tensors in any float dtype, on `torch.get_num_threads()` threads; CUDA tensors where the module was built with nvcc.
-Inputs are validated, and output, target and noise share one dense layout with the batch outermost (`vadiff.ops` sees to
-it). Nothing here but addresses and sizes: csrc/ knows no torch.
+Prediction, target and noise share one dense layout with the batch outermost: `vadiff.ops.operators` sees to that.
+csrc/ knows no torch: it gets the address of a `Call`, which holds addresses and numbers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _native
-from .reference import Bins, Coefficient, Gather, TableRule, compute_dtype
+from .. import _native
+from .problem import Gather, Inputs, Problem, State, Step, compute_dtype
 
-INTERFACE = 6  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 7  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -27,192 +28,243 @@ if getattr(_native, "INTERFACE", None) != INTERFACE:
 
 CUDA_ARCHITECTURES: str | None = _native.cuda_architectures  # None: built without CUDA
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype in csrc/loss_math.h
+# enum Dtype and enum Statistic in csrc/loss_math.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+STATISTICS = {"": 0, "std": 1, "mean": 2, "rms": 3}
+
+
+def _integers(names: str) -> list[tuple[str, type]]:
+    """Fields of a struct that are addresses or whole numbers."""
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+def _floats(names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_double) for name in names.split()]
+
+
+class ProblemFields(ctypes.Structure):
+    """`struct ProblemFields` of csrc/call.h."""
+
+    __slots__ = ()
+    _fields_ = [
+        *_integers("bins"), *_floats("low high half_life"), *_integers("statistic"),
+        *_floats("strength smoothing log_clip prior"), *_integers("radius"), *_floats("huber_delta"),
+    ]  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """`struct Call` of csrc/call.h, which says what each field is. 0 stands for "not given"."""
+
+    __slots__ = ()  # a misspelt field raises
+    _fields_ = [
+        ("problem", ProblemFields),
+        *_integers("device threads stream workspace"),
+        *_integers("samples elements prediction prediction_dtype target target_dtype noise noise_dtype"),
+        *_integers("a_each b_each c_each"), *_floats("a b c"),
+        *_integers("log_snr base_weight sample_weight weight mean"),
+        *_integers("state log_weights update batch"),
+        *_integers("loss per_sample gradient factors"),
+        *_integers("upstream upstream_stride out gathered ranks"),
+    ]  # fmt: skip
+
+
+if ctypes.sizeof(Call) != _native.CALL_SIZE:
+    raise ImportError(f"{_native.__file__} reads a call of {_native.CALL_SIZE} bytes, expected {ctypes.sizeof(Call)}")
 
 
 def instruction_set() -> str:
     """What the CPU kernels run on this processor: "avx512", "avx2" or "generic"."""
-    name: str = _native.cpu_selected()
-    return name
+    return _native.cpu_selected()
 
 
-@functools.lru_cache(maxsize=64)
-def settings_of(bins: Bins, half_life: float, rule: TableRule) -> Any:
-    return _native.Settings(
-        bins.size, bins.low, bins.high, half_life, rule.statistic, rule.strength, rule.smoothing, math.log(rule.clip),
-        rule.prior, rule.radius(bins),
-    )  # fmt: skip
+def step(
+    problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
+) -> Step:
+    """See `vadiff.ops.reference.step`."""
+    prediction = inputs.prediction
+    call = _call(problem, inputs)
+    like = prediction if prediction.dtype is torch.float64 else inputs.log_snr  # of the compute dtype
+    loss = like.new_empty(() if inputs.mean else (call.samples,))
+    per_sample = like.new_empty((4, call.samples))
+    call.loss = loss.data_ptr()
+    call.per_sample = per_sample.data_ptr()
+    if gradient:
+        made = torch.empty_like(prediction)
+        call.gradient = made.data_ptr()
+    else:
+        made = prediction.new_empty(0)
+    batch = _give_state(call, state, update, gather)
+    _workspace = _place(call, prediction)
+    _native.step(ctypes.addressof(call))
+    if batch is not None and gather is not None:
+        _fold(problem, gather(batch), state)
+    return Step(loss, per_sample, made)
 
 
-def _address(tensor: Tensor | None, dtype: torch.dtype, name: str = "a tensor") -> int:
-    """Of a contiguous tensor of that dtype: the kernels believe what they are told."""
-    if tensor is None:
-        return 0
-    address = _memory_of(tensor, name)
-    if tensor.dtype != dtype or not tensor.is_contiguous():
-        raise TypeError(f"{name} is {tensor.dtype}, strides {tensor.stride()}, expected dense {dtype}")
-    return address
-
-
-def _address_and_dtype(tensor: Tensor | None, name: str) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (_memory_of(tensor, name), DTYPES[tensor.dtype])
-
-
-def _memory_of(tensor: Tensor, name: str) -> int:
-    address = tensor.data_ptr()
-    if not address:
-        raise TypeError(f"{name} {tuple(tensor.shape)} has no memory, expected a tensor whose storage was not freed")
-    return address
-
-
-def _each_and_number(coefficient: Coefficient, dtype: torch.dtype) -> tuple[int, float]:
-    return (_address(coefficient, dtype), 0.0) if isinstance(coefficient, Tensor) else (0, coefficient)
-
-
-def _inputs(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    huber_delta: float,
-) -> Any:
-    dtype = compute_dtype(output)
-    a_each, a = _each_and_number(a, dtype)
-    b_each, b = _each_and_number(b, dtype)
-    c_each, c = _each_and_number(c, dtype)
-    return _native.Inputs(
-        *_address_and_dtype(output, "prediction"), *_address_and_dtype(target, "target"),
-        *_address_and_dtype(noise, "noise"), a_each, b_each, c_each, a, b, c, huber_delta,
-        output.numel() // output.shape[0],
-    )  # fmt: skip
-
-
-def diffusion_loss(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    huber_delta: float,
-    mean: bool,
-    with_gradient: bool,
-    update: bool,
-    gather: Gather | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vadiff.reference.diffusion_loss`."""
-    samples = output.shape[0]
-    dtype = compute_dtype(output)
-    like = output if output.dtype == dtype else output.new_empty(0, dtype=dtype)
-    settings = settings_of(bins, half_life, rule)
-    gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
-    loss = like.new_empty(() if mean else samples)
-    ell = like.new_empty(samples)
-    saved = like.new_empty(2 * samples + 1)
-    batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
-    where, _workspace = _where(output, samples, output.numel() // samples, bins.size)
-    _native.diffusion_loss(
-        _inputs(output, target, noise, a, b, c, huber_delta), _address(log_snr, torch.float32, "log_snr"),
-        _address(base_weight, dtype, "base_weight"), _address(sample_weight, dtype, "sample_weight"),
-        _address(weight, dtype, "weighting(log_snr)"),
-        state.data_ptr(), log_weights.data_ptr(), settings, samples, loss.data_ptr(), mean, ell.data_ptr(),
-        saved.data_ptr(), gradient.data_ptr() if with_gradient else 0, update,
-        0 if batch is None else batch.data_ptr(), where,
-    )  # fmt: skip
-    if batch is not None:
-        _fold(gather, batch, state, log_weights, settings, bins)
-    return loss, ell, saved, gradient
-
-
-def diffusion_loss_backward(
-    upstream: Tensor,
-    saved: Tensor,
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    huber_delta: float,
-) -> Tensor:
-    """See `vadiff.reference.diffusion_loss_backward`."""
-    gradient = torch.empty_like(output)
-    mean = upstream.dim() == 0
-    where, _ = _where(output)
-    _native.diffusion_loss_backward(
-        _inputs(output, target, noise, a, b, c, huber_delta), upstream.data_ptr(), 0 if mean else upstream.stride(0),
-        mean, saved.data_ptr(), output.shape[0], gradient.data_ptr(), where,
-    )  # fmt: skip
+def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
+    """See `vadiff.ops.reference.backward`. A saved-tensor hook may have changed `per_sample` and coefficients."""
+    prediction = inputs.prediction
+    call = _call(problem, inputs)
+    dtype = compute_dtype(prediction)
+    gradient = torch.empty_like(prediction)
+    call.gradient = gradient.data_ptr()
+    call.per_sample = _checked(per_sample, dtype, "per_sample")
+    call.upstream = _checked(upstream, dtype, "upstream", any_stride=True)
+    call.mean = upstream.dim() == 0
+    if not call.mean:
+        call.upstream_stride = upstream.stride(0)  # 0 where autograd expanded a scalar
+    _place(call, prediction)
+    _native.backward(ctypes.addressof(call))
     return gradient
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
-    """See `vadiff.reference.scale_gradient`."""
-    where, _ = _where(gradient)
-    dtype = compute_dtype(gradient)
-    _native.scale_gradient(
-        gradient.data_ptr(), out.data_ptr(), DTYPES[gradient.dtype], gradient.numel(), _address(upstream, dtype),
-        _address(saved, dtype) + (saved.shape[0] - 1) * saved.element_size(), where,
-    )  # fmt: skip
+def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """See `vadiff.ops.reference.scale`."""
+    dtype = gradient.dtype
+    call = Call(
+        prediction_dtype=DTYPES[dtype],
+        elements=gradient.numel(),
+        gradient=gradient.data_ptr() or _freed(gradient, "gradient"),
+        upstream=_checked(upstream, torch.float64 if dtype is torch.float64 else torch.float32, "upstream"),
+        out=out.data_ptr(),
+    )
+    _place(call, gradient)
+    _native.scale(ctypes.addressof(call))
 
 
-def reweight(
-    loss: Tensor,
-    log_snr: Tensor,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    update: bool,
-    gather: Gather | None,
-) -> Tensor:
-    """See `vadiff.reference.reweight`."""
-    settings = settings_of(bins, half_life, rule)
-    saved = torch.empty(2 * len(loss) + 1, device=loss.device, dtype=loss.dtype)
-    batch = None if gather is None or not update else state.new_empty(4 * bins.size + 1, dtype=torch.float64)
-    where, _workspace = _where(loss, len(loss), 1, bins.size)
-    _native.reweight(
-        _address(loss, loss.dtype), DTYPES[loss.dtype], _address(log_snr, torch.float32),
-        _address(sample_weight, loss.dtype), _address(weight, loss.dtype), _address(state, torch.int64),
-        _address(log_weights, torch.int32), settings, len(loss), saved.data_ptr(), update,
-        _address(batch, torch.float64), where,
-    )  # fmt: skip
-    if batch is not None:
-        _fold(gather, batch, state, log_weights, settings, bins)
-    return saved[: len(loss)]
+def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
+    """See `vadiff.ops.reference.reweight`."""
+    loss = inputs.prediction
+    call = _call(problem, inputs)
+    factors = loss.new_empty(loss.shape)
+    call.factors = factors.data_ptr()
+    batch = _give_state(call, state, update, gather)
+    _workspace = _place(call, loss)
+    _native.reweight(ctypes.addressof(call))
+    if batch is not None and gather is not None:
+        _fold(problem, gather(batch), state)
+    return factors
 
 
-def _fold(gather: Gather | None, batch: Tensor, state: Tensor, log_weights: Tensor, settings: Any, bins: Bins) -> None:
-    assert gather is not None
-    everyone = gather(batch)
-    where, _workspace = _where(batch, 0, 1, bins.size)
-    _native.fold(everyone.data_ptr(), len(everyone), state.data_ptr(), log_weights.data_ptr(), settings, where)
+def _fold(problem: Problem, gathered: Tensor, state: State) -> None:
+    """Merge the batch statistics of all ranks [ranks, 4K + 1] and fold them into the state."""
+    call = Call(
+        problem=_fields(problem),
+        gathered=_checked(gathered, torch.float64, "gathered statistics"),
+        ranks=gathered.shape[0],
+    )
+    _give_state(call, state, True, None)
+    _workspace = _place(call, gathered)
+    _native.fold(ctypes.addressof(call))
 
 
-def _where(tensor: Tensor, samples: int = 0, elements: int = 0, bins: int = 0) -> tuple[Any, Tensor | None]:
-    """Where a call runs: a number of threads, or a device, its current stream and scratch memory (if `elements`).
+def _call(problem: Problem, inputs: Inputs) -> Call:
+    """What a problem and its inputs fill of a call."""
+    prediction, target, noise, a, b, c, log_snr, base_weight, sample_weight, weight, mean = inputs
+    samples = prediction.shape[0]
+    call = Call(
+        problem=_fields(problem),
+        samples=samples,
+        elements=prediction.numel() // samples,
+        prediction=prediction.data_ptr() or _freed(prediction, "prediction"),
+        prediction_dtype=DTYPES[prediction.dtype],
+        log_snr=log_snr.data_ptr() or _freed(log_snr, "log_snr"),
+        mean=mean,
+    )
+    if target is not None:
+        call.target = target.data_ptr() or _freed(target, "target")
+        call.target_dtype = DTYPES[target.dtype]
+    if noise is not None:
+        call.noise = noise.data_ptr() or _freed(noise, "noise")
+        call.noise_dtype = DTYPES[noise.dtype]
+    if base_weight is not None:
+        call.base_weight = base_weight.data_ptr() or _freed(base_weight, "base_weight")
+    if sample_weight is not None:
+        call.sample_weight = sample_weight.data_ptr() or _freed(sample_weight, "sample_weight")
+    if weight is not None:
+        call.weight = weight.data_ptr() or _freed(weight, "weighting(log_snr)")
+    if isinstance(a, float):
+        call.a = a
+    else:
+        call.a_each = _checked(a, compute_dtype(prediction), "coefficients a")
+    if isinstance(b, float):
+        call.b = b
+    else:
+        call.b_each = _checked(b, compute_dtype(prediction), "coefficients b")
+    if isinstance(c, float):
+        call.c = c
+    else:
+        call.c_each = _checked(c, compute_dtype(prediction), "coefficients c")
+    return call
 
-    The second is that memory, to be kept until the call returns; the allocator reuses it in the order of the stream."""
-    if tensor.device.type != "cuda":
-        return torch.get_num_threads(), None
-    device = tensor.get_device()
-    workspace = None
-    if elements:
-        size = _native.cuda_workspace_size(samples, elements, bins, device)
-        workspace = torch.empty(size, device=tensor.device, dtype=torch.float64)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return _native.Where(device, stream, _address(workspace, torch.float64)), workspace
+
+def _give_state(call: Call, state: State, update: bool, gather: Gather | None) -> Tensor | None:
+    """The state's part of a call. Returns where the batch statistics go instead, if there are ranks to gather from."""
+    call.state = state.state.data_ptr()
+    call.log_weights = state.log_weights.data_ptr()
+    call.update = update
+    if gather is None or not update:
+        return None
+    batch = state.state.new_empty(4 * state.log_weights.shape[0] + 1, dtype=torch.float64)
+    call.batch = batch.data_ptr()
+    return batch
+
+
+def _place(call: Call, tensor: Tensor) -> Tensor | None:
+    """Where a call runs: threads of the CPU, or a device and its current stream. Returns scratch memory of the device.
+
+    It is to be kept until the kernels are launched; the allocator reuses it in the order of the stream."""
+    if tensor.is_cpu:
+        call.device = -1
+        call.threads = torch.get_num_threads()
+        return None
+    call.device = tensor.get_device()
+    call.stream = torch.cuda.current_stream(call.device).cuda_stream
+    size = _native.cuda_workspace_size(ctypes.addressof(call))
+    if not size:
+        return None
+    workspace = torch.empty(size, device=tensor.device, dtype=torch.float64)
+    call.workspace = workspace.data_ptr()
+    return workspace
+
+
+_last: tuple[Problem | None, ProblemFields] = (None, ProblemFields())
+
+
+def _fields(problem: Problem) -> ProblemFields:
+    """A problem as csrc/ reads it; remembered, and without hashing while the same object returns."""
+    global _last
+    known, fields = _last
+    if known is not problem:
+        fields = _fields_of(problem)
+        _last = problem, fields
+    return fields
+
+
+@functools.lru_cache(maxsize=64)
+def _fields_of(problem: Problem) -> ProblemFields:
+    bins, rule = problem.bins, problem.rule
+    return ProblemFields(
+        bins=bins.size,
+        low=bins.low,
+        high=bins.high,
+        half_life=problem.half_life,
+        statistic=STATISTICS[rule.statistic],
+        strength=rule.strength,
+        smoothing=rule.smoothing,
+        log_clip=math.log(rule.clip),
+        prior=rule.prior,
+        radius=rule.radius(bins),
+        huber_delta=problem.huber_delta,
+    )
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype, name: str, any_stride: bool = False) -> int:
+    """The address of a tensor that has to be of that dtype and contiguous: the kernels do not check."""
+    if tensor.dtype is not dtype or not (any_stride or tensor.is_contiguous()):
+        raise TypeError(f"{name} is {tensor.dtype}, strides {tensor.stride()}, expected dense {dtype}")
+    return tensor.data_ptr() or _freed(tensor, name)
+
+
+def _freed(tensor: Tensor, name: str) -> NoReturn:
+    raise TypeError(f"{name} {tuple(tensor.shape)} has no memory, expected a tensor whose storage was not freed")
