@@ -168,9 +168,10 @@ def _call(problem: Problem, inputs: Inputs) -> Call:
         elements=prediction.numel() // samples,
         prediction=prediction.data_ptr() or _freed(prediction, "prediction"),
         prediction_dtype=DTYPES[prediction.dtype],
-        log_snr=log_snr.data_ptr() or _freed(log_snr, "log_snr"),
         mean=mean,
     )
+    if log_snr is not None:  # a backward has none
+        call.log_snr = log_snr.data_ptr() or _freed(log_snr, "log_snr")
     if target is not None:
         call.target = target.data_ptr() or _freed(target, "target")
         call.target_dtype = DTYPES[target.dtype]
