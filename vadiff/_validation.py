@@ -62,6 +62,8 @@ def is_number(value: object) -> bool:
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.layout is torch.strided:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if name == "log_snr" and tensor.dtype not in FLOATS:
@@ -73,8 +75,7 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
         )
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor. Use {name}.to_dense().")
+    raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor. Use {name}.to_dense().")
 
 
 def _check_device(name: str, tensor: Tensor, prediction: Tensor) -> None:

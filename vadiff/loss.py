@@ -172,7 +172,8 @@ class DiffusionLoss(nn.Module):
         weighting = self.weighting
         if weighting.needs_losses:
             return self._weighted_by_losses(inputs)
-        problem, state = self._current_problem(), self.statistics.checked_state("prediction", prediction)
+        problem = self._current_problem()
+        state = self._modules["statistics"].checked_state("prediction", prediction)
         records = self.training and torch.is_grad_enabled()
         weight = weighting.for_batch(inputs.log_snr, sync=problem.sync and records)
         if weight is not None:
@@ -279,7 +280,7 @@ class DiffusionLoss(nn.Module):
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call; made anew when an attribute that it reads was changed."""
-        statistics = self.statistics
+        statistics = self._modules["statistics"]  # as an attribute it takes 0.3 µs
         read = (
             self.weighting,
             statistics.bins,

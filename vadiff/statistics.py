@@ -105,7 +105,10 @@ class LogSNRStatistics(nn.Module):
             ValueError: they are on another device than `tensor`, the argument `name`.
             RuntimeError: they do not hold the bits of so many bins.
         """
-        state, log_weights, size = self.state, self.log_weights, self.bins.size
+        buffers, size = self._buffers, self.bins.size  # as attributes they take 0.7 µs
+        state, log_weights = buffers["state"], buffers["log_weights"]
+        assert state is not None
+        assert log_weights is not None
         if state.device != tensor.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but the criterion is on {state.device}. "

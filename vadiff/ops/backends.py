@@ -47,14 +47,10 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
-    if backend == "auto":
-        return _best(tensor)
-    if backend == "reference":
-        return reference
-    kernels = _usable(backend, tensor)
-    if isinstance(kernels, Obstacle):
-        raise RuntimeError(f"backend {backend!r} cannot run this call: {kernels}") from kernels.__cause__
-    return kernels
+    found = _chosen(backend, tensor.device, tensor.dtype)
+    if isinstance(found, Obstacle):
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {found}") from found.__cause__
+    return found
 
 
 def backend_report() -> dict[str, tuple[bool, str]]:
@@ -66,13 +62,18 @@ def backend_report() -> dict[str, tuple[bool, str]]:
     }
 
 
-def _best(tensor: Tensor) -> ModuleType:
-    """The fastest that can run the call; what could not is said once."""
-    for backend in _PREFERRED.get(tensor.device.type, ()):
-        kernels = _usable(backend, tensor)
+@functools.lru_cache(maxsize=64)
+def _chosen(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | Obstacle:
+    """The module of a backend, or why it cannot run there; for "auto" the fastest that can run."""
+    if backend == "reference":
+        return reference
+    if backend != "auto":
+        return _usable(backend, device, dtype)
+    for name in _PREFERRED.get(device.type, ()):
+        kernels = _usable(name, device, dtype)
         if not isinstance(kernels, Obstacle):
             return kernels
-        _say_once(f"vadiff does not use the backend {backend!r}: {kernels}")
+        logger.debug("vadiff does not use the backend %r: %s", name, kernels)
     return reference
 
 
@@ -80,16 +81,15 @@ class Obstacle(Exception):
     """Why a backend cannot run, and what mends it; its cause is the error met."""
 
 
-def _usable(backend: str, tensor: Tensor) -> ModuleType | Obstacle:
-    """The backend's module if it can run a call on `tensor`."""
+def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | Obstacle:
+    """The backend's module if it can run a call on tensors of that device and dtype."""
     kernels = load_native() if backend == "native" else _load_triton()
     if isinstance(kernels, Obstacle):
         return kernels
-    why_not = native_obstacle(kernels, tensor.device) if backend == "native" else _triton_obstacle(kernels, tensor)
+    why_not = native_obstacle(kernels, device) if backend == "native" else _triton_obstacle(kernels, device, dtype)
     return kernels if why_not is None else Obstacle(why_not)
 
 
-@functools.cache
 def native_obstacle(kernels: ModuleType, device: torch.device) -> str | None:
     """Why the native kernels do not run on tensors of a device; None where they do."""
     if device.type == "cpu":
@@ -124,12 +124,12 @@ def _native_report() -> tuple[bool, str]:
     return True, f"CPU tensors ({instructions}), all float dtypes. {native_build()}"
 
 
-def _triton_obstacle(kernels: ModuleType, tensor: Tensor) -> str | None:
-    if tensor.dtype == torch.float64:
+def _triton_obstacle(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
         return "it computes in float32, and the tensors are float64. Use backend='auto', or cast the prediction"
-    if tensor.device.type != "cuda" and not kernels.INTERPRETED:
+    if device.type != "cuda" and not kernels.INTERPRETED:
         return (
-            f"its tensors are on {tensor.device}, and Triton kernels run on CUDA devices. Move them there, or set "
+            f"its tensors are on {device}, and Triton kernels run on CUDA devices. Move them there, or set "
             "TRITON_INTERPRET=1 before triton is imported (slow, for tests)"
         )
     return None
@@ -186,8 +186,3 @@ def _obstacle(message: str, cause: Exception) -> Obstacle:
     obstacle = Obstacle(message)
     obstacle.__cause__ = cause
     return obstacle
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.debug(message)
