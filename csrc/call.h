@@ -1,6 +1,6 @@
-// One call as Python lays it out: the classes `ProblemFields` and `Call` of vadiff/ops/native.py name the same fields in the same
-// order. Every field is 8 bytes wide, so there is no padding. A null pointer: not given. C is float, or double where the
-// prediction is float64.
+// One call as Python lays it out: the classes `ProblemFields` and `Call` of vadiff/ops/native.py name the same fields in the
+// same order. Every field is 8 bytes wide, so there is no padding. A null pointer: not given. C is float, or double where
+// the prediction is float64.
 #pragma once
 
 #include <stdint.h>

@@ -112,7 +112,7 @@ VADIFF_FN void narrow(const float* __restrict from, int dtype, int n, uint16_t* 
   for (; i < n; ++i) to[i] = float_to_float16(from[i]);
 }
 
-// memcpy that does not fill the caches with what is written: a line that nobody reads soon need not be fetched either.
+// memcpy past the caches: what is written does not evict other data, and its lines are not fetched before.
 VADIFF_FN void stream_copy(void* to, const void* from, int64_t bytes) {
   char* t = static_cast<char*>(to);
   const char* f = static_cast<const char*>(from);

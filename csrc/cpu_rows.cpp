@@ -62,7 +62,7 @@ inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradi
     if (kGradient) *reinterpret_cast<U*>(gradient + i) = slope * clamped;
     return V(clamped * (r - C(0.5) * clamped));  // both pieces of Huber's function at once
   };
-  V sums[4] = {zero, zero, zero, zero};  // four chains of additions: one would wait for each sum
+  V sums[4] = {zero, zero, zero, zero};  // four chains of additions hide their latency
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int ahead = i + kAhead; ahead < i + kAhead + 4 * kLanes; ahead += kLine) {

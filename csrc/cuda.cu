@@ -214,8 +214,8 @@ int64_t resident(int64_t items, const Call& call) {
   return std::min(items, multiprocessors(int(call.device)) * kBlocksPerSM<C>);
 }
 
-// Into how many runs each sample is cut. Blocks take items in rounds; a round of one item would leave nearly all blocks idle, so
-// this takes the fewest rounds that are 95 % full, or else the fullest of eight.
+// Into how many runs each sample is cut. Blocks take items in rounds; a round of one item would leave nearly all blocks idle,
+// so this takes the fewest rounds that are 95 % full, or else the fullest of eight.
 void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, int64_t* chunk) {
   const int64_t finest = std::max<int64_t>(elements / (kStep / 2), 1), fewest = (samples + blocks - 1) / blocks;
   double fullest = 0;

@@ -9,8 +9,8 @@ namespace cuda {
 // Doubles of scratch that a call needs; their contents do not matter before or after. 0 for a call without state.
 int64_t workspace_size(const Call& call);
 
-// One launch if statistics move and the batch is no larger than 2,048, else two: the ticket belongs to the statistics, and calls
-// that do not move them may overlap; and a large batch is settled by several blocks.
+// One launch if the state moves and the batch is no larger than 2,048, else two: the ticket is part of the state, which calls
+// that do not move it may share; and a large batch is settled by several blocks.
 void step(const Call& call);
 void backward(const Call& call);
 void scale(const Call& call);

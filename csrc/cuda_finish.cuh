@@ -195,7 +195,7 @@ __device__ inline bool comes_last(unsigned* ticket, unsigned blocks) {
   return last;
 }
 
-// The steps of reference.weight_table. `smoothed` [2K]: scratch in device memory for the smoothed a and n, of which each thread reads only its own.
+// The steps of reference.weight_table. `smoothed` [2K]: device memory for the smoothed a and n; each thread reads only its own.
 __device__ inline void weight_table(const Update& update, double* smoothed, Shared& shared) {
   const Bins& bins = update.bins;
   const Rule& rule = update.rule;

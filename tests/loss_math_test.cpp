@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <initializer_list>
+
 using namespace vadiff;
 
 namespace {
@@ -32,7 +34,6 @@ void elements() {
   EXPECT(residual_slope(3.0f, 0.0f) == 6.0f);
   EXPECT(residual_slope(-3.0f, 1.0f) == -1.0f);
   EXPECT(residual_slope(NAN, 1.0f) != residual_slope(NAN, 1.0f));
-  EXPECT(element_gradient(0.0f, INFINITY, 0.0f) == 0.0f);
 }
 
 void bins() {
@@ -52,16 +53,25 @@ void bins() {
 }
 
 void samples() {
+  auto entered = [](const Sample<float>& s) { return !s.masked && !s.skipped; };
   Sample<float> s = classify(2.0f, 0.0f, 3.0f, 0.5f, 4.0f);
-  EXPECT(s.base_loss == 6.0f && s.factor == 6.0f && s.slope == 4.0f && s.weighted == 12.0f && s.entered);
-  s = classify(NAN, 0.0f, 0.0f, 1.0f, 1.0f);
-  EXPECT(s.factor == 0.0f && s.weighted == 0.0f && !s.entered && !s.poisoned);  // left out: its loss may be anything
+  EXPECT(s.base_loss == 6.0f && s.factor == 6.0f && s.slope == 4.0f && s.weighted == 12.0f && entered(s));
+  for (float u : {0.0f, 1.0f})  // masked, whatever the other factors
+    for (float other : {NAN, INFINITY}) {
+      s = classify(other, NAN, u, 1.0f - u, other);
+      EXPECT(s.masked && !s.skipped && s.factor == 0.0f && s.slope == 0.0f && s.weighted == 0.0f);
+    }
+  EXPECT(entered(classify(1.0f, 0.0f, 1e-30f, 1e-30f, 1.0f)));  // an underflow of u*v masks nothing
+  s = classify(1.0f, 0.0f, 1.0f, 1.0f, 0.0f);
+  EXPECT(entered(s) && s.factor == 0.0f && s.weighted == 0.0f);
+  s = classify(NAN, 0.0f, 1.0f, 1.0f, 0.0f);
+  EXPECT(s.skipped && s.factor == 0.0f && s.weighted != s.weighted);  // 0 * NaN
   s = classify(INFINITY, 0.0f, 1.0f, 1.0f, 1.0f);
-  EXPECT(s.factor != s.factor && s.poisoned && !s.entered);
-  EXPECT(classify(1.0f, NAN, 1.0f, 1.0f, 1.0f).poisoned);
-  EXPECT(classify(1.0f, INFINITY, 1.0f, 1.0f, 1.0f).entered);
-  EXPECT(classify(1.0f, 0.0f, 1.0f, NAN, 1.0f).poisoned);
-  EXPECT(classify(1e30f, 0.0f, 1e30f, 1.0f, 1.0f).poisoned);  // g overflows
+  EXPECT(s.skipped && s.factor == 1.0f && s.weighted == INFINITY);
+  EXPECT(classify(1.0f, NAN, 1.0f, 1.0f, 1.0f).skipped);
+  EXPECT(entered(classify(1.0f, INFINITY, 1.0f, 1.0f, 1.0f)));
+  EXPECT(classify(1.0f, 0.0f, 1.0f, NAN, 1.0f).skipped);
+  EXPECT(classify(1e30f, 0.0f, 1e30f, 1.0f, 1.0f).skipped);  // g overflows
 }
 
 void moments() {
@@ -93,7 +103,7 @@ void weights() {
   EXPECT(near(smooth_a, 2.0) && near(smooth_n, 10.0));  // borrows from both sides alike
   const double alone[3] = {1, 0, 0}, n_alone[3] = {10, 0, 0};
   smooth_bin(2, alone, n_alone, taps, rule, bins, &smooth_a, &smooth_n);
-  EXPECT(smooth_a == 0 && smooth_n == 0);  // nobody in reach
+  EXPECT(smooth_a == 0 && smooth_n == 0);  // no value in reach
   smooth_bin(1, alone, n_alone, taps, rule, bins, &smooth_a, &smooth_n);
   EXPECT(near(smooth_a, 1.0));  // one bin in reach: its value, not an extrapolation
 }
