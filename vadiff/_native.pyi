@@ -1,4 +1,4 @@
-"""What csrc/module.cpp defines; tests/test_csrc.py compares the two. `call` is the address of an `ops.native.Call`."""
+"""What csrc/module.cpp defines; tests/test_csrc.py compares the two. `call`: address of a `vadiff.ops.native.Call`."""
 
 INTERFACE: int
 CALL_SIZE: int
