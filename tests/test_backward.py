@@ -247,7 +247,7 @@ def test_transforms_of_torch_func_and_forward_mode_are_refused(make_criterion, d
 def test_a_backward_makes_nothing_but_the_gradient(make_criterion, device):
     prediction, target, log_snr = batch(device)
     loss = make_criterion()(prediction, target, log_snr)
-    upstream = torch.ones((), device=device)
+    upstream = torch.full((), 2.0, device=device)
     calls = []
 
     class Record(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,15 +11,15 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_elements(name: str, tensor: Tensor, prediction: Tensor) -> None:
+def check_elements(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
     """A tensor of the prediction's shape and device (target, noise)."""
     _check_float(name, tensor)
-    if tensor.shape != prediction.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected {tuple(prediction.shape)}: the prediction's"
-        )
-    _check_device(name, tensor, prediction)
-    _check_detached(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}: the prediction's")
+    if tensor.device != device:
+        _refuse_device(name, tensor, device)
+    if tensor.requires_grad:
+        _refuse_gradient(name)
 
 
 def check_log_snr(log_snr: Tensor) -> None:
@@ -36,24 +37,24 @@ def check_prediction(name: str, prediction: Tensor) -> None:
 
 
 def check_per_sample(
-    name: str, tensor: Tensor, prediction: Tensor, dtype: torch.dtype, differentiable: bool = False
+    name: str, tensor: Tensor, samples: int, device: torch.device, dtype: torch.dtype, differentiable: bool = False
 ) -> Tensor:
     """One value per sample of the prediction, [B]; returned as a contiguous `dtype`."""
     _check_float(name, tensor)
-    samples = prediction.shape[0]
-    if tensor.dim() != 1 or tensor.shape[0] != samples:
+    if tensor.shape != (samples,):
         advice = f" Use {name}.flatten()." if tensor.numel() == samples and tensor.dim() != 0 else ""
         if tensor.shape == (2 * samples,):
             advice = f" With prior preservation, take the half that these samples are: {name}.chunk(2)[0]."
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected ({samples},): one value per sample.{advice}"
         )
-    _check_device(name, tensor, prediction)
-    if not differentiable:
-        _check_detached(name, tensor)
-    if tensor.dtype is not dtype:
-        tensor = tensor.to(dtype)
-    return tensor.contiguous()
+    if tensor.device != device:
+        _refuse_device(name, tensor, device)
+    if tensor.requires_grad and not differentiable:
+        _refuse_gradient(name)
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def is_number(value: object) -> bool:
@@ -78,17 +79,14 @@ def _check_float(name: str, tensor: Tensor) -> None:
     raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor. Use {name}.to_dense().")
 
 
-def _check_device(name: str, tensor: Tensor, prediction: Tensor) -> None:
-    if tensor.device != prediction.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, expected {prediction.device}: the prediction's device. "
-            f"Use {name}.to({str(prediction.device)!r})."
-        )
+def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    raise ValueError(
+        f"{name} is on {tensor.device}, expected {device}: the prediction's device. Use {name}.to({str(device)!r})."
+    )
 
 
-def _check_detached(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name} requires grad, but the loss is differentiated by the prediction and base_weight only. "
-            f"Use {name}.detach()."
-        )
+def _refuse_gradient(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name} requires grad, but the loss is differentiated by the prediction and base_weight only. "
+        f"Use {name}.detach()."
+    )

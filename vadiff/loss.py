@@ -261,7 +261,7 @@ class DiffusionLoss(nn.Module):
             ValueError, TypeError: log_snr is not [B] floats on the criterion's device.
         """
         check_prediction("log_snr", log_snr)
-        log_snr = check_per_sample("log_snr", log_snr, log_snr, torch.float32)
+        log_snr = check_per_sample("log_snr", log_snr, log_snr.shape[0], log_snr.device, torch.float32)
         state = self.statistics.checked_state("log_snr", log_snr)
         weight = self.weighting.weight_at(log_snr, state.log_weights, self.statistics.bins)
         return self._checked_weight(weight, log_snr)
@@ -305,7 +305,8 @@ class DiffusionLoss(nn.Module):
         return problem
 
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
-        return check_per_sample("weighting(log_snr)", weight, prediction, compute_dtype(prediction))
+        dtype = compute_dtype(prediction)
+        return check_per_sample("weighting(log_snr)", weight, prediction.shape[0], prediction.device, dtype)
 
     def _keep(self, per_sample: Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ mostly subnormal, and a mutation in the backward makes the compiler clone its te
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ _ONCE = "the gradient of vadiff's loss cannot be differentiated a second time"
 _RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # what of the inputs a deferred backward reads
 
 
+class _Call(NamedTuple):
+    """What `_Loss` is given in one argument: torch unwraps each in Python."""
+
+    problem: Problem
+    inputs: Inputs
+    state: State
+    fused: bool
+    update: bool
+    made: list[Tensor] | None
+
+
 class _Loss(torch.autograd.Function):
     """Differentiates by `prediction` and `base_weight`.
 
@@ -30,16 +41,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        prediction: Tensor,
-        base_weight: Tensor | None,
-        problem: Problem,
-        inputs: Inputs,
-        state: State,
-        fused: bool,
-        update: bool,
-        made: list[Tensor] | None,
+        ctx: Any, prediction: Tensor, base_weight: Tensor | None, call: _Call
     ) -> Tensor | tuple[Tensor, Tensor]:
+        problem, inputs, state, fused, update, made = call
         if inputs.prediction is None:
             inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
         if not fused:  # what is saved
@@ -65,7 +69,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return None, None, None
         if upstream.requires_grad:
             upstream = upstream.detach()
         by_prediction = by_base_weight = None
@@ -86,7 +90,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
             by_prediction = raising_if_differentiated(by_prediction, _ONCE)
             by_base_weight = raising_if_differentiated(by_base_weight, _ONCE)
-        return by_prediction, by_base_weight, None, None, None, None, None, None
+        return by_prediction, by_base_weight, None
 
 
 def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
@@ -117,14 +121,14 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
     if compiling:
         inputs = inputs._replace(prediction=None, base_weight=None)  # type: ignore[arg-type]
         applied: tuple[Tensor, Tensor] = _Loss.apply(
-            prediction, base_weight, problem, inputs, state, False, update, None
+            prediction, base_weight, _Call(problem, inputs, state, False, update, None)
         )
         return applied
     if base_weight is not None and not base_weight.requires_grad:
         base_weight = None
     fused = by_prediction and inputs.mean and prediction.dtype in FUSED_DTYPES
     made: list[Tensor] = []
-    loss = _apply(prediction, base_weight, problem, inputs, state, fused, update, made)
+    loss = _apply(prediction, base_weight, _Call(problem, inputs, state, fused, update, made))
     return loss, made[0]
 
 

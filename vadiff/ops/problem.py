@@ -132,33 +132,33 @@ def make_inputs(
         ValueError, TypeError: a bad argument; the message names it, what it is and what was expected.
     """
     check_prediction("prediction", prediction)
-    check_elements("target", target, prediction)
-    dtype = compute_dtype(prediction)
-    read_noise: Tensor | None
-    if coefficients is None and noise is None:
-        a, b, c, read_noise = 1.0, -1.0, 0.0, None
-    else:
+    shape, device, dtype = prediction.shape, prediction.device, compute_dtype(prediction)
+    samples = shape[0]
+    check_elements("target", target, shape, device)
+    a: Coefficient = 1.0
+    b: Coefficient = -1.0
+    c: Coefficient = 0.0
+    if coefficients is not None or noise is not None:
         if noise is not None:
-            check_elements("noise", noise, prediction)
-        a, b, c = _check_coefficients(coefficients, noise, prediction, dtype)
-        read_noise = noise if isinstance(c, Tensor) or c != 0.0 else None
-    log_snr = check_per_sample("log_snr", log_snr, prediction, torch.float32)
+            check_elements("noise", noise, shape, device)
+        a, b, c = _check_coefficients(coefficients, noise, samples, device, dtype)
+    log_snr = check_per_sample("log_snr", log_snr, samples, device, torch.float32)
     if base_weight is not None:
-        base_weight = check_per_sample("base_weight", base_weight, prediction, dtype, differentiable=True)
+        base_weight = check_per_sample("base_weight", base_weight, samples, device, dtype, differentiable=True)
     if sample_weight is not None:
-        sample_weight = check_per_sample("sample_weight", sample_weight, prediction, dtype)
+        sample_weight = check_per_sample("sample_weight", sample_weight, samples, device, dtype)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     return Inputs(
-        prediction=prediction,
-        target=target if isinstance(b, Tensor) or b != 0.0 else None,
-        noise=read_noise,
-        a=a,
-        b=b,
-        c=c,
-        log_snr=log_snr,
-        base_weight=base_weight,
-        sample_weight=sample_weight,
+        prediction,
+        target if isinstance(b, Tensor) or b != 0.0 else None,
+        noise if isinstance(c, Tensor) or c != 0.0 else None,
+        a,
+        b,
+        c,
+        log_snr,
+        base_weight,
+        sample_weight,
         weight=None,
         mean=reduction == "mean",
     )
@@ -172,15 +172,16 @@ def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Te
     """
     check_prediction("loss_per_sample", loss_per_sample)
     dtype = compute_dtype(loss_per_sample)
-    loss = check_per_sample("loss_per_sample", loss_per_sample, loss_per_sample, dtype, differentiable=True)
-    log_snr = check_per_sample("log_snr", log_snr, loss, torch.float32)
+    samples, device = loss_per_sample.shape[0], loss_per_sample.device
+    loss = check_per_sample("loss_per_sample", loss_per_sample, samples, device, dtype, differentiable=True)
+    log_snr = check_per_sample("log_snr", log_snr, samples, device, torch.float32)
     if sample_weight is not None:
-        sample_weight = check_per_sample("sample_weight", sample_weight, loss, dtype)
+        sample_weight = check_per_sample("sample_weight", sample_weight, samples, device, dtype)
     return Inputs(loss, None, None, 1.0, 0.0, 0.0, log_snr, None, sample_weight, weight=None, mean=False)
 
 
 def _check_coefficients(
-    coefficients: object, noise: Tensor | None, prediction: Tensor, dtype: torch.dtype
+    coefficients: object, noise: Tensor | None, samples: int, device: torch.device, dtype: torch.dtype
 ) -> list[Coefficient]:
     """[a, b, c] of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
     if coefficients is None:
@@ -191,13 +192,12 @@ def _check_coefficients(
     checked: list[Coefficient] = []
     for name, value in zip("abc", coefficients, strict=True):
         if isinstance(value, Tensor):
-            checked.append(check_per_sample(f"coefficients {name}", value, prediction, dtype))
+            checked.append(check_per_sample(f"coefficients {name}", value, samples, device, dtype))
         elif is_number(value):
             checked.append(float(value))
         else:
             raise TypeError(
-                f"coefficients {name} is a {type(value).__name__}, expected a number or a tensor of shape "
-                f"({prediction.shape[0]},)"
+                f"coefficients {name} is a {type(value).__name__}, expected a number or a tensor of shape ({samples},)"
             )
     c = checked[2]
     if noise is None and (isinstance(c, Tensor) or c != 0.0):
