@@ -180,6 +180,11 @@ def test_auto_takes_the_native_kernels_for_cpu_tensors(monkeypatch):
     assert backends.select("auto", torch.zeros(1, device="meta")).__name__ == "vadiff.ops.reference"
 
 
+def forget_what_loaded() -> None:
+    for remembered in (backends.load_native, backends._load_triton, backends._chosen):
+        remembered.cache_clear()
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The compiled module does not load; what was tried."""
@@ -190,11 +195,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise ImportError("libmissing.so.1: cannot open shared object file", name="something")
 
     monkeypatch.setattr(backends.importlib, "import_module", refuse)
-    backends.load_native.cache_clear()
-    backends._load_triton.cache_clear()
+    forget_what_loaded()
     yield tried
-    backends.load_native.cache_clear()
-    backends._load_triton.cache_clear()
+    forget_what_loaded()
 
 
 def test_a_failed_load_is_remembered_and_told_where_asked_by_name(broken):
@@ -213,16 +216,16 @@ def test_a_failed_load_is_remembered_and_told_where_asked_by_name(broken):
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """vadiff's folder, without the compiled module; it and what needs it are imported anew."""
-    shutil.copy(vadiff_native().__file__, tmp_path)
+    usable("native")  # loads it
     monkeypatch.setattr(vadiff, "__path__", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])  # not the editable install's
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    for name in ("native", "_native"):
-        monkeypatch.delitem(sys.modules, f"vadiff.{name}")
-        monkeypatch.delattr(vadiff, name)
-    backends.load_native.cache_clear()
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
+    for package, name in ((vadiff, "_native"), (vadiff.ops, "native")):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}")
+        monkeypatch.delattr(package, name)
+    forget_what_loaded()
     yield tmp_path
-    backends.load_native.cache_clear()
+    forget_what_loaded()
 
 
 @pytest.mark.parametrize(

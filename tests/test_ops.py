@@ -113,12 +113,14 @@ def test_an_explicit_backend_that_cannot_run_says_why_and_auto_falls_back(monkey
     with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run this call: .* float64"):
         vadiff.DiffusionLoss(backend="triton")(double, double, log_snr)
     assert vadiff.DiffusionLoss()(double, double, log_snr) == 0
+    backends._chosen.cache_clear()
     monkeypatch.setattr(
         backends, "_load_triton", lambda: backends.Obstacle("the Triton kernels did not load (gone). Install: ...")
     )
     with pytest.raises(RuntimeError, match="did not load"):
         vadiff.DiffusionLoss(backend="triton")(double.float(), double.float(), log_snr)
     assert backends.backend_report()["triton"][0] is False
+    backends._chosen.cache_clear()
 
 
 def test_importing_vadiff_brings_in_torch_and_numpy_only_and_changes_nothing() -> None:

@@ -95,7 +95,7 @@ class _Loss(torch.autograd.Function):
 
 def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
     """The inputs that a deferred forward saved; None for those that a backward does not read."""
-    fields: dict[str, Any] = dict.fromkeys(Inputs._fields)
+    fields: dict[str, Any] = {**dict.fromkeys(Inputs._fields), "mean": ctx.mean}
     fields.update(zip("abc", ctx.numbers, strict=True))
     fields.update(zip(ctx.read, tensors, strict=True))
     return Inputs(**fields)
