@@ -68,7 +68,7 @@ def observed(values: tuple[Any, ...]) -> bool:
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its Python, which looks for transforms of torch.func; those are refused before."""
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def raising_if_differentiated(gradient: Tensor | None, message: str) -> Tensor | None:
