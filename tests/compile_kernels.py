@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from vadiff import triton_kernels
-from vadiff.ops.problem import Bins, TableRule
+from vadiff.ops.problem import Bins, Inputs, Problem, State, TableRule
 
 
 class CompileOnly:
@@ -85,20 +85,20 @@ def count(pattern: str, text: str) -> dict[str, int]:
 
 def call_everything(dtype: torch.dtype, shape: tuple[int, ...], k: int, statistic: str, every_input: bool) -> None:
     samples = shape[0]
-    output, target = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    prediction, target = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     each = torch.ones(samples) if every_input else None
     noise = torch.zeros(shape, dtype=dtype) if every_input else None
     a, b, c = (torch.ones(samples),) * 3 if every_input else (1.0, -1.0, 0.0)
-    state, log_weights = torch.zeros(4 * k + 2, dtype=torch.int64), torch.zeros(k, dtype=torch.int32)
-    bins, rule, log_snr = Bins(k, -16.0, 16.0), TableRule(statistic), torch.zeros(samples)
-    statistics = (state, log_weights, bins, 256.0, rule)
-    loss, _, saved, gradient = triton_kernels.diffusion_loss(
-        output, target, noise, a, b, c, log_snr, each, each, None, *statistics, 0.0, True, True, True, None
-    )
-    triton_kernels.diffusion_loss_backward(loss, saved, output, target, noise, a, b, c, 0.0)
-    triton_kernels.scale_gradient(gradient, loss, saved, gradient)
-    triton_kernels.scale_gradient(gradient, loss, saved, torch.empty_like(gradient))
-    triton_kernels.reweight(log_snr, log_snr, each, None, *statistics, True, None)
+    state = State(torch.zeros(4 * k + 2, dtype=torch.int64), torch.zeros(k, dtype=torch.int32))
+    problem = Problem(Bins(k, -16.0, 16.0), half_life=256.0, rule=TableRule(statistic))
+    log_snr = torch.zeros(samples)
+    inputs = Inputs(prediction, target, noise, a, b, c, log_snr, each, each, weight=None, mean=True)
+    made = triton_kernels.step(problem, inputs, state, gradient=True, update=True, gather=None)
+    triton_kernels.backward(problem, inputs, made.per_sample, made.loss)
+    triton_kernels.scale(made.gradient, made.loss, made.gradient)
+    triton_kernels.scale(made.gradient, made.loss, torch.empty_like(made.gradient))
+    losses = Inputs(log_snr, None, None, 1.0, 0.0, 0.0, log_snr, None, each, weight=None, mean=False)
+    triton_kernels.reweight(problem, losses, state, update=True, gather=None)
 
 
 def main(capabilities: list[int]) -> None:

@@ -1,9 +1,8 @@
-"""The fused loss in Triton: the four functions of `vadiff.reference`, with the same arguments in the same order.
+"""The fused loss in Triton: the four functions of a backend, see `vadiff.ops.problem`.
 
 One rank and up to 2,048 samples: two launches forward (rows, statistics), one backward. Above, or with several ranks, a
 third one merges. No autotuning (it would change the order of sums from run to run), no atomics, no host sync.
-Runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1. Inputs are validated, [B]-shaped ones float32 and
-contiguous, and output, target and noise share one dense layout with the batch outermost (`vadiff.ops` sees to it).
+Runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import contextlib
 import functools
 import math
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..reference import Bins, Coefficient, Gather, TableRule
+from ..ops.problem import ELL, FACTOR, MASKED, SLOPE, Gather, Inputs, Problem, State, Step
 from . import rows as _rows
 from . import statistics as _statistics
 from .rows import BLOCK, backward_kernel, rows_kernel, scale_kernel
@@ -64,10 +64,6 @@ def split_samples(samples: int, elements: int, programs: int) -> tuple[int, int]
     return -(-elements // chunk), chunk
 
 
-def _pointer_and_number(coefficient: Coefficient) -> tuple[Tensor | None, float]:
-    return (coefficient, 0.0) if isinstance(coefficient, Tensor) else (None, coefficient)
-
-
 def _power_of_2(n: int) -> int:
     """The next power of two; Triton's own takes microseconds."""
     return 1 << (n - 1).bit_length()
@@ -79,10 +75,11 @@ def _statistics_block(bins: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _update_meta(bins: Bins, half_life: float, rule: TableRule) -> tuple[dict[str, float | int], dict[str, object]]:
-    """The scalar arguments and the constexprs that fold and table take, by name."""
-    scalars: dict[str, float | int] = {
-        "half_life": half_life,
+def _update_arguments(problem: Problem) -> dict[str, Any]:
+    """What fold and table take, by name: numbers, then constexprs."""
+    bins, rule = problem.bins, problem.rule
+    return {
+        "half_life": problem.half_life,
         "width": bins.width,
         "strength": rule.strength,
         "smoothing": rule.smoothing,
@@ -90,184 +87,151 @@ def _update_meta(bins: Bins, half_life: float, rule: TableRule) -> tuple[dict[st
         "prior": rule.prior,
         "radius": rule.radius(bins),
         "bins": bins.size,
-    }
-    constants = {
         "STATISTIC": rule.statistic,
         "SMOOTH": rule.smoothing > 0,
         "K": _power_of_2(bins.size),
         "num_warps": _statistics.NUM_WARPS,
         "maxnreg": 255,  # one program is alone on its multiprocessor: spilling a few bytes for occupancy gains nothing
     }
-    return scalars, constants
 
 
-def _finish(
-    per_sample: Tensor | None,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
+def _residual_arguments(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+    """What the kernels over elements take of the residual, by name."""
+    arguments: dict[str, Any] = {
+        "prediction_ptr": inputs.prediction, "target_ptr": inputs.target, "noise_ptr": inputs.noise,
+        "huber_delta": problem.huber_delta, "HUBER": problem.huber_delta > 0, "BLOCK": BLOCK,
+        "num_warps": _rows.NUM_WARPS,
+    }  # fmt: skip
+    for name in "abc":
+        value = getattr(inputs, name)
+        each = isinstance(value, Tensor)
+        arguments[f"{name}_ptr"], arguments[name] = (value, 0.0) if each else (None, value)
+    samples = len(inputs.prediction)
+    elements = inputs.prediction.numel() // samples
+    splits, chunk = split_samples(samples, elements, _programs(inputs.prediction.device.index))
+    arguments.update(samples=samples, elements=elements, splits=splits, chunk=chunk, EVEN=elements % 16 == 0)
+    return arguments
+
+
+def _weight_arguments(problem: Problem, inputs: Inputs, state: State) -> dict[str, Any]:
+    """What the kernels take to weight a sample, by name."""
+    return {
+        "log_snr_ptr": inputs.log_snr, "base_weight_ptr": inputs.base_weight,
+        "sample_weight_ptr": inputs.sample_weight, "weight_ptr": inputs.weight,
+        "log_weights_ptr": state.log_weights.view(torch.float32),
+        "low": problem.bins.low, "inv_width": problem.bins.inv_width,
+    }  # fmt: skip
+
+
+def _settle(
+    problem: Problem,
+    inputs: Inputs,
+    state: State,
     workspace: Tensor,
-    elements: int,
+    out: dict[str, Tensor | None],
     splits: int,
-    ell: Tensor | None,
-    loss: Tensor | None,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
     update: bool,
     gather: Gather | None,
-) -> Tensor:
-    """Everything after the elements: returns `saved` [2B + 1], writes `ell` and `loss`, moves the state."""
-    samples = len(log_snr)
+) -> None:
+    """Everything after the elements: per-sample results, loss, statistics.
+
+    out: the pointers that `statistics_kernel` writes per-sample results and the mean loss to. splits: partial sums per
+    sample in `workspace`; 0: the per-sample losses are the prediction."""
+    samples = len(inputs.log_snr)
     tiles = -(-samples // TILE)
-    mean = loss is not None and loss.dim() == 0
-    saved = torch.empty(2 * samples + 1, device=log_snr.device, dtype=torch.float32)
-    vector = 4 * bins.size + 1
+    vector = 4 * problem.bins.size + 1
     fold_at_once = update and tiles == 1 and gather is None
     parts = workspace.new_empty(tiles, vector) if update and not fold_at_once else None
-    loss_parts = workspace.new_empty(tiles) if tiles > 1 else None
-    table = log_weights.view(torch.float32)
-    scalars, constants = _update_meta(bins, half_life, rule)
-    split_block = _power_of_2(min(splits, 128)) if per_sample is None else 0
+    mean_ptr = out["mean_ptr"]
+    loss_parts = workspace.new_empty(tiles) if tiles > 1 and mean_ptr is not None else None
+    arguments = _update_arguments(problem)
+    split_block = _power_of_2(min(splits, 128)) if splits else 0
     statistics_kernel[(tiles,)](
-        per_sample, log_snr, base_weight, sample_weight, weight, table, state, workspace, ell, saved,
-        None if mean else loss, loss if mean else None, parts, loss_parts,
-        low=bins.low, inv_width=bins.inv_width, samples=samples, elements=elements, splits=splits, tile=TILE,
-        LOOK_UP=bool(rule.statistic), FOLD=fold_at_once, SPLITS=split_block,
-        SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(bins.size),
-        **scalars, **constants,
+        loss_ptr=None if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
+        parts_ptr=parts, loss_parts_ptr=loss_parts, samples=samples, elements=inputs.prediction.numel() // samples,
+        splits=splits, tile=TILE, LOOK_UP=bool(problem.rule.statistic), FOLD=fold_at_once, SPLITS=split_block,
+        SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(problem.bins.size),
+        **out, **_weight_arguments(problem, inputs, state), **arguments,
     )  # fmt: skip
-    if tiles > 1:
+    fold = functools.partial(
+        fold_kernel[(1,)], state_ptr=state.state, log_weights_ptr=state.log_weights.view(torch.float32),
+        workspace_ptr=workspace, samples=samples, **arguments,
+    )  # fmt: skip
+    if loss_parts is not None or (parts is not None and tiles > 1):
         merged = workspace.new_empty(1, vector) if gather is not None and update else None
-        fold_kernel[(1,)](
-            parts, loss_parts, loss if mean else None, saved, merged, state, table, workspace, tiles, samples,
-            FOLD=update and gather is None, **scalars, **constants,
+        fold(
+            parts_ptr=parts, loss_parts_ptr=loss_parts, mean_ptr=mean_ptr, merged_ptr=merged, parts=tiles,
+            FOLD=update and gather is None,
         )  # fmt: skip
         parts = merged
-    if update and gather is not None:
-        gathered = gather(parts[0])  # type: ignore[index]
-        fold_kernel[(1,)](
-            gathered, None, None, None, None, state, table, workspace, len(gathered), samples,
-            FOLD=True, **scalars, **constants,
+    if parts is not None and gather is not None:
+        gathered = gather(parts[0])
+        fold(
+            parts_ptr=gathered, loss_parts_ptr=None, mean_ptr=None, merged_ptr=None, parts=len(gathered), FOLD=True
         )  # fmt: skip
-    return saved
 
 
-def diffusion_loss(
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    log_snr: Tensor,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    huber_delta: float,
-    mean: bool,
-    with_gradient: bool,
-    update: bool,
-    gather: Gather | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `vadiff.reference.diffusion_loss`."""
-    samples = len(output)
-    elements = output.numel() // samples
-    programs = _programs(output.device.index)
-    splits, chunk = split_samples(samples, elements, programs)
-    workspace = torch.empty(samples * (splits + 2) + 2 * bins.size, device=output.device, dtype=torch.float64)
-    gradient = torch.empty_like(output) if with_gradient else output.new_empty(0)
-    loss = torch.empty(() if mean else (samples,), device=output.device, dtype=torch.float32)
-    ell = torch.empty(samples, device=output.device, dtype=torch.float32)
-    (a_ptr, a), (b_ptr, b), (c_ptr, c) = (_pointer_and_number(x) for x in (a, b, c))
-    with _on(output.device):
-        rows_kernel[(min(samples * splits, programs),)](
-            output, target, noise, a_ptr, b_ptr, c_ptr, a, b, c, log_snr, base_weight, sample_weight, weight,
-            log_weights.view(torch.float32) if rule.statistic else None, workspace,
-            gradient if with_gradient else None, bins.low, bins.inv_width, bins.size, huber_delta,
-            1.0 / output.numel(), samples, elements, splits, chunk,
-            HUBER=huber_delta > 0, EVEN=elements % 16 == 0, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS,
+def step(
+    problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
+) -> Step:
+    """See `vadiff.ops.reference.step`."""
+    prediction = inputs.prediction
+    device, samples = prediction.device, len(prediction)
+    residual = _residual_arguments(problem, inputs)
+    splits = residual["splits"]
+    workspace = torch.empty(samples * (splits + 2) + 2 * problem.bins.size, device=device, dtype=torch.float64)
+    made = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
+    loss = torch.empty(() if inputs.mean else (samples,), device=device, dtype=torch.float32)
+    per_sample = torch.empty((4, samples), device=device, dtype=torch.float32)
+    weight = _weight_arguments(problem, inputs, state)
+    if not problem.rule.statistic:
+        weight["log_weights_ptr"] = None
+    out = {
+        "ell_ptr": per_sample[ELL], "factor_ptr": per_sample[FACTOR], "slope_ptr": per_sample[SLOPE],
+        "masked_ptr": per_sample[MASKED], "out_ptr": None if inputs.mean else loss,
+        "mean_ptr": loss if inputs.mean else None,
+    }  # fmt: skip
+    with _on(device):
+        rows_kernel[(min(samples * splits, _programs(device.index)),)](
+            partial_ptr=workspace, gradient_ptr=made if gradient else None, bins=problem.bins.size,
+            scale=1.0 / prediction.numel(), **residual, **weight,
         )  # fmt: skip
-        saved = _finish(
-            None, log_snr, base_weight, sample_weight, weight, state, log_weights, workspace, elements, splits, ell,
-            loss, bins, half_life, rule, update, gather,
-        )  # fmt: skip
-    return loss, ell, saved, gradient
+        _settle(problem, inputs, state, workspace, out, splits, update, gather)
+    return Step(loss, per_sample, made)
 
 
-def diffusion_loss_backward(
-    upstream: Tensor,
-    saved: Tensor,
-    output: Tensor,
-    target: Tensor | None,
-    noise: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    c: Coefficient,
-    huber_delta: float,
-) -> Tensor:
-    """See `vadiff.reference.diffusion_loss_backward`."""
-    samples = len(output)
-    elements = output.numel() // samples
-    programs = _programs(output.device.index)
-    splits, chunk = split_samples(samples, elements, programs)
-    gradient = torch.empty_like(output)
-    (a_ptr, a), (b_ptr, b), (c_ptr, c) = (_pointer_and_number(x) for x in (a, b, c))
+def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
+    """See `vadiff.ops.reference.backward`."""
+    prediction = inputs.prediction
+    gradient = torch.empty_like(prediction)
+    residual = _residual_arguments(problem, inputs)
     mean = upstream.dim() == 0
-    with _on(output.device):
-        backward_kernel[(min(samples * splits, programs),)](
-            upstream, saved, output, target, noise, a_ptr, b_ptr, c_ptr, a, b, c, gradient,
-            0 if mean else upstream.stride(0), huber_delta, 1.0 / (output.numel() if mean else elements),
-            samples, elements, splits, chunk, MEAN=mean,
-            HUBER=huber_delta > 0, EVEN=elements % 16 == 0, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS,
+    items = residual["samples"] * residual["splits"]
+    with _on(prediction.device):
+        backward_kernel[(min(items, _programs(prediction.device.index)),)](
+            upstream_ptr=upstream, factor_ptr=per_sample[FACTOR], masked_ptr=per_sample[MASKED], gradient_ptr=gradient,
+            upstream_stride=0 if mean else upstream.stride(0),
+            scale=1.0 / (prediction.numel() if mean else residual["elements"]), **residual,
         )  # fmt: skip
     return gradient
 
 
-def scale_gradient(gradient: Tensor, upstream: Tensor, saved: Tensor, out: Tensor) -> None:
-    """See `vadiff.reference.scale_gradient`."""
+def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """See `vadiff.ops.reference.scale`."""
     total = gradient.numel()
     grid = min(-(-total // BLOCK), _programs(gradient.device.index))
     with _on(gradient.device):
         scale_kernel[(grid,)](
-            gradient,
-            out,
-            upstream,
-            saved,
-            len(saved) // 2,
-            total,
-            INPLACE=out is gradient,
-            BLOCK=BLOCK,
-            num_warps=_rows.NUM_WARPS,
+            gradient, out, upstream, total, INPLACE=out is gradient, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS
         )
 
 
-def reweight(
-    loss: Tensor,
-    log_snr: Tensor,
-    sample_weight: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    log_weights: Tensor,
-    bins: Bins,
-    half_life: float,
-    rule: TableRule,
-    update: bool,
-    gather: Gather | None,
-) -> Tensor:
-    """See `vadiff.reference.reweight`."""
-    workspace = torch.empty(2 * len(loss) + 2 * bins.size, device=loss.device, dtype=torch.float64)
+def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
+    """See `vadiff.ops.reference.reweight`."""
+    loss = inputs.prediction
+    workspace = torch.empty(2 * len(loss) + 2 * problem.bins.size, device=loss.device, dtype=torch.float64)
+    factor = torch.empty_like(loss)
+    out = dict.fromkeys(("ell_ptr", "slope_ptr", "masked_ptr", "out_ptr", "mean_ptr"))
     with _on(loss.device):
-        saved = _finish(
-            loss, log_snr, None, sample_weight, weight, state, log_weights, workspace, 1, 0, None, None,
-            bins, half_life, rule, update, gather,
-        )  # fmt: skip
-    return saved[: len(loss)]
+        _settle(problem, inputs, state, workspace, {**out, "factor_ptr": factor}, 0, update, gather)
+    return factor

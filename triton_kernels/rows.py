@@ -42,16 +42,16 @@ def load_coefficient(coefficient_ptr, coefficient, sample):
 
 
 @triton.jit
-def load_residual(output_ptr, target_ptr, noise_ptr, a, b, c, o, m, MASKED: tl.constexpr):
+def load_residual(prediction_ptr, target_ptr, noise_ptr, a, b, c, o, m, MASKED: tl.constexpr):
     """r = a*F + b*x0 + c*eps in float32 for elements `o`; 0 where masked out."""
     if MASKED:
-        r = a * tl.load(output_ptr + o, mask=m, other=0.0).to(tl.float32)
+        r = a * tl.load(prediction_ptr + o, mask=m, other=0.0).to(tl.float32)
         if target_ptr is not None:
             r += b * tl.load(target_ptr + o, mask=m, other=0.0).to(tl.float32)
         if noise_ptr is not None:
             r += c * tl.load(noise_ptr + o, mask=m, other=0.0).to(tl.float32)
     else:
-        r = a * tl.load(output_ptr + o).to(tl.float32)
+        r = a * tl.load(prediction_ptr + o).to(tl.float32)
         if target_ptr is not None:
             r += b * tl.load(target_ptr + o).to(tl.float32)
         if noise_ptr is not None:
@@ -77,13 +77,14 @@ def sum_of_four(e, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(gradient_ptr, factor, r, huber_delta, o, m, HUBER: tl.constexpr, MASKED: tl.constexpr):
-    """factor * (2r, or r clamped to +-delta) in the gradient's dtype; exactly 0 where factor is 0."""
+def store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, m, HUBER: tl.constexpr, MASKED: tl.constexpr):
+    """factor * (2r, or r clamped to +-delta) in the gradient's dtype; exactly 0 where masked."""
     if HUBER:
-        slope = tl.minimum(tl.maximum(r, -huber_delta), huber_delta)
+        # tl.minimum and tl.maximum would drop a NaN.
+        slope = tl.where(r > huber_delta, huber_delta, tl.where(r < -huber_delta, -huber_delta, r))
     else:
         slope = 2.0 * r
-    g = tl.where(factor == 0.0, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
+    g = tl.where(masked, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
     if MASKED:
         tl.store(gradient_ptr + o, g, mask=m)
     else:
@@ -103,7 +104,8 @@ def load_weights(
     inv_width,
     bins,
 ):
-    """w, u, v of each sample. w: given, else linear in the table of ln w and flat beyond the outer centres, else 1."""
+    """w, u, v of each sample. w: given, else linear in the table of ln w and flat beyond the outer centres, else 1; NaN
+    where log-SNR is."""
     w = tl.where(m, 1.0, 1.0)  # ones of log_snr's shape
     u = w
     v = w
@@ -122,12 +124,13 @@ def load_weights(
         at_left = tl.load(log_weights_ptr + o_left, mask=m, other=0.0)
         at_right = tl.load(log_weights_ptr + o_left + 1, mask=m, other=0.0)
         w = tl.exp(at_left + (position - left) * (at_right - at_left))
+    w = tl.where(log_snr == log_snr, w, log_snr)
     return w, u, v
 
 
 @triton.jit(do_not_specialize=SIZES)
 def rows_kernel(
-    output_ptr,  # [B, D] float32, bfloat16 or float16
+    prediction_ptr,  # [B, D] float32, bfloat16 or float16
     target_ptr,  # [B, D] likewise, or None
     noise_ptr,  # [B, D] likewise, or None
     a_ptr,  # [B] float32 or None
@@ -166,36 +169,39 @@ def rows_kernel(
         b_i = load_coefficient(b_ptr, b, sample)
         c_i = load_coefficient(c_ptr, c, sample)
         factor = 0.0
+        masked = False
         if gradient_ptr is not None:
             log_snr = tl.load(log_snr_ptr + sample)
             w, u, v = load_weights(
                 log_snr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, sample, sample >= 0,
                 low, inv_width, bins,
             )  # fmt: skip
-            factor = tl.where(u * v == 0.0, 0.0, w * u * v * a_i * scale)
+            masked = (u == 0.0) | (v == 0.0)
+            factor = w * u * v * a_i * scale
         total = tl.zeros((BLOCK // 4,), tl.float64)
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
-            r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
             if gradient_ptr is not None:
-                store_gradient(gradient_ptr, factor, r, huber_delta, o, True, HUBER, False)
+                store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, True, HUBER, False)
             total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
-            r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
             if gradient_ptr is not None:
-                store_gradient(gradient_ptr, factor, r, huber_delta, row + o_tail, m, HUBER, True)
+                store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER, True)
             total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
         tl.store(partial_ptr + item, tl.sum(total))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    upstream_ptr,  # scalar (MEAN) or [B] float32
-    saved_ptr,  # [2B + 1] float32: w*u*v, w*v*ell, mean loss
-    output_ptr,  # [B, D]
+    upstream_ptr,  # scalar (stride 0) or [B] float32
+    factor_ptr,  # [B] float32: w*u*v
+    masked_ptr,  # [B] float32: 1 where masked
+    prediction_ptr,  # [B, D]
     target_ptr,  # [B, D] or None
     noise_ptr,  # [B, D] or None
     a_ptr,  # [B] float32 or None
@@ -212,7 +218,6 @@ def backward_kernel(
     elements,
     splits,
     chunk,
-    MEAN: tl.constexpr,
     HUBER: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -224,37 +229,31 @@ def backward_kernel(
         b_i = load_coefficient(b_ptr, b, sample)
         c_i = load_coefficient(c_ptr, c, sample)
         upstream = tl.load(upstream_ptr + sample * upstream_stride).to(tl.float32)
-        factor = tl.load(saved_ptr + sample) * upstream * a_i * scale
-        if MEAN:
-            loss = tl.load(saved_ptr + 2 * samples)
-            factor = tl.where(loss == loss, factor, loss)
+        factor = tl.load(factor_ptr + sample) * upstream * a_i * scale
+        masked = tl.load(masked_ptr + sample) != 0.0
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
-            r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
-            store_gradient(gradient_ptr, factor, r, huber_delta, o, True, HUBER, False)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
+            store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, True, HUBER, False)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
-            r = load_residual(output_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
-            store_gradient(gradient_ptr, factor, r, huber_delta, row + o_tail, m, HUBER, True)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
+            store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER, True)
 
 
-@triton.jit(do_not_specialize=["samples"])
+@triton.jit
 def scale_kernel(
     gradient_ptr,  # [N], in
     out_ptr,  # [N], out; may be gradient_ptr
     upstream_ptr,  # scalar float32
-    saved_ptr,  # [2B + 1] float32: the last is the mean loss
-    samples,  # B
     total,  # N
     INPLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = gradient * upstream, NaN if the loss is. In place and with upstream 1 there is nothing to do."""
+    """out = gradient * upstream. In place and with upstream 1 there is nothing to do."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
-    loss = tl.load(saved_ptr + 2 * samples)
-    upstream = tl.where(loss == loss, upstream, loss)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     last = total + first * 0
     if INPLACE:

@@ -30,8 +30,10 @@ def classify_samples(
     sample_weight_ptr,
     weight_ptr,
     log_weights_ptr,
-    per_sample_ptr,  # [B] float32 or None, out: ell
-    saved_ptr,  # [2B + 1] float32, out: w*u*v, w*v*ell
+    ell_ptr,  # [B] float32 or None, out
+    factor_ptr,  # [B] float32, out: w*u*v; NaN where the loss is not finite if SPLITS is 0
+    slope_ptr,  # [B] float32 or None, out: w*v*ell
+    masked_ptr,  # [B] float32 or None, out: 1 where masked
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     base_loss_ptr,  # [B] float64, out
     bin_ptr,  # [B] float64, out
@@ -46,9 +48,9 @@ def classify_samples(
     SAMPLES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """First phase: settle each sample of [first, last). Returns the sum of w*u*v*ell and the number poisoned."""
+    """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell and the number of skipped samples."""
     total = tl.full((), 0.0, tl.float64)
-    poisoned_count = tl.full((), 0, tl.int32)
+    skipped_count = tl.full((), 0, tl.int32)
     for start in range(first, last, SAMPLES):
         i = start + tl.arange(0, SAMPLES)
         m = i < last
@@ -75,32 +77,36 @@ def classify_samples(
             bins,
         )
         g = u * ell
-        left_out = u * v == 0.0
-        lost = (is_finite(g) & is_finite(ell)) == 0
-        poisoned = (log_snr != log_snr) | (is_finite(u) == 0) | (is_finite(v) == 0) | (lost & (left_out == 0))
-        factor = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * u * v))
-        slope = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, w * v * ell))
-        weighted = tl.where(poisoned, float("nan"), tl.where(left_out, 0.0, factor * ell))
-        if per_sample_ptr is not None:
-            tl.store(per_sample_ptr + i, ell, mask=m)
-        tl.store(saved_ptr + i, factor, mask=m)
-        tl.store(saved_ptr + samples + i, slope, mask=m)
+        masked = (u == 0.0) | (v == 0.0)
+        finite = is_finite(g) & is_finite(ell) & is_finite(u) & is_finite(v) & (log_snr == log_snr)
+        skipped = (finite == 0) & (masked == 0)
+        factor = w * u * v
+        weighted = tl.where(masked, 0.0, factor * ell)
+        if SPLITS == 0:
+            factor = tl.where(is_finite(ell), factor, float("nan"))
+        if ell_ptr is not None:
+            tl.store(ell_ptr + i, ell, mask=m)
+        tl.store(factor_ptr + i, tl.where(masked, 0.0, factor), mask=m)
+        if slope_ptr is not None:
+            tl.store(slope_ptr + i, tl.where(masked, 0.0, w * v * ell), mask=m)
+        if masked_ptr is not None:
+            tl.store(masked_ptr + i, masked.to(tl.float32), mask=m)
         if out_ptr is not None:
             tl.store(out_ptr + i, weighted, mask=m)
         position = tl.floor((log_snr - low) * inv_width)
         position = tl.minimum(tl.maximum(tl.where(position == position, position, 0.0), 0.0), bins - 1.0)
         tl.store(base_loss_ptr + i, g.to(tl.float64), mask=m)
-        tl.store(bin_ptr + i, tl.where(poisoned | left_out, -1.0, position).to(tl.float64), mask=m)
+        tl.store(bin_ptr + i, tl.where(skipped | masked, -1.0, position).to(tl.float64), mask=m)
         total += tl.sum(tl.where(m, weighted, 0.0).to(tl.float64))
-        poisoned_count += tl.sum((poisoned & m).to(tl.int32))
-    return total, poisoned_count
+        skipped_count += tl.sum((skipped & m).to(tl.int32))
+    return total, skipped_count
 
 
 @triton.jit
 def batch_statistics(
     base_loss_ptr, bin_ptr, sample_weight_ptr, first, last, K: tl.constexpr, SAMPLES: tl.constexpr
 ):  # fmt: skip
-    """Second phase: count, mean, M2 and mass of each bin over the samples [first, last), in two passes. [K] float64."""
+    """Step 2: count, mean, M2 and mass of each bin over the samples [first, last), in two passes. [K] float64."""
     k = tl.arange(0, K)[:, None]
     n = tl.zeros((K,), tl.float64)
     total = tl.zeros((K,), tl.float64)
@@ -143,7 +149,7 @@ def fold_and_weigh(
     mean_b,
     m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
-    poisoned,  # scalar
+    skipped,  # scalar
     state_ptr,  # [4*bins + 2] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
@@ -160,7 +166,7 @@ def fold_and_weigh(
     SMOOTH: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Third phase: forget, merge, store; then the weight table, steps 1 to 4 of `reference.weight_table`."""
+    """Step 3: forget, merge, store; then the weight table, steps 1 to 4 of `reference.weight_table`."""
     k = tl.arange(0, K)
     m_k = k < bins
     moments_ptr = state_ptr.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -181,7 +187,7 @@ def fold_and_weigh(
     tl.store(moments_ptr + 2 * bins + k, m2, mask=m_k)
     tl.store(moments_ptr + 3 * bins + k, mass, mask=m_k)
     o_skipped = 4 * bins
-    tl.store(state_ptr + o_skipped, tl.load(state_ptr + o_skipped) + poisoned.to(tl.int64))
+    tl.store(state_ptr + o_skipped, tl.load(state_ptr + o_skipped) + skipped.to(tl.int64))
     if STATISTIC != "":
         n_safe = tl.where(kept, n, 1.0)
         if STATISTIC == "std":
@@ -260,8 +266,10 @@ def statistics_kernel(
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
     state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
-    per_sample_ptr,  # [B] float32 or None, out: ell
-    saved_ptr,  # [2B + 1] float32, out: w*u*v, w*v*ell and, with one tile, the mean of w*u*v*ell
+    ell_ptr,  # [B] float32 or None, out
+    factor_ptr,  # [B] float32, out: w*u*v
+    slope_ptr,  # [B] float32 or None, out: w*v*ell
+    masked_ptr,  # [B] float32 or None, out: 1 where masked
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     mean_ptr,  # scalar float32 or None, out: its mean, with one tile
     parts_ptr,  # [tiles, 4*bins + 1] float64 or None, out: batch statistics of each tile
@@ -303,39 +311,30 @@ def statistics_kernel(
         source_ptr = workspace_ptr
     else:
         source_ptr = loss_ptr
-    total, poisoned = classify_samples(
-        source_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, table_ptr, per_sample_ptr,
-        saved_ptr, out_ptr,
+    total, skipped = classify_samples(
+        source_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, table_ptr, ell_ptr,
+        factor_ptr, slope_ptr, masked_ptr, out_ptr,
         base_loss_ptr, bin_ptr, first, last, samples, elements, splits, low, inv_width, bins, SETTLE, SPLITS,
     )  # fmt: skip
     if loss_parts_ptr is not None:
         tl.store(loss_parts_ptr + tl.program_id(0), total)
-    else:
-        store_mean(total, samples, mean_ptr, saved_ptr)
+    elif mean_ptr is not None:
+        tl.store(mean_ptr, (total / samples).to(tl.float32))
     if FOLD or parts_ptr is not None:
         tl.debug_barrier()  # lanes read each other's base losses and bins
         n, mean, m2, mass = batch_statistics(base_loss_ptr, bin_ptr, sample_weight_ptr, first, last, K, SAMPLES)
         if parts_ptr is not None:
             part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * (4 * bins + 1)
-            store_part(part_ptr, n, mean, m2, mass, poisoned.to(tl.float64), bins, K)
+            store_part(part_ptr, n, mean, m2, mass, skipped.to(tl.float64), bins, K)
         if FOLD:
             fold_and_weigh(
-                n, mean, m2, mass, poisoned, state_ptr, log_weights_ptr, a_ptr, a_ptr + bins, half_life, width,
+                n, mean, m2, mass, skipped, state_ptr, log_weights_ptr, a_ptr, a_ptr + bins, half_life, width,
                 strength, smoothing, log_clip, prior, radius, bins, STATISTIC, SMOOTH, K,
             )  # fmt: skip
 
 
 @triton.jit
-def store_mean(total, samples, mean_ptr, saved_ptr):
-    """The mean loss, for the caller (if asked for) and, where nobody else writes, for the backward."""
-    mean = (total / samples).to(tl.float32)
-    tl.store(saved_ptr + 2 * samples, mean)
-    if mean_ptr is not None:
-        tl.store(mean_ptr, mean)
-
-
-@triton.jit
-def store_part(part_ptr, n, mean, m2, mass, poisoned, bins, K: tl.constexpr):
+def store_part(part_ptr, n, mean, m2, mass, skipped, bins, K: tl.constexpr):
     """Batch statistics as one float64 vector [4*bins + 1]."""
     k = tl.arange(0, K)
     m_k = k < bins
@@ -343,7 +342,7 @@ def store_part(part_ptr, n, mean, m2, mass, poisoned, bins, K: tl.constexpr):
     tl.store(part_ptr + bins + k, mean, mask=m_k)
     tl.store(part_ptr + 2 * bins + k, m2, mask=m_k)
     tl.store(part_ptr + 3 * bins + k, mass, mask=m_k)
-    tl.store(part_ptr + 4 * bins, poisoned)
+    tl.store(part_ptr + 4 * bins, skipped)
 
 
 @triton.jit(do_not_specialize=["radius", "bins", "samples", "parts"])
@@ -351,7 +350,6 @@ def fold_kernel(
     parts_ptr,  # [parts, 4*bins + 1] float64 or None: batch statistics to merge, in order
     loss_parts_ptr,  # [parts] float64 or None
     mean_ptr,  # scalar float32 or None, out
-    saved_ptr,  # [2B + 1] float32 or None, out: the last is the mean loss
     merged_ptr,  # [4*bins + 1] float64 or None, out
     state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
@@ -376,7 +374,7 @@ def fold_kernel(
         total = tl.full((), 0.0, tl.float64)
         for part in range(0, parts):
             total += tl.load(loss_parts_ptr + part)
-        store_mean(total, samples, mean_ptr, saved_ptr)
+        tl.store(mean_ptr, (total / samples).to(tl.float32))
     if parts_ptr is not None:
         k = tl.arange(0, K)
         m_k = k < bins
@@ -384,7 +382,7 @@ def fold_kernel(
         mean = tl.zeros((K,), tl.float64)
         m2 = tl.zeros((K,), tl.float64)
         mass = tl.zeros((K,), tl.float64)
-        poisoned = tl.full((), 0.0, tl.float64)
+        skipped = tl.full((), 0.0, tl.float64)
         part_ptr = parts_ptr
         for _ in range(0, parts):
             n, mean, m2, mass = chan_merge(
@@ -394,12 +392,12 @@ def fold_kernel(
                 tl.load(part_ptr + 2 * bins + k, mask=m_k, other=0.0),
                 tl.load(part_ptr + 3 * bins + k, mask=m_k, other=0.0),
             )  # fmt: skip
-            poisoned += tl.load(part_ptr + 4 * bins)
+            skipped += tl.load(part_ptr + 4 * bins)
             part_ptr += 4 * bins + 1
         if merged_ptr is not None:
-            store_part(merged_ptr, n, mean, m2, mass, poisoned, bins, K)
+            store_part(merged_ptr, n, mean, m2, mass, skipped, bins, K)
         if FOLD:
             fold_and_weigh(
-                n, mean, m2, mass, poisoned, state_ptr, log_weights_ptr, workspace_ptr, workspace_ptr + bins,
+                n, mean, m2, mass, skipped, state_ptr, log_weights_ptr, workspace_ptr, workspace_ptr + bins,
                 half_life, width, strength, smoothing, log_clip, prior, radius, bins, STATISTIC, SMOOTH, K,
             )  # fmt: skip
