@@ -105,7 +105,7 @@ def test_grid_of_fields_is_every_combination(tmp_path: Path) -> None:
         ("times = 2.0", 'times = "x"', "arm fast has learning_rate times 'x', expected a number"),
         ("times = 2.0", "times = -1.0", r"arm fast: learning_rate is -0\.008, expected above 0"),
         ('arm = "variance_aware"', 'arm = "nobody"', "arm twin has table = {'arm': 'nobody'}, expected"),
-        ("[arms.fast]", "[arms.fast]\nseed = 3", "arm fast has seed, which is no field that an arm can set"),
+        ("[arms.fast]", "[arms.fast]\nseed = 3", "arm fast has seed, which is not a field that an arm can set"),
         ("[arms.fast]", '[arms."../fast"]', r"arm '\.\./fast' names a folder"),
         ("[config]", "[configs]", "has configs, expected only arms, baseline"),
         ("[config]", "[config", "cannot be read"),
@@ -500,7 +500,7 @@ def test_unfinished_and_unpaired_runs_are_left_out_and_named(tmp_path: Path) -> 
     assert results.arms[0].held_out.number == 1
     assert math.isnan(results.arms[0].held_out.low)
     assert set(results.missing) == {"constant/seed-1", "other/seed-1"}
-    assert "Not there yet: " in results.as_text()
+    assert "Not finished: " in results.as_text()
     assert json.loads(json.dumps(results.as_dict(), allow_nan=False))["arms"]["other"]["held_out"]["low"] is None
 
 

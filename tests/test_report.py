@@ -348,6 +348,6 @@ def test_the_check_of_the_page_sees_each_fault(browser: Any, tmp_path: Path, bod
 
 
 def test_numbers_on_axes_are_plain() -> None:
-    assert [charts.spoken_number(value, 0) for value in (0, 500, 25_000, 1.5e6, 2e9)] == [
+    assert [charts.number_label(value, 0) for value in (0, 500, 25_000, 1.5e6, 2e9)] == [
         "0", "500", "25k", "1.5M", "2G",
     ]  # fmt: skip

@@ -280,7 +280,7 @@ def rank_main(rank: int, folder: str) -> None:
     source.mkdir(exist_ok=True)
     CONFIG.save(source / "config.yaml")
     (source / "metrics.jsonl").write_text(json.dumps({"step": 6, "weights": [1.0 + rank] * 4}) + "\n")
-    with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
+    with pytest.raises(RunError, match=r"the ranks do not start from the same state: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
     curve = out / "curve of the first.csv"
