@@ -190,7 +190,7 @@ def test_sweep_draws_a_curve_for_every_metric() -> None:
         (["--sweep", "--device", "toaster"], 2, "argument --device: device is 'toaster'"),
     ],
 )
-def test_ema_command_names_what_does_not_fit(
+def test_ema_command_names_invalid_arguments(
     copied: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
 ) -> None:
     try:

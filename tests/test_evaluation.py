@@ -125,7 +125,7 @@ def test_nothing_to_measure_is_no_fault_of_the_weights(inception_weights: Path) 
     assert within_reach(["isc"], "2048", None) == ("isc",)
 
 
-def test_score_that_the_weights_do_not_reach_is_left_out_and_said(
+def test_score_that_the_weights_cannot_give_is_skipped_with_a_warning(
     images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]
 ) -> None:
     with pytest.warns(UserWarning, match=r"isc is skipped: .*weights\.pth is not finite up to the last layer"):
@@ -377,7 +377,7 @@ def test_evaluate_compares_a_folder_with_another(
         ([".", "--reference", "nothing-here"], "nothing-here does not exist"),
     ],
 )
-def test_evaluate_refuses_what_does_not_fit(
+def test_evaluate_refuses_invalid_arguments(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
