@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 NATIVE := .venv/native
-# Here a compiler that fails is an error; without one vadiff works too.
+# If there is a compiler, its failure is an error; without a compiler vadiff works too.
 VADIFF_NATIVE ?= $(if $(shell command -v c++ 2>/dev/null),1,auto)
 COMPILING := VADIFF_NATIVE=$(VADIFF_NATIVE)
 
@@ -20,8 +20,8 @@ help:  ## list the targets
 install: $(STAMP) $(NATIVE)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
 
 # Published torchvision does not import beside a CPU-only torch ("operator torchvision::nms does not exist"), and
-# a torchvision that does not import breaks diffusers. 0.15.2 imports if its pin of an old torch is not obeyed; it
-# has no build for Python 3.12 and later: there diffusers works without torchvision, evaluation does not.
+# a torchvision that does not import breaks diffusers. 0.15.2 imports if its pin of an old torch is ignored; it has no
+# build for Python 3.12 and later: on these diffusers works without torchvision, evaluation does not.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo 'Installing into .venv: minutes the first time'
 	$(PYTHON) -m venv .venv
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 		|| $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $(STAMP) $(NATIVE)
 
-# Only what changed; installing did it the first time. VADIFF_CUDA=0 leaves nvcc out, VADIFF_NATIVE=0 all.
+# Rebuilds changed kernels; installing built them first. VADIFF_CUDA=0 skips nvcc, VADIFF_NATIVE=0 all kernels.
 $(NATIVE): $(wildcard csrc/*) | $(STAMP)
 	$(COMPILING) $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $(NATIVE)
@@ -54,7 +54,7 @@ sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and U
 	$(SANITIZED) $(BIN)/pytest -n 0 -p no:cacheprovider -s -k 'native and not cuda' \
 		tests/test_loss.py tests/test_backward.py tests/test_statistics.py tests/test_weight_table.py tests/test_native.py
 
-bench: install  ## speed of every provider on the CPU, beside the design's figures, into benchmarks/results (6 minutes)
+bench: install  ## speed of every provider on the CPU, with the design's figures, into benchmarks/results (6 minutes)
 	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
 
 docs: install  ## the documentation as a web site in site/; a warning is an error

@@ -1,20 +1,20 @@
-"""Packages of vadiff, and its compiled kernels where this machine can compile them. The rest: pyproject.toml.
+"""Build of vadiff's packages and, if this machine can compile them, its native kernels. The rest: pyproject.toml.
 
 `vadiff/`, and the top-level `triton_kernels/` as `vadiff.triton_kernels`: a top-level package of that name would clash
 with another project's.
 
-The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) gives those for CPUs, and nvcc
-($CUDA_HOME, or else PATH, pip's packages, /usr/local/cuda) those for NVIDIA GPUs. Without them, or when they fail,
-vadiff installs and works on PyTorch and Triton; what was left out and why goes into `vadiff/_native_build.txt`, for
+The kernels of csrc/ become `vadiff._native`. A C++ compiler ($CXX, c++, g++, clang++) builds those for CPUs, and nvcc
+($CUDA_HOME, or else PATH, pip's packages, /usr/local/cuda) those for NVIDIA GPUs. If a compiler is missing or fails,
+vadiff installs without these kernels and uses PyTorch and Triton; the reason goes into `vadiff/_native_build.txt`, for
 `vadiff doctor`.
 
-    VADIFF_NATIVE=auto   native kernels where a C++ compiler is found (default)
-    VADIFF_NATIVE=0      none: nothing is compiled
-    VADIFF_NATIVE=1      those for CPUs, or the installation fails
-    VADIFF_CUDA=auto|0|1 the same for the CUDA kernels among them, and nvcc
-    VADIFF_CUDA_ARCHITECTURES="80 90"   instead of all that are known and nvcc can do (80 90 100)
-    CXX                  the compiler, with flags or a launcher if need be: "g++ -m64", "ccache g++"
-    CXXFLAGS, LDFLAGS    added to what compiles for CPUs, and to what links, as usual
+    VADIFF_NATIVE=auto   native kernels if a C++ compiler is found (default)
+    VADIFF_NATIVE=0      no native kernels: nothing is compiled
+    VADIFF_NATIVE=1      native kernels for CPUs are required: the installation fails without
+    VADIFF_CUDA=auto|0|1 the same for the native CUDA kernels and nvcc
+    VADIFF_CUDA_ARCHITECTURES="80 90"   GPU architectures; default: those of 80 90 100 that nvcc knows
+    CXX                  the C++ compiler, with optional flags or launcher: "g++ -m64", "ccache g++"
+    CXXFLAGS, LDFLAGS    extra flags of the C++ compiler and of the linker
 """
 
 import os
@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 REINSTALL = "then run, in the folder of vadiff's source: pip install --force-reinstall --no-deps ."
-ARCHITECTURES = ("80", "90", "100")  # what nvcc does not know is left out; the highest is added as PTX for later ones
+ARCHITECTURES = ("80", "90", "100")  # those that nvcc knows; the highest also as PTX, for later GPUs
 # How to get what is missing. Drivers before 580 run no program of CUDA 13, and before that pip had no nvcc.
 GET_COMPILER = "Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
 GET_HEADERS = (
@@ -48,17 +48,17 @@ INSTRUCTION_SETS = {
 
 
 class LeftOut(Exception):
-    """Why kernels are left out, and what brings them back."""
+    """Kernels cannot be built: the reason, and the remedy."""
 
     def __init__(self, why: str, remedy: str = "Mend that") -> None:
         self.why, self.remedy = why, remedy
 
 
 class BuildNative(build_ext):
-    """Writes a build.ninja and runs it; falls back to fewer kernels where something is missing or fails."""
+    """Writes a build.ninja and runs it; falls back to fewer kernels if something is missing or fails."""
 
     def run(self) -> None:
-        """Without the compiler of setuptools: it is not used here, and fails where it cannot read $CC or $CXX."""
+        """Run without setuptools' compiler, which is not used here and fails if it cannot parse $CC or $CXX."""
         inplace, self.inplace = self.inplace, False  # for the path of what is built; copied in place afterwards
         for extension in self.extensions:
             self.build_extension(extension)
@@ -67,13 +67,13 @@ class BuildNative(build_ext):
             self.copy_extensions_to_source()
 
     def build_extension(self, extension: Extension) -> None:
-        _wanted_architectures()  # like _switch: what is malformed is an error, whatever else there is
+        _wanted_architectures()  # like _switch: a malformed value is always an error
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         notes = self._build(target)
         self.note = target.with_name("_native_build.txt")
-        # readable in any locale, whatever a compiler said
+        # readable in any locale, whatever the compiler's output
         self.note.write_text(" ".join(notes), encoding="ascii", errors="backslashreplace")
         for note in notes:
             print(f"vadiff: {note}", file=sys.stderr)
@@ -83,11 +83,11 @@ class BuildNative(build_ext):
         shutil.copy(self.note, HERE / "vadiff")
         for extension in self.extensions:
             name = self.get_ext_filename(extension.name)
-            if not Path(self.build_lib, name).exists():  # then an earlier build's copy is not of these sources
+            if not Path(self.build_lib, name).exists():  # an earlier build's copy is outdated
                 (HERE / name).unlink(missing_ok=True)
 
     def _build(self, target: Path) -> list[str]:
-        """Build as much as can be built; what was left out, and what to do about it."""
+        """Build as many kernels as possible; returns notes on the others, with remedies."""
         native, cuda = _switch("VADIFF_NATIVE"), _switch("VADIFF_CUDA")
         try:
             compiler = _compiler(native)
@@ -114,7 +114,7 @@ class BuildNative(build_ext):
         ninja, build_file = _ninja(), _build_file(target, compiler, openmp, nvcc)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if nvcc:  # takes neither a compiler with arguments nor flags with commas: both go into a script
+            if nvcc:  # accepts no host compiler with arguments, no flags with commas: use a script
                 host = folder / Path(compiler[0]).name
                 command = shlex.join([*compiler, *openmp, *_flags("LDFLAGS")])
                 host.write_bytes(os.fsencode(f'#!/bin/sh\nexec {command} "$@"\n'))
@@ -133,7 +133,7 @@ class BuildNative(build_ext):
 
 
 def _ninja() -> list[str]:
-    """The command of ninja: the package's, which build isolation brings, or the system's."""
+    """The command of ninja: the package's, which build isolation installs, or the system's."""
     package = [sys.executable, "-m", "ninja"]
     if _run(*package, "--version").returncode == 0:
         return package
@@ -215,7 +215,7 @@ def _flags(name: str) -> list[str]:
 
 
 def _note(what: str, reason: LeftOut, **switches: str) -> str:
-    """What the note says of kernels left out; where a switch asks for them, the installation ends here."""
+    """The note on kernels that are not built; if a switch requires them, the installation fails."""
     for name, value in switches.items():
         if value == "1":
             raise SystemExit(f"{name}=1, but {reason.why}. {reason.remedy}, or set {name}=auto to do without")
@@ -257,7 +257,7 @@ def _wanted_architectures() -> list[str]:
 
 
 def _architectures(nvcc: str) -> list[str]:
-    """Those that this nvcc knows, lowest first."""
+    """The architectures that this nvcc knows, lowest first."""
     run = _run(nvcc, "--list-gpu-code")
     if run.returncode:
         raise LeftOut(f"{nvcc} --list-gpu-code failed: {_error_line(run.stdout)}")
@@ -273,7 +273,7 @@ def _accepts(compiler: list[str], flag: str) -> bool:
 
 
 def _run(*command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
-    """Output and errors together: in English, ASCII quotation marks, and bytes that are no text as \\xff."""
+    """Run a command; stdout and stderr together, in English, ASCII quotes, and undecodable bytes as \\xff."""
     try:
         return subprocess.run(
             command, input=given, encoding="utf-8", errors="backslashreplace", env={**os.environ, "LC_ALL": "C"},
@@ -284,7 +284,7 @@ def _run(*command: str, given: str = "") -> "subprocess.CompletedProcess[str]":
 
 
 def _error_line(output: str) -> str:
-    """The line that says what failed: the first error, or the last line. Commands that ninja repeats are no such."""
+    """The line that says what failed: the first error or the last line, except commands that ninja repeats."""
     output = re.sub(
         r"^FAILED: .*\n.*\n|^(\[\d+/\d+\]|ninja: (Entering|build stopped)).*\n?", "", output, flags=re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""Every provider's loss on every shape, dtype and mode. See cases.py for what runs without --all.
+"""Benchmark of every provider's loss on every shape, dtype and mode. cases.py lists what runs without --all.
 
 make bench
 pytest benchmarks -n 0 --all -k "video-bf16"
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for contest in all_contests(device):
         for name, provider in PROVIDERS.items():
             if name == "hand_written_reduce_overhead" and contest.mode == "graph":
-                continue  # is a CUDA graph of its own
+                continue  # captures CUDA graphs itself
             marks = () if runs_by_default(contest, provider.compiled, device) else (ON_REQUEST,)
             rows.append(pytest.param(contest, name, id=f"{contest}-{name}", marks=marks))
     metafunc.parametrize(("contest", "provider"), rows)

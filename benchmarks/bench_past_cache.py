@@ -1,4 +1,4 @@
-"""A CPU kernel past the last-level cache against copies: with a gradient buffer at hand, and as users call it."""
+"""A CPU kernel past the last-level cache against copies: into an existing gradient buffer, and as users call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole training step with each provider as the loss: what changing the line costs in the end."""
+"""Benchmark of a whole training step with each provider as its loss."""
 
 from __future__ import annotations
 

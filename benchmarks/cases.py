@@ -1,6 +1,6 @@
-"""What is measured: shapes, dtypes, modes, how many bytes each must move, and which of all combinations run by default.
+"""Benchmark cases: shapes, dtypes, modes, the bytes that each must move, and the combinations that run by default.
 
-A combination of case, dtype and mode is a contest: all its providers get the same buffers and take turns.
+A combination of case, dtype and mode is a contest: all its providers get the same buffers and run in turns.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def shape_of(case: str, dtype: str, device_type: str) -> tuple[int, ...]:
 def moves_of(contest: Contest) -> int:
     """How often a tensor of the prediction's size must be read or written.
 
-    Forward reads the prediction and what it is compared with; the fused gradient is one write more. A deferred one
-    reads everything again before it writes; float16 always defers."""
+    Forward reads the prediction, the target and any noise; the fused gradient adds one write. A deferred gradient
+    reads everything again before it is written; float16 always defers."""
     mode = MODES[contest.mode]
     reads = 3 if mode.noise else 2
     if not mode.backward:
@@ -84,13 +84,13 @@ def bytes_of(contest: Contest, device_type: str) -> int:
 
 
 def input_bytes_of(contest: Contest, device_type: str) -> int:
-    """Bytes of the prediction and of what it is compared with."""
+    """Bytes of the prediction, the target and any noise."""
     elements = math.prod(shape_of(contest.case, contest.dtype, device_type))
     return (3 if MODES[contest.mode].noise else 2) * elements * DTYPES[contest.dtype].itemsize
 
 
 def contests(device_type: str) -> list[Contest]:
-    """All that exist on a device. There is no fused float16, and no CUDA graph on a CPU."""
+    """All contests on a device. There is no fused float16, and no CUDA graph on a CPU."""
     return [
         contest
         for contest in itertools.starmap(Contest, itertools.product(CASES, DTYPES, MODES))
@@ -106,7 +106,7 @@ _DEFAULT = {
         ("cifar-128", "fp16", "deferred"),
         ("cifar-128 latents-128 video", "bf16", "fused"),
     ],
-    # Some 25 contests of two or three seconds: gpu.sh has ten minutes for everything.
+    # About 25 contests of two or three seconds: gpu.sh has ten minutes in total.
     "cuda": [
         ("tiny cifar-64 cifar-128 cifar-512 latents-64 latents-128 video huge", "fp32", "fused"),
         ("cifar-512 latents-128 video huge", "bf16", "fused"),
@@ -117,8 +117,7 @@ _DEFAULT = {
         ("cifar-512", "bf16", "graph"),
     ],
 }
-# Compiling takes longer than measuring, and must be done again for each shape: by default only where the design
-# has a figure for it.
+# Compiling takes longer than measuring, once per shape: by default only contests for which the design has a figure.
 _COMPILED = {
     "cpu": {Contest("cifar-128", "fp32", "fused"), Contest("latents-64", "fp32", "fused")},
     "cuda": {Contest("cifar-512", "fp32", "fused"), Contest("huge", "fp32", "fused")},

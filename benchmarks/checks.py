@@ -1,4 +1,4 @@
-"""The check before each measurement: a provider that computes something else is not timed."""
+"""The check before each measurement: a provider with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 import vadiff
 
-STEPS = 3  # the weights of the first are all 1
-_LARGE = 2**25  # elements above which the truth is computed in float32: float64 would not fit beside the rest
+STEPS = 3  # the weights of the first step are all 1
+_LARGE = 2**25  # elements above which the truth is computed in float32, to save memory
 
-# Relative, in the L2 norm: rounding of the result, with room for another order of the sums.
+# Relative, in the L2 norm: rounding of the result, and of sums in another order.
 _LOSS_TOLERANCE = 1e-5
 _GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 _MOMENT_TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ class WrongResultError(AssertionError):
 
 
 class Truth(NamedTuple):
-    """What calls on consecutive batches must give."""
+    """Expected results of calls on consecutive batches."""
 
     losses: list[Tensor]
     gradients: list[Tensor]  # empty for forward only
@@ -38,7 +38,7 @@ class Truth(NamedTuple):
 
 
 def truth(batches: Sequence[Batch], *, backward: bool, weighting: str = "variance_aware", steps: int = STEPS) -> Truth:
-    """The reference backend's answers, in float64 where memory allows."""
+    """The reference backend's results, in float64 unless the batch is too large."""
     dtype = torch.float64 if batches[0].prediction.numel() <= _LARGE else torch.float32
     criterion = vadiff.DiffusionLoss(weighting, backend="reference").to(batches[0].prediction.device)
     scale = LOSS_SCALE[batches[0].prediction.dtype]
@@ -56,10 +56,10 @@ def truth(batches: Sequence[Batch], *, backward: bool, weighting: str = "varianc
 
 
 def check(loss: Loss, batches: Sequence[Batch], expected: Truth, *, deferred: bool) -> None:
-    """Run a fresh provider over the batches of `truth`.
+    """Run a provider without statistics over the batches of `truth`, and compare.
 
     Raises:
-        WrongResultError: naming what differs, and by how much.
+        WrongResultError: the message says what differs, and by how much.
     """
     dtype = batches[0].prediction.dtype
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), STEPS)):
@@ -72,10 +72,10 @@ def check(loss: Loss, batches: Sequence[Batch], expected: Truth, *, deferred: bo
 
 
 def check_step(results: Sequence[Tensor], batch: Batch, expected: Truth, step: int) -> None:
-    """Compare the loss, and the gradient where there is one, of one call, numbered from 0.
+    """Compare the loss, and the gradient if any, of one call; `step` counts from 0.
 
     Raises:
-        WrongResultError: naming what differs, and by how much.
+        WrongResultError: the message says what differs, and by how much.
     """
     found, *gradients = results
     for gradient in gradients:
@@ -90,10 +90,10 @@ def check_step(results: Sequence[Tensor], batch: Batch, expected: Truth, step: i
 
 
 def check_moments(loss: Loss, expected: Truth) -> None:
-    """Compare the statistics of a provider that keeps any.
+    """Compare the statistics of a provider, if it keeps any.
 
     Raises:
-        WrongResultError: naming what differs, and by how much.
+        WrongResultError: the message says what differs, and by how much.
     """
     for name, found in (loss.moments() or {}).items():
         _compare(f"statistics, {name},", found, expected.moments[name], _MOMENT_TOLERANCE)

@@ -1,4 +1,4 @@
-"""What pytest looks for here; it stands in session.py, as mypy takes one conftest only, and tests/ has it."""
+"""pytest's hooks and fixtures, defined in session.py: mypy accepts a single conftest module, that of tests/."""
 
 from session import (  # noqa: F401
     bench,

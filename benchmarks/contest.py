@@ -1,4 +1,4 @@
-"""One contest: buffers, check, race, and what came out for each provider."""
+"""One contest: buffers, check, timing, and the outcome of each provider."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _QUICK_BYTES = 2**26
 
 
 def make_batches(contest: Contest, device: torch.device, sets: int) -> list[Batch]:
-    """Sets of buffers with the same elements at different addresses, and log-SNR of their own.
+    """Sets of buffers with the same elements at different addresses, and different log-SNR.
 
-    The prediction's error differs between samples by a factor of ten, so that the statistics have something to find.
-    Target and noise are multiples of 1/64 below 1: their difference, which some providers take first, is then exact in
+    The prediction's error differs between samples by a factor of ten, so that the statistics differ between bins.
+    Target and noise are multiples of 1/64 below 1: their difference, which some providers compute first, is exact in
     bfloat16 too."""
     mode, dtype = MODES[contest.mode], DTYPES[contest.dtype]
     shape = shape_of(contest.case, contest.dtype, device.type)
@@ -50,7 +50,7 @@ def make_batches(contest: Contest, device: torch.device, sets: int) -> list[Batc
 
 
 def sets_for(contest: Contest, device: torch.device, rotated_bytes: int) -> int:
-    """How many sets of inputs fill `rotated_bytes`; at least two where there is room for them."""
+    """Number of sets of inputs that fill `rotated_bytes`; at least two if there is memory for them."""
     size = input_bytes_of(contest, device.type)
     most = _MOST_GRAPHS if MODES[contest.mode].graph else _MOST_SETS
     return min(max(-(-rotated_bytes // size), 2), most)
@@ -59,8 +59,8 @@ def sets_for(contest: Contest, device: torch.device, rotated_bytes: int) -> int:
 def hold(
     contest: Contest, names: Iterable[str], device: torch.device, copy: Callable[[], float], *, quick: bool
 ) -> list[Measurement | NotMeasured]:
-    """Check the providers and let those that are right take turns. `copy` measures the copy bandwidth, in bytes/s."""
-    torch.compiler.reset()  # or the shapes of earlier contests count as recompilations of this one, up to a limit
+    """Check the providers and time the correct ones in turns. `copy` measures the copy bandwidth, in bytes/s."""
+    torch.compiler.reset()  # else shapes of earlier contests count towards the recompilation limit
     rotated = _QUICK_BYTES if quick else machine.rotated_bytes(device)
     batches = make_batches(contest, device, sets_for(contest, device, rotated))
     losses, unusable = make_losses(contest, names, device)
@@ -71,9 +71,9 @@ def hold(
         try:
             runs[name] = make_run(contest, loss, batches)
             runs[name]()
-        except WrongResultError as error:  # of a graph's replay
+        except WrongResultError as error:  # from a graph's replay
             outcomes.append(NotMeasured(*contest, name, "wrong", str(error)))
-        except Exception as error:  # one provider's trouble is not the others'
+        except Exception as error:  # the other providers go on
             runs.pop(name, None)
             outcomes.append(NotMeasured(*contest, name, "failed", describe_error(error)))
     return outcomes + timed(contest, runs, device, copy(), sets=len(batches), effort=Effort.of(device, quick))
@@ -82,7 +82,7 @@ def hold(
 def make_losses(
     contest: Contest, names: Iterable[str], device: torch.device
 ) -> tuple[dict[str, Loss], list[NotMeasured]]:
-    """A fresh loss of each provider that can run here, and why the others cannot."""
+    """A new loss of each provider that can run here, and the reasons why the others cannot."""
     losses, unusable = {}, []
     for name in names:
         reason = obstacle(name, device.type)
@@ -94,14 +94,14 @@ def make_losses(
 
 
 def refuse_wrong(contest: Contest, mode: Mode, losses: dict[str, Loss], batches: Sequence[Batch]) -> list[NotMeasured]:
-    """Take out of `losses` what does not compute what it should, and say why."""
+    """Remove the losses with wrong results from `losses`, and return the reasons."""
     if not losses:
         return []
     weighted = truth(batches, backward=mode.backward)
     plain = truth(batches, backward=mode.backward, weighting="constant")
     refused = []
     for name, loss in list(losses.items()):
-        # A loss is allowed to keep no statistics, and then has no weights: F.mse_loss.
+        # A loss may keep no statistics, and then has no weights: F.mse_loss.
         expected = plain if loss.moments() is None else weighted
         try:
             check(loss, batches, expected, deferred=mode.deferred)
@@ -115,10 +115,10 @@ def refuse_wrong(contest: Contest, mode: Mode, losses: dict[str, Loss], batches:
 
 
 def make_run(contest: Contest, loss: Loss, batches: Sequence[Batch]) -> Run:
-    """One call on the next set of buffers, of a loss that has passed `check` on them.
+    """A function that calls a loss, which has passed `check`, on the next set of buffers.
 
     Raises:
-        WrongResultError: a CUDA graph computes something else than the calls that it was captured from.
+        WrongResultError: the results of a CUDA graph differ from those of the captured calls.
     """
     mode = MODES[contest.mode]
     upstream = torch.tensor(LOSS_SCALE[batches[0].prediction.dtype], device=batches[0].prediction.device)
@@ -133,7 +133,7 @@ def make_run(contest: Contest, loss: Loss, batches: Sequence[Batch]) -> Run:
         rotation = itertools.cycle(batches)
         return lambda: step(next(rotation))
 
-    first = STEPS % len(batches)  # go on where `check` stopped
+    first = STEPS % len(batches)  # continue after `check`
     rotated = [*batches[first:], *batches[:first]]
     warm_ups = list(itertools.islice(itertools.cycle(rotated), _WARM_UPS))
     _on_side_stream(lambda: [step(batch) for batch in warm_ups])
@@ -144,14 +144,14 @@ def make_run(contest: Contest, loss: Loss, batches: Sequence[Batch]) -> Run:
 
 
 class Captured(NamedTuple):
-    """A CUDA graph of one call. Its results are kept, or the next graph would write to the same memory."""
+    """A CUDA graph of one call, and its results, so that the next graph does not write to their memory."""
 
     replay: Run
     results: tuple[torch.Tensor, ...]
 
 
 def _on_side_stream(run: Run) -> None:
-    """What is captured must have run on another stream than the default one before."""
+    """Warm up on a side stream, as CUDA graph capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -167,8 +167,7 @@ def _capture(step: Callable[[], tuple[torch.Tensor, ...]]) -> Captured:
 
 
 def _check_replay(loss: Loss, batches: Sequence[Batch], captured: Sequence[Captured]) -> None:
-    """Replay each graph once, the one whose turn it is after the warm-up first, and compare all that they wrote with
-    the truth."""
+    """Replay each graph once, in the order after the warm-up, and compare all results with the truth."""
     first = STEPS + _WARM_UPS
     weighting = "constant" if loss.moments() is None else "variance_aware"
     expected = truth(batches, backward=True, weighting=weighting, steps=first + len(captured))
@@ -177,7 +176,7 @@ def _check_replay(loss: Loss, batches: Sequence[Batch], captured: Sequence[Captu
             replay, results = captured[step % len(captured)]
             with torch.no_grad():
                 for result in results:
-                    result.fill_(float("nan"))  # a graph that writes nothing must not pass with what it finds there
+                    result.fill_(float("nan"))  # a graph that writes nothing must not pass with old values
             replay()
             check_step(results, batches[step % len(captured)], expected, step)
         check_moments(loss, expected)
@@ -188,9 +187,9 @@ def _check_replay(loss: Loss, batches: Sequence[Batch], captured: Sequence[Captu
 def timed(
     contest: Contest, runs: dict[str, Run], device: torch.device, copy: float, *, sets: int, effort: Effort
 ) -> list[Measurement]:
-    """Race, and count."""
+    """Time the providers, and count launches and bytes."""
     shape, size = shape_of(contest.case, contest.dtype, device.type), bytes_of(contest, device.type)
-    allocates = device.type == "cuda" and not MODES[contest.mode].graph  # a replay has all its memory
+    allocates = device.type == "cuda" and not MODES[contest.mode].graph  # a replay allocates nothing
     found = []
     times = measure.race(runs, device, effort) if runs else {}
     ratios = speed_ratios(times)
@@ -206,7 +205,7 @@ def timed(
 
 
 def speed_ratios(times: dict[str, Times]) -> dict[str, dict[str, Ratio]]:
-    """For each function, how many times as fast as each other one it is, by wall time in paired rounds."""
+    """How many times as fast each function is as each other one, by wall time in paired rounds."""
     return {
         name: {other: measure.ratio(theirs.wall, mine.wall) for other, theirs in times.items() if other != name}
         for name, mine in times.items()

@@ -1,12 +1,12 @@
-"""What a plain copy reaches on this machine: the yardstick of every "share of the copy bandwidth".
+"""Bandwidth of a plain copy on this machine, to which every "share of the copy bandwidth" refers.
 
 Two copies on a CPU, both on torch's number of threads, both counted as bytes read + bytes written:
 
-- `copy_`: torch's. Its stores first read the destination into the cache, a third move that is not counted.
+- `copy_`: torch's. Its stores first read the destination into the cache, a third move, which is not counted.
 - streaming: non-temporal stores (streaming_copy.c, built here with the C compiler), without that read.
 
-The faster of the two is the yardstick. On a GPU there is torch's `copy_` only. As a machine's memory is not always
-equally fast, it is measured again before each contest.
+The faster of the two counts. On a GPU there is torch's `copy_` only. As the speed of a machine's memory varies, the
+copies are measured again before each contest.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CopyBandwidth(NamedTuple):
 
 
 def copies(source: Tensor, destination: Tensor) -> tuple[dict[str, measure.Run], dict[str, str]]:
-    """The kinds of copy from one buffer to another of the same size, and why others are missing."""
+    """The kinds of copy from one buffer to another of the same size, and the reasons why others are missing."""
     found: dict[str, measure.Run] = {"copy_": lambda: destination.copy_(source)}
     if source.device.type == "cuda":
         return found, {}
@@ -61,7 +61,7 @@ def copies(source: Tensor, destination: Tensor) -> tuple[dict[str, measure.Run],
 
 
 class Yardstick:
-    """Copies a buffer of at least the size of the last-level cache, as often as it is asked."""
+    """Measures copies of a buffer of at least the size of the last-level cache."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
         self.device, self.quick = device, quick
@@ -72,7 +72,7 @@ class Yardstick:
             run()
 
     def measure(self) -> CopyBandwidth:
-        """What the copies reach now, medians."""
+        """Current bandwidth of the copies, medians."""
         seconds = 0.2 if self.device.type == "cuda" else 0.5
         effort = measure.Effort.of(self.device, self.quick)._replace(seconds=seconds, min_rounds=5)
         times = measure.race(self.runs, self.device, effort)
@@ -82,7 +82,7 @@ class Yardstick:
 
 @functools.cache
 def _streaming_function() -> _StreamingCopy | str:
-    """streaming_copy of streaming_copy.c, built now; or why there is none."""
+    """Build streaming_copy of streaming_copy.c; returns it, or the reason why that failed."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return "no C compiler (cc)"
@@ -105,7 +105,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _stream(function: _StreamingCopy, source: Tensor, destination: Tensor) -> None:
-    """Each thread copies its part; ctypes lets go of the interpreter lock meanwhile."""
+    """Copy in parallel: each thread copies its part, as ctypes releases the interpreter lock."""
     count = torch.get_num_threads()
     part = -(-source.nbytes // (64 * count)) * 64
     starts = range(0, source.nbytes, part)

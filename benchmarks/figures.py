@@ -1,4 +1,4 @@
-"""The figures that the design asks for (DESIGN §6), judged from the results of a run."""
+"""The figures that the design requires (DESIGN §6), judged from the results of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from measurements import Measurement, Results
 
 
 class Figure(NamedTuple):
-    """One figure: what it is about, what was asked for, what was found."""
+    """One figure: title, required value, measured value."""
 
     title: str
     required: str
-    found: str  # or why there is nothing
+    found: str  # or why it was not measured
     passed: bool | None  # None: not measured, or reported only
 
 
 _SMALL = Contest("small", "fp32", "fused")
 _CIFAR = Contest("cifar-512", "fp32", "fused")
-# Contests that figures are read from, dearest first: when time runs out, the others are lost. (No figure of a GPU needs
-# cifar-128, but everybody asks for it.)
+# Contests with the design's figures, most important first: if time runs out, the last are missing. (No figure of a GPU
+# needs cifar-128, but it is a common case.)
 CONTESTS = {
     "cpu": [Contest("cifar-128", "fp32", "fused"), _SMALL, *training_step.SIZES["cpu"], past_cache.CONTEST],
     "cuda": [
@@ -40,7 +40,7 @@ CONTESTS = {
 }
 
 
-# How much longer a training step may take than with `F.mse_loss`, by its size.
+# Allowed extra time of a training step over `F.mse_loss`, by its size.
 _STEP_COSTS = {
     "cpu": {Contest("unet-8", "fp32", training_step.MODE): 0.02, Contest("unet-64", "fp32", training_step.MODE): 0.01},
     "cuda": {Contest("unet-512", "fp32", training_step.MODE): 0.01},
@@ -60,9 +60,9 @@ def _figure(
     read: Callable[[Measurement], float | None],
     good: Callable[[float], bool] | None,
     show: Callable[[float], str],
-    without: str = "what it is compared with has no figure",
+    without: str = "the provider to compare with was not measured",
 ) -> Figure:
-    """A figure read from one measurement. `good` None: reported only; `without`: why `read` would find nothing."""
+    """A figure from one measurement. `good` None: reported only; `without`: the reason if `read` returns None."""
     measurement = results.find(*key)
     if measurement is None:
         reasons = [
@@ -90,7 +90,7 @@ def _faster(results: Results, title: str, key: tuple[str, str, str, str], other:
 def _times(
     results: Results, title: str, key: tuple[str, str, str, str], time: Callable[[Measurement], Any], most: float
 ) -> Figure:
-    """How many times as long as `F.mse_loss`."""
+    """Figure of the time relative to `F.mse_loss`."""
     mse = results.find(*key[:3], "mse_loss")
     return _figure(
         results, title, f"≤ {most:g} × mse_loss", key,
@@ -106,7 +106,7 @@ def _copy_share(results: Results, title: str, key: tuple[str, str, str, str], le
 
 
 def _step_costs(results: Results, name: str, device_type: str) -> Figure:
-    """Costs of adaptive weighting in a training step of each size, with the standard errors of what was found."""
+    """Costs of adaptive weighting in a training step of each size, with their standard errors."""
     limits = _STEP_COSTS[device_type]
     shares = [_step_cost(results, contest, name, limit) for contest, limit in limits.items()]
     verdicts = {share.passed for share in shares}
@@ -175,7 +175,7 @@ def _gpu_small(results: Results, name: str, host_limit: float, forward_limit: in
 
 
 def _launches(results: Results, title: str, limit: int, key: tuple[str, str, str, str], before: int | None) -> Figure:
-    """Launches on top of the `before` of them that are counted elsewhere. None is a failed count, not a good one."""
+    """Launches beyond `before`, which another figure counts. None is a failed count, not a good one."""
 
     def read(measurement: Measurement) -> float | None:
         if before is None or not measurement.launches:

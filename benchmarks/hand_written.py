@@ -1,4 +1,4 @@
-"""What a careful user would write: per-sample mean, bins by bucketize and index_add_, Chan's fold, smoothed weights."""
+"""The loss as a careful user would write it: per-sample mean, bucketize and index_add_, Chan's formula, smoothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class HandWrittenLoss(nn.Module):
-    """The variance-aware loss of the contract (defaults of `vadiff.DiffusionLoss`) in plain eager PyTorch."""
+    """The variance-aware loss with the defaults of `vadiff.DiffusionLoss`, in plain eager PyTorch."""
 
     def __init__(self, bins: int = 128, low: float = -16.0, high: float = 16.0, half_life: float = 256.0) -> None:
         super().__init__()

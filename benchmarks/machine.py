@@ -1,4 +1,4 @@
-"""What the figures were measured on: device, sizes that decide how much data must rotate, versions, commit."""
+"""The machine and code of a measurement: device, cache and memory sizes, versions, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import vadiff
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 DESCRIBE = "git describe --always --dirty --abbrev=40 --exclude='*'"
-_UNKNOWN_CACHE = 64 * 2**20  # where the system does not say: larger than most
+_UNKNOWN_CACHE = 64 * 2**20  # if the system does not say: larger than most
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -51,12 +51,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def rotated_bytes(device: torch.device) -> int:
-    """How much the buffers in rotation hold: twice the last-level cache, at most a quarter of the free memory."""
+    """Total size of the buffers in rotation: twice the last-level cache, at most a quarter of the free memory."""
     return min(2 * last_level_cache(device), free_memory(device) // 4)
 
 
 def name_of(device: torch.device) -> str:
-    """The processor's name, with the number of threads where they decide the speed."""
+    """The processor's name; for CPUs with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -120,17 +120,17 @@ def _last_line(*command: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit whose code runs, and whether tracked files differ from it.
+    """The commit of the running code, and whether tracked files differ from it.
 
-    A copy of the tree outside of git is of the commit that VADIFF_COMMIT names, as `DESCRIBE` prints it: the hash, and
-    "-dirty" after it where files differ. ("unknown", True) if nothing names one.
+    For a copy of the tree outside of git, VADIFF_COMMIT names the commit as `DESCRIBE` prints it: the hash, with
+    "-dirty" appended if files differ. ("unknown", True) without either.
 
     Raises:
-        ValueError: VADIFF_COMMIT is no such thing.
+        ValueError: VADIFF_COMMIT is malformed.
     """
     root = Path(__file__).resolve().parent.parent
     top, *found = _lines("git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD") or [""]
-    if found and Path(top).resolve() == root:  # not of a repository that happens to lie around the copy
+    if found and Path(top).resolve() == root:  # not an unrelated repository around the copy
         return found[0], bool(_lines("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
     told = os.environ.get("VADIFF_COMMIT", "")
     if not told:

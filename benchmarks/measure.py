@@ -1,7 +1,7 @@
-"""Times of several functions that take turns, so that a machine's mood meets all of them alike.
+"""Times of several functions that run in turns, so that variations of the machine's speed affect all of them alike.
 
-One round calls each function a few times, in an order drawn anew each round. Ratios are medians over rounds of
-quotients within a round: what slows the machine for longer than a round cancels.
+One round calls each function a few times, in a new random order. Ratios are medians over rounds of quotients within a
+round: a slowdown of the machine for longer than a round cancels.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 
 Run = Callable[[], object]
 
-_MANY_LAUNCHES = 128  # more than any function here: assumed where they cannot be counted
+_MANY_LAUNCHES = 128  # more than any function here: assumed if they cannot be counted
 _QUEUE = 512  # launches that fit in a CUDA queue with room to spare; a fuller one would make the host wait
-_CYCLES_PER_SECOND = 2e9  # of a GPU: only decides how long it is kept busy while the host fills the queue
+_CYCLES_PER_SECOND = 2e9  # of a GPU: only sets how long it is blocked while the host fills the queue
 
 
 class Effort(NamedTuple):
@@ -35,24 +35,24 @@ class Effort(NamedTuple):
     def of(cls, device: torch.device, quick: bool) -> Effort:
         if quick:
             return cls(0.2, 3, 5, 0.0)
-        # A round on a GPU takes a few ms: a second holds hundreds, and a whole run must leave time for gpu.sh's others.
-        # On a CPU a first call finds the caches as another function has left them: at CIFAR's batch of 128 there is a
-        # second in five milliseconds for each.
+        # A round on a GPU takes a few ms: a second holds hundreds, and gpu.sh needs time for its other tasks. On a CPU
+        # the first call of a round has the caches of another function: five milliseconds suffice for a second call at
+        # CIFAR's batch of 128.
         return cls(1.0, 15, 500, 2e-4) if device.type == "cuda" else cls(10.0, 7, 500, 5e-3)
 
 
 class Times(NamedTuple):
     """Seconds per call of one function, one value per round."""
 
-    wall: list[float]  # from the first call until the results are there
+    wall: list[float]  # from the first call until the results are complete
     host: list[float]  # until the last call has returned; the same as `wall` on a CPU
-    device: list[float] | None  # on the GPU, back to back: the host ran ahead; None on a CPU
+    device: list[float] | None  # on the GPU, without gaps by the host; None on a CPU
     calls: int  # per round
-    launches: int | None = None  # of one call on the GPU; None on a CPU and where they cannot be counted
+    launches: int | None = None  # of one call on the GPU; None on a CPU or if they cannot be counted
 
 
 class Spread(NamedTuple):
-    """Median, and the values that a fifth of the rounds stayed below and above."""
+    """Median, 20th and 80th percentile over rounds."""
 
     median: float
     p20: float
@@ -82,7 +82,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> Ratio:
 
 
 def race(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[str, Times]:
-    """Time functions that have run before (compiled, checked) against each other."""
+    """Time functions in turns, all of which have run before (compiled, checked)."""
     launches = {name: launches_of(run) for name, run in runs.items()} if device.type == "cuda" else {}
     lengths = {name: _warm_up(run, device, effort) for name, run in runs.items()}
     calls = {name: max(math.ceil(effort.sample_seconds / length), 1) for name, length in lengths.items()}
@@ -98,7 +98,7 @@ def race(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[
     try:
         for done in range(rounds):
             if done >= effort.min_rounds and time.perf_counter() > deadline:
-                break  # the machine is slower than when it was warmed up
+                break  # the machine is slower than at warm-up
             shuffle(order)
             for name in order:
                 _sample(runs[name], device, times[name])
@@ -109,7 +109,7 @@ def race(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[
 
 
 def _warm_up(run: Run, device: torch.device, effort: Effort) -> float:
-    """Seconds of one call, the shortest of some."""
+    """Seconds of the fastest of some calls."""
     shortest, deadline = math.inf, time.perf_counter() + effort.seconds / 20
     for attempt in range(100):
         begin = time.perf_counter()
@@ -137,7 +137,7 @@ def _sample(run: Run, device: torch.device, times: Times) -> None:
 
 
 def _device_seconds(run: Run, calls: int, host_seconds: float) -> float:
-    """Per call, between CUDA events. The GPU is held up first, so that it never waits for the host in between."""
+    """Seconds per call between CUDA events. The GPU is blocked first, so that it never waits for the host."""
     hold = 2 * host_seconds + 2e-5
     while True:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -146,7 +146,7 @@ def _device_seconds(run: Run, calls: int, host_seconds: float) -> float:
         for _ in range(calls):
             run()
         end.record()
-        late = start.query()  # the GPU was let go before all was queued: gaps would count
+        late = start.query()  # the GPU started before all was queued: waits would count
         end.synchronize()
         if not late or hold > 1.0:
             return start.elapsed_time(end) / 1e3 / calls
@@ -161,7 +161,7 @@ def _synchronize(device: torch.device) -> None:
 def launches_of(run: Run) -> int | None:
     """Kernels, copies and fills that one call starts on the GPU.
 
-    None if the profiler saw nothing, as where the driver lets only administrators count: no call here starts none."""
+    None if the profiler saw none, for example if the driver lets only administrators count: every call starts some."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -170,7 +170,7 @@ def launches_of(run: Run) -> int | None:
 
 
 def peak_bytes_of(run: Run) -> int:
-    """GPU memory that one call takes at its highest, on top of what was allocated before."""
+    """Peak GPU memory of one call, on top of what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Results: what one provider reached in one contest, and the files they are kept in."""
+"""Results of the providers in the contests, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Measurement:
     mode: str
     provider: str
     shape: tuple[int, ...]
-    bytes: int  # that must move in one call, in any implementation; 0 where that is no measure (training steps)
+    bytes: int  # that any implementation must move in one call; 0 for training steps
     sets: int  # of buffers in rotation
     rounds: int
     calls: int  # per round
@@ -54,7 +54,7 @@ class Measurement:
         sets: int,
         times_as_fast_as: dict[str, Ratio],
     ) -> Measurement:
-        """What a race found."""
+        """The measurement from the times of `measure.race`."""
         wall, device = Spread.of(times.wall), None if times.device is None else Spread.of(times.device)
         return cls(
             *contest, provider, shape, bytes, sets, len(times.wall), times.calls, wall, Spread.of(times.host), device,
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass
 class NotMeasured:
-    """A provider that has no figure in a contest."""
+    """A provider without a measurement in a contest."""
 
     case: str
     dtype: str
@@ -83,15 +83,15 @@ class Results:
     date: str
     commit: str
     dirty: bool  # tracked files differed from the commit
-    selection: str  # "default", "all", or what was asked for
-    quick: bool  # too short to be believed
+    selection: str  # "default", "all", or the options given
+    quick: bool  # too short to be reliable
     copy: CopyBandwidth
     measurements: list[Measurement] = field(default_factory=list)
     not_measured: list[NotMeasured] = field(default_factory=list)
 
     @classmethod
     def begin(cls, device: torch.device, selection: str, quick: bool, copy: CopyBandwidth) -> Results:
-        """Empty results of the machine and code that run."""
+        """Empty results for this machine and code."""
         commit, dirty = machine.commit()
         return cls(machine.describe(device), date.today().isoformat(), commit, dirty, selection, quick, copy)
 
@@ -106,20 +106,20 @@ class Results:
         return next((m for m in self.measurements if (m.case, m.dtype, m.mode, m.provider) == wanted), None)
 
     def write(self, folder: Path) -> Path:
-        """Write <device>-<date>.json into a folder; returns where."""
+        """Write <device>-<date>.json into a folder; returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / machine.file_name(self.machine["device"], self.date)
         content = {"suite": _SUITE, **asdict(self)}
         content["copy"] = self.copy._asdict()
         for entry in content["measurements"]:
             del entry["wall_times"]
-        complete = path.with_suffix(".tmp")  # a run that is killed meanwhile leaves the last whole file
+        complete = path.with_suffix(".tmp")  # a run killed meanwhile leaves the previous file intact
         complete.write_text(json.dumps(content, indent=1) + "\n")
         return complete.replace(path)
 
 
 def read(path: Path) -> Results | None:
-    """The results in a file; None if it is no file of these benchmarks."""
+    """The results in a file; None if the file is not from these benchmarks."""
     content = json.loads(path.read_text())
     if content.pop("suite", None) != _SUITE:
         return None
@@ -140,7 +140,7 @@ def _measurement(entry: dict[str, Any]) -> Measurement:
 
 
 def newest_by_device(folder: Path = RESULTS) -> list[Results]:
-    """The last results of each device that can be believed (not --quick), by device name."""
+    """The last results of each device, without --quick runs, by device name."""
     newest: dict[str, Results] = {}
     for path in sorted(folder.glob("*.json")):
         results = read(path)

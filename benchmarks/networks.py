@@ -1,4 +1,4 @@
-"""Images per second of training EDM2's network and the classic one, and the share of the matrix peak that is.
+"""Training speed of EDM2's network and the classic one: images per second, and share of the peak matrix product speed.
 
     python benchmarks/networks.py [--presets cifar10-edm cifar10-edm2] [--batch-size 256] [--out FILE.json]
 
@@ -31,7 +31,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def peak_flops(device: torch.device, precision: str, size: int | None = None) -> float:
-    """Operations per second of the best of some large square products."""
+    """Operations per second of the fastest of some large square products."""
     size = size or (8192 if device.type == "cuda" else 1024)
     one, other = (torch.randn(size, size, device=device, dtype=_DTYPES[precision]) for _ in range(2))
     best = min(seconds(lambda: one @ other, device).wall for _ in range(10))
@@ -39,7 +39,7 @@ def peak_flops(device: torch.device, precision: str, size: int | None = None) ->
 
 
 def flops_per_image(trainer: training_loop._Trainer, images: int = 2) -> float:
-    """Of the forward and backward pass of the uncompiled network, as PyTorch counts them."""
+    """Operations of forward and backward pass of the uncompiled network, as PyTorch counts them."""
     batch = trainer.batches.at(0)[0]
     labels = () if batch.labels is None else (batch.labels[:images],)
     with FlopCounterMode(display=False) as counter:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--channels", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--layers-per-block", type=int, help="default: the preset's")
-    parser.add_argument("--steps", type=int, default=20, help="in a round")
+    parser.add_argument("--steps", type=int, default=20, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -112,7 +112,7 @@ def main() -> None:
             f"{100 * found['share_of_peak']:.1f} % of that product's rate",
             flush=True,
         )
-        if arguments.out is not None:  # after each: the next may run into a limit
+        if arguments.out is not None:  # after each preset: the next may run out of time or memory
             write_results("networks", figures, arguments.out)
 
 

@@ -1,7 +1,7 @@
-"""A CPU backend on tensors that no cache holds, beside copies in the same rounds.
+"""A CPU backend on tensors larger than any cache, timed in the same rounds as copies.
 
-Two calls: the backend's kernel alone, writing its gradient into memory that is already there, and the whole call
-with gradient that a user makes, which has to get fresh memory from the system for each gradient.
+Two calls: the backend's kernel alone, which writes its gradient into existing memory, and the whole call of a user with
+gradient, which has to get new memory from the system for each gradient.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ KERNEL, CALL = "kernel alone", "whole call"
 
 
 class NoBufferTakenError(RuntimeError):
-    """The backend wrote its gradient elsewhere than into the buffer it was handed."""
+    """The backend did not write its gradient into the given buffer."""
 
 
 def kernel_alone(backend: str, batches: list[Batch], gradient: torch.Tensor) -> Run:
     """The backend's function on the next batch, without operators and autograd.
 
-    A backend has no argument for the gradient: while it runs, `torch.empty_like`, by which the backends allocate it,
-    hands out `gradient` where it is asked for a tensor of that shape.
+    A backend has no argument for the gradient and allocates it by `torch.empty_like`, which is replaced during the call
+    and returns `gradient` for tensors of that shape.
 
     Raises:
-        NoBufferTakenError: on a call, if the backend allocates in another way.
+        NoBufferTakenError: raised by the call if the backend allocates in another way.
     """
     module = backends.select(backend, batches[0].prediction)
     statistics = LogSNRStatistics()
@@ -74,8 +74,8 @@ def whole_call(loss: Loss, batches: list[Batch]) -> Run:
 def hold(names: Iterable[str], *, quick: bool) -> list[Measurement | NotMeasured]:
     """As `contest.hold`, on the CPU, for backends of vadiff.
 
-    Each backend gives two providers, "<backend>, kernel alone" and "<backend>, whole call"; the copies take part
-    under their kinds, counted on the two tensors that they move."""
+    Each backend gives two providers, "<backend>, kernel alone" and "<backend>, whole call"; each kind of copy is a
+    provider too, with the bytes of the two tensors that it moves."""
     device = torch.device("cpu")
     batches = make_batches(Contest("cifar-512" if quick else CONTEST.case, CONTEST.dtype, "fused"), device, 2)
     gradient = torch.zeros_like(batches[0].target)
@@ -105,7 +105,7 @@ def _timed(runs: dict[str, Run], kinds: list[str], gradient: torch.Tensor, *, qu
     found = []
     for name, measured in times.items():
         moves = 2 if name in kinds else 3
-        # Of the faster copy, in paired rounds: how many times as fast, and as many more bytes.
+        # Relative to the faster copy in paired rounds: ratio of speeds times ratio of bytes.
         share = min(moves / 2 * (1.0 if kind == name else ratios[name][kind].value) for kind in kinds)
         measurement = Measurement.of(
             CONTEST, name, tuple(gradient.shape), measured,

@@ -1,6 +1,6 @@
-"""Who computes the loss: what is replaced, what a careful user would write, and each backend.
+"""Providers of the loss: the line that vadiff replaces, a careful user's own code, and each backend.
 
-A provider makes a `Loss`: a callable on a `Batch`, with statistics to check where it keeps any.
+A provider makes a `Loss`: a callable on a `Batch`, with statistics to check if it keeps any.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """One set of inputs."""
 
     prediction: Tensor  # [B, ...]
-    target: Tensor  # [B, ...]; x0 where there is noise
+    target: Tensor  # [B, ...]; x0 if there is noise
     log_snr: Tensor  # [B] float32
     noise: Tensor | None = None  # eps [B, ...]: the residual is then prediction + target - noise
 
@@ -40,16 +40,16 @@ class Loss(Protocol):
         """The mean loss, float32 scalar. `deferred`: with the gradient computed in the backward pass."""
 
     def moments(self) -> Moments | None:
-        """The statistics it keeps, or None."""
+        """The statistics, None if the loss keeps none."""
 
 
 def _made_target(batch: Batch) -> Tensor:
-    """The target that a trainer without a fused loss has to make: for flow matching, noise - x0."""
+    """The target that a trainer without a fused loss has to compute: for flow matching, noise - x0."""
     return batch.target if batch.noise is None else batch.noise - batch.target
 
 
 class _MSELoss:
-    """The line that is replaced, as diffusers' training scripts have it: in float32, no statistics, no weights."""
+    """The line that vadiff replaces, as in diffusers' training scripts: in float32, no statistics, no weights."""
 
     def __call__(self, batch: Batch, deferred: bool) -> Tensor:
         return F.mse_loss(batch.prediction.float(), _made_target(batch).float())
@@ -95,7 +95,7 @@ class _Criterion:
 
 
 def moments_of(statistics: LogSNRStatistics) -> Moments:
-    """What vadiff's statistics hold, as copies."""
+    """Copies of vadiff's statistics."""
     parts = statistics.state[: 4 * statistics.bins.size].view(torch.float64).view(4, -1)
     return {
         **dict(zip(("n", "mean", "m2", "mass"), parts.clone(), strict=True)),
@@ -109,18 +109,18 @@ def problem_of(statistics: LogSNRStatistics) -> Problem:
 
 
 def state_of(statistics: LogSNRStatistics) -> State:
-    """The buffers that a call moves."""
+    """The buffers that a call updates."""
     return State(statistics.state, statistics.log_weights)
 
 
 def inputs_of(batch: Batch, prediction: Tensor) -> Inputs:
-    """A batch as backends take it: no weights, the mean."""
+    """A batch as a backend's inputs, without weights and with reduction "mean"."""
     b, c = (-1.0, 0.0) if batch.noise is None else (1.0, -1.0)
     return Inputs(prediction, batch.target, batch.noise, 1.0, b, c, batch.log_snr, None, None, None, mean=True)
 
 
 class _CompiledReference:
-    """The functions of `vadiff.ops.reference` under torch.compile, without the operators that a compiler cannot enter.
+    """The functions of `vadiff.ops.reference` under torch.compile, without the operators, which are opaque to it.
 
     Like the fused backends, it computes the gradient in the forward pass unless told otherwise."""
 
@@ -168,7 +168,7 @@ class _CompiledFunction(torch.autograd.Function):
 
 
 class Provider(NamedTuple):
-    """One way to compute the loss. `ours` names the backend where it is one of vadiff's."""
+    """One way to compute the loss. `ours` names the backend if it is one of vadiff's."""
 
     title: str
     make: Callable[[torch.device], Loss]
@@ -202,7 +202,7 @@ PROVIDERS = {
 
 @functools.cache
 def obstacle(name: str, device_type: str) -> str | None:
-    """Why a provider cannot run on this machine; None if it can. Found out by running it once on a small batch."""
+    """Why a provider cannot run on this machine, None if it can; tried on a small batch."""
     provider, device = PROVIDERS[name], torch.device(device_type)
     if provider.cuda_only and device.type != "cuda":
         return "runs on CUDA devices only"
@@ -215,7 +215,7 @@ def obstacle(name: str, device_type: str) -> str | None:
 
 @functools.cache
 def _compiler_obstacle(device_type: str) -> str | None:
-    """As `obstacle`, with the least there is to compile."""
+    """As `obstacle`, for torch.compile with a minimal function."""
     double = torch.compile(lambda x: 2 * x)
     return _complaint(lambda: double(torch.ones(2, device=device_type)))
 
@@ -223,7 +223,7 @@ def _compiler_obstacle(device_type: str) -> str | None:
 def _complaint(run: Callable[[], object]) -> str | None:
     try:
         run()
-    except Exception as error:  # whatever a compiler, a driver or a build can raise: the reason is what is asked for
+    except Exception as error:  # compilers, drivers and builds raise any kind
         return describe_error(error)
     return None
 

@@ -1,4 +1,4 @@
-"""The tables of speeds in README and docs, made from the committed result files.
+"""The speed tables in README and docs, made from the committed result files.
 
 python benchmarks/readme_table.py            # print them
 python benchmarks/readme_table.py --write    # put them between the markers in README.md and docs/performance.md
@@ -39,19 +39,19 @@ _ROWS = {
 
 
 class MarkersError(ValueError):
-    """A page has no place for the tables."""
+    """A page lacks the markers for the tables."""
 
 
 def tables(found: list[Results]) -> dict[Path, str]:
-    """What each page has between its markers."""
+    """The text between the markers of each page."""
     return {README: markdown(found, figures_in="docs/performance.md"), PERFORMANCE: markdown(found)}
 
 
 def markdown(found: list[Results], figures_in: str | None = None) -> str:
-    """One table of times and one of the design's figures per device; the latter only counted if they are elsewhere.
+    """Per device a table of times and a table of the design's figures, or only their number.
 
     Args:
-        figures_in: the page that has them.
+        figures_in: link to the page with the table of figures; None includes it here.
     """
     if not found:
         return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
@@ -103,7 +103,7 @@ def inserted(page: str, table: str) -> str:
     """A page with `table` between the markers.
 
     Raises:
-        MarkersError: they are not there, once each and in order.
+        MarkersError: the markers are not present once each and in order.
     """
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
@@ -114,16 +114,16 @@ def inserted(page: str, table: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md and docs/performance.md")
     parser.add_argument(
-        "--add", type=Path, metavar="FILE", help="copy a result file to the others first, under its name, and --write"
+        "--add", type=Path, metavar="FILE", help="first copy a result file to the others, then as --write"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.add is not None:
         results = read(options.add)
         if results is None or results.quick:
-            parser.error(f"{options.add} is {'of a --quick run' if results else 'no result file of the benchmarks'}")
+            parser.error(f"{options.add} is {'of a --quick run' if results else 'not a result file of the benchmarks'}")
         shutil.copyfile(options.add, options.results / machine.file_name(results.machine["device"], results.date))
     found = newest_by_device(options.results)
     if options.write or options.add is not None:

@@ -1,4 +1,4 @@
-"""A result file as text: the table, the design's figures, and what a run that was ended early has left out.
+"""A result file as text: the table, the design's figures, and the missing contests of a run that was stopped early.
 
 python benchmarks/result_table.py benchmarks/results/<device>-<date>.json
 """
@@ -18,7 +18,7 @@ from measurements import Measurement, NotMeasured, Results, read
 
 
 def left_out(results: Results) -> list[Contest]:
-    """Contests of the default selection that were not held. None where another selection was asked for."""
+    """Missing contests of the default selection; empty for another selection."""
     if not set(results.selection.split("; ")) <= {"default", "interrupted"}:
         return []
     device_type = "cuda" if "compute_capability" in results.machine else "cpu"
@@ -30,7 +30,7 @@ def left_out(results: Results) -> list[Contest]:
 
 
 def text_of(results: Results) -> str:
-    """What a run prints at its end."""
+    """The text that a run prints at its end."""
     missing = left_out(results)
     return "\n".join(
         [
@@ -45,11 +45,11 @@ def text_of(results: Results) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a result file of the benchmarks")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write it there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the text to FILE")
     options = parser.parse_args(arguments)
     results = read(options.results)
     if results is None:
-        parser.error(f"{options.results} is no result file of the benchmarks")
+        parser.error(f"{options.results} is not a result file of the benchmarks")
     text = text_of(results)
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -1,9 +1,9 @@
-"""A picture of how far each provider is from the copy bandwidth, over the bytes that must move.
+"""Plot of each provider's bandwidth, against the copy bandwidth, over the bytes that must move.
 
 python benchmarks/roofline.py benchmarks/results/<device>-<date>.json roofline.png
 
-The loss does a few operations per byte: on every machine the roof over it is the memory's slope, never the flat part.
-So the picture has bytes on its horizontal axis: small calls are bound by the cost of a call, large ones by the roof.
+The loss does a few operations per byte: on every machine it is bound by memory, not by arithmetic. The horizontal axis
+is therefore bytes instead of intensity: small calls are bound by the cost of a call, large ones by the bandwidth.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from providers import PROVIDERS
 
 from vadiff.extras import import_extra
 
-_MODES = {"fused": "o", "graph": "^", "deferred": "s"}  # and how their points are drawn
+_MODES = {"fused": "o", "graph": "^", "deferred": "s"}  # mode → marker
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the picture into a file of any format that matplotlib writes.
+    """Draw the plot into a file of any format that matplotlib writes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = read(options.results)
     if results is None:
-        parser.error(f"{options.results} is no result file of the benchmarks")
+        parser.error(f"{options.results} is not a result file of the benchmarks")
     draw(results, options.picture)
     return 0
 

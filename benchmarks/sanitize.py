@@ -3,7 +3,7 @@
 python benchmarks/sanitize.py triton    # first without it: Triton compiles, and keeps what it compiled on disk
 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python benchmarks/sanitize.py native triton
 
-API errors are left out: torch and Triton ask the driver for functions that it may not have, and live with a no.
+API errors are not reported: torch and Triton query the driver for functions that it may not have.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from providers import obstacle
 import vadiff
 
 BACKENDS = ("native", "triton")
-# Samples of whole vectors and of none: the kernels read them in different loops. Of both kinds a few samples, few that
-# are split over blocks, and more than one block settles, the last tile of them with one sample.
+# Sample sizes that are and are not multiples of the vector width: the kernels read them in different loops. For both:
+# a few samples, few large ones that are split over blocks, and more than one block can finish, with one in the last.
 SHAPES = {
     "odd": (5, 3, 33, 35),
     "odd, split": (2, 40_003),
@@ -38,7 +38,7 @@ def exercise(backend: str, device: str) -> None:
             prediction = torch.randn(shape, device=device).to(dtype).requires_grad_()
             target, log_snr = torch.randn_like(prediction), 4 * torch.randn(shape[0], device=device)
             for reduction in ("mean", "none"):  # fused and deferred
-                upstream = torch.tensor(2.0, device=device)  # not 1, by which nothing is scaled
+                upstream = torch.tensor(2.0, device=device)  # not 1, which skips the scaling
                 (criterion(prediction, target, log_snr, reduction=reduction).sum() * upstream).backward()
             criterion.eval()
             with torch.no_grad():
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     backends = parser.parse_args(arguments).backends
     for name in backends:
         if name not in BACKENDS:
-            parser.error(f"{name!r} is no CUDA backend, expected native or triton")
+            parser.error(f"{name!r} is not a CUDA backend, expected native or triton")
     if not torch.cuda.is_available():
         parser.error("torch.cuda.is_available() is False: there is nothing to check")
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: memcheck sees its end
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # memcheck then knows the end of each tensor
     obstacles = {backend: obstacle(backend, "cuda") for backend in backends or BACKENDS}
     for backend, reason in obstacles.items():
         if reason is None:

@@ -1,11 +1,11 @@
 """How the benchmarks run under pytest: options, the contests of a run, its table and its result file.
 
-pytest-benchmark knows one function per test, timed for itself, one after the other. On a machine whose speed drifts
-that makes ratios between providers worthless. So there is a test per provider, as pytest-benchmark wants it (its
-JSON, `--benchmark-json`, comparison and history work), but the first test of a contest measures all its providers in
-turns, and each test then hands its own share of those times to pytest-benchmark through a clock that replays them.
-What pytest-benchmark has no place for (ratios of paired rounds, device time, refusals) goes to the result file and
-the table here. Providers deselected with -k do not take part.
+pytest-benchmark times one function per test, one test after the other. On a machine whose speed drifts, ratios between
+providers are then worthless. Here each provider is a test, as pytest-benchmark requires (its JSON, `--benchmark-json`,
+comparison and history work), but the first test of a contest measures all its providers in turns, and each test then
+passes its share of the times to pytest-benchmark through a clock that replays them. Results that it cannot
+store (ratios of paired rounds, device time, refusals) go to the result file and the table here. Providers deselected
+with -k are not measured.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ Outcomes = list[Measurement | NotMeasured]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vadiff benchmarks")
     group.addoption("--all", action="store_true", help="every case, dtype, mode and provider (an hour or two on a CPU)")
-    group.addoption("--quick", action="store_true", help="only see that everything runs: too few rounds to believe")
+    group.addoption(
+        "--quick", action="store_true", help="only check that everything runs: too few rounds for reliable figures"
+    )
     group.addoption("--results", type=Path, metavar="FOLDER", help="write <device>-<date>.json there")
-    group.addoption("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda where torch sees a GPU)")
+    group.addoption("--device", choices=("cpu", "cuda"), help="where to measure (default: cuda if torch sees a GPU)")
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -66,14 +68,14 @@ class Session:
 
     @property
     def results(self) -> Results:
-        """Begun when something is measured."""
+        """The results, created at the first measurement."""
         if self._results is None:
             copy = self._yardstick.measure()
             self._results = Results.begin(self.device, self.selection, self.quick, copy)
         return self._results
 
     def copy_bandwidth(self) -> float:
-        """Bytes per second now; the results keep the best of the run."""
+        """Current copy bandwidth in bytes per second; the results keep the best of the run."""
         copy = self._yardstick.measure()
         if copy.best > self.results.copy.best:
             self.results.copy = copy
@@ -84,13 +86,13 @@ class Session:
         return self._results is not None
 
     def outcomes(self, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]) -> Outcomes:
-        """What `hold`, called once per contest with all providers selected for it, found for one provider.
+        """The outcome of one provider from `hold`, which is called once per contest with all providers selected for it.
 
-        Several, named "<provider>, <call>", where a provider stands for more than one call."""
+        A provider with more than one call has several outcomes, named "<provider>, <call>"."""
         if contest not in self._outcomes:
             try:
                 found = hold(self.entered[contest])
-            except Exception as error:  # buffers that do not fit, say: the other contests go on
+            except Exception as error:  # e.g. buffers too large: the other contests go on
                 reason = describe_error(error)
                 found = [NotMeasured(*contest, name, "failed", reason) for name in self.entered[contest]]
             self._outcomes[contest] = found
@@ -100,7 +102,7 @@ class Session:
         return [outcome for outcome in self._outcomes[contest] if outcome.provider.split(",")[0] == provider]
 
     def write(self, *, finished: bool) -> Path | None:
-        """Write the result file, if one is wanted. After each contest, as nobody knows who kills a long run."""
+        """Write the result file, if requested. Called after each contest, as a long run may be killed."""
         if self.folder is None:
             return None
         self.results.selection = self.selection if finished else f"{self.selection}; interrupted"
@@ -109,7 +111,7 @@ class Session:
     def report(
         self, benchmark: BenchmarkFixture, contest: Contest, provider: str, hold: Callable[[Iterable[str]], Outcomes]
     ) -> None:
-        """Hand a provider's times to pytest-benchmark; fail if it was refused, skip if it cannot run here."""
+        """Pass a provider's times to pytest-benchmark; fail if its results are wrong, skip if it cannot run here."""
         found = self.outcomes(contest, provider, hold)
         benchmark.group = str(contest)
         for outcome in found:
@@ -128,13 +130,13 @@ _SESSION = pytest.StashKey[Session]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{ON_REQUEST.name}: runs with --all only")
-    # A remark of a compiler is no failure here, unlike in tests/.
+    # Compiler warnings are not failures here, unlike in tests/.
     config.addinivalue_line("filterwarnings", "default")
     config.stash[_SESSION] = Session(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out what is marked as not running by default; what figures are read from comes first."""
+    """Without --all, deselect what does not run by default; put the contests of the design's figures first."""
     if not config.stash[_SESSION].all:
         left_out = [item for item in items if item.get_closest_marker(ON_REQUEST.name)]
         config.hook.pytest_deselected(items=left_out)
@@ -162,7 +164,7 @@ def bench(pytestconfig: pytest.Config) -> Session:
 
 
 class Replay:
-    """A clock for pytest-benchmark that has measured already: each `advance` moves it by the next recorded time."""
+    """A clock for pytest-benchmark that replays recorded times: each `advance` moves it by the next one."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -175,7 +177,7 @@ class Replay:
         self.now += self.steps.pop(0)
 
     def into(self, benchmark: BenchmarkFixture, seconds: list[float]) -> None:
-        """Hand recorded times to a benchmark whose timer is this clock's `time`."""
+        """Replay recorded times in a benchmark whose timer is this clock's `time`."""
         self.steps = list(seconds)
         benchmark.pedantic(self.advance, rounds=len(seconds))
 
@@ -190,7 +192,7 @@ def pytest_terminal_summary(
     session = config.stash[_SESSION]
     if not session.has_results:
         return
-    path = session.write(finished=exitstatus != pytest.ExitCode.INTERRUPTED)  # first: drawing tables may take too long
+    path = session.write(finished=exitstatus != pytest.ExitCode.INTERRUPTED)  # first: the tables may take too long
     terminalreporter.section("vadiff benchmarks")
     terminalreporter.write_line(result_table.text_of(session.results))
     if path is not None:

@@ -1,4 +1,4 @@
-"""A U-Net of two resolutions in plain torch, so that a training step can be timed without an extra."""
+"""A U-Net of two resolutions in plain torch, to time a training step without extra packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class SmallUNet(nn.Module):
     """Noisy images [B, 3, H, W] and log-SNR [B] → prediction [B, 3, H, W].
 
-    It sees patches of `patch` × `patch` pixels as one position; H and W are multiples of 2 * patch."""
+    Patches of `patch` × `patch` pixels are one position; H and W must be multiples of 2 * patch."""
 
     def __init__(self, channels: int, patch: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Results as text: the terminal's table, grouped by contest, and the design's figures."""
+"""Results as text: the table of a run, grouped by contest, and the design's figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER_TITLES = {
 
 
 def grid(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Rows of cells as lines with aligned columns: the first `left` to the left, the others to the right."""
+    """Rows of cells as aligned lines: the first `left` columns left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -65,7 +65,7 @@ def _lines(results: Results) -> Iterator[str]:
     for kind, reason in copy.without.items():
         yield f"  no {kind} copy: {reason}"
     if results.quick:
-        yield "--quick: too few rounds, and buffers that fit in a cache. Do not believe these figures"
+        yield "--quick: too few rounds, and buffers that fit in a cache. These figures are unreliable"
     for name, reason in sorted({(o.provider, o.reason) for o in results.not_measured if o.kind == "not usable"}):
         yield f"not usable: {name}: {reason}"
     entries: list[Measurement | NotMeasured] = [*results.measurements, *results.not_measured]

@@ -1,19 +1,18 @@
-"""What the training loop adds to the bare forward, backward and optimiser step of the same network.
+"""Overhead of the training loop over the bare forward, backward and optimiser step of the same network.
 
     python benchmarks/training_loop.py [--preset cifar10-mini] [--out FILE.json]
     python benchmarks/training_loop.py --batch-size 16 --precision fp32 --steps 5     # on a CPU: a minute
 
-Two things take turns: steps of the loop, with statistics, adaptive weighting, gradient norm, EMA, a line of metrics
-(TensorBoard too) every `log_every` steps, fresh images, noise levels and noise; and on the same network, in the same
-precision, with inputs made beforehand, `network(x)`, `F.mse_loss`, `backward`, `optimizer.step`, `zero_grad` (and
-EDM2's forced weight normalisation, which is part of its step). On a CPU they alternate step by step, so that whatever
-else the machine does hits both; on a GPU in blocks, so that the host can run ahead as it does in training. The ratio of
-every round (`--steps` of each) is taken, and the median of rounds printed with its quartiles; on a CPU also the ratio
-of processor time, which others on the machine disturb less. Less than 3 % is the aim. Held-out loss, sample grids and
-checkpoints are not part of a step and not timed.
+Two kinds of steps are timed in turns. The loop's: with statistics, adaptive weighting, gradient norm, EMA, a line of
+metrics (also for TensorBoard) every `log_every` steps, new images, noise levels and noise. The bare one, on the same
+network in the same precision with inputs made beforehand: `network(x)`, `F.mse_loss`, `backward`, `optimizer.step`,
+`zero_grad` (and EDM2's forced weight normalisation, part of its step). On a CPU they alternate step by step, so that
+other load on the machine affects both; on a GPU in blocks, so that the host can run ahead as in training. Printed
+is the median over rounds (`--steps` of each) of the ratio, with its quartiles; on a CPU also that of processor time,
+which other load disturbs less. The aim is less than 3 %. Held-out loss, sample grids and checkpoints are not timed.
 
-Last, the updates of averages alone, beside the bare step: of the running average, and of two power-function averages,
-of which less than 1 % is the aim.
+Finally the updates of the averages alone, relative to the bare step: of the running average, and of two power-function
+averages, for which the aim is less than 1 %.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from results import write_results
 
 
 def random_images(config: TrainConfig) -> Images:
-    """Noise in the shape of CIFAR: speed does not depend on what is in the pictures."""
+    """Noise in the shape of CIFAR: speed does not depend on the images' contents."""
     shape = (1, 8, 8) if config.dataset == "digits" else (3, 32, 32)
     pixels = torch.randint(0, 256, (2000, *shape), dtype=torch.uint8)
     labels = torch.randint(0, 10, (2000,))
@@ -66,7 +65,7 @@ def loop_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None
 
 class Bar:
     def set_postfix(self, **values: object) -> None:
-        """As that of tqdm."""
+        """As tqdm's method."""
 
 
 def bare_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None]:
@@ -93,7 +92,7 @@ def bare_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None
 
 
 class Seconds(NamedTuple):
-    """What something took."""
+    """Wall and processor time."""
 
     wall: float
     processor: float  # of this process, all threads
@@ -114,7 +113,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> Seconds:
 
 
 def one_round(one: Callable[[], None], other: Callable[[], None], turns: int, device: torch.device) -> list[Seconds]:
-    """Both `turns` times, in turns, and now this, now that one first."""
+    """Call both functions `turns` times, alternating which comes first."""
     totals = [Seconds(0.0, 0.0), Seconds(0.0, 0.0)]
     for turn in range(turns):
         for place in (0, 1) if turn % 2 else (1, 0):
@@ -148,7 +147,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="cifar10-mini")
     parser.add_argument("--batch-size", type=int, help="default: the preset's")
     parser.add_argument("--precision", help="default: the preset's")
-    parser.add_argument("--steps", type=int, help="of each in a round; default: log_every, for one line of metrics")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each kind in a round; default: log_every, for one line of metrics"
+    )
     parser.add_argument("--log-every", type=int, help="default: the preset's")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", help="default: a GPU if there is one")

@@ -27,16 +27,16 @@ class Size(NamedTuple):
     patch: int
 
 
-# About 5 ms per step on two cores of a Xeon with AVX-512, once with few and once with many elements in the loss: the
-# network then sees patches. On a GPU one step is 440 GFLOP of convolutions (0.86 per image, forward and backward) and
-# some 60 passes over 134 MB: 5 to 8 ms, assuming 100 TFLOP/s in TF32, cuDNN's default, and memory of 4 TB/s, as of an
-# H200. It launches some 200 kernels, which take the host half of that: the GPU decides.
+# About 5 ms per step on two cores of a Xeon with AVX-512, once with few and once, in patches, with many elements in the
+# loss. On a GPU one step is 440 GFLOP of convolutions (0.86 per image, forward and backward) and some 60 passes over
+# 134 MB: 5 to 8 ms, assuming 100 TFLOP/s in TF32, cuDNN's default, and memory of 4 TB/s, as of an H200. Its some 200
+# launches take the host half of that, so the GPU determines the time.
 SIZES = {
     "cpu": {Contest("unet-8", "fp32", MODE): Size(8, 8, 1), Contest("unet-64", "fp32", MODE): Size(64, 8, 4)},
     "cuda": {Contest("unet-512", "fp32", MODE): Size(512, 64, 1)},
 }
 _SETS = 16
-# Per size. Several steps in a row, as in training: a loss that others take turns with finds its code out of the caches.
+# Per size. Several steps in a row, as in training: after the step of another provider a loss's code is not cached.
 _EFFORT = {"cpu": Effort(40.0, 50, 2000, 0.03), "cuda": Effort(8.0, 25, 2000, 0.03)}
 
 
@@ -60,8 +60,8 @@ def make_step(
 def hold(
     contest: Contest, names: Iterable[str], device: torch.device, *, quick: bool
 ) -> list[Measurement | NotMeasured]:
-    """As `contest.hold`. All train one network: a copy for each would lie elsewhere in memory, and differ by half
-    a per cent in speed for that alone."""
+    """As `contest.hold`. All providers train one network: copies at other addresses differ by half a per cent in
+    speed."""
     torch.manual_seed(0)
     batch, channels, patch = SIZES[device.type][contest]
     shape = (batch, 3, 32, 32)

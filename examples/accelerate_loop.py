@@ -58,7 +58,7 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None, folder: str) -> Non
                 start = time.perf_counter()
                 if criterion is None:
                     loss = F.mse_loss(model(noisy), target)
-                else:  # the one line
+                else:  # the line that changes
                     loss = criterion(model(noisy), target, vadiff.log_snr.from_flow_time(t, data_at=0))
                 accelerator.backward(loss)
                 optimizer.step()

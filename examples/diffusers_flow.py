@@ -1,4 +1,4 @@
-"""diffusers' SD3 and Flux scripts in small: a flow-matching scheduler, logit-normal timesteps, --weighting_scheme.
+"""A small version of diffusers' SD3 and Flux scripts: flow-matching scheduler, logit-normal t, a weighting scheme.
 
 python examples/diffusers_flow.py                     # needs vadiff[train]; half a minute on two CPU cores
 """
@@ -66,7 +66,7 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None) -> None:
         weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)  # [B, 1, 1, 1]
         if criterion is None:
             loss = own_loss(model_pred, target, weighting)
-        else:  # the one line
+        else:  # the line that changes
             log_snr, weight = log_snr_of(noise_scheduler, timesteps), per_sample(weighting, len(target))
             loss = criterion(model_pred.float(), target.float(), log_snr, base_weight=weight)
         optimizer.zero_grad()

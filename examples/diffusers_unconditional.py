@@ -1,4 +1,4 @@
-"""diffusers' train_unconditional.py in small: a UNet2DModel, a DDPMScheduler, handwritten digits. One line changes.
+"""A small version of diffusers' train_unconditional.py: UNet2DModel, DDPMScheduler, digits. One line changes.
 
 python examples/diffusers_unconditional.py            # needs vadiff[train]; half a minute on two CPU cores
 """
@@ -60,7 +60,7 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None) -> None:
         model_output = model(noisy, timesteps).sample
         if criterion is None:
             loss = F.mse_loss(model_output.float(), target.float())
-        else:  # the one line
+        else:  # the line that changes
             loss = criterion(model_output.float(), target.float(), log_snr_of(noise_scheduler, timesteps))
         optimizer.zero_grad()
         loss.backward()

@@ -2,7 +2,7 @@
 
     python examples/edm_loop.py --steps 200
 
-The line that changes is the one that makes `loss_fn`. In their repository, it is an option of train.py's:
+The line that changes makes `loss_fn`. In NVlabs' repository the class is an option in train.py:
 c.loss_kwargs.class_name = "vadiff.integrations.edm.EDMLoss".
 """
 

@@ -2,7 +2,7 @@
 
     python examples/k_diffusion_loop.py --steps 200
 
-The line that changes wraps the denoiser; in their train.py it comes after `make_denoiser_wrapper(config)(inner_model)`.
+The line that changes wraps the denoiser: in k-diffusion's train.py, after `make_denoiser_wrapper(config)(inner_model)`.
 """
 
 import argparse

@@ -1,9 +1,8 @@
-"""kohya's sd-scripts in small: a LoRA is trained on the threes among handwritten digits, v-prediction, --min_snr_gamma.
+"""A small version of kohya's sd-scripts: a LoRA for the threes of handwritten digits, v-prediction, --min_snr_gamma.
 
     python examples/kohya_post_process_loss.py            # needs vadiff[train] and accelerate; seconds on a CPU
 
-With the real scripts, NetworkTrainer below is `from train_network import NetworkTrainer`, and the class `Trainer` with
-its criterion is all that is added.
+With the real scripts, import NetworkTrainer from train_network, and add only the class `Trainer` with its criterion.
 """
 
 import argparse
@@ -31,7 +30,7 @@ threes, test_threes = train_images[is_three[297:]], images[:297][is_three[:297]]
 
 
 class Denoiser(nn.Module):
-    """The network that is fine-tuned: an MLP over pixels and timestep, with a LoRA beside its largest layer."""
+    """The network to fine-tune: an MLP over pixels and timestep, with a LoRA beside its largest layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Denoiser(nn.Module):
 
 
 class NetworkTrainer:
-    """What the scripts' trainer does about its loss, and the order in which it does it."""
+    """The loss-related methods of the scripts' trainer, called in the same order."""
 
     def post_process_network(self, args, accelerator, network, text_encoders, unet):
         pass
@@ -62,7 +61,7 @@ class NetworkTrainer:
         return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
 
     def train(self, network: Denoiser, data: Tensor, steps: int, lr: float) -> float:
-        """Milliseconds per step."""
+        """Train; returns milliseconds per step."""
         self.post_process_network(args, Accelerator(cpu=True), network, [], None)
         noise_scheduler = make_scheduler()
         optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=lr)
@@ -93,7 +92,7 @@ def make_scheduler() -> DDPMScheduler:
 
 @torch.no_grad()
 def test_loss(network: Denoiser) -> float:
-    """The trainer's own, of threes that neither training saw."""
+    """The trainer's own loss, on threes that neither training saw."""
     torch.manual_seed(2)
     return NetworkTrainer().process_batch(network, test_threes.repeat(50, 1), make_scheduler()).item()
 

@@ -1,8 +1,8 @@
-"""Lightning: a LightningModule that trains with F.mse_loss, and the same with adaptive weights, logged per noise level.
+"""A LightningModule that trains with F.mse_loss, and one with adaptive weights, logged per noise level.
 
     python examples/lightning_module.py --steps 200
 
-The lines that change are the loss and the criterion that becomes an attribute: Lightning moves, saves and restores it.
+The lines that change are the loss and the criterion, an attribute: Lightning moves, saves and restores the criterion.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Diffusion(pl.LightningModule):
 
     def optimizer_step(self, *given: Any, **options: Any) -> None:
         start = time.perf_counter()
-        super().optimizer_step(*given, **options)  # forward and backward are in it
+        super().optimizer_step(*given, **options)  # includes forward and backward
         self.times.append(time.perf_counter() - start)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""lucidrains' denoising-diffusion-pytorch: `GaussianDiffusion` as it is, and with adaptive weights.
+"""lucidrains' denoising-diffusion-pytorch: `GaussianDiffusion` unchanged, and with adaptive weights.
 
     python examples/lucidrains_ddpm.py --steps 50
 
@@ -24,7 +24,7 @@ def held_out_loss(diffusion: nn.Module, images: Tensor) -> float:
         torch.manual_seed(1)
         clean = diffusion.normalize(images.repeat(2, 1, 1, 1))
         times = torch.randint(diffusion.num_timesteps, (len(clean),))
-        return float(diffusion.p_losses(clean, times))  # p_losses is as the library has it, also with a criterion
+        return float(diffusion.p_losses(clean, times))  # p_losses stays the library's own with a criterion
 
 
 def train(name: str, steps: int, with_vadiff: bool) -> None:

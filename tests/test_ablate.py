@@ -105,13 +105,13 @@ def test_grid_of_fields_is_every_combination(tmp_path: Path) -> None:
         ("times = 2.0", 'times = "x"', "arm fast has learning_rate times 'x', expected a number"),
         ("times = 2.0", "times = -1.0", r"arm fast: learning_rate is -0\.008, expected above 0"),
         ('arm = "variance_aware"', 'arm = "nobody"', "arm twin has table = {'arm': 'nobody'}, expected"),
-        ("[arms.fast]", "[arms.fast]\nseed = 3", "arm fast has seed, which is no field that an arm can set"),
+        ("[arms.fast]", "[arms.fast]\nseed = 3", "arm fast has seed, which is not a field that an arm can set"),
         ("[arms.fast]", '[arms."../fast"]', r"arm '\.\./fast' names a folder"),
         ("[config]", "[configs]", "has configs, expected only arms, baseline"),
         ("[config]", "[config", "cannot be read"),
     ],
 )
-def test_grid_that_makes_no_sense_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_invalid_grid_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(GridError, match=message):
         read_grid(grid_file(tmp_path, GRID.replace(old, new, 1))).runs(tmp_path)
 
@@ -175,15 +175,13 @@ def test_index_trains_one_run_and_what_it_needs(tmp_path: Path, in_process: list
         train_all(grid, tmp_path, index=8)
 
 
-def test_run_that_fails_takes_those_that_need_it_with_it_and_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_run_fails_only_the_runs_that_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.train", lambda self, run: run.arm != "variance_aware")
     failed = train_all(read_grid(grid_file(tmp_path), seeds=1), tmp_path, jobs=2)
     assert [path.parent.name for path in failed] == ["variance_aware", "twin"]
 
 
-def test_command_trains_in_processes_of_their_own_and_goes_on_with_what_broke_off(
+def test_command_trains_in_subprocesses_and_resumes_interrupted_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = GRID[: GRID.index("[arms.twin]")] + '[arms.constant]\nweighting = "constant"\n'
@@ -387,7 +385,7 @@ def test_evaluation_that_makes_no_sense_is_named(table: str, message: str, tmp_p
         read_grid(grid_file(tmp_path, f"{GRID}[evaluate]\n{table}\n"))
 
 
-def test_what_belongs_to_evaluate_needs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_evaluate_need_its_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--cache", "folder"], "argument --cache: is for --evaluate"),
         (["--evaluate", "--list"], "argument --evaluate: --list and --collect measure nothing"),
@@ -480,7 +478,7 @@ def test_trial_goes_to_a_folder_of_its_own(
     assert "runs/tiny/constant/seed-0" in capsys.readouterr().out
 
 
-def test_list_that_nobody_reads_to_its_end_is_no_failure(tmp_path: Path) -> None:
+def test_list_into_a_closed_pipe_is_no_failure(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "vadiff", "ablate", str(grid_file(tmp_path)), "--list"]
@@ -490,7 +488,7 @@ def test_list_that_nobody_reads_to_its_end_is_no_failure(tmp_path: Path) -> None
     assert done.returncode == 141
 
 
-def test_unfinished_and_unpaired_runs_are_left_out_and_named(tmp_path: Path) -> None:
+def test_unfinished_and_unpaired_runs_are_excluded_and_named(tmp_path: Path) -> None:
     grid, runs = two_arms(tmp_path, 2)
     write_run(runs["constant", 0], [[1.0, 1.0]])
     write_run(runs["other", 0], [[2.0, 2.0]])
@@ -500,7 +498,7 @@ def test_unfinished_and_unpaired_runs_are_left_out_and_named(tmp_path: Path) -> 
     assert results.arms[0].held_out.number == 1
     assert math.isnan(results.arms[0].held_out.low)
     assert set(results.missing) == {"constant/seed-1", "other/seed-1"}
-    assert "Not there yet: " in results.as_text()
+    assert "Not finished: " in results.as_text()
     assert json.loads(json.dumps(results.as_dict(), allow_nan=False))["arms"]["other"]["held_out"]["low"] is None
 
 

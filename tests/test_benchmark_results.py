@@ -102,7 +102,7 @@ def test_a_copy_of_the_tree_is_not_of_the_repository_around_it(monkeypatch: pyte
         assert machine.commit() == found
 
 
-def test_a_result_file_is_shown_with_what_its_run_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_file_is_shown_with_its_missing_contests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = gpu_results()
     results.selection = "default; interrupted"
     assert result_table.main([str(results.write(tmp_path)), f"--out={tmp_path / 'table.txt'}"]) == 0
@@ -366,7 +366,7 @@ def test_a_run_with_a_wrong_provider_fails_and_shows_no_speed_for_it(tmp_path: P
     assert "1 failed, 1 passed" in found.stdout
 
 
-def test_a_run_that_is_killed_leaves_what_it_had_the_figures_first(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_its_results_the_design_figures_first(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(
         "import os, signal\n"
         "import providers\n"

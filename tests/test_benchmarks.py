@@ -344,7 +344,7 @@ def test_past_the_cache_has_copies_and_both_calls() -> None:
     assert max(shares) == pytest.approx(1.0)  # of the faster one
 
 
-def test_a_kernel_that_does_not_take_the_buffer_is_not_timed_as_if_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_ignores_the_buffer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vadiff.ops.reference._gradient", lambda *_: torch.zeros(512, 3, 32, 32))
     monkeypatch.setattr(past_cache, "refuse_wrong", lambda *_: [])
     outcomes = past_cache.hold(["reference"], quick=True)

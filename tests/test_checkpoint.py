@@ -87,7 +87,7 @@ def failing(function: Callable[..., None], call: int) -> Callable[..., None]:
 def test_step_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 5, keep=1)
     monkeypatch.setattr("os.rename", failing(os.rename, 2))
-    with pytest.raises(CheckpointError, match=r"no such luck. That of step 5 from before is as it was"):
+    with pytest.raises(CheckpointError, match=r"no such luck. The earlier one of step 5 is unchanged"):
         save_checkpoint(tmp_path, 5, {"step": 5, "values": torch.zeros(3)}, keep=1)
     assert [entry.name for entry in (tmp_path / FOLDER).iterdir()] == ["step-5"]
     assert load_checkpoint(tmp_path)["values"][0] == 5.0

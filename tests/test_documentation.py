@@ -103,7 +103,7 @@ def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
     assert [where for where, attribute in taken.items() if attribute not in there] == []
 
 
-def test_what_a_diff_leaves_is_python() -> None:
+def test_diff_blocks_give_valid_python() -> None:
     for block in (block for page in PAGES for block in blocks(page) if block.language == "diff"):
         kept = [line[1:] for line in block.text.splitlines() if not line.startswith("-")]
         ast.parse(textwrap.dedent("\n".join(kept)), str(block))

@@ -26,7 +26,7 @@ def losses(value: float) -> dict[object, HeldOutLoss]:
     return {**dict.fromkeys(edm2.WIDTHS, found), "ema": found, "raw": found}
 
 
-def test_images_that_choose_are_not_those_reported_and_training_measures_the_reported() -> None:
+def test_validation_and_test_images_differ_and_training_measures_the_test_images() -> None:
     config = dataclasses.replace(job().config, held_out_levels=2)
     images = load_images(config)
     validation, reported = edm2.halves(images)
@@ -38,7 +38,7 @@ def test_images_that_choose_are_not_those_reported_and_training_measures_the_rep
     assert torch.equal(by_training.per_image, by_hand.per_image)
 
 
-def test_both_networks_train_alike_but_for_what_is_theirs() -> None:
+def test_both_networks_train_alike_except_for_their_own_fields() -> None:
     one, other = (job(network).config.as_dict() for network in edm2.NETWORKS)
     differing = {name for name in one if one[name] != other[name]}
     assert differing == {"model", "schedule", "schedule_steps"}

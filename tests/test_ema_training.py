@@ -146,7 +146,7 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid", "isc"]
     command += ["--images", "5", "--first-seed", "2", "--layer", "64", "--reference", str(tmp_path / "real.npz")]
     assert main([*command, "--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]) == 0
-    assert "isc (Inception score) is left out" in capsys.readouterr().out
+    assert "isc (Inception score) is skipped" in capsys.readouterr().out
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
     assert (content["images"], content["first_seed"]) == (5, 2)
     found = {name: values["fid-64"] for name, values in content["metrics"].items()}
@@ -190,7 +190,7 @@ def test_sweep_draws_a_curve_for_every_metric() -> None:
         (["--sweep", "--device", "toaster"], 2, "argument --device: device is 'toaster'"),
     ],
 )
-def test_ema_command_names_what_does_not_fit(
+def test_ema_command_names_invalid_arguments(
     copied: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
 ) -> None:
     try:

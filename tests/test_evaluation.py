@@ -125,10 +125,10 @@ def test_nothing_to_measure_is_no_fault_of_the_weights(inception_weights: Path) 
     assert within_reach(["isc"], "2048", None) == ("isc",)
 
 
-def test_score_that_the_weights_do_not_reach_is_left_out_and_said(
+def test_score_that_the_weights_cannot_give_is_skipped_with_a_warning(
     images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]]
 ) -> None:
-    with pytest.warns(UserWarning, match=r"isc is left out: .*weights\.pth is not finite up to the last layer"):
+    with pytest.warns(UserWarning, match=r"isc is skipped: .*weights\.pth is not finite up to the last layer"):
         found = measure(*images, metrics=["isc", "fid"])
     assert set(found) == {"fid-64"}
 
@@ -331,7 +331,7 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0
     printed = capsys.readouterr().out
     assert "fid-64" in printed
-    assert "isc (Inception score) is left out: " in printed
+    assert "isc (Inception score) is skipped: " in printed
     assert "EDM's loss on 10 held-out images" in printed
     folder = run_copy / "evaluation" / "step-4"
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -371,13 +371,13 @@ def test_evaluate_compares_a_folder_with_another(
     [
         (["missing"], "missing does not exist, expected a run directory"),
         ([".", "--gradients"], "argument --gradients: . is not a run directory"),
-        (["."], "argument --reference: needed"),
+        (["."], "argument --reference: required"),
         ([".", "--inception-weights", "nowhere.pth"], "argument --inception-weights: nowhere.pth is not a file"),
         ([".", "--metrics", "fdi"], "argument --metrics: invalid choice: 'fdi'"),
         ([".", "--reference", "nothing-here"], "nothing-here does not exist"),
     ],
 )
-def test_evaluate_refuses_what_does_not_fit(
+def test_evaluate_refuses_invalid_arguments(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

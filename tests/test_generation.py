@@ -132,7 +132,7 @@ def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
         (["--sampler", "euler", "--churn", "1"], "churn is for the sampler heun"),
     ],
 )
-def test_sample_refuses_what_does_not_fit_and_writes_nothing(
+def test_sample_refuses_invalid_arguments_and_writes_nothing(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -349,7 +349,7 @@ def test_the_note_quotes_the_error_and_not_the_command(sdist: Path, tmp_path: Pa
     assert f"{broken} failed: a.h:1: error: real: all native kernels were left out" in said
 
 
-def test_a_compiler_may_say_what_is_no_text(sdist: Path, tmp_path: Path) -> None:
+def test_compiler_output_may_be_undecodable(sdist: Path, tmp_path: Path) -> None:
     broken = script(tmp_path / "c++", "#!/bin/sh\nprintf 'a.h:1: error: caf\\351 \\377\\n'\nexit 1\n")
     said, module = compile_only(sdist, tmp_path, CXX=str(broken))
     assert not module
@@ -441,7 +441,7 @@ def test_the_nvcc_that_pip_installed_is_found(sdist: Path, tmp_path: Path) -> No
     ],
     ids=["fails", "old", "unrunnable"],
 )
-def test_an_nvcc_of_no_use_is_noted_and_fails_only_what_asked_for_it(
+def test_unusable_nvcc_is_noted_and_fails_only_a_requested_cuda_build(
     sdist: Path, tmp_path: Path, nvcc: str, expected: str
 ) -> None:
     script(tmp_path / "bin/nvcc", nvcc)
@@ -494,7 +494,7 @@ def test_cpu_kernels_only_where_cuda_was_not_wanted_say_how_to_get_it(sdist: Pat
     ],
     ids=str,
 )
-def test_what_was_asked_for_and_cannot_be_fails_loudly(
+def test_requested_kernels_that_cannot_be_built_fail_the_installation(
     sdist: Path, tmp_path: Path, environment: dict[str, str], expected: str
 ) -> None:
     environment = {"CXX": str(script(tmp_path / "c++", COMPILER)), **environment}

@@ -72,7 +72,7 @@ def test_reweight_has_the_same_objective():
     torch.testing.assert_close(by_base, values["sample_weight"] * criterion.weight_at(values["log_snr"]))
 
 
-def test_it_starts_neutral_unless_told_otherwise():
+def test_learned_weighting_starts_at_one_by_default():
     assert LearnedUncertainty()(torch.linspace(-16, 16, 9)).eq(0).all()
     assert criterion_with(LearnedUncertainty()).weights.eq(1).all()
     spread = LearnedUncertainty(init="random")(torch.linspace(-9, 12, 200))
@@ -130,7 +130,7 @@ def test_a_nan_prediction_makes_loss_and_gradients_nan():
     assert int(criterion.statistics.skipped) == 1
 
 
-def test_it_converges_to_loss_level():
+def test_learned_weighting_converges_to_loss_level():
     """Losses spread over four orders of magnitude of levels: e**-u and the closed form agree up to one constant."""
     bins = {"bins": 32, "log_snr_range": (-6.0, 6.0), "half_life": INF, "backend": "reference"}
     learned = vadiff.DiffusionLoss(LearnedUncertainty(64), **bins)
@@ -153,7 +153,7 @@ def test_it_converges_to_loss_level():
     assert (learned.weight_at(at).log() - 0.7 * at).abs().max() < 0.15  # 1/mean loss itself
 
 
-def test_it_compiles_without_a_break():
+def test_learned_weighting_compiles_without_a_graph_break():
     values = batch()
     criterion = criterion_with()
 
@@ -172,7 +172,7 @@ def test_it_compiles_without_a_break():
     torch.testing.assert_close(compiled, criterion.weighting.weight.grad)
 
 
-def test_autocast_leaves_it_in_float32():
+def test_learned_weighting_stays_float32_under_autocast():
     head, at = LearnedUncertainty(init="random"), torch.linspace(-9, 12, 50)
     plain = head(at)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -64,7 +64,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(make_run: Callable[..
     assert grouped(*paths) == [("variance aware", ["one", "two"]), ("constant", ["fixed"])]
 
 
-def test_group_is_called_by_what_differs(make_run: Callable[..., Path]) -> None:
+def test_group_is_labelled_by_the_fields_that_differ(make_run: Callable[..., Path]) -> None:
     paths = make_run("a", learning_rate=1e-3), make_run("b", learning_rate=2e-3), make_run("c", learning_rate=2e-3)
     assert grouped(*paths) == [("learning rate 0.001", ["a"]), ("learning rate 0.002", ["b", "c"])]
     assert grouped(paths[0]) == [("a", ["a"])]
@@ -216,7 +216,7 @@ def test_table_rounds_to_what_the_spread_allows(values: list[float | None], text
     assert overview.cell(values, overview.number) == text
 
 
-def test_page_says_what_must_be_known_before_reading(report_page: Path) -> None:
+def test_page_shows_its_caveats(report_page: Path) -> None:
     html = report_page.read_text()
     assert "Differences between runs rest on one seed here" in html
     assert "297 of its training images, always the same, were held out instead" in " ".join(html.split())
@@ -348,6 +348,6 @@ def test_the_check_of_the_page_sees_each_fault(browser: Any, tmp_path: Path, bod
 
 
 def test_numbers_on_axes_are_plain() -> None:
-    assert [charts.spoken_number(value, 0) for value in (0, 500, 25_000, 1.5e6, 2e9)] == [
+    assert [charts.number_label(value, 0) for value in (0, 500, 25_000, 1.5e6, 2e9)] == [
         "0", "500", "25k", "1.5M", "2G",
     ]  # fmt: skip

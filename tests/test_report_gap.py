@@ -52,7 +52,7 @@ def test_gap_of_a_run_is_evaluated_and_reported(
 
     assert main(["report", str(run.path)]) == 0
     page = (run.path / "report.html").read_text()
-    assert "What is left to learn" in page
+    assert "Gap to the optimal loss" in page
     sections = sections_of(group_runs([read_history(open_run(trained_run))]))  # of a run that was not measured
     assert "gap" not in [section.anchor for section in sections]
 

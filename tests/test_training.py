@@ -255,7 +255,7 @@ def test_run_directory_is_not_overwritten_unless_told(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_what_does_not_fit_writes_nothing(tmp_path: Path) -> None:
+def test_invalid_config_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be halved 4 times"):
         train(dataclasses.replace(TINY, channels=(8,) * 5), out=tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="which does not exist"):
@@ -263,16 +263,16 @@ def test_what_does_not_fit_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_non_finite_steps_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     calls = 0
 
-    def poisoned(*arguments: Any) -> Tensor:
+    def non_finite(*arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return edm_objective(*arguments) * (math.nan if calls in (2, 3) else 1.0)
 
     config = dataclasses.replace(TINY, steps=3, log_every=1, ema_decay=0.0, clip=1.0, checkpoint_every=1)
-    lines = train(config, poisoned, out=tmp_path, progress=False).metrics
+    lines = train(config, non_finite, out=tmp_path, progress=False).metrics
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2]
     assert [line["loss"] is None for line in lines] == [False, True, True]
     run = open_run(tmp_path)
@@ -294,13 +294,13 @@ def huber_of_vadiff(criterion: vadiff.DiffusionLoss, *rest: Any) -> Tensor:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("objective", [edm_objective, huber_of_vadiff, huber_of_torch])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_step_with_a_non_finite_prediction_is_left_out(
+def test_step_with_a_non_finite_prediction_is_skipped(
     tmp_path: Path, value: float, objective: Objective, precision: str
 ) -> None:
     """With a gradient scaler (fp16) and without. One number of one part of the batch is not finite, in two steps."""
     calls = 0
 
-    def poisoned(criterion: vadiff.DiffusionLoss, output: Tensor, *rest: Any) -> Tensor:
+    def non_finite(criterion: vadiff.DiffusionLoss, output: Tensor, *rest: Any) -> Tensor:
         nonlocal calls
         calls += 1
         if calls in (4, 5):
@@ -311,7 +311,7 @@ def test_step_with_a_non_finite_prediction_is_left_out(
     config = dataclasses.replace(
         TINY, steps=3, log_every=1, ema_decay=0.0, checkpoint_every=1, accumulate=2, precision=precision
     )
-    lines = train(config, poisoned, out=tmp_path, progress=False).metrics
+    lines = train(config, non_finite, out=tmp_path, progress=False).metrics
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2]
     run = open_run(tmp_path)
     first, last = parameters(run.denoiser("raw", step=1)), parameters(run.denoiser("raw", step=3))
@@ -326,13 +326,13 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run() -> None:
     config = dataclasses.replace(TINY, max_skipped_steps=3, log_every=1)
     calls = 0
 
-    def poisoned(*arguments: Any) -> Tensor:
+    def non_finite(*arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return edm_objective(*arguments) * (1.0 if calls == 2 else math.nan)
 
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite gradient, the last up to step 5"):
-        train(config, poisoned, progress=False)
+        train(config, non_finite, progress=False)
 
 
 def test_accumulation_changes_neither_the_data_nor_the_result(recorded) -> None:

@@ -35,7 +35,7 @@ TINY = TrainConfig(steps=5, batch_size=8, channels=(8, 16), device="cpu", backen
         ({"device": "toaster"}, "device is 'toaster', expected auto, cpu, cuda"),
     ],
 )
-def test_config_names_what_does_not_fit(fields: dict[str, object], message: str) -> None:
+def test_config_names_the_invalid_field(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **fields)
 

@@ -111,7 +111,7 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path: Path, lost: tuple[int, 
         assert_same(one, other)
 
 
-def test_resume_starts_where_there_is_nothing_and_leaves_alone_what_is_done(tmp_path: Path) -> None:
+def test_resume_starts_a_missing_run_and_keeps_a_finished_one(tmp_path: Path) -> None:
     first = train(CONFIG, out=tmp_path, resume=True, progress=False)
     before = outcome(tmp_path)
     again = train(CONFIG, out=tmp_path, resume=True, progress=False)
@@ -135,7 +135,7 @@ def test_number_of_steps_that_sets_the_schedule_stays(tmp_path: Path) -> None:
         train(CONFIG, out=tmp_path, resume=True, progress=False)
 
 
-def test_what_helps_against_non_finite_steps_can_be_changed(tmp_path: Path) -> None:
+def test_remedies_against_non_finite_steps_can_be_changed_on_resume(tmp_path: Path) -> None:
     train(CONFIG, out=tmp_path, progress=False)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
     changed = dataclasses.replace(CONFIG, learning_rate=1e-4, clip=0.5, precision="bf16")
@@ -194,7 +194,7 @@ def test_stopped_where_a_checkpoint_was_due_it_is_written_once(tmp_path: Path, m
     assert saved == [2, 4]
 
 
-def test_what_was_made_after_the_resumed_step_is_dropped(tmp_path: Path) -> None:
+def test_files_from_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     train(CONFIG, out=tmp_path, progress=False)
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
     (tmp_path / "samples").mkdir()
@@ -280,7 +280,7 @@ def rank_main(rank: int, folder: str) -> None:
     source.mkdir(exist_ok=True)
     CONFIG.save(source / "config.yaml")
     (source / "metrics.jsonl").write_text(json.dumps({"step": 6, "weights": [1.0 + rank] * 4}) + "\n")
-    with pytest.raises(RunError, match=r"the ranks do not begin from the same: .* weight table"):
+    with pytest.raises(RunError, match=r"the ranks do not start from the same state: .* weight table"):
         train(twin, out=out / "twin", progress=False)
     assert not (out / "twin").exists()
     curve = out / "curve of the first.csv"
@@ -305,22 +305,22 @@ def rank_main(rank: int, folder: str) -> None:
             train(config, objective, out=out / name / "parted", progress=False)
         assert stopped.value.exit_code == 143
         train(config, out=out / name / "parted", resume=True, progress=False)
-    for poisoned in (False, True):
+    for non_finite in (False, True):
         config = dataclasses.replace(CONFIG, steps=3, ema_decay=0.0, log_every=1)
-        trained = train(config, infinite_loss_of_steps_2_and_3(poisoned and rank == 1), progress=False)
+        trained = train(config, infinite_loss_of_steps_2_and_3(non_finite and rank == 1), progress=False)
         found = {"denoiser": trained.denoiser.state_dict(), "metrics": trained.metrics}
-        torch.save(found, out / f"poisoned {poisoned}, rank {rank}.pt")
+        torch.save(found, out / f"non_finite {non_finite}, rank {rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def infinite_loss_of_steps_2_and_3(poisoned: bool) -> Objective:
-    """Huber's loss; where `poisoned`, of an infinite output after the first step: its gradient is finite."""
+def infinite_loss_of_steps_2_and_3(non_finite: bool) -> Objective:
+    """Huber's loss; where `non_finite`, of an infinite output after the first step: its gradient is finite."""
     calls = 0
 
     def objective(criterion: Any, output: Tensor, x0: Tensor, *rest: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        if poisoned and calls > 1:
+        if non_finite and calls > 1:
             output = output.clone()
             output[0, 0, 0, 0] = math.inf
         return torch.nn.functional.huber_loss(output.float(), x0)
@@ -380,10 +380,10 @@ def test_learned_weighting_is_trained_alike_on_one_rank_and_two(two_ranks: Path,
     assert (learned - as_learned).abs().max() < 0.02 * learned.abs().max()
 
 
-def test_step_with_an_infinite_loss_on_one_rank_is_left_out_on_both(two_ranks: Path, tmp_path: Path) -> None:
+def test_step_with_an_infinite_loss_on_one_rank_is_skipped_on_both(two_ranks: Path, tmp_path: Path) -> None:
     found = {
-        (poisoned, rank): torch.load(two_ranks / f"poisoned {poisoned}, rank {rank}.pt")
-        for poisoned in (False, True)
+        (non_finite, rank): torch.load(two_ranks / f"non_finite {non_finite}, rank {rank}.pt")
+        for non_finite in (False, True)
         for rank in (0, 1)
     }
     assert [line["skipped_steps"] for line in found[False, 0]["metrics"]] == [0, 0, 0]

@@ -1,16 +1,16 @@
-"""Does the adaptive table balance the noise levels, and leave the expected loss where it was?
+"""Does the adaptive table balance the noise levels, and preserve the expected loss?
 
-On stationary streams of base losses: synthetic EDM-like ones with 5 % outliers, and those of a frozen digits network.
-The criterion sees ten half-lives with clip = inf; then its table is frozen and a fresh million samples are drawn.
-Printed, over bins whose statistics have an effective count n above 500, without the two end bins:
+Measured on stationary streams of base losses: synthetic EDM-like ones with 5 % outliers, and those of a frozen digits
+network. The criterion records ten half-lives with clip = inf; then its table is frozen and a million new samples are
+drawn. Printed, over bins whose statistics have an effective count n above 500, without the two end bins:
 
     std ratio      largest over smallest standard deviation of w*g, under variance-aware and under constant weighting
     E[w g]/E[g]    mean of 4 seeds, with the objective's own level sampler, and with a skewed one corrected by 1/p
 
-Beside it, without a bound, the ratio over all bins that got more than 500 of the fresh samples: the outer ones have an
-effective count of 25 to 50 there, and the prior (32 samples) holds their weights nearer to 1, as it should.
+Also printed, without a bound: the std ratio over all bins with more than 500 of the new samples. The outer ones have an
+effective count of 25 to 50, and the prior (32 samples) keeps their weights nearer to 1, as intended.
 
-For a network in training, whose losses fall unevenly, the lag of E[w g] behind E[g] is printed, without a bound.
+For a network in training, whose losses fall unevenly, E[w g]/E[g] is printed, without a bound.
 
     python benchmarks/experiments/balance.py [--fresh 1000000] [--seeds 4] [--out FILE.json]
 """
@@ -36,7 +36,7 @@ from vadiff.training import TrainConfig, train
 
 HALF_LIFE, BATCH, MIN_COUNT = 256.0, 512, 500
 P_MEAN, P_STD = -1.2, 1.2  # ln sigma of the objective's level sampler
-SKEWED_MEAN, SKEWED_STD = -0.6, 1.6  # ln sigma of the skewed one: wider, so that 1/p is bounded
+SKEWED_MEAN, SKEWED_STD = -0.6, 1.6  # of the skewed level sampler: wider, so that 1/p is bounded
 
 Stream = Callable[[Tensor, torch.Generator], Tensor]  # (sigma [B], generator) -> base losses [B]
 
@@ -52,7 +52,7 @@ def synthetic_losses(sigma: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def frozen_network_losses(steps: int) -> Stream:
-    """Per-sample EDM losses lambda(sigma) * |D - x0|**2 of a network that was trained and does not change any more."""
+    """Per-sample EDM losses lambda(sigma) * |D - x0|**2 of a trained network that does not change."""
     images = load_digits().train
     denoiser = train(TrainConfig(weighting="constant", steps=steps, channels=(16, 16)), progress=False).denoiser
 
@@ -82,7 +82,7 @@ def draw(stream: Stream, skewed: bool, generator: torch.Generator) -> tuple[Tens
 
 
 def balance(stream: Stream, skewed: bool, seed: int, fresh: int) -> dict[str, float]:
-    """Ten half-lives of `stream`, then a fresh sample against the frozen table."""
+    """Record ten half-lives of `stream`, then measure the frozen table on new samples."""
     generator = torch.Generator().manual_seed(seed)
     weighting = vadiff.weighting.VarianceAware(clip=float("inf"))
     criterion = vadiff.DiffusionLoss(weighting, half_life=HALF_LIFE)
@@ -130,7 +130,7 @@ def lag_in_training(steps: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", type=int, default=1_000_000, help="samples drawn against the frozen table")
+    parser.add_argument("--fresh", type=int, default=1_000_000, help="new samples to measure the frozen table on")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400, help="training steps of the digits networks")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/balance.json)")

@@ -1,15 +1,15 @@
-"""EDM2's network against the classic one on digits: equal parameters and budget, as many learning rates tried.
+"""EDM2's network against the classic one on digits: equal parameters, budget and number of learning rates tried.
 
 Both train with the same weighting (EDM2's learned one), on the same images, noise levels and noise, each with the
-schedule of its preset, and keep power-function averages. The held-out images are cut in half. On one half, and with a
-seed of its own, the learning rate is chosen, for either network out of five around that of its preset, and the width
-of the average; every figure that is reported is of the other half, with other seeds.
+schedule of its preset, and track power-function averages. The held-out images are split in half. Learning rate (five
+per network, around its preset's) and width of the average are chosen on one half, with a separate seed; all reported
+figures are of the other half, with other seeds.
 
     python benchmarks/experiments/edm2.py [--steps 450] [--seeds 3] [--jobs 2] [--runs DIR] [--out FOLDER]
 
 Budget: 2 networks x (5 rates + 3 seeds) runs of 450 steps of 64 images, some ten minutes on two CPU cores. Writes
-edm2.json and the pictures learning-curves, rates, sweep (EDM2's first seed), magnitudes (first seeds) and held-out. A
-run that is already in --runs is not trained again.
+edm2.json and the pictures learning-curves, rates, sweep (EDM2's first seed), magnitudes (first seeds) and held-out.
+Runs that are already in --runs are not trained again.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from vadiff.training import PRESETS, HeldOutLoss, Run, TrainConfig, open_run, tr
 NETWORKS = {"classic": "digits", "edm2": "digits-edm2"}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the preset's learning rate
 CHOOSING_SEED = 1000
-FIXED = 0.10  # the width at which learning rates are chosen, kept while training
+FIXED = 0.10  # width at which learning rates are chosen, tracked during training
 WIDTHS = (0.02, 0.03, 0.05, 0.07, FIXED, 0.13, 0.16, 0.20, 0.25)
 
 
 class Job(NamedTuple):
-    """A run, and the widths it is measured at."""
+    """A run, and the widths to measure it at."""
 
     network: str
     rate: float
@@ -76,7 +76,7 @@ def rates_tried(network: str) -> list[float]:
 
 
 class Measured(NamedTuple):
-    """Held-out losses of a run by weights: a width, "ema" or "raw"; on the half that chooses and on that reported."""
+    """Held-out losses of a run by weights (a width, "ema" or "raw"), on the validation half and on the test half."""
 
     validation: dict[Any, HeldOutLoss]
     reported: dict[Any, HeldOutLoss]
@@ -87,7 +87,7 @@ def half_of_held_out() -> int:
 
 
 def halves(images: Images) -> tuple[Images, Images]:
-    """With the second half of the held-out images, and with the first, which is what training measures by itself."""
+    """`images` with the second half of the held-out images, and with the first, which training measures too."""
     cut = half_of_held_out()
     assert images.held_out_labels is not None
     reported, validation = (
@@ -98,7 +98,7 @@ def halves(images: Images) -> tuple[Images, Images]:
 
 
 def measure(job: Job) -> list[dict[Any, tuple[np.ndarray, np.ndarray]]]:
-    """Train and measure a run, in a process of its own; what comes back is as in `Measured`, but in NumPy's arrays."""
+    """Train and measure a run in a separate process; returns the contents of `Measured` as NumPy arrays."""
     torch.set_num_threads(1)
     train(job.config, out=job.path, resume=True, progress=False)
     run = open_run(job.path)
@@ -127,19 +127,21 @@ def score(loss: HeldOutLoss) -> float:
 
 
 def chosen_rates(tried: dict[Job, Measured]) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
-    """The best learning rate of each network, and the score of all; on the half that chooses."""
+    """The best learning rate of each network, and the score of all rates, on the validation half."""
     scores: dict[str, dict[float, float]] = {network: {} for network in NETWORKS}
     for job, losses in tried.items():
         scores[job.network][job.rate] = score(losses.validation[FIXED])
     best = {network: min(rates, key=lambda rate: rates[rate]) for network, rates in scores.items()}
     for network, rates in scores.items():
         if best[network] in (min(rates), max(rates)):
-            print(f"NOTE: {network} is best at {best[network]:g}, the end of the rates tried: it may have more to gain")
+            print(
+                f"NOTE: {network} is best at {best[network]:g}, the end of the rates tried: a rate beyond may be better"
+            )
     return best, scores
 
 
 def figures_of(runs: Sequence[Run], losses: Sequence[Measured]) -> dict[str, Any]:
-    """What is reported about a network, from its seeds."""
+    """The reported figures of a network, from its seeds."""
     choosing = {width: statistics.fmean(score(loss.validation[width]) for loss in losses) for width in WIDTHS}
     best = min(WIDTHS, key=lambda width: choosing[width])
     by_seed = [{str(name): value for name, value in sweep_scores(loss.reported).items()} for loss in losses]
@@ -154,7 +156,7 @@ def figures_of(runs: Sequence[Run], losses: Sequence[Measured]) -> dict[str, Any
 
 
 def ratio_of(figures: dict[str, dict[str, Any]], weights: dict[str, str]) -> dict[str, float | None]:
-    """EDM2's loss ÷ the classic network's, seed by seed, with a 95 % interval; `weights`: which of either."""
+    """EDM2's loss ÷ the classic network's, paired by seed, with a 95 % interval; `weights`: of each network."""
     pairs = zip(*(figures[network]["held_out_by_seed"] for network in ("edm2", "classic")), strict=True)
     logs = [math.log(one[weights["edm2"]] / other[weights["classic"]]) for one, other in pairs]
     found = interval(logs)
@@ -169,7 +171,7 @@ def pictures_of(
     rates: dict[str, float],
     scores: dict[str, dict[float, float]],
 ) -> dict[str, Figure]:
-    """By the name of the file."""
+    """Figures by file name."""
     first = losses["edm2"][0].reported
     widths, others = {width: first[width] for width in WIDTHS}, {name: first[name] for name in ("ema", "raw")}
     at_chosen_width = {
@@ -189,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel processes")
     parser.add_argument("--runs", type=Path, default=Path("runs/edm2"))
     parser.add_argument("--out", type=Path, default=RESULTS / "edm2", help="folder to write to")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The pictures of edm2.py that `vadiff report` does not have."""
+"""The figures of edm2.py that `vadiff report` does not have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = {"classic": "classic U-Net", "edm2": "EDM2, config G"}
 
 
 def curves_figure(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Held-out loss over training, geometric mean over noise levels: mean of the seeds, and from lowest to highest.
+    """Held-out loss over training, geometric mean over noise levels: mean and range of the seeds.
 
     Args:
         lines: network → seed → lines of metrics.jsonl.
@@ -40,7 +40,7 @@ def curves_figure(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) ->
 
 
 def rates_figure(scores: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float]) -> Figure:
-    """What the learning rates were chosen by, of both networks."""
+    """Validation loss of both networks by learning rate."""
     figure, panel = _panel("learning rate", "loss on the held-out images that choose")
     for network, rates in scores.items():
         color, best = COLORS[network], chosen[network]
@@ -52,7 +52,7 @@ def rates_figure(scores: Mapping[str, Mapping[float, float]], chosen: Mapping[st
 
 
 def held_out_figure(losses: Mapping[str, Sequence[HeldOutLoss]]) -> Figure:
-    """Loss per noise level of both networks, and the ratio seed by seed."""
+    """Loss per noise level of both networks, and their ratio paired by seed."""
     figure = Figure(figsize=(12, 4.4), facecolor="white", layout="constrained")
     absolute, ratio = figure.subplots(1, 2)
     sigma = (-0.5 * losses["edm2"][0].log_snr).exp()
@@ -75,7 +75,7 @@ def held_out_figure(losses: Mapping[str, Sequence[HeldOutLoss]]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a PNG of few colours, small enough for a repository."""
+    """Save as a PNG of few colours, to keep the file small."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=90)
     with Image.open(drawn) as picture:

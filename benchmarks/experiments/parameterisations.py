@@ -1,4 +1,4 @@
-"""Do the adaptive weights depend on how a trainer writes down its objective? They must not.
+"""Do the adaptive weights depend on the parameterisation of a trainer's objective? They must not.
 
 Trains the digits network with the EDM objective written four ways:
 
@@ -7,9 +7,9 @@ Trains the digits network with the EDM objective written four ways:
     eps-error x u              r = (x_t - D)/sigma - eps, u = lambda/S
     v-error x u                r = v(D) - v (VP form),    u = lambda/(1 + S)
 
-the same seed for all, then compares the variance-aware weights in bins with more than 50 samples. Beside it: the
-difference between two data seeds (how much the weights are worth knowing to), and the same four forms with u kept out
-of the bins (passed as sample_weight), which is what the contract's rule 2 forbids.
+with the same seed, then compares the variance-aware weights in bins with more than 50 samples. For comparison: the
+difference between two data seeds (the accuracy of the weights), and the same four forms with u left out of the base
+loss (passed as sample_weight), which the contract's rule 2 forbids.
 
     python benchmarks/experiments/parameterisations.py [--steps 200] [--out FILE.json]
 """
@@ -33,7 +33,7 @@ MIN_COUNT = 50
 
 
 def written_as(form: str, *, in_bins: bool):
-    """The EDM objective in one of the FORMS; u as base weight, or (not `in_bins`) where it does not reach the bins."""
+    """The EDM objective in one of the FORMS; u as base weight or, without `in_bins`, as sample weight."""
 
     def objective(
         criterion: vadiff.DiffusionLoss,

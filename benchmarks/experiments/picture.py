@@ -1,7 +1,7 @@
-"""The picture of README and docs: what one changed line does to a DDPM trainer's loss.
+"""The picture of README and docs: the effect of one changed line on a DDPM trainer's loss.
 
-Digits of 8 × 8, noise prediction, linear betas, uniform timesteps: the usual trainer, with a small network. It is
-trained twice from the same weights on the same images, timesteps and noise, with w = 1 and with the default.
+Digits of 8 × 8, noise prediction, linear betas, uniform timesteps: the usual trainer, with a small network, trained
+twice from the same weights on the same images, timesteps and noise, with w = 1 and with the default weighting.
 
     python benchmarks/experiments/picture.py    # writes docs/picture.svg (a minute on two CPU cores)
 """
@@ -21,14 +21,14 @@ import vadiff
 from vadiff.trainer.data import load_digits
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-BINS, RANGE = 24, (-10.5, 9.5)  # of a schedule of a thousand linear betas
-ENOUGH = 20  # samples in a bin from which on it is drawn
+BINS, RANGE = 24, (-10.5, 9.5)  # log-SNR of a schedule of a thousand linear betas
+ENOUGH = 20  # minimum number of samples for a bin to be drawn
 COLORS = {"constant": "#000000", "variance_aware": "#0072B2"}
 NAMES = {"constant": "F.mse_loss", "variance_aware": "vadiff.DiffusionLoss()"}
 
 
 class Network(nn.Module):
-    """Predicts the noise in a vector from it and its log-SNR: three layers and a skip."""
+    """Predicts the noise in a vector from the vector and its log-SNR: three layers and a skip."""
 
     def __init__(self, size: int, width: int = 512) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def train(weighting: str, images: Tensor, steps: int, batch: int = 256) -> vadif
 
 
 def picture(criteria: dict[str, vadiff.DiffusionLoss], path: Path) -> dict[str, float]:
-    """Draw it; highest ÷ lowest standard deviation of the weighted loss, by weighting."""
+    """Draw the picture; returns highest ÷ lowest standard deviation of the weighted loss, by weighting."""
     spread = {}
     looks = {"svg.hashsalt": "vadiff", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(looks):

@@ -1,4 +1,4 @@
-"""Where experiments leave their figures: one JSON file each, with what they were measured on."""
+"""Result files of experiments: one JSON file each, with machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from machine import commit
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-COMMIT, DIRTY = commit()  # of the code that runs: read when it is loaded, not when a long run ends
+COMMIT, DIRTY = commit()  # of the running code: read at import, not at the end of a long run
 
 
 def write_results(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
-    """Write `figures` with device, versions, commit and date; returns where."""
+    """Write `figures` with device, versions, commit and date; returns the path."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"

@@ -1,9 +1,9 @@
-"""How far the corrected subset estimator of J* is off, and with which correction C.
+"""Error of the corrected subset estimator of J*, by its correction C.
 
     python benchmarks/experiments/subset_estimators.py [--draws 4096] [--out FILE.json]
 
-cDOL against the full estimate, at 16 noise levels from 0.1 to 40, on three data sets whose full estimate is quick: all
-handwritten digits, a mixture of 20 Gaussians, one Gaussian. The largest difference over the levels is printed, in
+Compares cDOL with the full estimate at 16 noise levels from 0.1 to 40, on three data sets whose full estimate is quick:
+all handwritten digits, a mixture of 20 Gaussians, one Gaussian. Prints the largest difference over the levels, in
 percent of the total variance, with its standard error (of two independent estimates). A minute on two CPU cores.
 """
 
@@ -38,7 +38,7 @@ def data_sets() -> dict[str, tuple[Tensor, tuple[int, ...]]]:
 
 
 def worst_differences(data: Tensor, subset: int, draws: int) -> dict[str, dict[str, float]]:
-    """For each factor: the largest difference to the full estimate over the levels, and its standard error, in %."""
+    """For each factor: the largest difference from the full estimate over the levels, and its standard error, in %."""
     full = estimate(data, SIGMAS, draws)
     found = {}
     for factor in FACTORS:

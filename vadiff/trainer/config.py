@@ -1,4 +1,4 @@
-"""Everything a run can be told. Each field is a flag of `vadiff train`, with the help text that stands here."""
+"""Training config. Each field is also a flag of `vadiff train`, with the help text defined here."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ from ..extras import import_extra
 from ..models import PROCESSES, check_attention, check_halvings
 from ..ops import backends
 
-TABLE = "table"  # as weighting or levels: what a run whose folder `table` names ended with
-GAP = "gap"  # as weighting or levels: the schedule made of the optimal loss
-CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # made of it too
+TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
+GAP = "gap"  # weighting or levels from the optimal loss J*
+CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # need J*
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
-_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # and widths, in pixels; of "images" it is image_size
+_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, equal to the width; "images": image_size
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -40,7 +40,7 @@ _BOUNDS: dict[str, Callable[[float, float], bool]] = {
 
 
 def _setting(default: Any, text: str, **bounds: Any) -> Any:
-    """A field with its help text, and what is allowed: `choices`, `at_least`, `above`, `below`, `at_most`."""
+    """Config field with help text and constraints: `choices`, `at_least`, `above`, `below`, `at_most`."""
     return dataclasses.field(default=default, metadata={"help": text, **bounds})
 
 
@@ -51,106 +51,114 @@ class TrainConfig:
     Runs with the same seeds start from the same weights and see the same images, noise levels and noise.
 
     Raises:
-        ValueError: a field out of bounds, of the wrong type, or not fitting another.
+        ValueError: a field is out of bounds, of the wrong type, or inconsistent with another.
     """
 
     dataset: str = _setting("digits", "data set", choices=DATASETS)
     data: str | None = _setting(
         None,
-        "where the data set is: a folder, or the official tar.gz of CIFAR; without it CIFAR is downloaded",
+        "path of the data set: a folder, or CIFAR's official tar.gz; CIFAR is downloaded if not given",
     )
-    image_size: int = _setting(32, "height and width of the pictures of dataset images", at_least=4)
-    flips: bool = _setting(False, "mirror every second training image")
+    image_size: int = _setting(32, "height and width in pixels, for dataset images", at_least=4)
+    flips: bool = _setting(False, "mirror each training image with probability 1/2")
     sigma_data: float = _setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
 
     process: str = _setting("edm", "what the network predicts: edm (EDM's F) or flow (velocity)", choices=PROCESSES)
     weighting: str = _setting(
         "variance_aware",
-        "of noise levels; table: as the run given by --table ended; gap, inverse_optimal_loss: see --optimal-loss",
+        "of noise levels; table: final weights of the run in --table; gap, inverse_optimal_loss: see --optimal-loss",
         choices="weightings",
     )
     weighting_options: dict[str, float] = dataclasses.field(
-        default_factory=dict, metadata={"help": "arguments of the weighting, as strength=0.5"}
+        default_factory=dict, metadata={"help": "arguments of the weighting, e.g. strength=0.5"}
     )
     levels: str = _setting(
         "log_normal",
-        "how noise levels are drawn; table: by density times the weights of --table; gap: see --optimal-loss",
+        "distribution of noise levels; table: density times the final weights of --table; gap: see --optimal-loss",
         choices="levels",
     )
     levels_options: dict[str, float] = dataclasses.field(
-        default_factory=dict, metadata={"help": "arguments of the level sampler, as floor=0.2"}
+        default_factory=dict, metadata={"help": "arguments of the level sampler, e.g. floor=0.2"}
     )
     levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
-    p_mean: float = _setting(-1.2, "of log_normal levels, which others tilt: ln sigma ~ N(p_mean, p_std^2)")
-    p_std: float = _setting(1.2, "of log_normal levels", above=0)
+    p_mean: float = _setting(
+        -1.2, "log_normal levels, the base of table and adaptive ones: ln sigma ~ N(p_mean, p_std^2)"
+    )
+    p_std: float = _setting(1.2, "standard deviation of ln sigma in log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
     antithetic: bool = _setting(
         False, "draw noise levels in mirrored pairs: the quantiles u and 1 - u of their distribution"
     )
-    table: str | None = _setting(None, "run directory whose final weights weighting=table or levels=table uses")
+    table: str | None = _setting(None, "run directory with the final weights for weighting=table or levels=table")
     optimal_loss: str | None = _setting(
         None,
-        "CSV of `vadiff optimal-loss` with the training images' optimal loss, of which gap and inverse_optimal_loss "
-        "are made; without it, it is estimated before the first step",
+        "CSV of `vadiff optimal-loss` for the training images, used by gap and inverse_optimal_loss; if not given, J* "
+        "is estimated before the first step",
     )
     bins: int = _setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
     log_snr_range: tuple[float, float] = _setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
-    half_life: float = _setting(128.0, "of the statistics, in samples per bin on average", above=0)
+    half_life: float = _setting(128.0, "half-life of the statistics, in samples per bin on average", above=0)
 
     model: str = _setting("unet", "network: unet (diffusers) or edm2 (EDM2's, config G)", choices=MODELS)
-    channels: tuple[int, ...] = _setting((32, 48), "width of each resolution, from the image's down", at_least=1)
+    channels: tuple[int, ...] = _setting((32, 48), "channels per resolution, highest resolution first", at_least=1)
     layers_per_block: int = _setting(1, "residual blocks per resolution", at_least=1)
     attention_resolutions: tuple[int, ...] = _setting((), "heights in pixels of the resolutions with self-attention")
-    norm_groups: int = _setting(8, "groups of group normalisation in unet; divides every width", at_least=1)
-    dropout: float = _setting(0.0, "in the residual blocks", at_least=0, below=1)
-    class_conditional: bool = _setting(False, "tell the network the class")
-    label_dropout: float = _setting(0.1, "share of labels withheld, for guidance", at_least=0, at_most=1)
+    norm_groups: int = _setting(8, "groups of group normalisation in unet; must divide all channels", at_least=1)
+    dropout: float = _setting(0.0, "dropout rate in the residual blocks", at_least=0, below=1)
+    class_conditional: bool = _setting(False, "condition the network on the class")
+    label_dropout: float = _setting(
+        0.1, "probability of dropping a label, for classifier-free guidance", at_least=0, at_most=1
+    )
 
     steps: int = _setting(450, "optimiser steps", at_least=1)
     batch_size: int = _setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
-    accumulate: int = _setting(1, "parts a batch is computed in, one after the other, to save memory", at_least=1)
+    accumulate: int = _setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
     optimizer: str = _setting("adam", "optimiser", choices=OPTIMIZERS)
-    learning_rate: float = _setting(8e-3, "reached after the warm-up", above=0, below=math.inf)
-    betas: tuple[float, float] = _setting((0.9, 0.99), "of the optimiser", at_least=0, below=1)
-    weight_decay: float = _setting(0.0, "of adamw", at_least=0, below=math.inf)
-    warmup: int = _setting(50, "steps of rising learning rate; 0 for none", at_least=0)
+    learning_rate: float = _setting(8e-3, "learning rate after the warm-up", above=0, below=math.inf)
+    betas: tuple[float, float] = _setting((0.9, 0.99), "beta1 and beta2 of the optimiser", at_least=0, below=1)
+    weight_decay: float = _setting(0.0, "weight decay of adamw", at_least=0, below=math.inf)
+    warmup: int = _setting(50, "steps of linear learning-rate warm-up; 0 for none", at_least=0)
     schedule: str = _setting(
-        "linear", "learning rate after the warm-up: linear and cosine fall to 0", choices=SCHEDULES
+        "linear", "learning rate after the warm-up; linear and cosine decay to 0", choices=SCHEDULES
     )
-    schedule_steps: int = _setting(1000, "of inverse_sqrt: steps after which the learning rate falls", at_least=1)
-    clip: float = _setting(math.inf, "largest norm of the gradient; inf for no clipping", above=0)
-    ema_decay: float = _setting(0.99, "of the running average of the weights", at_least=0, below=1)
+    schedule_steps: int = _setting(1000, "inverse_sqrt: steps before the learning rate decays", at_least=1)
+    clip: float = _setting(math.inf, "maximum gradient norm; inf for no clipping", above=0)
+    ema_decay: float = _setting(0.99, "decay of the exponential moving average of the weights", at_least=0, below=1)
     sigma_rel: tuple[float, ...] = _setting(
-        (), "relative widths of power-function averages to keep, as 0.05 0.1, from which `vadiff ema` makes any other",
+        (), "relative widths of power-function EMAs to track, e.g. 0.05 0.1; `vadiff ema` makes other widths from them",
         above=0, below=12**-0.5,
     )  # fmt: skip
-    snapshot_every: int = _setting(100, "steps between two snapshots of them; there is one at the end too", at_least=1)
-    snapshot_precision: str = _setting("fp16", "of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
-    max_skipped_steps: int = _setting(25, "stop after so many non-finite steps in a row", at_least=1)
+    snapshot_every: int = _setting(100, "steps between snapshots of these EMAs; the last step has one too", at_least=1)
+    snapshot_precision: str = _setting("fp16", "number format of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
+    max_skipped_steps: int = _setting(25, "stop after this many consecutive non-finite steps", at_least=1)
 
-    seed: int = _setting(0, "of the initial weights, and of all else unless data_seed is given", at_least=0)
-    data_seed: int | None = _setting(None, "of the order of images, the noise levels and the noise", at_least=0)
+    seed: int = _setting(
+        0, "seed of the initial weights and dropout, and of the data unless data_seed is given", at_least=0
+    )
+    data_seed: int | None = _setting(None, "seed of the image order, the noise levels and the noise", at_least=0)
     device: str = _setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
     backend: str = _setting("auto", "which kernels compute the loss", choices=backends.BACKENDS)
-    precision: str = _setting("fp32", "of the network's arithmetic; weights stay fp32", choices=PRECISIONS)
+    precision: str = _setting("fp32", "of the network's computation; weights stay fp32", choices=PRECISIONS)
     compile: bool = _setting(False, "torch.compile the network")
-    deterministic: bool = _setting(False, "deterministic algorithms only; on a GPU slower")
+    deterministic: bool = _setting(False, "deterministic algorithms only; slower on a GPU")
 
     log_every: int = _setting(20, "steps between two lines of metrics.jsonl", at_least=1)
     tensorboard: bool = _setting(True, "also write the metrics for TensorBoard")
-    log_rms: bool = _setting(False, "with the metrics: root mean square of weights and activations per layer")
-    checkpoint_every: int = _setting(1000, "steps between two checkpoints; there is one at the end too", at_least=1)
-    keep_checkpoints: int = _setting(3, "how many of the latest checkpoints stay", at_least=1)
+    log_rms: bool = _setting(False, "also log the RMS of weights, updates and activations per layer")
+    checkpoint_every: int = _setting(1000, "steps between checkpoints; the last step has one too", at_least=1)
+    keep_checkpoints: int = _setting(3, "number of latest checkpoints to keep", at_least=1)
     samples_every: int = _setting(0, "steps between two grids of samples; 0 for none", at_least=0)
     sample_count: int = _setting(64, "samples in a grid", at_least=1)
     held_out_every: int = _setting(
-        0, "steps between two measurements of the held-out loss; there is one at the end too; 0 for that only",
+        0, "steps between measurements of the held-out loss; the last step has one too; 0: only that one",
         at_least=0,
     )  # fmt: skip
-    held_out_images: int = _setting(1000, "at most so many held-out images are measured on", at_least=1)
-    held_out_draws: int = _setting(1, "noises per held-out image and noise level", at_least=1)
-    held_out_levels: int = _setting(12, "noise levels measured, evenly spaced in ln sigma", at_least=2)
-    held_out_sigma: tuple[float, float] = _setting((0.02, 20.0), "lowest and highest of them", above=0)
+    held_out_images: int = _setting(1000, "maximum number of held-out images to measure on", at_least=1)
+    held_out_draws: int = _setting(1, "noise draws per held-out image and noise level", at_least=1)
+    held_out_levels: int = _setting(12, "noise levels of the held-out loss, evenly spaced in ln sigma", at_least=2)
+    held_out_sigma: tuple[float, float] = _setting(
+        (0.02, 20.0), "lowest and highest sigma of the held-out loss", above=0
+    )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(TrainConfig)
@@ -185,7 +193,7 @@ class TrainConfig:
         return self.weighting
 
     def torch_device(self) -> torch.device:
-        """The device that `device` names. The config of a run may name one that only another machine has.
+        """Resolve `device` on this machine; a run's config may name a device of another machine.
 
         Raises:
             ValueError: no such device on this machine.
@@ -215,10 +223,10 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
-        """Read what `save` wrote, or what a person did.
+        """Read a YAML file, written by `save` or by hand.
 
         Raises:
-            RunError: not YAML, an unknown field or a value that does not fit.
+            RunError: not YAML, an unknown field or an invalid value.
             MissingExtraError: PyYAML is not installed.
         """
         yaml = import_extra("yaml", "train")
@@ -235,10 +243,10 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TrainConfig":
-        """Make a config from plain values; what is missing gets its default.
+        """Make a config from plain values; missing fields get their defaults.
 
         Raises:
-            ValueError: an unknown field or a value that does not fit.
+            ValueError: an unknown field or an invalid value.
         """
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
@@ -247,7 +255,7 @@ class TrainConfig:
 
 
 def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
-    """The values a field of `TrainConfig` may have, None where they are not a list of names."""
+    """The names that a field of `TrainConfig` accepts; None if it is not an enumeration."""
     allowed = field.metadata.get("choices")
     if allowed == "weightings":
         return (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
@@ -257,7 +265,7 @@ def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as its field's type; YAML and TOML have no tuples, and YAML reads 1e-4 as text."""
+    """Convert `value` to its field's type: YAML and TOML have no tuples, and YAML reads 1e-4 as text."""
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
@@ -283,10 +291,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             raise TypeError
         return kind(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}, expected {_spoken(kind)}") from None
+        raise ValueError(f"{name} is {value!r}, expected {_type_name(kind)}") from None
 
 
-def _spoken(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if typing.get_origin(kind) is tuple:
         arguments = typing.get_args(kind)
@@ -296,7 +304,7 @@ def _spoken(kind: Any) -> str:
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """One of the choices, and within the bounds; None stands outside of both."""
+    """Raise ValueError unless `value` is among the choices and within the bounds; None always passes."""
     allowed = choices(field)
     if allowed is not None and value not in allowed:
         raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(allowed)}")

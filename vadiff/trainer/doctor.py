@@ -1,4 +1,4 @@
-"""`vadiff doctor`: what this machine has, what is missing and how to get it. Made to be pasted into a bug report."""
+"""`vadiff doctor`: what this machine has, what is missing and how to get it, for pasting into a bug report."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from ..extras import MissingExtraError, import_extra
 from ..ops import backends
 
 _ENVIRONMENT = {
-    backends.ENVIRONMENT_VARIABLE: 'backend where the argument is "auto"',
+    backends.ENVIRONMENT_VARIABLE: 'backend used for backend="auto"',
     "TRITON_INTERPRET": "1: Triton kernels run on the CPU, slowly, for tests",
     "CUDA_VISIBLE_DEVICES": "which GPUs torch sees",
     "OMP_NUM_THREADS": "threads on the CPU",
@@ -65,7 +65,7 @@ def _environment() -> Iterator[str]:
 
 
 def _extras() -> Iterator[str]:
-    """Read from the installed package's own requirements, so that the list stands once, in pyproject.toml."""
+    """Installed and missing packages of each extra, from the package metadata: only pyproject.toml lists them."""
     try:
         requirements = metadata.requires("vadiff") or []
     except metadata.PackageNotFoundError:
@@ -88,7 +88,7 @@ def _extras() -> Iterator[str]:
 
 
 def _applies(marker: str, extra: str) -> bool:
-    """Whether a requirement is one on this Python and system; without packaging, which says so, all are."""
+    """Whether a requirement's marker applies to this Python and system; True if `packaging` is not installed."""
     try:
         from packaging.markers import Marker
     except ImportError:
@@ -97,7 +97,7 @@ def _applies(marker: str, extra: str) -> bool:
 
 
 def _torchvision_trouble() -> Iterator[str]:
-    """A torchvision built for another torch does not import, and then diffusers and torch-fidelity do not either."""
+    """Report a torchvision built for another torch: its import fails, and with it diffusers' and torch-fidelity's."""
     try:
         import_extra("torchvision", "eval")
     except MissingExtraError as error:

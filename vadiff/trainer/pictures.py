@@ -1,4 +1,4 @@
-"""Images as files: PNG folders and npz archives, written whole or not at all, and read back as uint8. Grids of them."""
+"""Image files: PNG folders and npz archives, written atomically and read back as uint8; image grids."""
 
 import math
 import zipfile
@@ -19,19 +19,19 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class PictureWriter:
-    """Writes a PNG folder or an npz archive; it appears under its name when the `with` block ends without an error.
+    """Writes a PNG folder or an npz archive, which appears at `path` only if the `with` block ends without an error.
 
-    The archive holds `arr_0` [N, H, W, C] uint8 and, with labels, `arr_1` [N] int64: what the evaluation scripts of
-    the field read. A folder holds one file per image, named by its seed (and class).
+    The archive holds `arr_0` [N, H, W, C] uint8 and, with labels, `arr_1` [N] int64, as the usual evaluation scripts
+    expect. A folder holds one file per image, named by its seed (and class).
 
     Args:
-        path: what ends in .npz is an archive, all else a folder.
+        path: an archive if it ends in .npz, otherwise a folder.
         seeds: of all images.
         shape: (C, H, W), C 1 or 3.
-        labels: whether images have a class.
+        labels: whether `write` gets class labels.
 
     Raises:
-        FileExistsError: there is something at `path` already.
+        FileExistsError: `path` exists already.
         ValueError: images that are neither grey nor RGB.
     """
 
@@ -46,12 +46,12 @@ class PictureWriter:
         self._pillow = import_extra("PIL.Image", "eval")
 
     def __enter__(self) -> "PictureWriter":
-        self._writing = self._whole_or_not_at_all()
+        self._writing = self._atomically()
         self._writing.__enter__()
         return self
 
     def write(self, start: int, images: Tensor, labels: Tensor | None = None) -> None:
-        """Add images [B, C, H, W] uint8, whose seeds begin at place `start`."""
+        """Add images [B, C, H, W] uint8; the first has the seed `seeds[start]`."""
         pixels = images.permute(0, 2, 3, 1).numpy()
         if labels is not None and self.labels is not None:
             self.labels[start : start + len(pixels)] = labels.numpy()
@@ -68,7 +68,7 @@ class PictureWriter:
         self._writing.__exit__(kind, error, trace)
 
     @contextmanager
-    def _whole_or_not_at_all(self) -> Iterator[None]:
+    def _atomically(self) -> Iterator[None]:
         with replacing(self.path) as self._partial:
             if not self.archive:
                 self._partial.mkdir()
@@ -89,7 +89,7 @@ def read_pictures(path: Path) -> Tensor:
 
     Raises:
         ValueError: no images, images of different sizes, or an archive without `arr_0` [N, H, W, C] uint8.
-        FileNotFoundError: nothing at `path`.
+        FileNotFoundError: `path` does not exist.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a folder of images or an .npz archive")
@@ -97,7 +97,7 @@ def read_pictures(path: Path) -> Tensor:
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
-    """[N, C, H, W] → [rows·(H+1) - 1, columns·(W+1) - 1, C], white between the images and in empty places.
+    """Arrange [N, C, H, W] as [rows·(H+1) - 1, columns·(W+1) - 1, C], white between the images and in empty cells.
 
     Images are in [-1, 1], 1 is white.
     """

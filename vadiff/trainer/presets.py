@@ -6,8 +6,8 @@ import math
 from .config import TrainConfig
 
 # The protocol of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), as its authors
-# coded it: EDM preconditioning, unconditional, no flips, learning rate and EMA without warm-up. Their network is a
-# home-made U-Net of the same widths, with attention on the way down only; ours is diffusers'.
+# coded it: EDM preconditioning, unconditional, no flips, learning rate and EMA without warm-up. Their network is their
+# own U-Net with the same channels and attention in the encoder only; here it is diffusers'.
 _PAPER = TrainConfig(
     dataset="cifar10",
     sigma_data=0.5,
@@ -67,8 +67,8 @@ _CIFAR10_MINI = dataclasses.replace(
 )
 
 # EDM v1's class-conditional CIFAR-10 (arXiv 2206.00364): DDPM++'s widths and depth, learning rate with a
-# ramp of 10 million images, EMA with a half-life of half a million. Of its augmentations there are the flips; the
-# network is diffusers', 59 million parameters.
+# ramp of 10 million images, EMA with a half-life of half a million. Of its augmentations only the flips; the network
+# is diffusers', 59 million parameters.
 _EDM = dataclasses.replace(
     _PAPER,
     weighting="constant",
@@ -94,7 +94,7 @@ _EDM = dataclasses.replace(
 
 # EDM2's config G and training (arXiv 2312.02696) at the size of the network above, 57 million
 # parameters. The paper has no CIFAR-10: its learning rate falls after 35,000 steps of 2,048 images and training goes
-# on for 10 to 30 times that; here both are shorter by the same factor, the ramp too. Dropout is EDM v1's.
+# on for 10 to 30 times that; here both and the ramp are shorter by the same factor. Dropout is EDM v1's.
 _EDM2 = dataclasses.replace(
     _EDM,
     model="edm2",
@@ -116,7 +116,7 @@ PRESETS = {
     "digits-edm2": TrainConfig(
         model="edm2",
         weighting="learned",
-        learning_rate=4e-2,  # at the paper's 1e-2 a run this short has not turned the weights far enough
+        learning_rate=4e-2,  # at the paper's 1e-2 the weights rotate too little in a run this short
         schedule="inverse_sqrt",
         schedule_steps=100,
         sigma_rel=(0.05, 0.10),
@@ -129,18 +129,18 @@ PRESETS = {
     "cifar100-paper": dataclasses.replace(_PAPER, dataset="cifar100"),
     "cifar10-edm": _EDM,
     "cifar10-edm2": _EDM2,
-    # Attention at 16 alone: that is there at 32 pixels and at 64.
+    # Attention at 16 only: images of 32 and of 64 pixels both have this resolution.
     "images": dataclasses.replace(_CIFAR10, dataset="images", class_conditional=False, attention_resolutions=(16,)),
 }
 
 ABOUT = {
     "digits": "a small U-Net on scikit-learn's handwritten digits, 8 x 8 pixels, in a minute on a CPU",
-    "digits-edm2": "the same with EDM2's network, schedule, learned weighting and averages of the weights",
+    "digits-edm2": "digits with EDM2's network, schedule, learned weighting and averages of the weights",
     "cifar10": "class-conditional CIFAR-10 with flips and dropout",
     "cifar10-mini": "a small U-Net on CIFAR-10, half a minute on a data-centre GPU",
     "cifar10-paper": "CIFAR-10 by the protocol of arXiv 2603.10391, with its weighting",
-    "cifar100-paper": "the same on CIFAR-100",
+    "cifar100-paper": "CIFAR-100 by the same protocol",
     "cifar10-edm": "class-conditional CIFAR-10 as EDM v1 trained it, with flips for augmentation",
-    "cifar10-edm2": "EDM2's network, schedule, learned weighting and averages, at the size of that",
-    "images": "a folder of pictures of your own: --data FOLDER",
+    "cifar10-edm2": "EDM2's network, schedule, learned weighting and averages, at the size of cifar10-edm",
+    "images": "a folder of your own images: --data FOLDER",
 }

@@ -1,4 +1,4 @@
-"""Grids of runs, paired by seed: what to train, training and evaluating it, and what came out."""
+"""Ablation grids, runs paired by seed: planning, training, evaluation and results."""
 
 from .collect import Results, collect
 from .evaluation import Evaluation

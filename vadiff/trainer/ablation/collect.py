@@ -1,7 +1,8 @@
-"""What came out of a grid: every arm against the baseline, pair by pair.
+"""Results of a grid: every arm compared with the baseline, paired by seed.
 
 The primary figure of a pair is the mean over the held-out noise levels of ln(loss of the arm / loss of the baseline),
-averaged weights, the same images and noise: the ratio is the same for the x0 loss and for EDM's (of one sigma_data).
+with averaged weights on the same images and noise. The ratio is the same for the x0 loss and for EDM's loss if both
+runs have the same sigma_data.
 Below 0 the arm is better; -0.01 is 1 % less loss.
 """
 
@@ -38,8 +39,8 @@ class ArmResult:
     arm: str
     held_out: Interval  # ln ratio to the baseline, mean over noise levels
     per_level: tuple[Interval, ...]  # ln ratio, by noise level
-    images_to_reach: Interval  # the baseline's final held-out loss, ÷ images the baseline saw; NaN if a seed did not
-    reached: int  # seeds that got there
+    images_to_reach: Interval  # the baseline's final held-out loss ÷ the baseline's images; NaN unless all seeds do
+    reached: int  # seeds that reach this loss
     evaluation: Mapping[str, Interval]  # difference to the baseline in each metric of `vadiff evaluate`
     seconds: float  # of training, mean over seeds
     per_seed: Mapping[int, float]  # seed → primary figure
@@ -47,22 +48,22 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A grid, collected."""
+    """Collected results of a grid."""
 
     name: str
     baseline: str
     seeds: tuple[int, ...]
     log_snr: tuple[float, ...]  # of the held-out levels
     arms: tuple[ArmResult, ...]
-    missing: tuple[str, ...]  # arm/seed of runs that are not done, or whose baseline is not
+    missing: tuple[str, ...]  # arm/seed of runs that are unfinished, or whose baseline run is
 
     def as_text(self) -> str:
-        """A table for people, without a newline at the end."""
+        """The results as a text table, without a trailing newline."""
         width = max([len(arm.arm) for arm in self.arms] + [len(self.baseline), 8])
         metrics = sorted({metric for arm in self.arms for metric in arm.evaluation})
         header = f"{'arm':<{width}}  {'seeds':>5}  {'held-out loss':>24}  {'images to reach':>22}  {'seconds':>7}"
         lines = [
-            f"{self.name}: against {self.baseline}, same seed by same seed; mean [95 % interval]",
+            f"{self.name}: compared with {self.baseline}, paired by seed; mean [95 % interval]",
             "",
             header + "".join(f"  {metric:>24}" for metric in metrics),
         ]
@@ -81,12 +82,12 @@ class Results:
         lines += [
             "",
             "Held-out loss: mean over noise levels of ln(loss / loss of the baseline), in percent; below 0 is better.",
-            "Images to reach the baseline's final held-out loss, over the images the baseline saw; below 1 is faster.",
+            "Images to reach the baseline's final held-out loss ÷ images the baseline saw; below 1 is faster.",
         ]
         if len(self.seeds) < 10:
             lines.append(f"{len(self.seeds)} seeds say nothing about the spread over seeds.")
         if self.missing:
-            lines.append(f"Not there yet: {', '.join(self.missing)}")
+            lines.append(f"Not finished: {', '.join(self.missing)}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,14 +134,14 @@ def collect(grid: Grid, out: Path) -> Results:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one run came to."""
+    """Results of one run."""
 
     log_snr: list[float]  # [L]
     sigma_data: float
     images: Tensor  # [R], at each measurement of the held-out loss
     log_loss: Tensor  # [R, L] float64, ln of the held-out loss, averaged weights
     evaluation: dict[str, float]
-    evaluated: dict[str, Any] | None  # how; None where `vadiff evaluate` did not do it
+    evaluated: dict[str, Any] | None  # options of `vadiff evaluate`; None if it was not run
     seconds: float
 
     @classmethod
@@ -148,7 +149,7 @@ class _Outcome:
         opened = open_run(run.path)
         entries = opened.metrics()
         measured = [entry for entry in entries if "held_out" in entry]
-        evaluations = dict(opened.evaluations()).get(entries[-1]["images"], {})  # those of the end only
+        evaluations = dict(opened.evaluations()).get(entries[-1]["images"], {})  # of the last step only
         return cls(
             measured[-1]["held_out"]["log_snr"],
             run.config.sigma_data,
@@ -160,7 +161,7 @@ class _Outcome:
         )
 
     def images_to(self, log_loss: float) -> float:
-        """Images until the mean of ln loss over levels first was at most `log_loss`, interpolated; NaN if never."""
+        """Images until the mean ln loss over levels first reached `log_loss`, interpolated; NaN if it never did."""
         means = self.log_loss.mean(1).tolist()
         images = self.images.tolist()
         for index, mean in enumerate(means):
@@ -183,7 +184,7 @@ def _arm_result(arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> Arm
         arm,
         interval(ratios.mean(1).tolist()),
         tuple(interval(level.tolist()) for level in ratios.T),
-        # Of those that got there alone it would flatter: the slow ones are missing.
+        # NaN unless all seeds reached the loss: without the slow seeds the mean would be too low.
         interval(reached) if len(reached) == len(reach) else Interval(math.nan, math.nan, math.nan, len(reach)),
         len(reached),
         {
@@ -207,8 +208,8 @@ def _check_comparable(arm: str, seed: int, mine: _Outcome, other: _Outcome) -> N
 
 
 def _check_evaluated_alike(outcomes: Mapping[tuple[str, int], _Outcome]) -> None:
-    """FID and its kin depend on the number of images, the seeds, the layer: a difference of two that differ in these
-    says nothing about the arms."""
+    """Raise GridError unless all runs were evaluated alike: image metrics such as FID depend on the number of images,
+    the seeds and the layer."""
     measured = [(run, outcome.evaluated) for run, outcome in outcomes.items() if outcome.evaluated is not None]
     for (arm, seed), evaluated in measured[1:]:
         (first_arm, first_seed), expected = measured[0]

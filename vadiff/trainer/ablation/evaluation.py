@@ -1,4 +1,4 @@
-"""How the images of every run of a grid are compared with real ones: the table [evaluate] of the experiment's file.
+"""The table [evaluate] of an experiment's file: how the images of every run are compared with real ones.
 
 [evaluate]                   # what `vadiff ablate --evaluate` does with each run that is done; these are the defaults
 metrics = ["fid", "kid"]     # of fid, kid, isc, prc
@@ -17,15 +17,15 @@ from typing import Any
 from ...errors import RunError
 from ..evaluation.fidelity import LAYERS, METRICS
 
-_FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # of each metric
+_FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # in metrics.json
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured, and on which images.
+    """Metrics to measure, and the images to measure them on.
 
     Raises:
-        ValueError: a setting that does not fit.
+        ValueError: an invalid option.
     """
 
     metrics: tuple[str, ...] = ("fid", "kid")
@@ -45,10 +45,10 @@ class Evaluation:
 
     @classmethod
     def from_table(cls, table: Any) -> "Evaluation":
-        """From what stands in the file.
+        """Read the table [evaluate].
 
         Raises:
-            ValueError: an unknown or unfitting setting.
+            ValueError: an unknown or invalid option.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(table, Mapping) or set(table) - set(names):
@@ -59,14 +59,14 @@ class Evaluation:
         return cls(**{**table, "metrics": tuple(metrics)})
 
     def arguments(self) -> list[str]:
-        """Those of `vadiff evaluate RUN`."""
+        """Arguments that follow `vadiff evaluate RUN`."""
         return [
             "--metrics", *self.metrics, "--layer", self.layer, "--images", str(self.images),
             "--first-seed", str(self.first_seed), "--no-held-out",
         ]  # fmt: skip
 
     def was_done(self, run: Path, step: int, inception_weights: str) -> bool:
-        """Whether `vadiff evaluate` left just this in a run.
+        """Whether `vadiff evaluate` has measured exactly this on a run.
 
         Args:
             run: its folder.
@@ -84,14 +84,16 @@ class Evaluation:
             "generation.weights": "ema",
         }
         measured = json.loads(_file(run, step).read_text())["metrics"]
-        names = {_FIRST_VALUE[name] for name in self.metrics if name != "isc"}  # that the weights may not reach
+        names = {
+            _FIRST_VALUE[name] for name in self.metrics if name != "isc"
+        }  # isc: not every weights file can give it
         return names <= {name.split("-")[0] for name in measured} and all(
             found.get(name) == value for name, value in wanted.items()
         )
 
 
 def settings_of(run: Path, step: int) -> dict[str, Any] | None:
-    """How `vadiff evaluate` measured a step of a run, by name; None where it did not.
+    """Options with which `vadiff evaluate` measured a step of a run, by name; None if it did not.
 
     Raises:
         RunError: the file is damaged.
@@ -112,7 +114,7 @@ def settings_of(run: Path, step: int) -> dict[str, Any] | None:
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The name of a setting that two evaluations differ in; None where they are alike."""
+    """Name of the first option in which two evaluations differ, or None."""
     return next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), None)
 
 

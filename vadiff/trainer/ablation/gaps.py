@@ -1,7 +1,7 @@
-"""The loss of every arm per noise level, held out and above the optimal one, averaged over seeds.
+"""Held-out loss and gap to the optimal loss of every arm, per noise level, averaged over seeds.
 
-All in EDM's unit, λ(σ)·mean((D - x0)²), in which levels can be told apart on one scale. The gap is that of training
-images, averaged weights, eval mode; the held-out loss has no optimal loss to subtract.
+All in EDM's unit, λ(σ)·mean((D - x0)²), which puts all levels on one scale. The gap is measured on training images,
+with averaged weights in eval mode; held-out images have no optimal loss to subtract.
 """
 
 import csv
@@ -40,7 +40,7 @@ class LevelGap(NamedTuple):
     training: float  # on images trained on, mean over seeds
     optimal: float  # J*/D
     optimal_stderr: float
-    gap: Interval  # training - optimal. The interval is over seeds; the error of J* is the same for all of them
+    gap: Interval  # training - optimal; the interval is over seeds, which share the error of J*
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Gaps:
     arms: dict[str, tuple[LevelGap, ...]]
 
     def as_text(self) -> str:
-        """Two tables for people, arms by noise levels, without a newline at the end."""
+        """Two text tables, arms by noise levels, without a trailing newline."""
         width = max(len(arm) for arm in self.arms)
         sigmas = [level.sigma for level in next(iter(self.arms.values()))]
         header = f"{'arm':<{width}}" + "".join(f"  σ {sigma:<7.3g}" for sigma in sigmas) + f"  {'mean':>9}"
@@ -84,7 +84,7 @@ class Gaps:
         return text.getvalue()
 
     def figure(self) -> Any:
-        """Left: held-out loss over noise levels. Right: the gap. A `matplotlib.figure.Figure`."""
+        """A `matplotlib.figure.Figure`: held-out loss per noise level on the left, the gap on the right."""
         figure = import_extra("matplotlib.figure", "report").Figure(figsize=(15, 7), dpi=100, facecolor="white")
         panels = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.06, right=0.84, top=0.82, bottom=0.1, wspace=0.15)
@@ -101,7 +101,7 @@ class Gaps:
                 )  # fmt: skip
         panels[0].set_title("Held-out loss.\nBand: 95 % interval over seeds.", loc="left")
         panels[1].set_title(
-            "Gap: loss on training images − optimal loss.\nWhat training could still win there.", loc="left"
+            "Gap: loss on training images − optimal loss.\nHow much training could still lower it.", loc="left"
         )
         panels[1].axhline(0.0, color="black", linewidth=1)
         for panel in panels:
@@ -115,19 +115,19 @@ class Gaps:
 
 
 def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = True) -> Gaps:
-    """Measure the runs of a grid that are done, at the noise levels of their held-out loss.
+    """Measure the finished runs of a grid, at the noise levels of their held-out loss.
 
     J* of each data set is estimated first, to 1 % or 1e-4 of the total variance: some seconds on digits.
 
     Args:
-        grid: the experiment, of whose runs one at least is done.
+        grid: the experiment; at least one run must be finished.
         out: its folder.
-        images: training images of each run that are measured on; the same ones, with the same noise.
+        images: training images to measure each run on; the same images and noise for every run.
         progress: show progress bars where stderr is a terminal.
 
     Raises:
-        UserError: no run is done, one was trained with other settings, or its checkpoint or the data set is missing or
-            corrupt.
+        UserError: no run is finished, a run was trained with other settings, or a checkpoint or the data set is missing
+            or corrupt.
     """
     done = [run for run in grid.runs(out) if run.is_done]
     if not done:
@@ -135,13 +135,13 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
     for run in done:
         run.check()
     known: dict[tuple[object, ...], tuple[Images, OptimalLoss]] = {}
-    order = sorted(grid.arms, key=lambda arm: arm != grid.baseline)  # the baseline first, the others as they are
+    order = sorted(grid.arms, key=lambda arm: arm != grid.baseline)  # the baseline first, the others in their order
     found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in order}
     bar_type = import_extra("tqdm", "train").tqdm
     for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
         opened = open_run(run.path)
         config = opened.config
-        device = run.config.torch_device()  # the grid's config says where data and device are on this machine
+        device = run.config.torch_device()  # data and device of this machine are in the grid's config
         key = (
             config.dataset, run.config.data, config.image_size, config.flips, config.class_conditional,
             config.held_out_levels, config.held_out_sigma,
@@ -169,7 +169,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
 
 
 def write_gaps(gaps: Gaps, out: Path) -> None:
-    """Write gaps.csv, gaps.txt and gaps.png to a folder, which is made.
+    """Write gaps.csv, gaps.txt and gaps.png to a folder, creating it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -183,13 +183,13 @@ def write_gaps(gaps: Gaps, out: Path) -> None:
 
 
 def _held_out(run: Run) -> Tensor:
-    """The held-out loss at the end, averaged weights, [L]."""
+    """Final held-out loss of the averaged weights, [L]."""
     last = [entry for entry in run.metrics() if "held_out" in entry][-1]
     return stacked([last], "held_out", "loss_ema")[0]
 
 
 def _levels(seeds: list[dict[str, Tensor]]) -> tuple[LevelGap, ...]:
-    """Over seeds, level by level."""
+    """Aggregate over seeds, level by level."""
     values = {name: torch.stack([seed[name] for seed in seeds]) for name in seeds[0]}  # [S, L]
     return tuple(
         LevelGap(

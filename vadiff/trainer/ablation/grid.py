@@ -12,12 +12,12 @@ steps = 300
 weighting = "constant"
 [arms.twice_the_rate]
 weighting = "constant"
-learning_rate = { times = 2.0 }              # a multiple of what it would be otherwise
+learning_rate = { times = 2.0 }              # a multiple of the preset's or [config]'s value
 [arms.static_twin]
 weighting = "table"
 table = { arm = "variance_aware" }           # the run of that arm with the same seed; it is trained first
 
-[grid]                       # in place of arms, or besides: every combination is an arm
+[grid]                       # instead of arms, or in addition: every combination is an arm
 weighting = ["constant", "variance_aware"]
 learning_rate = [1e-3, 2e-3]
 
@@ -48,7 +48,7 @@ _KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid", "evalu
 
 
 class GridError(UserError):
-    """The TOML file of an experiment does not make sense."""
+    """The TOML file of an experiment is invalid, or does not match its runs."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,17 @@ class PlannedRun:
     needs: Path | None  # the run whose final weights it uses
 
     def steps_done(self) -> int:
-        """The last step in its metrics, 0 where it has not begun."""
+        """The last step in the run's metrics, 0 if it has not started."""
         if not (self.path / "config.yaml").is_file():
             return 0
         entries = open_run(self.path).metrics()
         return int(entries[-1]["step"]) if entries else 0
 
     def check(self) -> None:
-        """Whether what is in its folder is, so far, the run that is planned.
+        """Raise unless the contents of the run's folder match the plan.
 
         Raises:
-            GridError: it was trained with other settings, or with the weights that the other run had before.
+            GridError: the run was trained with other settings, or with an outdated weight table or optimal loss.
         """
         if not (self.path / "config.yaml").is_file():
             return
@@ -80,7 +80,7 @@ class PlannedRun:
         ignored = run_folder.IMMATERIAL | ({"steps"} if saved.steps < self.config.steps else set())
         if differing := run_folder.differences(saved, self.config, ignored):
             raise GridError(
-                f"{self.path} was trained with other settings: {'; '.join(differing)}. Mend the experiment, choose "
+                f"{self.path} was trained with other settings: {'; '.join(differing)}. Fix the experiment, choose "
                 "another --out, or remove that folder to train it again"
             )
         self._check_curve()
@@ -88,7 +88,7 @@ class PlannedRun:
             return
         try:
             current = read_table(self.config, None)
-        except RunError as error:  # that run is being trained again
+        except RunError as error:  # the source run is being trained again
             raise GridError(
                 f"{self.path} has a weight table that cannot be compared with its source: {error}"
             ) from error
@@ -99,7 +99,7 @@ class PlannedRun:
             )
 
     def _check_curve(self) -> None:
-        """Whether the optimal loss it was trained with is that of the file the plan names, where it names one."""
+        """Raise unless the run's optimal loss equals that in the file named by the plan, if it names one."""
         kept = self.path / CURVE_FILE
         if not kept.is_file():
             return
@@ -122,11 +122,11 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """Arms times seeds.
+    """An experiment: arms times seeds.
 
     Attributes:
         arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run.
-        evaluation: what `evaluate_all` does.
+        evaluation: options of `evaluate_all`.
     """
 
     name: str
@@ -137,10 +137,10 @@ class Grid:
     evaluation: Evaluation
 
     def runs(self, out: Path) -> list[PlannedRun]:
-        """All runs, seed by seed, those that others need before them.
+        """All runs, seed by seed; within a seed, runs that need another run come last.
 
         Raises:
-            GridError: a field that does not fit; the message names the arm.
+            GridError: an invalid field; the message names the arm.
         """
         order = sorted(self.arms, key=lambda arm: self._needed_by(arm) is not None)
         return [self._run(arm, seed, out) for seed in self.seeds for arm in order]
@@ -166,15 +166,15 @@ class Grid:
 
 
 def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int | None = None) -> Grid:
-    """Read an experiment.
+    """Read an experiment's file.
 
     Args:
         path: the TOML file.
-        overrides: fields of the config that win over those of the file.
-        seeds: take the first so many only.
+        overrides: fields of the config that override those of the file.
+        seeds: use only this many seeds, from the first.
 
     Raises:
-        GridError: the file is not there, not TOML, or does not make sense; the message says where.
+        GridError: the file is missing, not TOML, or invalid; the message says where.
     """
     toml = import_extra("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
@@ -208,7 +208,7 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
 
 
 def _combinations(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every combination of the values of a [grid], by a name as "weighting=constant,steps=100"."""
+    """Every combination of the values of a [grid], keyed by a name such as "weighting=constant,steps=100"."""
     combinations = itertools.product(*axes.values()) if axes else ()
     arms = {}
     for values in combinations:
@@ -225,7 +225,7 @@ def _check_arm(path: Path, arm: str, settings: Any, arms: Mapping[str, Any]) -> 
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     for name, value in settings.items():
         if name not in fields or name == "seed":
-            raise GridError(f"{path}: arm {arm} has {name}, which is no field that an arm can set")
+            raise GridError(f"{path}: arm {arm} has {name}, which is not a field that an arm can set")
         if isinstance(value, Mapping) and "times" in value and not isinstance(value["times"], (int, float)):
             raise GridError(f"{path}: arm {arm} has {name} times {value['times']!r}, expected a number")
     table = settings.get("table")
@@ -233,7 +233,7 @@ def _check_arm(path: Path, arm: str, settings: Any, arms: Mapping[str, Any]) -> 
         if set(table) != {"arm"} or table["arm"] not in arms:
             raise GridError(f"{path}: arm {arm} has table = {dict(table)}, expected {{ arm = NAME }} of another arm")
         if isinstance(arms[table["arm"]].get("table"), Mapping):
-            raise GridError(f"{path}: arm {arm} needs {table['arm']}, which needs another arm itself")
+            raise GridError(f"{path}: arm {arm} needs {table['arm']}, which itself needs another arm")
 
 
 def _run_path(out: Path, arm: str, seed: int) -> Path:

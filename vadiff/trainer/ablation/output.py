@@ -10,14 +10,14 @@ from typing import Any
 from ...extras import import_extra
 from .collect import Results
 
-# Okabe & Ito's colours, told apart by everyone; markers for prints without colour, dashes for the next seven arms.
+# Okabe & Ito's colour-blind-safe colours; markers for black-and-white prints, dashes for every further seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
 _DASHES = ("-", "--", ":", "-.")
 
 
 def write_results(results: Results, out: Path) -> None:
-    """Write results.json, results.csv, results.txt and results.png to a folder, which is made.
+    """Write results.json, results.csv, results.txt and results.png to a folder, creating it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -53,7 +53,7 @@ def _picture(results: Results) -> Any:
     overall, by_level = figure.subplots(1, 2, width_ratios=(1, 1.2))
     figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
     for row, arm in enumerate(results.arms):
-        style = arm_style(row + 1)  # the baseline has the first, in the picture of gaps too
+        style = arm_style(row + 1)  # style 0 is the baseline's, as in gaps.png
         mean, low, high = (_percent(value) for value in arm.held_out[:3])
         overall.plot(
             [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"
@@ -82,7 +82,7 @@ def _picture(results: Results) -> Any:
     by_level.set_xlabel("log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →")
     by_level.set_ylabel(f"held-out loss against {results.baseline} (%)")
     by_level.set_title(
-        "By noise level. Look for gains at some levels\npaid for at others. Band: 95 % interval.", loc="left"
+        "By noise level. Look for gains at some levels\nand losses at others. Band: 95 % interval.", loc="left"
     )
     if results.arms:
         by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
@@ -105,7 +105,7 @@ def arm_style(row: int) -> dict[str, str]:
 
 
 def plain_axes(panel: Any) -> None:
-    """A light grid, and no frame above and to the right."""
+    """Light grid, no spines at the top and right."""
     panel.grid(alpha=0.3, linewidth=0.6)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)

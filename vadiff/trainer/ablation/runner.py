@@ -15,27 +15,27 @@ from ..evaluation.fidelity import weights_key
 from ..training.run_folder import is_in_use
 from .grid import Grid, GridError, PlannedRun
 
-_POLL_SECONDS = 1.0  # between two looks at a run that another process trains
+_POLL_SECONDS = 1.0  # between checks of a run that another process trains
 
 
 def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None) -> list[Path]:
-    """Train what is missing, and go on with what broke off.
+    """Train the missing runs and resume the interrupted ones.
 
-    A run's output goes to `train.log` in its folder. A run whose weight table comes from another one waits for that,
-    also where another process, as that of a job array, is training it.
+    A run's output goes to `train.log` in its folder. A run that needs another run's weight table waits for that run,
+    also if another process trains it, for example one of a job array.
 
     Args:
         grid: what to train.
         out: folder of the experiment.
         jobs: processes at a time.
-        index: train this run only, and the one it needs.
+        index: train only this run and the run it needs.
 
     Returns:
-        The folders of the runs that failed, or could not begin because one that they need did.
+        The folders of the runs that failed, or whose required run failed.
 
     Raises:
-        GridError: no such run, or one that was trained with other settings than it should be; nothing is trained then.
-        KeyboardInterrupt: all processes were told to stop, and left a checkpoint.
+        GridError: no such run, or a run was trained with other settings; raised before anything is trained.
+        KeyboardInterrupt: raised again after all processes were told to stop and to write a checkpoint.
     """
     runs = grid.runs(out)
     if index is not None:
@@ -80,23 +80,23 @@ def evaluate_all(
     inception_weights: Path | None = None,
     cache: Path | None = None,
 ) -> list[Path]:
-    """Measure the images of every run that is done and was not measured so: `grid.evaluation`, same seeds for all.
+    """Measure the images of every finished run not yet measured as `grid.evaluation` says, with the same seeds for all.
 
     Each is measured by `vadiff evaluate`, whose output goes to `evaluate.log` in the run's folder.
 
     Args:
         grid: what was trained.
         out: folder of the experiment.
-        jobs: processes at a time; the first run is measured alone, as it leaves the features of the real images.
+        jobs: processes at a time; the first run is measured alone, as it caches the features of the real images.
         index: measure this run only.
-        inception_weights, cache: as `vadiff evaluate` takes them.
+        inception_weights, cache: as in `vadiff evaluate`.
 
     Returns:
         The folders of the runs that could not be measured.
 
     Raises:
-        GridError: no such run, or one that was trained with other settings than it should be; nothing is measured then.
-        KeyboardInterrupt: all processes were told to stop.
+        GridError: no such run, or a run was trained with other settings; raised before anything is measured.
+        KeyboardInterrupt: raised again after all processes were told to stop.
     """
     runs = grid.runs(out)
     runs = runs if index is None else [_chosen(runs, index)]
@@ -137,7 +137,7 @@ def _chosen(runs: Sequence[PlannedRun], index: int) -> PlannedRun:
 
 
 class _Children:
-    """The processes that train and measure."""
+    """Subprocesses that train and measure runs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -145,25 +145,25 @@ class _Children:
         self._stopping = threading.Event()
 
     def train(self, run: PlannedRun) -> bool:
-        """Train one run to its end; whether it got there."""
+        """Train one run to its end. Returns whether it finished."""
         run.path.mkdir(parents=True, exist_ok=True)
         while not run.is_done:
             if is_in_use(run.path):
                 if self._stopping.wait(_POLL_SECONDS):
                     return False
-            elif run.is_done:  # it ended between the two looks
+            elif run.is_done:  # it finished between the two checks
                 break
-            elif not self._train_once(run) and not is_in_use(run.path):  # it failed, and not for another's being faster
+            elif not self._train_once(run) and not is_in_use(run.path):  # failed, and no other process trains it
                 return False
         return True
 
     def evaluate(self, run: PlannedRun, options: Sequence[str]) -> bool:
-        """Measure a run; whether that worked."""
+        """Measure a run. Returns whether that succeeded."""
         command = ["evaluate", str(run.path), *options, "--devices", run.config.device]
         return self._call(command, run.path / "evaluate.log") == 0
 
     def _train_once(self, run: PlannedRun) -> bool:
-        """Train a run in a process; whether that came to the run's end."""
+        """Train a run in a subprocess. Returns whether the run finished."""
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "config.yaml"
             run.config.save(config)
@@ -171,8 +171,8 @@ class _Children:
             return self._call(command, run.path / "train.log") == 0 and run.is_done
 
     def _call(self, command: Sequence[str], log_file: Path) -> int | None:
-        """The exit status of `vadiff` with a command; None where it was not begun any more."""
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}  # side by side, more threads get in each other's way
+        """Exit status of a `vadiff` command; None if `stop` was called before it started."""
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}  # parallel runs would compete for the cores
         with log_file.open("ab") as log:
             with self._lock:
                 if self._stopping.is_set():
@@ -188,7 +188,7 @@ class _Children:
         return process.returncode
 
     def stop(self) -> None:
-        """Tell all of them to end; those that train write a checkpoint."""
+        """Send SIGTERM to all subprocesses; those that train write a checkpoint."""
         with self._lock:
             self._stopping.set()
             for process in self._processes:

@@ -1,4 +1,4 @@
-"""The command `vadiff`: one module per command, imported for its arguments; what is heavy is imported when it runs."""
+"""The command `vadiff`: one module per command. Importing it defines the arguments; `run` does the heavy imports."""
 
 import argparse
 import os
@@ -22,11 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0, 1 for what the user can mend (the message says how), 130 when interrupted, 141 when
-        nobody reads its output any more.
+        The exit status: 0; 1 for an error that the user can fix (the message says how); 130 when interrupted; 141 when
+        the reader of the output closed the pipe.
 
     Raises:
-        SystemExit: with status 2 for arguments that do not fit, with 0 for --help and --version.
+        SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MissingExtraError, UserError) as error:
         print(f"vadiff: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("\nvadiff: interrupted", file=sys.stderr)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not `(default: None)`: where None is one, the help says what it means."""
+    """Shows defaults except `(default: None)`: the help texts of these arguments say what happens without them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

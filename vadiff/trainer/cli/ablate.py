@@ -5,15 +5,14 @@ import signal
 from pathlib import Path
 
 NAME = "ablate"
-HELP = "train a grid of configs over seeds, and compare them pair by pair"
+HELP = "train a grid of configs over seeds, and compare them paired by seed"
 DESCRIPTION = (
-    "Train what a TOML file describes: arms (sets of fields of the config) times seeds. What is trained already is "
-    "left alone, what broke off goes on. Then collect, for each arm against the baseline with the same seed, the mean "
-    "difference and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with "
-    "--gap also the loss of each arm per noise level, held out and above the optimal one: gaps.csv, .txt and .png. "
-    "With --evaluate, images of every run are drawn from the same seeds and compared with real ones first, as the "
-    "file's [evaluate] says (FID and KID of 5,000 images unless it does). Exit status 1 where a run failed; the others "
-    "are collected."
+    "Train what a TOML file describes: arms (sets of fields of the config) times seeds. Finished runs are kept, "
+    "interrupted ones resumed. Then collect, for each arm against the baseline with the same seed, the mean difference "
+    "and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with --gap also "
+    "each arm's held-out loss and gap to the optimal loss per noise level: gaps.csv, .txt and .png. With --evaluate, "
+    "images of every run are first drawn from the same seeds and compared with real ones, as [evaluate] in the file "
+    "says (default: FID and KID of 5,000 images). Exit status 1 if a run failed; the others are collected."
 )
 
 
@@ -23,30 +22,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS,
         help="default: runs/NAME, or runs/NAME-N-steps with --steps N",
     )  # fmt: skip
-    parser.add_argument("--data", metavar="PATH", default=argparse.SUPPRESS, help="where the data set is")
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="of all runs: auto, cpu, cuda, cuda:N")
-    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="runs at a time, side by side on the device")
+    parser.add_argument("--data", metavar="PATH", default=argparse.SUPPRESS, help="path of the data set")
+    parser.add_argument("--device", default=argparse.SUPPRESS, help="device of all runs: auto, cpu, cuda, cuda:N")
+    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="number of runs in parallel on the device")
     parser.add_argument("--seeds", type=int, metavar="N", default=argparse.SUPPRESS, help="the first N seeds only")
-    parser.add_argument("--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="of all runs, for a trial")
     parser.add_argument(
-        "--evaluate", action="store_true", help="also compare images of each run with real ones, where not done yet"
+        "--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="steps of all runs, for a trial"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="also compare images of each run with real ones, unless already done"
     )
     parser.add_argument(
         "--inception-weights", type=Path, metavar="PATH", default=None,
         help="for --evaluate: torch-fidelity's weights file, for machines without internet",
     )  # fmt: skip
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", default=None, help="for --evaluate: features of references, as there"
+        "--cache", type=Path, metavar="DIR", default=None, help="for --evaluate: cache of the real images' features"
     )
-    parser.add_argument("--gap", action="store_true", help="measure each run's loss above the optimal one, too")
-    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images it is measured on")
+    parser.add_argument("--gap", action="store_true", help="also measure each run's gap to the optimal loss")
+    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per run for --gap")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--index", type=int, metavar="I", default=argparse.SUPPRESS,
-        help="train run I only (0, 1, ... as --list has them), and what it depends on; for job arrays",
+        help="train only run I (0, 1, ... as in --list) and the run it needs; for job arrays",
     )  # fmt: skip
-    what.add_argument("--list", action="store_true", help="print the runs and how far they are, train nothing")
-    what.add_argument("--collect", action="store_true", help="collect what is there, train nothing")
+    what.add_argument("--list", action="store_true", help="print the runs and their progress, train nothing")
+    what.add_argument("--collect", action="store_true", help="collect the finished runs, train nothing")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,13 +66,13 @@ def run(options: argparse.Namespace) -> None:
     if options.inception_weights is not None and not options.inception_weights.is_file():
         options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
     grid = read_grid(options.grid, overrides, seeds=getattr(options, "seeds", None))
-    name = f"{grid.name}-{options.steps}-steps" if "steps" in options else grid.name  # a trial is another experiment
+    name = f"{grid.name}-{options.steps}-steps" if "steps" in options else grid.name  # keeps trials apart
     out = options.out if "out" in options else Path("runs") / name
     if options.list:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs leave checkpoints
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the runs write checkpoints
     chosen = {"jobs": options.jobs, "index": getattr(options, "index", None)}
     failed = [] if options.collect else train_all(grid, out, **chosen)
     if options.evaluate:

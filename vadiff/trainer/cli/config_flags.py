@@ -1,4 +1,4 @@
-"""The fields of a training config as flags, with the help texts that stand beside the fields."""
+"""The fields of a training config as flags, with the fields' help texts."""
 
 import argparse
 import dataclasses
@@ -10,25 +10,25 @@ from ..config import TrainConfig, choices
 
 
 def add_config_flags(parser: argparse._ArgumentGroup) -> None:
-    """A flag for every field; those not given are left out of the parsed options."""
+    """Add a flag for every field; flags that are not given are absent from the parsed options."""
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         kind = _without_none(hints[field.name])
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
-        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         allowed = choices(field)
         if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
+            keywords["action"] = argparse.BooleanOptionalAction
         elif allowed is not None:
-            settings["choices"] = allowed
+            keywords["choices"] = allowed
         elif typing.get_origin(kind) is tuple:
-            settings |= {"nargs": "*", "type": typing.get_args(kind)[0], "metavar": "N"}
+            keywords |= {"nargs": "*", "type": typing.get_args(kind)[0], "metavar": "N"}
         elif typing.get_origin(kind) is dict:
-            settings |= {"nargs": "*", "type": _option, "metavar": "NAME=NUMBER"}
+            keywords |= {"nargs": "*", "type": _option, "metavar": "NAME=NUMBER"}
         else:
-            settings |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-        parser.add_argument(flag, **settings)
+            keywords |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+        parser.add_argument(flag, **keywords)
 
 
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:

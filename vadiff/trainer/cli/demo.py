@@ -22,8 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preset = PRESETS["digits"]
     parser.add_argument("--steps", type=int, metavar="N", default=preset.steps, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, metavar="N", default=preset.batch_size, help="images per step")
-    parser.add_argument("--seed", type=int, metavar="N", default=preset.seed, help="of weights, data and noise")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="results; replaces earlier")
+    parser.add_argument("--seed", type=int, metavar="N", default=preset.seed, help="seed of weights, data and noise")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder for results; replaces old ones"
+    )
     parser.add_argument("--device", default=preset.device, help="auto (a GPU if there is one), cpu, cuda, cuda:N")
     parser.add_argument(
         "--backend", choices=backends.BACKENDS, default=preset.backend, help="which kernels compute the loss"

@@ -20,10 +20,10 @@ NAME = "ema"
 HELP = "make averaged weights of any width from a finished run"
 DESCRIPTION = (
     "Make power-function averages of a run's weights, of any relative width sigma_rel, from the snapshots of a run "
-    "trained with --sigma-rel 0.05 0.1. Each is written to RUN/ema/step-<n>/sigma-rel-<width>.pt, and its name as "
-    "weights is ema-<width>. With --sweep the held-out loss of each is measured too, beside the run's own average and "
-    "its trained weights, and RUN/ema/step-<n>/sweep.png and sweep.json are written; with --metrics too, images are "
-    "drawn with each from the same seeds, and compared with real ones."
+    "trained with --sigma-rel 0.05 0.1. Each is written to RUN/ema/step-<n>/sigma-rel-<width>.pt, for use as --weights "
+    "ema-<width> in other commands. --sweep also measures the held-out loss of each width, of the run's own EMA and of "
+    "its raw weights, and writes RUN/ema/step-<n>/sweep.png and sweep.json; with --metrics it also draws images with "
+    "each from the same seeds, and compares them with real ones."
 )
 _SWEEP = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.18, 0.21, 0.25)
 
@@ -32,16 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that `vadiff train` wrote")
     parser.add_argument(
         "--sigma-rel", type=_widths, metavar="X,X,...", default=argparse.SUPPRESS,
-        help="widths, above 0 and below 0.2887; with --sweep a dozen from 0.02 to 0.25 unless given",
+        help="widths, above 0 and below 0.2887; default with --sweep: twelve from 0.02 to 0.25",
     )  # fmt: skip
-    parser.add_argument("--step", type=int, metavar="N", default=None, help="of a snapshot; the last unless given")
-    parser.add_argument("--sweep", action="store_true", help="measure each width, and draw the curve")
+    parser.add_argument("--step", type=int, metavar="N", default=None, help="step of a snapshot; default: the last")
+    parser.add_argument("--sweep", action="store_true", help="measure the held-out loss of each width and plot it")
     parser.add_argument(
         "--metrics", nargs="*", choices=METRICS, default=[],
-        help="with --sweep: measure images too; prc: precision and recall; isc: Inception score",
+        help="with --sweep: also measure images; prc: precision and recall; isc: Inception score",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", default=5000, help="how many to draw, for --metrics")
-    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="their seeds count up from here")
+    parser.add_argument("--images", type=int, metavar="N", default=5000, help="number of images to draw for --metrics")
+    parser.add_argument(
+        "--first-seed", type=int, metavar="N", default=0, help="seed of the first image; the others follow"
+    )
     add_comparison_options(parser)
     parser.add_argument("--device", default="auto", help="where to measure: auto (a GPU if there is one), cpu, cuda:N")
 

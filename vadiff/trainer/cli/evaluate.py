@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..report.evaluate import MetricSettings
 
 NAME = "evaluate"
-HELP = "FID and its kin; held-out loss, gradients and gap to the optimal loss per noise level"
+HELP = "FID and other image metrics; held-out loss, gradients and gap to the optimal loss per noise level"
 DESCRIPTION = (
     "For a run directory: draw images, compare them with the training images, and measure the loss on held-out images "
     "per noise level with averaged and raw weights. Writes metrics.json, held-out.csv and pictures to "
@@ -26,26 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics", nargs="*", choices=METRICS, default=["fid", "kid", "prc"],
-        help="prc: precision and recall; isc: Inception score; nothing after --metrics: none",
+        help="prc: precision and recall; isc: Inception score; --metrics alone: none",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", default=5000, help="how many to draw from a run")
-    parser.add_argument("--first-seed", type=int, metavar="N", default=0, help="their seeds count up from here")
+    parser.add_argument("--images", type=int, metavar="N", default=5000, help="number of images to draw from a run")
+    parser.add_argument(
+        "--first-seed", type=int, metavar="N", default=0, help="seed of the first image; the others follow"
+    )
     add_comparison_options(parser)
     levels = parser.add_argument_group("per noise level (runs only)")
     levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
-    levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="at most so many; all without")
+    levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="maximum; default: all")
     levels.add_argument("--gradients", action="store_true", help="gradient norm per level, cosines between levels")
     levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
-    levels.add_argument("--gap", action="store_true", help="loss above the lowest any network can have (J*)")
+    levels.add_argument("--gap", action="store_true", help="gap to J*, the lowest loss any network can have")
     levels.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per level")
     add_generation_options(parser)
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `evaluate` and `ema` about what images are compared with, and by what."""
+    """Options shared by `evaluate` and `ema`: real images, Inception layer and weights, cache."""
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", default=None,
-        help="real images: folder, .npz or run directory; without it the training images of the run",
+        help="real images: folder, .npz or run directory; default: the run's training images",
     )  # fmt: skip
     parser.add_argument(
         "--layer", choices=LAYERS, default="2048", help="Inception layer of fid, kid and prc; 2048 is the usual one"
@@ -55,12 +57,16 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
         help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for machines without internet",
     )  # fmt: skip
     parser.add_argument(
-        "--cache", type=Path, metavar="DIR", default=None, help="features of references; the user's cache without"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        default=None,
+        help="cache of the real images' features; default: the user's cache",
     )
 
 
 def comparison_of(options: argparse.Namespace) -> "MetricSettings":
-    """How images are to be compared; weights that are not there end the program as a usage error."""
+    """The comparison options; a missing weights file is a usage error."""
     from ..report.evaluate import MetricSettings
 
     if options.inception_weights is not None and not options.inception_weights.is_file():
@@ -100,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 options.parser.error(f"argument --{name}: {options.target} is not a run directory")
         if options.reference is None and set(options.metrics) != {"isc"}:
-            options.parser.error("argument --reference: needed to compare a folder of images with")
+            options.parser.error("argument --reference: required to compare a folder of images")
         evaluate_pictures(options.target, settings, devices_of(options)[0])
     except (ValueError, FileNotFoundError) as error:
         options.parser.error(str(error))

@@ -16,36 +16,46 @@ HELP = "estimate the lowest loss any model of a data set can have, and a run's g
 DESCRIPTION = (
     "Estimate the optimal loss J* of a data set's training images at noise levels log-spaced in sigma: the x0 loss of "
     "the ideal denoiser, summed over elements. Draws until each level's standard error is below max(RELATIVE of J*, "
-    "ABSOLUTE of the total variance), or LIMIT draws. Writes optimal_loss.csv and .png to the folder --out; "
-    "with --run, the picture and the table have the averaged model's loss and gap on training images as well, and with "
-    "--compare the table has the difference to another curve."
+    "ABSOLUTE of the total variance), or LIMIT draws. Writes optimal_loss.csv and .png to the folder --out; with --run "
+    "both show the averaged model's loss and gap on training images, with --compare the table shows the difference "
+    "from another curve."
 )
 
-_SQUARE = 3072  # matrices of the speed that the run is compared with
+_SQUARE = 3072  # size of the matrix product whose speed is the reference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="where the data set is")
+    parser.add_argument("--data", metavar="PATH", help="path of the data set")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set")
-    parser.add_argument("--image-size", type=int, metavar="N", default=32, help="of the pictures of dataset images")
-    parser.add_argument("--flips", action="store_true", help="count mirrored images too, as a run with flips sees them")
+    parser.add_argument("--image-size", type=int, metavar="N", default=32, help="in pixels, for dataset images")
+    parser.add_argument("--flips", action="store_true", help="include mirrored images, as runs with flips see them")
     parser.add_argument(
-        "--class-conditional", action="store_true", help="of a network that is told the class; a --run says it itself"
+        "--class-conditional", action="store_true", help="J* of a class-conditional network; taken from --run if given"
     )
-    parser.add_argument("--run", type=Path, dest="trained", metavar="RUN", help="run directory: its data, and its gap")
-    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images the gap is taken on")
-    parser.add_argument("--compare", type=Path, metavar="CSV", help="a curve at the same levels: print the difference")
+    parser.add_argument(
+        "--run", type=Path, dest="trained", metavar="RUN", help="run directory: use its data, measure its gap"
+    )
+    parser.add_argument(
+        "--gap-images", type=int, metavar="N", default=1000, help="training images to measure the gap on"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="CSV", help="print the difference from this curve (same levels)"
+    )
     parser.add_argument("--levels", type=int, metavar="N", default=16, help="number of noise levels")
     parser.add_argument("--sigma-min", type=float, metavar="S", default=0.1, help="lowest noise level")
     parser.add_argument("--sigma-max", type=float, metavar="S", default=40.0, help="highest noise level")
     parser.add_argument("--estimator", choices=("full", "snis", "dol", "cdol"), default="full", help="see the docs")
-    parser.add_argument("--subset", type=int, metavar="L", help="samples in a subset, default N/10 (not for full)")
+    parser.add_argument("--subset", type=int, metavar="L", help="samples per subset, default N/10 (not for full)")
     parser.add_argument("--correction", type=float, metavar="C", help="of cdol, default 2N/L")
-    parser.add_argument("--relative", type=float, metavar="X", default=0.05, help="standard error aimed at, of J*")
-    parser.add_argument("--absolute", type=float, metavar="X", default=1e-3, help="or of the total variance")
-    parser.add_argument("--limit", type=int, metavar="N", default=16384, help="draws per level at most")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of images, noise and subsets")
-    parser.add_argument("--chunk", type=int, metavar="N", default=4096, help="images per matrix product: memory")
+    parser.add_argument(
+        "--relative", type=float, metavar="X", default=0.05, help="target standard error, as a share of J*"
+    )
+    parser.add_argument("--absolute", type=float, metavar="X", default=1e-3, help="or as a share of the total variance")
+    parser.add_argument("--limit", type=int, metavar="N", default=16384, help="maximum draws per level")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="seed of images, noise and subsets")
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", default=4096, help="images per matrix product; sets the memory"
+    )
     parser.add_argument("--device", default="auto", help="auto (all GPUs), cpu, cuda, or several: cuda:0,cuda:1")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/optimal-loss"), help="results")
 
@@ -71,12 +81,12 @@ def run(options: argparse.Namespace) -> None:
     else:
         config = trained.config
     if config.class_conditional and options.estimator != "full":
-        options.parser.error(f"argument --estimator: {options.estimator}, expected full where the class is told")
+        options.parser.error(f"argument --estimator: {options.estimator}, expected full for class-conditional J*")
     images = load_images(config)
     data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
     machine = _product_speed(devices)
     where = ", ".join(str(device) for device in devices)
-    told = "" if labels is None else f" in {images.classes} classes that are told"
+    told = "" if labels is None else f", conditional on {images.classes} classes"
     print(f"{len(data):,} images of {data[0].numel():,} numbers{told}, {len(sigmas)} noise levels, on {where}")
 
     seen: list[Estimate] = []
@@ -85,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
         def progress(so_far: Estimate) -> None:
             draws = int(so_far.optimal.draws.max())
-            if so_far.levels_done > (seen[0].levels_done if seen else 0):  # for logs, where there is no bar
+            if so_far.levels_done > (seen[0].levels_done if seen else 0):  # logs have no bar
                 spent = time.perf_counter() - started
                 bar.write(f"{so_far.levels_done} of {len(sigmas)} levels done after {draws:,} draws, {spent:.0f} s")
                 sys.stdout.flush()
@@ -126,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:
-    """The curve to compare with."""
+    """Read the curve of --compare."""
     try:
         other = OptimalLoss.load(options.compare)
     except (OSError, ValueError) as error:
@@ -166,7 +176,7 @@ def _devices(options: argparse.Namespace) -> list[torch.device]:
 def _product_speed(devices: list[torch.device]) -> float:
     """FLOP/s of a large float32 product, the best of three, summed over the devices.
 
-    Taken before and after, as a machine that is shared changes its speed."""
+    Measured before and after the estimate, as the speed of a shared machine varies."""
     total = 0.0
     for device in devices:
         matrix = torch.randn(_SQUARE, _SQUARE, device=device)

@@ -8,7 +8,7 @@ HELP = "one HTML page about one run, or comparing several"
 DESCRIPTION = (
     "Write one self-contained HTML page with charts of the loss, its spread and the weights per noise level, of the "
     "held-out loss, of metrics and of samples over training, and the same charts as PNG and SVG. Runs that differ only "
-    "in their seed are shown as one, with their spread; the first run is what the others are compared with."
+    "in their seed are shown as one, with their spread; all are compared with the first."
 )
 
 
@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=None,
-        help="page to write, its charts go to a folder of that name beside it; RUN/report.html without, and for "
+        help="page to write; its charts go to a folder of the same name beside it; default: RUN/report.html, for "
         "several runs report.html",
     )  # fmt: skip
-    parser.add_argument("--title", default=None, help="of the page")
+    parser.add_argument("--title", default=None, help="title of the page")
 
 
 def run(options: argparse.Namespace) -> None:

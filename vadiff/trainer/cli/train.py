@@ -16,10 +16,10 @@ NAME = "train"
 HELP = "train a denoiser"
 DESCRIPTION = (
     "Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/. "
-    "A flag that is not given has the value of the preset. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. "
-    "Exit status: 0 at the end of training, 1 for what can be mended (the message says how), 2 for flags that do not "
-    "fit, 143 after SIGTERM and 130 after SIGINT, with a checkpoint that --resume goes on from. Under torchrun the "
-    "status is torchrun's own: 1 for anything but 0, also after a signal, with a checkpoint all the same."
+    "Flags that are not given take the preset's value. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. Exit "
+    "status: 0 when training is finished, 1 for an error that you can fix (the message says how), 2 for invalid flags, "
+    "143 after SIGTERM and 130 after SIGINT, with a checkpoint for --resume. Under torchrun the status is torchrun's "
+    "own: 1 for anything but 0; a signal still leaves a checkpoint."
 )
 
 
@@ -28,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS, help=about)
     source.add_argument(
-        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="a config.yaml in place of a preset"
+        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="a config.yaml instead of a preset"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="run directory; runs/PRESET if not given"
+        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="run directory; default: runs/PRESET"
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out from its latest checkpoint, if there is one"
+        "--resume", action="store_true", help="resume the run in --out from its latest checkpoint, if it has one"
     )
-    existing.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     add_config_flags(parser.add_argument_group("fields of the config"))
 
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
 
     config, out = training_config(options), _out(options)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it on GPUs
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
         print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def training_config(options: argparse.Namespace) -> TrainConfig:
-    """The preset, file or resumed run with the flags given; what does not fit ends the program as a usage error."""
+    """The config of the preset, file or resumed run, with the given flags; an invalid one is a usage error."""
     out = _out(options)
     if out.exists() and not out.is_dir():
         options.parser.error(f"argument --out: {out} is a file, expected a folder")

@@ -25,12 +25,12 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 
 Reader = Callable[[str], bytes | None]
-"""Name of a file → its content, None where there is no such file."""
+"""Returns the content of a file by its name, or None if there is no such file."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of the sets is laid out."""
+    """Files and sizes of one of the two data sets."""
 
     classes: int
     archives: dict[str, str]  # name → MD5
@@ -87,8 +87,8 @@ def load(name: str, path: Path | None = None) -> Images:
             binary or the python layout. None downloads the binary archive once, to the user's cache.
 
     Returns:
-        The 50,000 training images; held out are the 10,000 test images, or where their file is missing the last
-        5,000 training images.
+        The 50,000 training images; held out are the 10,000 test images or, if their file is missing, the last 5,000
+        training images.
 
     Raises:
         DataError: a file is missing, truncated or corrupt, or an archive has the wrong checksum.
@@ -180,7 +180,7 @@ def _checked(pixels: np.ndarray, labels: np.ndarray, layout: Layout, name: str) 
 
 
 def _folder_reader(path: Path, layout: Layout) -> Reader:
-    """Reads from `path`, or from a folder in it that holds the first training file."""
+    """Reader of files in `path`, or in a subfolder of it that holds the first training file."""
     wanted = (layout.binary_train[0], layout.python_train[0])
     folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())]
     folder = next((folder for folder in folders if any((folder / file).is_file() for file in wanted)), path)
@@ -195,7 +195,7 @@ def _folder_reader(path: Path, layout: Layout) -> Reader:
 
 
 def _archive_reader(path: Path, layout: Layout) -> Reader:
-    """Reads members of a tar.gz into memory; nothing is unpacked to the disk."""
+    """Reader of the members of a tar.gz; nothing is unpacked to the disk."""
     with path.open("rb") as file:
         digest = hashlib.md5(usedforsecurity=False)
         while chunk := file.read(2**22):

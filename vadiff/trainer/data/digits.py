@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 × 8 pixels: real images that come inside scikit-learn, without a download.
+"""Handwritten digits, 8 × 8 pixels: real images that scikit-learn includes, without a download.
 
 Source: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998): the 1,797 images of its
 test part.
@@ -26,7 +26,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """The 1,797 digits, split the same way every time, as networks see them.
+    """The 1,797 digits as network input, always split in the same way.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -36,7 +36,7 @@ def load_digits() -> Digits:
 
 
 def digits() -> Images:
-    """The 1,797 digits with their labels: 1,500 to train on, 297 held out, split the same way every time.
+    """The 1,797 digits with their labels, always split in the same way: 1,500 to train on, 297 held out.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

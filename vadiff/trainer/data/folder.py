@@ -17,8 +17,8 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 def load(path: Path, size: int) -> Images:
     """Every picture below a folder, cut to the square in its middle and scaled to `size` × `size`, in colour.
 
-    Where each picture lies in a subfolder of `path`, the subfolder's name is its class. The pictures are put in an
-    order that is the same every time, and the last tenth of it, 5,000 at most, is held out.
+    If every picture is in a subfolder of `path`, the subfolder's name is its class. The pictures are shuffled with a
+    fixed seed, and the last tenth of them, 5,000 at most, is held out.
 
     Args:
         path: the folder.
@@ -50,7 +50,7 @@ def _read(image_module: Any, file: Path, size: int) -> Tensor:
             scaled = picture.resize((size, size), image_module.Resampling.LANCZOS, box=box)
             return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as a picture: {error}. Mend or remove it") from error
+        raise DataError(f"{file} cannot be read as a picture: {error}. Repair or remove it") from error
 
 
 def _labels(path: Path, files: list[Path]) -> tuple[Tensor | None, int]:

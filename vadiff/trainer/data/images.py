@@ -1,4 +1,4 @@
-"""What every data set is once loaded: bytes, labels, and which part is held out."""
+"""A loaded data set: pixels as bytes, labels, and the held-out part."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ HELD_OUT = 5000  # training images held out where a data set has no test part
 
 
 class Images(NamedTuple):
-    """A data set in memory. Pixels are 0 to 255; `vadiff.pixels.normalised` turns them into what networks see."""
+    """A data set in memory. Pixels are 0 to 255; `vadiff.pixels.normalised` makes network inputs of them."""
 
     train: Tensor  # uint8 [N, C, H, W]
     train_labels: Tensor | None  # int64 [N], 0 to classes - 1
@@ -25,7 +25,7 @@ class Images(NamedTuple):
 
 
 def hold_out_last(train: Tensor, labels: Tensor | None, classes: int, held_out: int = HELD_OUT) -> Images:
-    """Take the last images of a training set, `held_out` of them but at most a tenth, out of it."""
+    """Hold out the last `held_out` images of a training set, at most a tenth of it."""
     cut = len(train) - max(1, min(held_out, len(train) // 10))
     return Images(
         train[:cut],

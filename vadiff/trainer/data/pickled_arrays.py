@@ -1,8 +1,8 @@
 """An unpickler that builds nothing but NumPy arrays of numbers and plain containers.
 
 A pickle is a program; reading one with `pickle.load` runs whatever its author put in. CIFAR's python layout is pickled.
-No object of NumPy is ever within its reach: their constructors take buffers and formats at their word, and write where
-those say. A pickle gets placeholders, which check what they are told; arrays are made when it has ended.
+The pickle never gets NumPy's objects, as their constructors trust buffers and formats and write where those say. It
+gets placeholders, which check their arguments; arrays are made of them after the pickle has ended.
 """
 
 import io
@@ -29,8 +29,8 @@ def load_arrays(content: bytes) -> Any:
     Pickles of Python 2 are read with their text as bytes, as `encoding="bytes"` does.
 
     Raises:
-        UnsafePickleError: the pickle asks for anything else; nothing of it was run.
-        Exception: the pickle is broken, in whatever way pickle puts it.
+        UnsafePickleError: the pickle asks for anything else, which was not run.
+        Exception: the pickle is broken; `pickle` raises almost any kind.
     """
     return _with_arrays(_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
 
@@ -46,7 +46,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _NDArray:
-    """In place of the class numpy.ndarray: can be named, neither called nor changed."""
+    """Placeholder of the class numpy.ndarray: can be referenced, not called or changed."""
 
     __slots__ = ()
 
@@ -55,7 +55,7 @@ class _NDArray:
 
 
 class _Function(_NDArray):
-    """A function that a pickle can call but not change: on a bare one it could set attributes."""
+    """A function that a pickle can call but not change: on a plain one a pickle could set attributes."""
 
     __slots__ = ("_function",)
 
@@ -67,11 +67,11 @@ class _Function(_NDArray):
 
 
 class _DType:
-    """In place of a dtype."""
+    """Placeholder of a dtype."""
 
     __slots__ = ("_order", "name")
 
-    def __init__(self, name: Any, *flags: Any) -> None:  # the flags are how Python copies it
+    def __init__(self, name: Any, *flags: Any) -> None:  # copyreg's flags
         name = name.decode("latin1") if type(name) is bytes else name
         if type(name) is not str or not _NUMBERS.fullmatch(name):
             raise UnsafePickleError(f"it asks for an array of {name!r}, expected numbers")
@@ -79,7 +79,7 @@ class _DType:
         self._order = "="
 
     def __setstate__(self, state: Any) -> None:
-        # Version, byte order, subarray, names, fields, and three that only structures and text have a use for.
+        # Version, byte order, subarray, names, fields, and three values that only structures and text use.
         if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:5] != (None, None, None):
             raise UnsafePickleError(f"it asks for a dtype of state {state!r}, expected one of numbers")
         order = state[1].decode("latin1") if type(state[1]) is bytes else state[1]
@@ -97,7 +97,7 @@ class _DType:
 
 
 class _Array:
-    """In place of an array."""
+    """Placeholder of an array."""
 
     __slots__ = ("_data", "_dtype", "_order", "_shape")
 
@@ -127,7 +127,7 @@ class _Array:
 
 
 def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
-    """`value` with arrays in place of their placeholders; `done` holds what was met before, by its identity."""
+    """`value` with arrays for placeholders; `done` maps the id of each object already converted to its result."""
     if id(value) in done:
         return done[id(value)]
     if type(value) is _Array:
@@ -148,14 +148,14 @@ def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """How protocol 2 writes bytes under Python 3; other codecs could decompress or import."""
+    """Encode text as protocol 2 does for bytes under Python 3; other codecs could decompress or import."""
     if type(text) is not str or encoding != "latin1":
         raise UnsafePickleError(f"it asks for the codec {encoding!r}")
     return text.encode("latin1")
 
 
 def _reconstruct(kind: Any, *unused: Any) -> _Array:
-    """What NumPy's own makes is empty as well: shape, dtype and data come as its state."""
+    """An empty array, as NumPy's own `_reconstruct` returns: shape, dtype and data follow in its state."""
     if kind is not _NDARRAY:
         raise UnsafePickleError("it asks for a kind of array that is not numpy.ndarray")
     return _Array()

@@ -1,4 +1,4 @@
-"""How good a denoiser is: metrics of generated images, held-out loss and gradients per noise level."""
+"""Evaluation of a denoiser: metrics of generated images, gradients per noise level."""
 
 from .fidelity import image_metrics
 from .gradients import LevelGradients, level_gradients

@@ -20,7 +20,7 @@ LAYERS = ("64", "192", "768", "2048")
 EXTRACTOR = "inception-v3-compat"
 PUBLISHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
-# What a feature layer needs besides those before it; the Inception score needs all of them, and fc.
+# Blocks that a feature layer needs in addition to those of earlier layers; the Inception score needs all, and fc.
 _BLOCKS = {
     "64": ("Conv2d_1", "Conv2d_2"),
     "192": ("Conv2d_3", "Conv2d_4"),
@@ -52,8 +52,8 @@ def image_metrics(
 ) -> dict[str, float]:
     """Compare generated images with real ones by the features of an Inception network.
 
-    The features of the reference are cached on disk under the SHA-256 of its pixels and of the network's weights: a
-    file that is replaced, renamed or copied can never give the numbers of another one.
+    The features of the reference are cached on disk under the SHA-256 of its pixels and of the network's weights, so
+    that replaced, renamed or copied files never get another file's features.
 
     Args:
         images: generated, [N, C, H, W] uint8, C 1 or 3; grey becomes RGB.
@@ -68,11 +68,11 @@ def image_metrics(
 
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
-        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers do not compare with
-        published ones. isc is left out, with a warning, where the weights file is not finite up to its last layer.
+        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers are not comparable with
+        published ones. isc is skipped, with a warning, if the last layers of the weights file are non-finite.
 
     Raises:
-        ValueError: images, metric, layer or weights that do not fit, or too few images.
+        ValueError: invalid images, metric, layer or weights, or too few images.
         MissingExtraError: torch-fidelity is not installed.
         UserError: the weights could not be downloaded.
     """
@@ -80,7 +80,7 @@ def image_metrics(
     torch_fidelity = import_extra("torch_fidelity", "eval")
     possible = within_reach(metrics, layer, inception_weights)
     if len(possible) < len(metrics):
-        warnings.warn(f"isc is left out: {inception_weights} is not finite up to the last layer", stacklevel=2)
+        warnings.warn(f"isc is skipped: {inception_weights} is not finite up to the last layer", stacklevel=2)
     metrics = possible
     device = torch.device(device)
     number = len(images) if reference is None else min(len(images), len(reference))
@@ -121,10 +121,10 @@ def image_metrics(
 
 
 def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tuple[str, ...]:
-    """Which of the metrics a weights file can give: all but "isc" where its last layers are not finite.
+    """The metrics that a weights file can give: all but "isc" if its last layers are non-finite.
 
     Raises:
-        ValueError: it cannot give any, is not there, or holds something else.
+        ValueError: the file cannot give any, is missing, or holds something else.
     """
     if weights is None or not metrics:
         return tuple(metrics)
@@ -145,24 +145,24 @@ def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tu
 
 
 def weights_key(path: Path | None) -> str:
-    """What tells weights files apart: the first digits of the SHA-256, "published" where torch-fidelity downloads."""
+    """Identifier of a weights file: first digits of its SHA-256; "published" for torch-fidelity's download."""
     return "published" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def content_key(images: Tensor) -> str:
-    """SHA-256 over shape and pixels: the same images give the same key wherever they came from."""
+    """SHA-256 over shape and pixels."""
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     digest.update(images.contiguous().cpu().numpy().data)
     return digest.hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where features of reference images are kept: vadiff/features in the user's cache folder ($XDG_CACHE_HOME)."""
+    """Folder for features of reference images: vadiff/features in the user's cache folder ($XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vadiff" / "features"
 
 
 class _Pixels(torch.utils.data.Dataset[Tensor]):
-    """Images as torch-fidelity wants them: [3, H, W] uint8."""
+    """Images as torch-fidelity reads them: [3, H, W] uint8."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.cpu()
@@ -184,16 +184,14 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], lay
     if layer not in LAYERS:
         raise ValueError(f"layer is {layer!r}, expected one of {', '.join(LAYERS)}")
     if reference is None and set(metrics) != {"isc"}:
-        raise ValueError("reference is None, expected real images: only isc does without")
+        raise ValueError("reference is None, expected real images: only isc needs none")
     for name, pixels in (("images", images), ("reference", reference)):
         if pixels is None:
             continue
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(f"{name} is {tuple(pixels.shape)} {pixels.dtype}, expected [N, 1 or 3, H, W] uint8")
         if len(pixels) < 5:
-            raise ValueError(
-                f"{name} has {len(pixels)} images, expected at least 5 (thousands for figures that mean much)"
-            )
+            raise ValueError(f"{name} has {len(pixels)} images, expected at least 5 (thousands for meaningful figures)")
     if reference is not None and images.shape[2:] != reference.shape[2:]:
         raise ValueError(
             f"images have {images.shape[3]} x {images.shape[2]} pixels, the reference {reference.shape[3]} x "
@@ -202,7 +200,7 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], lay
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file. torch-fidelity would run code from it; so it is read here first without."""
+    """The tensors of a weights file, read with weights_only: torch-fidelity's own load could run code from it."""
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

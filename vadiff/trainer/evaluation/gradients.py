@@ -1,4 +1,4 @@
-"""Do noise levels pull in different directions, and does the weighting balance them: gradients per noise level.
+"""Gradients per noise level: do their directions conflict, and does the weighting balance their sizes?
 
 The diagnosis behind Min-SNR (arXiv 2303.09556, section 3.1), measured instead of assumed.
 """
@@ -14,7 +14,7 @@ from ...process import loss_ratio
 
 
 class LevelGradients(NamedTuple):
-    """Gradients of the mean base loss at L noise levels, through their scalar products; float64 on the CPU."""
+    """Scalar products of the gradients of the mean base loss at L noise levels; float64 on the CPU."""
 
     log_snr: Tensor  # [L]
     products: Tensor  # [L, L] estimates of g_i·g_j without the bias of noisy gradients
@@ -23,7 +23,7 @@ class LevelGradients(NamedTuple):
 
     @property
     def norm(self) -> Tensor:
-        """|g| per level, [L]; NaN where the gradient is lost in the noise of too few images."""
+        """|g| per level, [L]; NaN where too few images leave a negative estimate of |g|²."""
         squared = self.products.diagonal()
         return squared.where(squared > 0, math.nan).sqrt()
 
@@ -35,9 +35,9 @@ class LevelGradients(NamedTuple):
         return cosine.where(~torch.eye(len(norm), dtype=torch.bool), torch.where(norm.isnan(), math.nan, 1.0))
 
     def step_share(self, *, weighted: bool) -> Tensor:
-        """p·w·|g| of each level (p·|g| unweighted) ÷ the sum over levels: how loud it is in a training step. [L]"""
-        loudness = self._factors(weighted) * self.norm
-        return loudness / loudness.nansum()
+        """Share of each level in a training step: p·w·|g| (p·|g| unweighted) ÷ its sum over levels. [L]"""
+        size = self._factors(weighted) * self.norm
+        return size / size.nansum()
 
     def cosine_to_step(self, *, weighted: bool) -> Tensor:
         """Cosine between each level's gradient and the expected training step Σ p·w·g (Σ p·g unweighted). [L]"""
@@ -63,9 +63,9 @@ def level_gradients(
 ) -> LevelGradients:
     """Gradient of the mean base loss with respect to all weights of a denoiser, at each noise level.
 
-    Two halves of the images with noise of their own give two gradients a_i, b_i per level. Their products across the
-    halves, (a_i·b_j + b_i·a_j)/2, estimate g_i·g_j without the bias that the noise of a gradient puts on its own norm,
-    which at few images is most of it.
+    Two halves of the images, each with its own noise, give two gradients a_i, b_i per level. The products across the
+    halves, (a_i·b_j + b_i·a_j)/2, estimate g_i·g_j without the bias of a gradient's squared norm by its own noise,
+    which at few images is most of the norm.
 
     Args:
         denoiser: in eval mode; its parameters must require gradients.
@@ -73,12 +73,12 @@ def level_gradients(
         labels: [N] int64, or None.
         log_snr: [L] noise levels.
         weight: [L] the run's weight at these levels.
-        share: [L] mass there: training samples, each times its sample weight; only the proportions count.
+        share: [L] mass at these levels: training samples times their sample weights; only the proportions count.
         seed: of the noise.
         batch_size: images at a time; changes the result by rounding only.
 
     Returns:
-        The products, with what is needed to read them. Memory: 2·L times the denoiser's parameters.
+        The scalar products, with levels, weights and shares. Memory: 2·L times the denoiser's parameters.
 
     Raises:
         ValueError: fewer than 2 images, or no training sample at any of the levels.
@@ -93,7 +93,7 @@ def level_gradients(
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))  # the same at every level
 
     def gradient(level: float, places: range) -> Tensor:
-        """Of the mean base loss of the images at `places`, [P]."""
+        """Gradient of the mean base loss of the images at `places`, [P]."""
         base_weight = loss_ratio(denoiser.process, torch.tensor(level), sigma_data=denoiser.sigma_data).item()
         total = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(places.start, places.stop, batch_size):

@@ -1,4 +1,4 @@
-"""Pictures, tables and pages about trained runs."""
+"""Figures, tables and HTML reports of trained runs."""
 
 from .demo import run_demo
 from .figure import comparison_figure

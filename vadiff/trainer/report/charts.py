@@ -1,4 +1,4 @@
-"""The charts of a report: each a function from groups of runs to a `Chart`."""
+"""The charts of a report: functions from groups of runs to a `Chart`."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,14 @@ METRICS = {
 
 
 def metric_names(groups: Sequence[Group]) -> list[str]:
-    """What was measured on generated images, as fid or fid-768; without the spread of an estimate."""
+    """Metrics measured on generated images, such as fid or fid-768, without their standard deviations."""
     found = {name for group in groups for run in group.runs for _, values in run.evaluation for name in values}
     order = list(METRICS)
     known = [name for name in found if name.split("-")[0] in METRICS]
     return sorted(known, key=lambda name: (order.index(name.split("-")[0]), name))
 
 
-def spoken_metric(name: str) -> str:
+def metric_title(name: str) -> str:
     """fid-768 → FID-768."""
     base, _, layer = name.partition("-")
     return METRICS[base][0] + (f"-{layer}" if layer else "")
@@ -63,7 +63,7 @@ def base_loss(group: Group, top: float) -> Chart:
 
 
 def base_loss_top(groups: Sequence[Group]) -> float:
-    """A vertical limit common to the base-loss charts, so that they can be compared; outliers may leave it."""
+    """Common upper limit of the base-loss charts; outliers may exceed it."""
     tops = np.concatenate([_last(group, "mean") + _last(group, "std") for group in groups])
     tops = tops[np.isfinite(tops)]
     return float(1.08 * np.quantile(tops, 0.98)) if len(tops) else 1.0
@@ -77,19 +77,19 @@ def base_losses_compared(groups: Sequence[Group]) -> Chart:
         "base-loss-compared",
         "Base loss per noise level, compared",
         "Mean base loss of recent training images, before the weight." + band(groups) + " Look for where the lines "
-        "part: a lower line has learned that noise level better. A gain on one side is often paid for on the other.",
+        "part: a lower line has learned that noise level better. A gain at some levels is often a loss at others.",
         "base loss, mean per pixel",
     )
 
 
 def relative_std_compared(groups: Sequence[Group]) -> Chart:
-    """std / mean of the base loss of all groups: free of how low each has got."""
+    """std / mean of the base loss of all groups, which does not depend on the size of the loss."""
     return _over_log_snr(
         groups,
         lambda history: history.relative_std[-1],
         "relative-std-compared",
         "Relative spread of the base loss, compared",
-        "Standard deviation between images divided by the mean, which does not depend on how far a run has come."
+        "Standard deviation between images divided by the mean, which does not depend on how far training has come."
         + band(groups)
         + " Look for high values: there an image's loss is a poor guide, and weighting by spread differs most from "
         "weighting by size.",
@@ -104,21 +104,21 @@ def weights_compared(groups: Sequence[Group]) -> Chart:
         lambda history: history.weights[-1],
         "weights",
         "Weight of each noise level at the end",
-        "What the base loss is multiplied with. Look for values above 1: those noise levels count for more than in the "
-        "trainer's own objective; below 1 for less." + band(groups),
+        "Factor of the base loss. Look for values above 1: these noise levels count for more than in the trainer's own "
+        "objective; below 1 for less." + band(groups),
         "weight w (1 = own objective)",
     )
 
 
 def share_of_samples(groups: Sequence[Group]) -> Chart:
-    """How the training samples were spread over the bins."""
+    """Distribution of the training samples over the bins."""
     return _over_log_snr(
         groups,
         lambda history: 100.0 * history.share / (history.centers[1] - history.centers[0]),
         "share-of-samples",
-        "Where the training samples fell",
+        "Training samples per noise level",
         "Share of recent training samples at each noise level. Look at the flanks: levels with few samples learn "
-        "slowly, and their statistics are noisy. Bins with fewer than 20 samples are left out of the other charts.",
+        "slowly, and their statistics are noisy. The other charts omit bins with fewer than 20 samples.",
         "samples, % per nat of log-SNR",
     )
 
@@ -127,8 +127,8 @@ def heatmap(group: Group, what: str, limits: tuple[float, float], spans: tuple[f
     """`what` ("std", "relative_std" or "weights") of a group over training.
 
     Args:
-        limits: of log10 of the values, common to the heatmaps that stand side by side.
-        spans: (lowest log-SNR, highest log-SNR, last image) of the axes, common as well.
+        limits: of log10 of the values, common to heatmaps side by side.
+        spans: (lowest log-SNR, highest log-SNR, last image) of the axes, common to them too.
     """
     title, caption, label, colors = _HEATMAPS[what]
 
@@ -144,7 +144,7 @@ def heatmap(group: Group, what: str, limits: tuple[float, float], spans: tuple[f
             cmap=colors,
             vmin=limits[0],
             vmax=limits[1],
-            rasterized=True,  # one picture in the SVG, not a hundred thousand squares
+            rasterized=True,  # else the SVG has 100,000 squares
         )
         panel.set_xlim(0, spans[2])
         panel.set_ylim(spans[0], spans[1])
@@ -188,12 +188,12 @@ _HEATMAPS = {
 
 
 def changing(groups: Sequence[Group]) -> list[Group]:
-    """The groups whose weights change over training; all, where none do."""
+    """The groups whose weights change over training; all groups if none do."""
     return [group for group in groups if np.ptp(group.first.weights, axis=0).any()] or list(groups)
 
 
 def heatmap_limits(groups: Sequence[Group], what: str) -> tuple[float, float]:
-    """Common colour limits: the 1 % and 99 % quantiles; for weights, even about weight 1."""
+    """Common colour limits: the 1 % and 99 % quantiles; for weights, symmetric about weight 1."""
     values = np.concatenate([log_values(group, what).ravel() for group in groups])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -232,7 +232,7 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
 
 def metric(groups: Sequence[Group], name: str) -> Chart:
     """A metric of generated images against training images seen."""
-    title, better = spoken_metric(name), METRICS[name.split("-")[0]][1]
+    title, better = metric_title(name), METRICS[name.split("-")[0]][1]
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
@@ -241,7 +241,9 @@ def metric(groups: Sequence[Group], name: str) -> Chart:
         images_axis(panel)
         panel.set_ylabel(f"{title} ({better.partition(':')[0]})")
 
-    caption = f"{title} of generated images; {better}. Look for who gets to a given value with fewer training images."
+    caption = (
+        f"{title} of generated images; {better}. Look for which run reaches a given value with fewer training images."
+    )
     return Chart(f"metric-{name}", f"{title} against images seen", caption + band(groups), draw)
 
 
@@ -266,7 +268,7 @@ def _over_log_snr(
 def draw_spread(
     panel: Any, x: Array, rows: Array, color: str, dash: str, label: str, marker: str | None = None
 ) -> None:
-    """Mean over runs, and where there are several a band of ± 1 standard deviation; [runs, X]."""
+    """Draw the mean over runs, `rows` [runs, X], and with several runs a band of ± 1 standard deviation."""
     if not len(x):
         return
     with all_nan_is_no_value():
@@ -278,7 +280,7 @@ def draw_spread(
 
 
 def band(groups: Sequence[Group]) -> str:
-    """What the band means, or nothing where there is none."""
+    """Sentence that explains the band, or "" if there is none."""
     seeds = sorted({len(group.runs) for group in groups})
     if seeds[-1] == 1:
         return ""
@@ -303,12 +305,12 @@ def log_values(group: Group, what: str) -> Array:
 
 
 def group_images(group: Group) -> Array:
-    """Images seen at each entry that all runs of a group have."""
+    """Images seen at the entries that all runs of a group have in common."""
     return functools.reduce(np.intersect1d, [run.images for run in group.runs])
 
 
 def aligned(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[Array, Array]:
-    """Points of several runs at the same places: (x [X], values [runs, X], NaN where a run has none)."""
+    """Points of several runs on one x axis: (x [X], values [runs, X], NaN where a run has no point)."""
     places = sorted({at for points in series for at, _ in points})
     rows = np.full((len(series), len(places)), np.nan)
     for row, points in enumerate(series):
@@ -342,10 +344,10 @@ def images_axis(panel: Any) -> None:
 
 
 def _thousands(axis: Any) -> None:
-    axis.set_major_formatter(spoken_number)
+    axis.set_major_formatter(number_label)
 
 
-def spoken_number(value: float, _: int) -> str:
+def number_label(value: float, _: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
@@ -353,7 +355,7 @@ def spoken_number(value: float, _: int) -> str:
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis that has its data, also where it spans less than a decade."""
+    """Plain numbers on a logarithmic axis, also if it spans less than a decade; call after drawing."""
     ticker = import_extra("matplotlib.ticker", "report")
     low, high = axis.get_view_interval()
     axis.set_major_locator(

@@ -1,4 +1,4 @@
-"""`vadiff demo`: three weightings of one loss, trained alike and compared."""
+"""`vadiff demo`: three runs that differ only in the weighting, compared."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from .page import write_report
 from .runs import group_runs, read_history
 from .table import held_out_table
 
-# loss_level and variance_aware go together: a picture of one alone would credit it with what both do.
+# With loss_level next to variance_aware one sees what both have in common.
 WEIGHTINGS = ("constant", "loss_level", "variance_aware")
 SAMPLES = 48
 
@@ -25,14 +25,14 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     Writes `out`/report.png, one picture, and `out`/report.html, the page of `vadiff report`; prints a table.
 
     Args:
-        config: of all three runs, whose `weighting` it replaces.
-        out: folder; each run directory is a folder of its name in it.
+        config: of all three runs, except for `weighting`.
+        out: folder, in which each run directory is named after its weighting.
 
     Raises:
         MissingExtraError: a package of the extras `train` or `report` is not installed.
     """
     for module in ("jinja2", "matplotlib"):
-        import_extra(module, "report")  # before minutes of training, not after
+        import_extra(module, "report")  # fail before minutes of training
     on_the_way = max(1, config.steps // 2)
     config = dataclasses.replace(config, samples_every=on_the_way, held_out_every=on_the_way, sample_count=SAMPLES)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""How good a run's averaged weights are, over the width of the average."""
+"""Quality of a run's averaged weights as a function of the width of the average."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ...extras import import_extra
 from ...sampling.generation import default_generation, with_settings
 from ..training import HeldOutLoss, Run
-from .charts import METRICS, spoken_metric
+from .charts import METRICS, metric_title
 from .evaluate import MetricSettings, compare, draw_images, reference_images, settings_within_reach
 
 
@@ -29,12 +29,12 @@ def sweep_metrics(
     settings: MetricSettings,
     device: torch.device,
 ) -> dict[float | str, dict[str, float]]:
-    """FID and its kin of images drawn with each of some weights, from the same seeds; printed as well.
+    """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
 
     Args:
         run: what `open_run` returned.
         weights: widths of averages that `write_averages` made, or "ema" and "raw".
-        step: of them.
+        step: of these weights.
         seeds: one per image.
         settings: of the comparison with real images.
         device: where images are drawn and compared.
@@ -43,7 +43,7 @@ def sweep_metrics(
         For each of the weights, metric → value.
 
     Raises:
-        ValueError: settings that do not fit.
+        ValueError: invalid settings.
         MissingExtraError: torch-fidelity is not installed.
     """
     settings = settings_within_reach(settings)
@@ -63,12 +63,12 @@ def sweep_figure(
     kept: tuple[float, ...] = (),
     metrics: Mapping[float | str, Mapping[str, float]] | None = None,
 ) -> Any:
-    """Held-out loss over σ_rel: of all noise levels together, and of each one against its lowest; then each metric.
+    """Held-out loss over σ_rel: mean over noise levels, each level relative to its lowest loss, then each metric.
 
     Args:
-        losses: of each width, on the same images, levels and noise.
-        others: of other weights of the run, drawn as horizontal lines.
-        kept: the widths that were kept while training; marked.
+        losses: held-out loss of each width, on the same images, levels and noise.
+        others: held-out loss of other weights of the run, drawn as horizontal lines.
+        kept: the widths tracked during training; marked.
         metrics: what `sweep_metrics` returned, for the same widths and other weights.
 
     Returns:
@@ -98,7 +98,7 @@ def sweep_figure(
         assert metrics is not None
         _curve(panel, {weights: values[name] for weights, values in metrics.items()}, widths, kept)
         better = METRICS[name.split("-")[0]][1].partition(":")[0]
-        panel.set_ylabel(f"{spoken_metric(name)} ({better})")
+        panel.set_ylabel(f"{metric_title(name)} ({better})")
     for panel in (overall, by_level, *panels):
         panel.set_xlabel("width of the average, σ_rel      ← less averaging · more averaging →")
         panel.grid(alpha=0.25)
@@ -106,7 +106,7 @@ def sweep_figure(
 
 
 def _curve(panel: Any, values: Mapping[Any, float], widths: Sequence[float], kept: tuple[float, ...]) -> None:
-    """A value over the widths; of other weights as horizontal lines."""
+    """Draw a value over the widths, and horizontal lines for other weights."""
     panel.plot(widths, [values[width] for width in widths], color="#0072B2", marker="o", markersize=4, linewidth=2)
     stored = [width for width in widths if width in kept]
     if stored:

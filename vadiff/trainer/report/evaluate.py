@@ -1,4 +1,4 @@
-"""What `vadiff evaluate` measures, prints and writes."""
+"""Measurements, printed output and files of `vadiff evaluate`."""
 
 import csv
 import dataclasses
@@ -35,10 +35,10 @@ from .style import Chart
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """How images are compared with real ones; see `evaluation.image_metrics`.
+    """Options of the comparison with real images; see `evaluation.image_metrics`.
 
     Args:
-        metrics: of "fid", "kid", "isc", "prc"; none skips it.
+        metrics: of "fid", "kid", "isc", "prc"; empty for no comparison.
         reference: real images: a folder, an .npz archive or a run directory; None is the run's training images.
         layer: of the Inception network.
         inception_weights: file of the network's weights; None downloads them.
@@ -62,33 +62,32 @@ def evaluate_run(
     gradient_images: int = 0,
     gap_images: int = 0,
 ) -> Path:
-    """Measure a checkpoint of a run; print what comes out and write it to `evaluation/step-<n>` in the run.
+    """Measure a checkpoint of a run; print the results and write them to `evaluation/step-<n>` in the run.
 
     Args:
         run: the run.
-        generation: how images are drawn; its `step` and first device serve everything here.
+        generation: how images are drawn; its `step` and first device apply to all measurements.
         seeds: of the images that are drawn.
         settings: of the comparison with real images.
-        held_out_images: at most so many of them are measured on; None takes all, 0 measures nothing.
-        gradient_images: training images for the gradients per level; 0 measures none.
-        gap_images: training images for the loss above the optimal one, of the weights that `generation` names; 0
-            measures none.
+        held_out_images: maximum number of held-out images; None takes all, 0 skips the held-out loss.
+        gradient_images: training images for the gradients per level; 0 skips them.
+        gap_images: training images for the gap to the optimal loss of the weights that `generation` names; 0 skips it.
 
     Returns:
         The folder.
 
     Raises:
         UserError: the checkpoint or the data set is missing or corrupt.
-        ValueError: settings that do not fit.
+        ValueError: invalid settings.
         MissingExtraError: a package of the extra `eval` or `report` is not installed.
     """
-    import_extra("matplotlib", "report")  # before minutes of drawing, not after
+    import_extra("matplotlib", "report")  # fail before minutes of drawing
     steps = run.checkpoints()
     step = generation.step if generation.step is not None else (steps[-1] if steps else None)
     generation = dataclasses.replace(generation, step=step)
     device = generation.devices[0]
     folder = run.path / "evaluation" / f"step-{step}"
-    if generation.weights not in ("ema", "raw"):  # an average made afterwards is none of the run's own measurements
+    if generation.weights not in ("ema", "raw"):  # post-hoc averages are not part of the run's history
         folder = run.path / "evaluation" / generation.weights / f"step-{step}"
     files: dict[str, str | bytes] = {}
     data = run.images()
@@ -132,8 +131,8 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
     """Compare a folder of images or an .npz archive with real images, and print the metrics.
 
     Raises:
-        FileNotFoundError: nothing at a path.
-        ValueError: no readable images, or settings that do not fit.
+        FileNotFoundError: a path does not exist.
+        ValueError: no readable images, or invalid settings.
         UserError: the reference is a run whose data set is missing.
     """
     reference = None if settings.reference is None else reference_images(settings.reference)
@@ -141,17 +140,17 @@ def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device
 
 
 def settings_within_reach(settings: MetricSettings) -> MetricSettings:
-    """Without what the Inception weights cannot give, which is said: before images are drawn, not after."""
+    """Drop, with a message, the metrics that the Inception weights cannot give: before images are drawn."""
     possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
     if len(possible) < len(settings.metrics):
-        print(f"isc (Inception score) is left out: {settings.inception_weights} is not finite up to the last layer")
+        print(f"isc (Inception score) is skipped: {settings.inception_weights} is not finite up to the last layer")
     return dataclasses.replace(settings, metrics=possible)
 
 
 def compare(
     images: Tensor, reference: Tensor | None, settings: MetricSettings, device: torch.device
 ) -> dict[str, float]:
-    """The metrics by their name, which has the layer in it where it is not the usual one; printed as well."""
+    """The metrics by name, which includes the layer unless it is the usual one; also printed."""
     values = image_metrics(
         images,
         reference,
@@ -170,7 +169,7 @@ def compare(
 
 
 def reference_images(path: Path) -> Tensor:
-    """Real images, [N, C, H, W] uint8: the training images of a run directory, or those of a folder or an archive."""
+    """Real images [N, C, H, W] uint8: the training images of a run directory, or all of a folder or an archive."""
     return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
 
 
@@ -270,7 +269,7 @@ def _gradients_rows(gradients: LevelGradients) -> list[dict[str, float]]:
         "mass_share": gradients.share,
         "step_share": gradients.step_share(weighted=False),
         "step_share_weighted": gradients.step_share(weighted=True),
-        "cosine_to_step": gradients.cosine_to_step(weighted=False).clamp(-1.0, 1.0),  # estimates can lie beyond
+        "cosine_to_step": gradients.cosine_to_step(weighted=False).clamp(-1.0, 1.0),  # estimates can exceed 1
         "cosine_to_step_weighted": gradients.cosine_to_step(weighted=True).clamp(-1.0, 1.0),
     }
     columns |= {
@@ -296,7 +295,7 @@ def _gradients_table(gradients: LevelGradients) -> str:
 
 
 def _csv(rows: Sequence[dict[str, float]]) -> str:
-    """Rows with the same keys, as CSV; what is not known is an empty cell."""
+    """Rows with the same keys, as CSV; unknown values are empty cells."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

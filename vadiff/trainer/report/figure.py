@@ -1,4 +1,4 @@
-"""One picture of several runs that differ in the weighting only."""
+"""One figure of several runs that differ only in the weighting."""
 
 import textwrap
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from ..pictures import image_grid
 from ..training import TrainedRun
 from ..training.metrics import stacked
 
-# Okabe & Ito's colours, told apart by everyone; dashes for prints without colour.
+# Okabe & Ito's colour-blind-safe colours; dashes for black-and-white prints.
 _STYLES = (("#000000", "-"), ("#E69F00", "--"), ("#0072B2", "-"), ("#009E73", ":"))
 _LOG_SNR = "log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →"
-_ENOUGH = 20.0  # samples in a bin, after forgetting, from which on it is drawn
+_ENOUGH = 20.0  # effective number of samples from which a bin is drawn
 
 Styles = Mapping[str, tuple[str, str]]
 
 
 def comparison_figure(runs: Mapping[str, TrainedRun], samples: Mapping[str, Tensor], real: Tensor) -> Any:
-    """Base loss, weights, balance, held-out loss, variance over training and samples of each run.
+    """Figure of base loss, weights, balance, held-out loss, variance over training and samples of each run.
 
     Args:
         runs: up to four runs by name, of the same bins and steps; the others are compared with the first.
@@ -59,7 +59,7 @@ def _heading(area: Any, runs: Mapping[str, TrainedRun], styles: Styles) -> None:
     area.text(0.05, 0.56, textwrap.fill(text, 178), fontsize=11, va="top", linespacing=1.4)
     line = import_extra("matplotlib.lines", "report").Line2D
     handles = [
-        line([], [], color=color, linestyle=dash, linewidth=3, label=_spoken(name))
+        line([], [], color=color, linestyle=dash, linewidth=3, label=_title_of(name))
         for name, (color, dash) in styles.items()
     ]
     area.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.98, 0.97), ncols=4, frameon=False, fontsize=14)
@@ -80,9 +80,9 @@ def _base_losses(area: Any, runs: Mapping[str, TrainedRun], styles: Styles) -> N
         if name == first:
             caption += "the line is high (hard to learn) and the band wide (one image says little)."
         else:
-            caption = caption.replace("deviation.", f"deviation; thin: mean with {_spoken(first)} weight.")
-            caption += "the lines part: learned better (below) or worse."
-        _describe(panel, f"Base loss · {_spoken(name)}", caption)
+            caption = caption.replace("deviation.", f"deviation; thin: mean with {_title_of(first)} weight.")
+            caption += "the lines part: a lower line has learned better."
+        _describe(panel, f"Base loss · {_title_of(name)}", caption)
         panel.set_ylim(bottom=0)
     panels[0].set_ylabel("base loss, per pixel  (1 ≈ untrained)")
 
@@ -96,7 +96,7 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
         centers, _, std, weights = _final(run)
         weight.plot(centers, weights, color=color, linestyle=dash, linewidth=2)
         balance.plot(centers, weights * std, color=color, linestyle=dash, linewidth=2)
-        spread.append(f"{_spoken(name)} {(weights * std).max() / (weights * std).min():.1f}")
+        spread.append(f"{_title_of(name)} {(weights * std).max() / (weights * std).min():.1f}")
         ratio, error = (values.numpy() for values in run.held_out.ratio_to(first))
         levels = run.held_out.log_snr.numpy()
         held_out.set_xlim(levels.min() - 0.5, levels.max() + 0.5)
@@ -105,23 +105,23 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
     _describe(
         weight,
         "Weight of each noise level",
-        "What the base loss is multiplied with at the end of training. Look for values above 1: those noise levels "
-        "now count for more than in EDM's own objective.",
+        "Factor of the base loss at the end of training. Look for values above 1: these noise levels now count for "
+        "more than in EDM's own objective.",
     )
     weight.set_ylabel("weight w")
     weight.set_ylim(bottom=0)
     _describe(
         balance,
         "Balance: spread of the weighted loss",
-        f"Standard deviation of w × base loss. Look for a level line, which variance-aware weighting aims at. "
+        f"Standard deviation of w × base loss. Look for a flat line, the aim of variance-aware weighting. "
         f"Highest ÷ lowest: {', '.join(spread)}.",
     )
     balance.set_ylabel("standard deviation of w × base loss")
     balance.set_ylim(bottom=0)
     _describe(
         held_out,
-        f"Held-out loss, relative to {_spoken(next(iter(runs)))}",
-        "Base loss on digits never trained on; below 1 is better. Look for gains paid for at other levels. Band: "
+        f"Held-out loss, relative to {_title_of(next(iter(runs)))}",
+        "Base loss on digits never trained on; below 1 is better. Look for gains at the cost of other levels. Band: "
         "standard error over images, one seed. Grey: outer 5 % of training.",
     )
     for outside in _seldom_trained(next(iter(runs.values()))):
@@ -151,7 +151,7 @@ def _variance_heatmaps(area: Any, runs: Mapping[str, TrainedRun]) -> None:
         )
         _describe(
             panel,
-            f"Variance over training · {_spoken(name)}",
+            f"Variance over training · {_title_of(name)}",
             "Variance of the base loss between images, before the weight. Look for how it falls with training, and "
             "where it stays bright. White: too few images yet.",
         )
@@ -166,7 +166,7 @@ def _sample_grids(area: Any, runs: Mapping[str, TrainedRun], samples: Mapping[st
     panels = area.subplots(1, len(runs) + 1)
     area.subplots_adjust(left=0.05, right=0.98, top=0.78, bottom=0.02, wspace=0.1)
     number = min(len(images) for images in samples.values())
-    grids = {"Real digits": real[:number]} | {f"Samples · {_spoken(name)}": samples[name] for name in runs}
+    grids = {"Real digits": real[:number]} | {f"Samples · {_title_of(name)}": samples[name] for name in runs}
     captions = ["Held-out images: what samples should look like, in variety and in clean strokes."]
     captions += ["Each place starts from the same noise in every grid. Look for broken or smeared strokes."] * len(runs)
     for panel, (title, images), caption in zip(panels, grids.items(), captions, strict=True):
@@ -193,7 +193,7 @@ def _describe(panel: Any, title: str, caption: str) -> None:
 
 
 def _title(panel: Any, title: str, caption: str, width: int, lines: int) -> None:
-    """Title in bold and a caption of at most `lines` lines below it, both above the panel."""
+    """Write title in bold and a caption of at most `lines` lines above the panel."""
     place = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
     panel.annotate(title, xytext=(0, 27 + 14 * lines), fontsize=13, weight="bold", **place)
     panel.annotate(textwrap.fill(caption, width), xytext=(0, 8 + 14 * lines), fontsize=10, linespacing=1.25, **place)
@@ -202,7 +202,7 @@ def _title(panel: Any, title: str, caption: str, width: int, lines: int) -> None
 def _final(run: TrainedRun) -> tuple[Any, Any, Any, Any]:
     """Bin centres, mean and standard deviation of the base loss, and weights at the end of a run, as arrays [k].
 
-    Of the bins with enough samples only.
+    Only bins with enough samples are included.
     """
     statistics = run.criterion.statistics
     seen = (statistics.count >= _enough(statistics.count)).cpu()
@@ -212,7 +212,7 @@ def _final(run: TrainedRun) -> tuple[Any, Any, Any, Any]:
 
 
 def _shown_range(runs: Mapping[str, TrainedRun]) -> tuple[float, float]:
-    """Lowest and highest log-SNR that any run shows."""
+    """Lowest and highest log-SNR among the drawn bins of all runs."""
     centers = [_final(run)[0] for run in runs.values()]
     width = next(iter(runs.values())).criterion.statistics.bins.width
     return min(c.min() for c in centers) - width / 2, max(c.max() for c in centers) + width / 2
@@ -225,9 +225,9 @@ def _seldom_trained(run: TrainedRun) -> tuple[tuple[float, float], tuple[float, 
 
 
 def _enough(count: Tensor) -> float:
-    """From how many samples on a bin is drawn: fewer in a run so short that nothing else could be."""
+    """Minimum number of samples for a bin to be drawn; fewer in very short runs."""
     return min(_ENOUGH, count.max().item() / 2)
 
 
-def _spoken(name: str) -> str:
+def _title_of(name: str) -> str:
     return name.replace("_", " ")

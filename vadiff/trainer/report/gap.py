@@ -1,4 +1,4 @@
-"""A run's loss above the optimal one, per noise level, as `vadiff evaluate --gap` shows it."""
+"""A run's gap to the optimal loss per noise level: rows, table and chart of `vadiff evaluate --gap`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gap_rows(gap: ModelGap, sigma_data: float) -> list[dict[str, float]]:
 
 
 def gap_table(gap: ModelGap, sigma_data: float) -> str:
-    """The same for people."""
+    """The rows as a text table."""
     lines = [f"{'sigma':>9} {'log-SNR':>8} {'loss':>10} {'optimal':>10}   {'gap':>20}"]
     for row in gap_rows(gap, sigma_data):
         lines.append(
@@ -39,11 +39,11 @@ def gap_table(gap: ModelGap, sigma_data: float) -> str:
 
 
 def gap_chart(gap: ModelGap, sigma_data: float) -> Chart:
-    """Loss on training images and optimal loss per noise level; what lies between them is the gap."""
+    """Loss on training images and optimal loss per noise level, with the gap between them."""
     log_snr = (-2.0 * gap.sigma.log()).numpy()
     unit = _edm_unit(gap, sigma_data)
     loss, optimal = (unit * gap.loss).numpy(), (unit * gap.optimal).numpy()
-    lowest = 0.3 * float(loss.min())  # where images are told apart with certainty J* is 0
+    lowest = 0.3 * float(loss.min())  # at low noise J* is 0
 
     def draw(panel: Any) -> None:
         panel.plot(log_snr, loss, color="#0072B2", marker="o", markersize=4, label="loss of the run")
@@ -57,7 +57,7 @@ def gap_chart(gap: ModelGap, sigma_data: float) -> Chart:
 
     caption = (
         "Loss on images that were trained on, and the lowest that any network can have there. Look for levels where "
-        "the gap is wide: only there can training still win. Where nothing is left of it, the images are memorised."
+        "the gap is wide: only there can training lower the loss. Where the gap is 0, the images are memorised."
     )
     return Chart("gap", "Loss above the optimal loss", caption, draw)
 

@@ -12,11 +12,14 @@ _OWN, _RUN = ("#000000", "--", "own objective (w = 1)"), ("#0072B2", "-", "with 
 
 
 def gradient_charts(gradients: LevelGradients) -> list[Chart]:
-    """Norm per level, share of a training step, agreement with the step, and cosines between levels."""
+    """Charts: norm per level, share of a training step, cosine with the step, and cosines between levels."""
     log_snr = gradients.log_snr.numpy()
 
     def lines(panel: Any, own: Any, weighted: Any, label: str) -> None:
-        for values, (color, dash, name) in ((weighted, _RUN), (own, _OWN)):  # own on top: dashed, both can be seen
+        for values, (color, dash, name) in (
+            (weighted, _RUN),
+            (own, _OWN),
+        ):  # the dashed line on top, so that both are visible
             panel.plot(log_snr, values, color=color, linestyle=dash, marker="o", markersize=4, label=name)
         panel.set_xlabel(LOG_SNR)
         panel.set_ylabel(label)
@@ -46,7 +49,7 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
         panel.set_xticks(places, names, rotation=60 if len(names) > 8 else 0)
         panel.set_yticks(places, names)
         panel.grid(False)
-        panel.set_facecolor("#c9ced6")  # shows where a cosine is not known
+        panel.set_facecolor("#c9ced6")  # marks unknown cosines
         panel.set_xlabel("log-SNR λ (nats)      less noise →")
         panel.set_ylabel("log-SNR λ (nats)      less noise →")
         bar = panel.figure.colorbar(image, ax=panel, pad=0.02)
@@ -57,15 +60,15 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
         Chart(
             "gradient-norm-per-level",
             "Size of the gradient per noise level",
-            "How hard one sample of a noise level pulls at the network. Look for levels that are far above the rest: "
-            "they drown the others. A weighting that balances makes the line flatter.",
+            "Norm of the gradient of one sample of a noise level. Look for levels far above the rest: they dominate "
+            "the others. A balancing weighting makes the line flatter.",
             norm,
         ),
         Chart(
             "gradient-share-per-level",
-            "How much of a training step each noise level makes up",
-            "The same times how often the level is drawn in training, as a share of the sum. Look for levels with "
-            "next to nothing: they are hardly learned, whatever their loss.",
+            "Share of each noise level in a training step",
+            "Gradient norm times how often the level is drawn in training, as a share of the sum. Look for levels "
+            "near 0: they are hardly learned, whatever their loss.",
             step_share,
         ),
         Chart(
@@ -78,9 +81,8 @@ def gradient_charts(gradients: LevelGradients) -> list[Chart]:
         Chart(
             "gradient-cosines",
             "Do noise levels pull in different directions",
-            "Cosine between the gradients of two noise levels; a weight changes their size, never this. Look for blue: "
-            "what helps one hurts the other. White: they have nothing to do with each other. Grey gaps: too few "
-            "images to tell.",
+            "Cosine between the gradients of two noise levels, which no weight changes. Look for blue: "
+            "what helps one hurts the other. White: the two are independent. Grey: too few images to tell.",
             cosines,
         ),
     ]

@@ -22,7 +22,7 @@ def held_out_levels(
 ) -> Chart:
     """Held-out loss per noise level, raw and averaged weights; log_snr [L], losses [L] or [seeds, L].
 
-    `limits` are those of the vertical axis, where several such charts stand side by side.
+    `limits` are those of the vertical axis, for several such charts side by side.
     """
 
     def draw(panel: Any) -> None:
@@ -39,7 +39,7 @@ def held_out_levels(
 
     caption = (
         "Loss on images never trained on, with the same noise for every run and checkpoint. Look for levels where the "
-        "averaged weights are worse than the raw ones: there the average is too long for the speed of learning."
+        "averaged weights are worse than the raw ones: there the average is too long."
     )
     return Chart(name, "Held-out loss per noise level", caption, draw, group)
 
@@ -70,7 +70,7 @@ def ratio_to_first(groups: Sequence[Group]) -> Chart:
 
     caption = (
         f"Below 1: better than {first.label} on images never trained on, same images and noise. Look for gains at some "
-        "noise levels that are paid for at others." + band(groups)
+        "noise levels that come with losses at others." + band(groups)
     )
     return Chart("held-out-ratio", f"Held-out loss relative to {first.label}", caption, draw)
 
@@ -127,7 +127,7 @@ def _last(group: Group, name: str) -> tuple[Array, Array]:
 
 
 def paired_ratios(group: Group, first: Group) -> tuple[Array, Array]:
-    """(log_snr [L], ratios [n, L]): seed by seed where both have the seed, else to the mean of the first group."""
+    """(log_snr [L], ratios [n, L]): paired by seed if both groups have the seed, else to the mean of the first."""
     log_snr, reference = _last(first, "loss_ema")
     by_seed = {run.config["seed"]: losses for run, losses in zip(first.runs, reference, strict=True)}
     _, losses = _last(group, "loss_ema")

@@ -1,4 +1,4 @@
-"""How large weights, their updates and activations are over training: the picture behind EDM2's argument."""
+"""Magnitudes of weights, their updates and activations over training: the figure behind EDM2's argument."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LAYERS, _MEDIAN = "#56B4E9", "#D55E00"  # Okabe & Ito's
 
 
 def magnitudes_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """RMS per layer over training: a row each for activations, weights and relative updates, a column for each run.
+    """RMS per layer over training: rows for activations, weights and relative updates, a column for each run.
 
-    The axes of a row are shared, so that networks can be compared. A layer whose RMS is 0 at a time (a gain that starts
-    from 0) is not drawn there.
+    The axes of a row are shared, so that networks can be compared. Points where a layer's RMS is 0 (a gain that starts
+    from 0) are not drawn.
 
     Args:
-        runs: for each name the lines of metrics.jsonl of a run with `log_rms`; others among them are passed over.
+        runs: name → lines of metrics.jsonl of a run with `log_rms`; lines without RMS are ignored.
 
     Returns:
         A `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.
@@ -56,7 +56,7 @@ def magnitudes_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def magnitudes_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """`magnitudes_figure` as a file; the same data give the same file."""
+    """`magnitudes_figure` as SVG; the same data give the same bytes."""
     file = io.BytesIO()
     with import_extra("matplotlib", "report").rc_context({"svg.hashsalt": "vadiff"}):
         magnitudes_figure(runs).savefig(file, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The optimal loss of a data set as a picture and a table, with models beside it."""
+"""The optimal loss of a data set as a figure and a table, optionally with models' losses and gaps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # 
 
 
 def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | None = None) -> Any:
-    """J*/D over noise levels, and where models are given their loss and their gap.
+    """Figure of J*/D over noise levels and, for given models, of their loss and gap.
 
     Args:
         optimal: the data set's J*.
-        gaps: of each model by name, up to six.
+        gaps: name → gap of a model, up to six.
 
     Returns:
         A `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.
@@ -44,7 +44,7 @@ def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | Non
         panels[1].fill_between(gap.sigma, *band, color=color, alpha=0.2, linewidth=0)
     panels[0].set_title("x0 loss, mean over elements")
     if gaps:
-        panels[1].set_title("gap: loss − J*/D, what training can still win")
+        panels[1].set_title("gap: loss − J*/D, which training can still reduce")
         panels[1].axhline(0.0, color="#888888", linewidth=1)
     for panel in panels:
         panel.set_xscale("log")
@@ -62,7 +62,7 @@ def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | Non
 def optimal_loss_table(optimal: OptimalLoss, gap: ModelGap | None = None, other: OptimalLoss | None = None) -> str:
     """One line per noise level: J*, its standard error and share of the total variance, and a model's gap.
 
-    With `other`, a curve at the same levels, the difference to it as well, in percent of its total variance.
+    With `other`, a curve at the same levels, also the difference from it, in percent of its total variance.
     """
     lines = [f"{'sigma':>10}  {'J*':>12}  {'std. error':>10}  {'J*/D':>10}  {'of variance':>11}  {'draws':>7}"]
     columns = (optimal.sigma, optimal.loss, optimal.stderr, optimal.draws)
@@ -82,6 +82,6 @@ def optimal_loss_table(optimal: OptimalLoss, gap: ModelGap | None = None, other:
         for place, (value, uncertain) in enumerate(zip(difference.tolist(), error.tolist(), strict=True)):
             lines[place + 1] += f"  {value:+7.2f} % ± {uncertain:.2f}"
         lines.append(
-            f"Largest difference to {other.estimator}: {float(difference.abs().max()):.2f} % of the total variance"
+            f"Largest difference from {other.estimator}: {float(difference.abs().max()):.2f} % of the total variance"
         )
     return "\n".join(lines)

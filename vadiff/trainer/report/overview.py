@@ -1,4 +1,4 @@
-"""The tables of a report: where runs stand, and with which settings."""
+"""The tables of a report: last values and settings of the runs."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,20 +14,20 @@ from .style import all_nan_is_no_value
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells; the first of a row is its heading."""
+    """Text cells; the first cell of a row is its heading."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 def overview_table(groups: Sequence[Group]) -> Table:
-    """Where each group stands at its last logged step: a row for each value that some of them have."""
+    """Values of each group at its last logged step: a row for each value that any group has."""
     values: list[tuple[str, Callable[[History], float | None], Callable[[float], str]]] = [
         ("steps", lambda run: run.step[-1], _whole),
         ("images seen", lambda run: run.images[-1], _whole),
         ("training base loss", lambda run: _scalar(run, "base_loss"), number),
         ("held-out loss (EMA)", _final_held_out, number),
-        *[(charts.spoken_metric(name), _final_metric(name), number) for name in charts.metric_names(groups)],
+        *[(charts.metric_title(name), _final_metric(name), number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
         ("images / s", lambda run: _median(run, "images_per_second"), _whole),
@@ -43,14 +43,14 @@ def overview_table(groups: Sequence[Group]) -> Table:
 
 
 def cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
-    """Mean of the runs, with ± where there are several and they differ; empty without a value."""
+    """Mean of the runs, with ± the standard deviation if several runs differ; empty without a value."""
     known = [float(value) for value in values if value is not None and np.isfinite(value)]
     if not known:
         return ""
     if len(known) == 1 or max(known) == min(known) or spoken is not number:
         return spoken(float(np.mean(known)))
     mean, spread = float(np.mean(known)), float(np.std(known, ddof=1))
-    decimals = max(0, 1 - math.floor(math.log10(spread)))  # two digits of the spread, and the mean to the same place
+    decimals = max(0, 1 - math.floor(math.log10(spread)))  # two digits of the spread
     return f"{mean:,.{decimals}f} ± {spread:,.{decimals}f}"
 
 
@@ -79,7 +79,7 @@ def _scalar(run: History, name: str) -> float | None:
 
 
 def _median(run: History, name: str) -> float | None:
-    """Over training without the first entry, in which everything was warmed up."""
+    """Median over training without the first entry, which includes the warm-up."""
     values = run.scalars.get(name)
     if values is None:
         return None
@@ -88,7 +88,7 @@ def _median(run: History, name: str) -> float | None:
 
 
 def several_seeds(groups: Iterable[Group]) -> bool:
-    """Whether some group is more than one run."""
+    """Whether any group has more than one run."""
     return any(len(group.runs) > 1 for group in groups)
 
 

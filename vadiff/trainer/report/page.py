@@ -1,4 +1,4 @@
-"""`vadiff report`: one self-contained HTML page about runs, and its figures as files."""
+"""`vadiff report`: a self-contained HTML page about runs, and its charts as files."""
 
 import base64
 import importlib.resources
@@ -36,7 +36,7 @@ class Strip:
 
     title: str
     pictures: Sequence[Picture]
-    wide: bool = False  # charts, with their words in them, not grids of small images
+    wide: bool = False  # charts with text, not grids of small images
 
 
 @dataclass
@@ -52,17 +52,17 @@ class Section:
 
 
 def write_report(groups: Sequence[Group], page: Path, *, title: str | None = None) -> list[Path]:
-    """Write the page, and each of its figures as PNG and SVG into a folder of the page's name beside it.
+    """Write the page, and each of its charts as PNG and SVG into a folder of the page's name beside it.
 
-    The page is complete in one file: pictures are inlined, it has no script, and nothing is fetched.
+    The page is one file with inlined pictures, without scripts or external resources.
 
     Args:
         groups: at least one; the others are compared with the first.
-        page: file to write, ending in .html; what stood there is replaced.
+        page: file to write or replace, ending in .html.
         title: of the page.
 
     Returns:
-        The files of the figures.
+        The files of the charts.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
@@ -95,7 +95,7 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
 
 
 def sections_of(groups: Sequence[Group]) -> list[Section]:
-    """The parts of the page for which the runs have something to show."""
+    """The sections of the page for which the runs have data."""
     found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
     found.append(_magnitudes(groups))
     found += [_held_out(groups), _gap(groups), _gradients(groups), _metrics(groups), _samples(groups)]
@@ -103,7 +103,7 @@ def sections_of(groups: Sequence[Group]) -> list[Section]:
 
 
 def _blocks(found: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Charts of one kind side by side under one caption."""
+    """Groups of charts of one kind, to be shown side by side under one caption."""
     return [
         {
             "title": title,
@@ -125,9 +125,9 @@ def _overview(groups: Sequence[Group]) -> Section:
     return Section(
         "overview",
         "In short",
-        "Where each run stands at its last logged step. Values with ± are mean and standard deviation over seeds."
+        "Values of each run at its last logged step. Values with ± are mean and standard deviation over seeds."
         if several_seeds(groups)
-        else "Where each run stands at its last logged step.",
+        else "Values of each run at its last logged step.",
         table=overview_table(groups),
     )
 
@@ -137,8 +137,8 @@ def _noise_levels(groups: Sequence[Group]) -> Section:
     section = Section(
         "noise-levels",
         "Noise level by noise level",
-        "What training looked like at each noise level at the end. All of it comes from statistics of the training "
-        "loss itself, with recent samples counting most.",
+        "The end of training at each noise level, from the running statistics of the training loss, in which recent "
+        "samples count most.",
         charts=[charts.base_loss(group, top) for group in groups],
     )
     if len(groups) > 1:
@@ -154,9 +154,9 @@ def _over_training(groups: Sequence[Group]) -> Section | None:
     spread = "std" if len(groups) == 1 else "relative_std"
     section = Section(
         "over-training",
-        "How it came about",
-        "Each column of a picture is one moment of training, each row one noise level. All pictures of a kind share "
-        "their colours and axes.",
+        "Over training",
+        "Each column of a chart is one moment of training, each row one noise level. All charts of a kind share their "
+        "colours and axes.",
     )
     for what in (spread, "weights"):
         limits = charts.heatmap_limits(groups, what)
@@ -193,13 +193,13 @@ def _curves(groups: Sequence[Group]) -> Section:
 
 
 def _magnitudes(groups: Sequence[Group]) -> Section | None:
-    """Where runs have logged them (`log_rms`): the first run of each group."""
+    """RMS over training (`log_rms`) of the first run of each group, if logged."""
     runs = {group.label: group.first.magnitudes for group in groups if group.first.magnitudes}
     if not runs:
         return None
     text = (
-        "Root mean square per layer. Look for weights that grow, which makes the same update count less and less, and "
-        "for activations that drift apart."
+        "Root mean square per layer. Look for weights that grow, which makes the same update ever smaller in "
+        "proportion, and for activations that drift apart."
     )
     picture = Picture("", _data_url(magnitudes_svg(runs)))
     return Section("magnitudes", "Magnitudes over training", text, strips=[Strip("", [picture], wide=True)])
@@ -223,24 +223,24 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
 
 
 def _gap(groups: Sequence[Group]) -> Section | None:
-    """The picture of `vadiff evaluate --gap`, where one run is shown that was measured."""
+    """The chart of `vadiff evaluate --gap`, if a single run is shown and was measured."""
     if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gap:
         return None
     pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gap]
     text = (
         "Measured at the last evaluated checkpoint: loss on images that were trained on, and the optimal loss of the "
-        "data set, the lowest that any network can have there. Only what lies between the two can still be won."
+        "data set, the lowest that any network can have on them. Training can only reduce the gap between the two."
     )
-    return Section("gap", "What is left to learn", text, strips=[Strip("", pictures, wide=True)])
+    return Section("gap", "Gap to the optimal loss", text, strips=[Strip("", pictures, wide=True)])
 
 
 def _gradients(groups: Sequence[Group]) -> Section | None:
-    """The pictures of `vadiff evaluate --gradients`, where one run is shown that was measured."""
+    """The charts of `vadiff evaluate --gradients`, if a single run is shown and was measured."""
     if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gradients:
         return None
     pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gradients]
-    text = "Measured at the last evaluated checkpoint, on training images, for the weights that are trained."
-    return Section("gradients", "How noise levels pull at the network", text, strips=[Strip("", pictures, wide=True)])
+    text = "Measured at the last evaluated checkpoint, on training images, for the trained (raw) weights."
+    return Section("gradients", "Gradients per noise level", text, strips=[Strip("", pictures, wide=True)])
 
 
 def _metrics(groups: Sequence[Group]) -> Section | None:
@@ -265,8 +265,8 @@ def _samples(groups: Sequence[Group]) -> Section | None:
     if not strips:
         return None
     text = (
-        "Every grid starts from the same noise, so that one place can be followed through training and across runs. "
-        "Look for broken or smeared structures, and for places that look alike."
+        "Every grid starts from the same noise, so that one cell can be followed through training and across runs. "
+        "Look for broken or smeared structures, and for cells that look alike."
     )
     return Section("samples", "Generated images over training", text, strips=strips)
 
@@ -279,7 +279,7 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def _held_out_of_train(groups: Sequence[Group]) -> str:
-    """How many training images were held out where a data set has no test part; empty where all have one."""
+    """Numbers of training images held out, for data sets without a test part; empty if all have one."""
     numbers = {group.first.held_out_number for group in groups if group.first.held_out_is_test is False}
     return " or ".join(f"{number:,}" for number in sorted(numbers - {None}, key=str))
 
@@ -292,27 +292,25 @@ def _lead(groups: Sequence[Group]) -> str:
         f"{config['process'].upper() if config['process'] == 'edm' else config['process']} objective."
     )
     if len(groups) > 1:
-        text += (
-            f" Compared: {'; '.join(group.label for group in groups)}. The others are held against {groups[0].label}."
-        )
+        text += f" Compared: {'; '.join(group.label for group in groups)}. Each is compared with {groups[0].label}."
     return text
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:
-    """What must be said before anything is read from the charts."""
+    """Caveats to read before the charts."""
     notes = []
     for group in groups:
         for run in group.runs:
             if run.step[-1] < run.config["steps"]:
                 notes.append(f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}: not finished.")
             if not run.held_out:
-                notes.append(f"{run.name} was not measured on held-out images yet: that part is left out.")
+                notes.append(f"{run.name} was not measured on held-out images yet: that section is missing.")
     fewest = min(len(group.runs) for group in groups)
     if len(groups) > 1 and fewest < 10:
         seeds = "one seed" if fewest == 1 else f"{fewest} seeds"
         notes.append(
-            f"Differences between runs rest on {seeds} here. Small ones may be chance; nothing can be said about "
-            "the spread over seeds from fewer than ten."
+            f"Differences between runs rest on {seeds} here. Small ones may be chance; fewer than ten say "
+            "nothing about the spread over seeds."
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""What the report shows: histories of runs as arrays, and runs that differ in their seed only as one group."""
+"""Data of a report: histories of runs as arrays, and groups of runs that differ only in their seed."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from ..training import Run, TrainConfig
 
 Array = np.ndarray
 
-# What may differ between the runs of one group: how a run was started, logged and saved, not what it computes.
+# Fields that may differ within a group: how a run was started, logged and saved, not what it computes.
 _NOT_COMPARED = {
     "accumulate", "backend", "checkpoint_every", "compile", "data", "data_seed", "deterministic", "device",
     "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
     "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard",
 }  # fmt: skip
-_ENOUGH = 20.0  # samples in a bin, after forgetting, from which on it is drawn
+_ENOUGH = 20.0  # effective number of samples from which a bin is drawn
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class History:
     gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
     gap: list[Path] = field(default_factory=list)  # the picture of the last `vadiff evaluate --gap`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
-    held_out_is_test: bool | None = None  # None where the run has not noted it
-    held_out_number: int | None = None  # images held out; None likewise
+    held_out_is_test: bool | None = None  # None if the run has not saved it
+    held_out_number: int | None = None  # images held out; None if not saved
 
     @property
     def seen(self) -> Array:
-        """Which bins hold enough samples to be drawn, [R, K]; fewer suffice in a run too short for more."""
+        """Which bins have enough samples to be drawn, [R, K]; fewer suffice in a very short run."""
         if not len(self.count):
             return self.count > 0
         enough = np.minimum(_ENOUGH, self.count[-1].max(initial=0.0) / 2)
         return (self.count >= enough) & (self.count > 0)
 
     def rows_at(self, images: Array) -> Array:
-        """Which entries were written after these numbers of images, all of which must be there. [X]"""
+        """Indices of the entries at these numbers of images, each of which must have an entry. [X]"""
         return np.searchsorted(self.images, images)
 
     @property
@@ -73,7 +73,7 @@ class History:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: tuple[History, ...]
@@ -130,13 +130,13 @@ def read_history(run: Run) -> History:
 
 
 def group_runs(histories: Sequence[History]) -> list[Group]:
-    """Put runs together that differ only in their seed; the first given stands first.
+    """Group runs that differ only in their seed, in the order given.
 
-    A group is called by its weighting, if that differs, and by what else its settings have other than the first's; by
-    the run's folder where nothing differs.
+    A group is labelled by its weighting, if that differs, and by the settings that differ from the first group's; if
+    nothing differs, by the run's folder.
 
     Raises:
-        RunError: runs that differ in their seed only have logged at no common number of images.
+        RunError: the runs of a group have no logged number of images in common.
     """
     groups: list[tuple[dict[str, Any], list[History]]] = []
     for history in histories:
@@ -161,17 +161,17 @@ def group_runs(histories: Sequence[History]) -> list[Group]:
             paths = ", ".join(str(run.path) for run in ordered)
             raise RunError(
                 f"{paths} differ in their seed only, but have no line of metrics at the same number of images: let "
-                "them end, or report them one by one"
+                "them finish, or report them one by one"
             )
         named.append(Group(label, tuple(ordered)))
     return named
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a group; a run whose weights are taken counts by its own settings, not by its path."""
+    """The settings that define a group; `table` is replaced by the settings of the run that it names."""
     settings = {name: value for name, value in config.items() if name not in _NOT_COMPARED}
     if settings.get("table"):
-        with contextlib.suppress(RunError):  # its folder is gone: then by the path
+        with contextlib.suppress(RunError):  # folder is gone: keep the path
             settings["table"] = _compared(TrainConfig.load(Path(settings["table"]) / "config.yaml").as_dict())
     return settings
 
@@ -179,7 +179,7 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
 def _label(settings: dict[str, Any]) -> str:
     parts = []
     for name, value in settings.items():
-        if isinstance(value, dict) and "weighting" in value:  # the settings of the run a table is from
+        if isinstance(value, dict) and "weighting" in value:  # settings of the table's run
             value = f"of {value['weighting']}"
         parts.append(f"{'' if name == 'weighting' else name} {value}".replace("_", " ").strip())
     return ", ".join(parts)
@@ -194,7 +194,7 @@ def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Arra
 
 
 def _evaluated(path: Path, name: str) -> list[Path]:
-    """The pictures of this name of the last checkpoint that has some."""
+    """The pictures of this name from the last evaluated checkpoint that has any."""
     measured = [(int(folder.name.removeprefix("step-")), folder) for folder in path.glob("evaluation/step-*")]
     for _, folder in sorted(measured, reverse=True):
         if pictures := sorted(folder.glob(name)):

@@ -1,4 +1,4 @@
-"""How every chart of a report looks."""
+"""Style of all charts of a report."""
 
 import contextlib
 import io
@@ -39,28 +39,28 @@ class Line(NamedTuple):
     dash: str
 
 
-# Okabe & Ito's colours without the pale yellow, told apart by everyone; dashes for prints without colour.
+# Okabe & Ito's colour-blind-safe colours without the pale yellow; dashes for black-and-white prints.
 _COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
 
 
 def line(index: int) -> Line:
-    """The style of group number `index`: all 28 are different."""
+    """The style of group number `index`; the first 28 are different."""
     return Line(_COLORS[index % len(_COLORS)], _DASHES[(index % len(_COLORS) + index // len(_COLORS)) % len(_DASHES)])
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture with what it shows and what to look for."""
+    """One chart, with a title and a caption that says what to look for."""
 
     name: str  # file name without its ending
     title: str
     caption: str
     draw: Callable[[Any], None]  # draws on a matplotlib Axes
-    group: str = ""  # whose it is, where every group has such a chart
+    group: str = ""  # label of its group, if each group has such a chart
 
     def picture(self, kind: str, *, described: bool, compact: bool = False) -> bytes:
-        """The chart as "svg" or "png", with or without its title and caption; `compact` to stand beside its kind.
+        """The chart as "svg" or "png", with or without its title and caption; `compact` for charts side by side.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
@@ -102,7 +102,7 @@ def _written(figure: Any, kind: str) -> bytes:
 
 @contextlib.contextmanager
 def all_nan_is_no_value() -> Iterator[None]:
-    """Means over runs none of which has a value are NaN, without a warning."""
+    """Silence the warning of means over no values, which are NaN."""
     import warnings
 
     with warnings.catch_warnings():

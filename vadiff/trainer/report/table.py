@@ -7,13 +7,13 @@ from ..training import HeldOutLoss
 
 
 def held_out_table(runs: Mapping[str, HeldOutLoss]) -> str:
-    """One row per noise level, one column per run; beside every run but the first, its ratio to the first.
+    """One row per noise level, one column per run; for every run but the first also its ratio to the first.
 
     Args:
         runs: name → held-out loss, on the same images, levels and noise.
 
     Returns:
-        The table, without a newline at the end. ± is the standard error over images of the paired ratio.
+        The table, without a trailing newline. ± is the standard error over images of the paired ratio.
     """
     first_name, first = next(iter(runs.items()))
     header = f"{'sigma':>8} {'log-SNR':>8}  {first_name:>10}"

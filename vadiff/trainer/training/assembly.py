@@ -1,4 +1,4 @@
-"""From a config to its parts: network, criterion, level sampler, data."""
+"""Builds the parts of a run from its config: network, criterion, level sampler, data."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 from ..data import Images, cifar, digits, folder
 
 _ADAPTIVE_LEVELS = ("second_moment", "loss_spread")
-TABLE_FILE = "table.json"  # in a run directory: the table it was told to use, so that it stands on its own
+TABLE_FILE = "table.json"  # in a run directory: copy of the weight table that the config names
 
 
 def load_images(config: TrainConfig) -> Images:
     """The data set of a config.
 
     Raises:
-        DataError: it is missing, truncated or corrupt, or has no labels for a class-conditional network.
+        DataError: the data set is missing, truncated or corrupt, or has no labels for a class-conditional network.
         MissingExtraError: a package that reads it is not installed.
     """
     if config.dataset == "digits":
@@ -45,7 +45,7 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
 
     Raises:
         MissingExtraError: diffusers is not installed.
-        ValueError: sizes that do not fit the images.
+        ValueError: sizes that are invalid for these images.
     """
     labels = classes if config.class_conditional else 0
     sizes: dict[str, Any] = {
@@ -66,13 +66,12 @@ def build_criterion(config: TrainConfig, run: Path | None = None, optimal: Optim
     """A criterion without statistics.
 
     Args:
-        config: the run's.
-        run: where its weight table lies, for weighting "table".
-        optimal: the optimal loss of its training images, for a weighting made of that.
+        config: of the run.
+        run: folder with its weight table, for weighting "table".
+        optimal: the optimal loss of its training images, for a weighting that needs it.
 
     Raises:
-        ValueError: an option that the weighting does not have, or out of bounds, or no optimal loss where one is
-            needed.
+        ValueError: an option is unknown to the weighting or out of bounds, or `optimal` is missing.
         RunError: there is no such table.
     """
     return DiffusionLoss(
@@ -88,12 +87,12 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
     """A sampler of noise levels, on the CPU.
 
     Args:
-        config: the run's.
-        run: where its weight table lies, for levels "table".
+        config: of the run.
+        run: folder with its weight table, for levels "table".
         optimal: the optimal loss of its training images, for levels "gap".
 
     Raises:
-        ValueError: an option that the sampler does not have, or out of bounds, or no optimal loss where one is needed.
+        ValueError: an option is unknown to the sampler or out of bounds, or `optimal` is missing.
         RunError: there is no such table.
     """
     base = levels.LogNormal(config.p_mean, config.p_std)
@@ -114,10 +113,10 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
 
 
 def read_table(config: TrainConfig, run: Path | None) -> WeightTable:
-    """The weight table that a config names: the copy in the run's own folder, or else what the other run ended with.
+    """The weight table of a config: the copy in the run's folder, or else the final table of the run that it names.
 
     Raises:
-        RunError: there is no such table, or the other run has not ended yet.
+        RunError: there is no such table, or the other run has not finished yet.
     """
     copy = None if run is None else run / TABLE_FILE
     try:
@@ -128,7 +127,9 @@ def read_table(config: TrainConfig, run: Path | None) -> WeightTable:
         other = TrainConfig.load(source / "config.yaml")
         last = json.loads((source / "metrics.jsonl").read_text().splitlines()[-1])
         if last["step"] != other.steps:
-            raise RunError(f"{source} is at step {last['step']} of {other.steps}: let it end before its table is used")
+            raise RunError(
+                f"{source} is at step {last['step']} of {other.steps}: let it finish before its table is used"
+            )
         return WeightTable(tuple(last["weights"]), other.log_snr_range)
     except (OSError, IndexError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"no weight table can be read from {config.table}: {error}") from error
@@ -146,7 +147,7 @@ def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | Non
     options: dict[str, Any] = dict(config.weighting_options)
     made_of_curve = CURVE_WEIGHTINGS.get(config.weighting)
     if made_of_curve or weighting.takes_prediction_type(config.weighting):
-        # The bare name means a loss of eps; ours is that of F.
+        # By default these are weights for a loss of eps; the trainer's loss is that of F.
         options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
     try:
         if made_of_curve:
@@ -157,7 +158,7 @@ def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | Non
 
 
 def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, options: dict[str, Any]) -> GapLevels:
-    """Levels by weight times gap: the weight is the run's where it is one of the x0 loss, else that of the schedule."""
+    """Levels by weight times gap, with the run's weighting if it is a function of SNR, else the schedule's weight."""
     chosen = _weighting(config, run, optimal)
     return GapLevels(
         optimal,
@@ -166,7 +167,7 @@ def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, opt
             "bins": config.bins,
             "log_snr_range": config.log_snr_range,
             "half_life": config.half_life,
-            "prediction_type": "sample" if config.process == "edm" else config.process,  # EDM's residual is D's
+            "prediction_type": "sample" if config.process == "edm" else config.process,  # EDM's residual is D - x0
             "sigma_data": config.sigma_data,
             **options,
         },
@@ -175,5 +176,5 @@ def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, opt
 
 def _required(optimal: OptimalLoss | None, name: str) -> OptimalLoss:
     if optimal is None:
-        raise ValueError(f"optimal is None, expected the optimal loss of the training images: {name} is made of it")
+        raise ValueError(f"optimal is None, expected the optimal loss of the training images: {name} needs it")
     return optimal

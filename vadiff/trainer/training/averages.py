@@ -1,7 +1,7 @@
-"""Where a run keeps averages of its weights, and reading one.
+"""Files of the power-function averages of a run's weights.
 
-snapshots/<n>.pt                        what training leaves, see `vadiff.ema`
-ema/step-<n>/sigma-rel-<width>.pt       made of it; `Run.denoiser(weights="ema-<width>")` opens it
+snapshots/<n>.pt                        written by training, see `vadiff.ema`
+ema/step-<n>/sigma-rel-<width>.pt       reconstructed from snapshots; `Run.denoiser(weights="ema-<width>")` opens it
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ def read_average(run: Path, weights: str, step: int | None = None) -> dict[str, 
 
     Raises:
         ValueError: not a width.
-        CheckpointError: it was not made yet, or is corrupt.
+        CheckpointError: the file was not made yet, or is corrupt.
     """
     try:
         width = float(weights.removeprefix(PREFIX))
     except ValueError:
-        raise ValueError(f"weights is {weights!r}, expected {PREFIX} and a width, as {PREFIX}0.1") from None
+        raise ValueError(f"weights is {weights!r}, expected {PREFIX} and a width, e.g. {PREFIX}0.1") from None
     made = [int(folder.name.removeprefix(_STEP)) for folder in (run / FOLDER).glob(_STEP + "*")]
     steps = [made_at for made_at in made if average_file(run, made_at, width).exists() and step in (None, made_at)]
     if not steps:

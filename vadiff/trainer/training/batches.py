@@ -1,4 +1,4 @@
-"""What a step trains on: images gathered on the device, noise levels and noise from their own streams."""
+"""Batches of a run: images gathered on the device, noise levels and noise from separate random streams."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 def memory_format_of(output: Tensor) -> torch.memory_format:
-    """channels_last where a network's output [B, C, H, W] is dense in that and not contiguous."""
+    """channels_last if a network's output [B, C, H, W] is dense in that format and not contiguous."""
     last = torch.channels_last
     return last if not output.is_contiguous() and output.is_contiguous(memory_format=last) else torch.contiguous_format
 
@@ -33,16 +33,16 @@ class Batches:
     """The batches of a run.
 
     Attributes:
-        memory_format: in which images and noise are made. The loop sets it to that of the network's output, beside
-            which the criterion reads them: any other would be copied at every step. It does not change their values.
+        memory_format: of images and noise; does not change their values. The loop sets it to that of the network's
+            output, as the criterion would copy any other format at every step.
 
     Args:
         config: sizes, flips, label dropout, strata and pairs of noise levels.
         images: the data set; its training images are kept on the device as bytes.
-        levels: from uniform numbers to noise levels; its state at the time of a step counts.
-        streams: where the random numbers come from.
-        device: where batches are made; nothing is copied from the host in a step, but for a new pass over the data.
-        ranks: this process among all.
+        levels: maps uniform numbers to noise levels, with its state at the time of the step.
+        streams: of random numbers.
+        device: where batches are made; a step copies from the host only at a new pass over the data.
+        ranks: of this process.
 
     Raises:
         ValueError: the batch cannot be divided evenly.
@@ -75,9 +75,9 @@ class Batches:
         self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's share of the batch of step 0, 1, ..., in as many parts as are accumulated.
+        """This rank's share of the batch of step 0, 1, ..., in `accumulate` parts.
 
-        The numbers of the whole batch are drawn, then sliced: neither the ranks nor the parts change them.
+        The random numbers of the whole batch are drawn, then sliced: they do not depend on ranks and parts.
         """
         config, size = self._config, self._config.batch_size
         indices = self._indices.at(step)
@@ -118,12 +118,12 @@ class Batches:
         labels = None
         if self._labels is not None and withheld is not None:
             labels = self._labels[indices].masked_fill(withheld, self._classes)
-        # Drawn in the order of a contiguous tensor whatever the format: a seed stands for the same noise.
+        # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
         eps = eps.contiguous(memory_format=self.memory_format)
         levels = self._levels(u)
         return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
 
     def _coins(self, stream: str, step: int, probability: float) -> Tensor:
-        """True with a probability, for every image of the whole batch. bool [batch_size]."""
+        """True with the given probability, for each image of the whole batch. bool [batch_size]."""
         generator = self._streams.at(stream, step)
         return torch.rand(self._config.batch_size, generator=generator, device=generator.device) < probability

@@ -1,9 +1,9 @@
-"""Checkpoints: folders that appear whole or not at all, and are read without executing code.
+"""Checkpoints: folders that are written atomically and read without executing code.
 
-`checkpoints/step-<n>/state.pt` holds everything a run needs to go on, `sha256` its checksum. A checkpoint is written
-to a folder of another name, flushed to the disk and renamed: whenever the process is killed or the disk fills up,
-what was there before stays as it was. One of the same step steps aside as `.replaced-<n>`, and counts as long as
-there is no `step-<n>`.
+`checkpoints/step-<n>/state.pt` holds everything needed to resume a run, `sha256` its checksum. A checkpoint is written
+to a folder of another name, flushed to the disk and renamed: if the process is killed or the disk fills up, earlier
+checkpoints stay unchanged. An earlier one of the same step is renamed to `.replaced-<n>`, and is valid as long as there
+is no `step-<n>`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _NAME, _ASIDE = re.compile(r"step-(\d+)"), re.compile(re.escape(_REPLACED) + r"(
 
 
 def steps_saved(run: Path) -> list[int]:
-    """The steps of the checkpoints of a run directory, ascending. Whether they are sound is seen when they are read."""
+    """The steps of the checkpoints of a run directory, ascending; their checksums are not verified."""
     return sorted(_folders(run))
 
 
@@ -54,8 +54,8 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
         keep: how many checkpoints stay, this one included.
 
     Raises:
-        CheckpointError: it could not be written (a full disk, no permission), and the earlier ones are as they were;
-            or it is written, and earlier ones could not be removed. The message says which.
+        CheckpointError: it could not be written (a full disk, no permission), and the earlier ones are unchanged; or
+            it is written, but earlier ones could not be removed. The message says which.
     """
     folder = run / FOLDER
     final = folder / f"step-{step}"
@@ -69,16 +69,16 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
         (partial / _CHECKSUM).write_text(_digest(partial / _STATE) + "\n")
         for written in (partial / _STATE, partial / _CHECKSUM, partial):
             flush(written)
-        if final.exists():  # of an earlier run of the same steps, or corrupt: this one takes its place
+        if final.exists():  # of an earlier run, or corrupt: replaced by this one
             os.rename(final, replaced)
         os.rename(partial, final)
         flush(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not final.exists():
-            with contextlib.suppress(OSError):  # it counts under that name too
+            with contextlib.suppress(OSError):  # it is valid under that name too
                 os.rename(replaced, final)
-        kept = f"That of step {step} from before is as it was. " if step in steps_saved(run) else ""
+        kept = f"The earlier one of step {step} is unchanged. " if step in steps_saved(run) else ""
         raise CheckpointError(f"{final} could not be written: {error}. {kept}{_last_good(run, step)}") from error
     try:
         if replaced.exists():
@@ -93,7 +93,7 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
 
 
 def load_checkpoint(run: Path, step: int | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are made, no code runs.
+    """Read a checkpoint of tensors and plain values, without executing code.
 
     Args:
         run: the run directory.
@@ -101,7 +101,7 @@ def load_checkpoint(run: Path, step: int | None = None, device: torch.device | s
         device: where its tensors go.
 
     Raises:
-        CheckpointError: there is none, or it is truncated or corrupt; the message names the last good one.
+        CheckpointError: there is none, or it is truncated or corrupt; the message names the last intact one.
     """
     folders = _folders(run)
     if not folders:
@@ -121,7 +121,7 @@ def load_checkpoint(run: Path, step: int | None = None, device: torch.device | s
 
 
 def _folders(run: Path) -> dict[int, Path]:
-    """Step → where its checkpoint lies."""
+    """The folder of each checkpoint, by step."""
     folder = run / FOLDER
     names = {entry.name for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else set()
     found = {int(match[1]): folder / match[0] for name in names if (match := _NAME.fullmatch(name))}
@@ -130,7 +130,7 @@ def _folders(run: Path) -> dict[int, Path]:
 
 
 def _trouble(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if its checksum fits."""
+    """What is wrong with the files of a checkpoint; None if its checksum matches."""
     try:
         expected = (folder / _CHECKSUM).read_text().strip()
         found = _digest(folder / _STATE)
@@ -142,7 +142,7 @@ def _trouble(folder: Path) -> str | None:
 
 
 def _last_good(run: Path, not_step: int) -> str:
-    """What to do when the checkpoint of `not_step` is of no use."""
+    """What to do when the checkpoint of `not_step` is unusable."""
     good = [step for step, folder in _folders(run).items() if step != not_step and _trouble(folder) is None]
     if not good:
         return "No earlier checkpoint is intact"
@@ -158,7 +158,7 @@ def _digest(path: Path) -> str:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed processes left behind; a checkpoint that stepped aside for none takes its place again."""
+    """Remove what killed processes left behind, and restore a `.replaced-<n>` without a `step-<n>`."""
     for entry in folder.iterdir():
         aside = _ASIDE.fullmatch(entry.name)
         if aside and not (folder / f"step-{aside[1]}").exists():

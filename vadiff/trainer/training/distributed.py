@@ -1,4 +1,4 @@
-"""One process or many: what differs between them stands here.
+"""Everything that depends on the number of processes.
 
 Under `torchrun` every process trains the same network on its slice of the same batch.
 """
@@ -17,7 +17,7 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process's rank, and collectives over all ranks."""
 
     rank: int = 0
     size: int = 1
@@ -25,7 +25,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and shows progress."""
+        """Whether this process writes files and shows progress; exactly one does."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Ranks:
                 parameter.grad = self.mean(parameter.grad)
 
     def gather(self, text: str) -> list[str]:
-        """The text of every rank, in their order; every rank must call it."""
+        """The text of every rank, in rank order; every rank must call it."""
         if self.size == 1:
             return [text]
         found = [""] * self.size
@@ -51,9 +51,9 @@ class Ranks:
         return found
 
     def from_main(self, make: Callable[[], _Made]) -> _Made:
-        """What `make` returns in the main process, on every rank; every rank must call it.
+        """Call `make` in the main process and return its result on every rank; every rank must call it.
 
-        What it raises there is raised on all of them.
+        An exception in `make` is raised on every rank.
         """
         if self.size == 1:
             return make()
@@ -61,7 +61,7 @@ class Ranks:
         if self.is_main:
             try:
                 shared = [make()]
-            except Exception as error:  # the others wait for an answer
+            except Exception as error:  # the other ranks wait for the broadcast
                 shared = [error]
         torch.distributed.broadcast_object_list(shared, src=0)
         if isinstance(shared[0], Exception):
@@ -70,16 +70,16 @@ class Ranks:
         return made
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Barrier: wait until every rank has called it."""
         if self.size > 1:
             torch.distributed.barrier()
 
 
 @contextmanager
 def ranks(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started: gloo on CPUs, NCCL on GPUs. One process where it was not torchrun.
+    """Join the processes that torchrun started: gloo on CPUs, NCCL on GPUs; a single process without torchrun.
 
-    A process group that is there already is used, and left in place.
+    An existing process group is used, and not destroyed.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         yield _current()
@@ -97,7 +97,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process, where a run on "cuda" has several processes."""
+    """The GPU of this process, if several processes share a run on "cuda"."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

@@ -24,13 +24,13 @@ class HeldOutLoss(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """Over images, [L]."""
+        """Mean over images, [L]."""
         return self.per_image.mean(1)
 
     def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
-        """How many times `other`'s mean loss this one has, and the standard error of that, each [L].
+        """Ratio of this mean loss to `other`'s, and its standard error, [L] each.
 
-        The images and the noise are the same, so the error is that of the paired difference.
+        Both must have the same images and noise: the error is that of the paired difference.
         """
         ratio = self.mean / other.mean
         difference = self.per_image - ratio[:, None] * other.per_image
@@ -38,7 +38,7 @@ class HeldOutLoss(NamedTuple):
 
 
 def held_out_log_snr(config: TrainConfig) -> Tensor:
-    """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, falling. [L] float64."""
+    """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, descending. [L] float64."""
     low, high = (math.log(sigma) for sigma in config.held_out_sigma)
     return -2.0 * torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
 
@@ -46,13 +46,13 @@ def held_out_log_snr(config: TrainConfig) -> Tensor:
 def held_out_loss_of_run(
     config: TrainConfig, images: Images, denoiser: Denoiser, *, limit: int | None = None
 ) -> HeldOutLoss:
-    """The loss on the held-out images, at the levels and with the draws that a config says.
+    """The loss on the held-out images, at the levels and with the draws of a config.
 
     Args:
-        config: the run's.
+        config: of the run.
         images: its data set.
         denoiser: see `held_out_loss`.
-        limit: at most so many images; `config.held_out_images` by default.
+        limit: maximum number of images; `config.held_out_images` by default.
     """
     number = config.held_out_images if limit is None else limit
     labels = images.held_out_labels
@@ -76,17 +76,17 @@ def held_out_loss(
     seed: int = 0,
     batch_size: int = 500,
 ) -> HeldOutLoss:
-    """EDM's loss of a denoiser with `draws` fixed noises per image and level.
+    """EDM's loss of a denoiser with `draws` fixed noise samples per image and level.
 
-    A flow denoiser is measured in the same way, by its estimate of x0. The noise depends on the seed, the place of an
-    image in `images` and the draw only, not on how many there are; it is the same for every level.
+    A flow denoiser is measured in the same way, by its estimate of x0. The noise depends only on the seed, the index of
+    an image and the draw, not on the number of images; it is the same for every level.
 
     Args:
-        denoiser: used in the mode it is in; call `.eval()` first if it has dropout.
+        denoiser: its mode is not changed; call `.eval()` first if it has dropout.
         images: [N, C, H, W] float32 in [-1, 1].
         labels: [N] int64, for a class-conditional denoiser; None means none given.
         log_snr_levels: the L levels.
-        draws: noises per image and level.
+        draws: noise samples per image and level.
         seed: of the noise.
         batch_size: images at a time.
     """
@@ -109,8 +109,8 @@ def held_out_loss(
 
 
 def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
-    """Noise of which the first n images are the same however many there are."""
+    """Noise whose first n images do not depend on the number of images."""
     generator = torch.Generator().manual_seed(seed + (draw << 32))
     size = shape.numel()
-    rounded = -(-size // 16) * 16  # torch fills sixteen at a time, and draws an incomplete sixteen differently
+    rounded = -(-size // 16) * 16  # torch draws 16 numbers at a time, and an incomplete 16 differently
     return torch.randn(rounded, generator=generator)[:size].view(shape)

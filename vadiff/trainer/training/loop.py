@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, network, criterion, steps, log, save."""
+"""The training loop, to be read top to bottom: data, network, criterion, steps, log, save."""
 
 import contextlib
 import copy
@@ -43,13 +43,13 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class TrainedRun:
-    """What training returns."""
+    """Result of `train`."""
 
     config: TrainConfig
     denoiser: Denoiser  # averaged weights, eval mode, on the training device
     criterion: DiffusionLoss
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
-    held_out: HeldOutLoss  # of the averaged weights; under torchrun on the main rank only, elsewhere empty
+    held_out: HeldOutLoss  # of the averaged weights; under torchrun empty except on the main rank
 
 
 def train(
@@ -66,11 +66,11 @@ def train(
     Under torchrun every process calls this, and they train one denoiser together.
 
     Args:
-        config: everything about the run.
-        objective: how a step calls the criterion; that of `config.process` by default.
+        config: of the run.
+        objective: how a step calls the criterion; by default that of `config.process`.
         out: the run directory; None writes nothing.
-        resume: go on from the latest checkpoint in `out`, or start where there is none.
-        overwrite: replace a run that is in `out`.
+        resume: go on from the latest checkpoint in `out`, or start if there is none.
+        overwrite: replace a run in `out`.
         progress: show a progress bar where stderr is a terminal.
 
     Returns:
@@ -79,11 +79,11 @@ def train(
     Raises:
         MissingExtraError: a package of the extra `train` is not installed.
         DataError: the data set is missing, truncated or corrupt.
-        RunError: `out` holds a run already, or one of another config or of other images; another process trains there;
-            or the ranks do not find the same in it.
-        CheckpointError: a checkpoint is corrupt, or cannot be written; the message names the last good one.
+        RunError: `out` holds a run already, or one of another config or of other images; another process trains in it;
+            or the ranks read different contents from it.
+        CheckpointError: a checkpoint is corrupt, or cannot be written; the message names the last intact one.
         TrainingError: too many non-finite steps in a row.
-        Stopped: SIGTERM or SIGINT; a checkpoint was written, unless the steps before were non-finite.
+        Stopped: SIGTERM or SIGINT; a checkpoint was written, unless the last steps were non-finite.
     """
     path = None if out is None else Path(out)
     device = local_device(config.torch_device())
@@ -101,11 +101,11 @@ def train(
             config, objective or OBJECTIVES[config.process], path, device, group, resume=resume, progress=progress
         )
         group.wait()
-        if path is not None and group.is_main:  # not before all parts are made: what does not fit writes nothing
+        if path is not None and group.is_main:  # after all parts are made: an invalid config writes nothing
             if not was_there:
                 path.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(run_folder.lock(path))
-                run_folder.check(path, config, resume=resume, overwrite=overwrite)  # another may have been faster
+                run_folder.check(path, config, resume=resume, overwrite=overwrite)  # again, under the lock
             run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal)
         trainer.open_log()
         try:
@@ -115,7 +115,7 @@ def train(
 
 
 class _Trainer:
-    """The parts of a run, and what is done with them."""
+    """The parts of a run, and its training steps."""
 
     def __init__(
         self,
@@ -138,15 +138,15 @@ class _Trainer:
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
-        self.power_averages = None  # on the main process only: they are the same on all
+        self.power_averages = None  # on the main process only: identical on all ranks
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
-        earlier = out if resume else None  # where there may be something to go on from
+        earlier = out if resume else None  # folder to resume from
         self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
         self.criterion = build_criterion(config, earlier, self.optimal).to(device)
         self.levels = build_levels(config, earlier, self.optimal).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
-        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # a learned weighting has some
+        parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # of a learned weighting
         self.optimisation = Optimisation(config, parameters, device)
         self.network = self._trained_network()
         self.step, self.seconds = 0, 0.0
@@ -157,10 +157,10 @@ class _Trainer:
             run_folder.check_images(earlier, self.images)
             if steps_saved(earlier):
                 self._load(load_checkpoint(earlier, device=device))
-        self.timed_step = self.step  # since when images per second are counted
+        self.timed_step = self.step  # images per second count from this step
 
     def open_log(self) -> None:
-        """Go on with the metrics; lines and snapshots after the step that is resumed are removed."""
+        """Open the metrics; when resuming, remove lines and snapshots of later steps."""
         if self.out is not None:
             remove_after(self.out / SNAPSHOTS, self.step)
         self.log = MetricsLog(self.out, tensorboard=self.config.tensorboard, after=self.step)
@@ -168,7 +168,7 @@ class _Trainer:
     def run(self, progress: bool) -> TrainedRun:
         """Train to the end, or until a signal."""
         config, size = self.config, self.config.batch_size
-        quiet = True if not (progress and self.group.is_main) else None  # None: a bar where stderr is a terminal
+        quiet = True if not (progress and self.group.is_main) else None  # None: bar if stderr is a terminal
         self.since = self.resumed = time.monotonic()
         held_out = None
         with (
@@ -185,7 +185,7 @@ class _Trainer:
                 self._train_step(self.step)
                 self.step += 1
                 bar.update(size)
-                if self.step % config.max_skipped_steps == 0:  # now and then: it waits for the device
+                if self.step % config.max_skipped_steps == 0:  # rarely: it waits for the device
                     self._check_skipped()
                 measured = self._due(config.held_out_every)
                 if self._logs(self.step):
@@ -199,7 +199,7 @@ class _Trainer:
                     self._save()
                 if number := stop.agreed():
                     self._stop(number)
-        if held_out is None:  # the run had come to its end before
+        if held_out is None:  # the run was finished before
             held_out = held_out_loss_of_run(self.config, self.images, self.average)
         return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
 
@@ -215,7 +215,7 @@ class _Trainer:
                 loss = self._loss(batch)
                 self.optimisation.backward(loss)
             losses.append(loss.detach())
-        self.group.average_gradients(self.criterion.parameters())  # those of the network are averaged on the way
+        self.group.average_gradients(self.criterion.parameters())  # DDP averages the network's
         self.optimisation.step(step, losses[0] if len(losses) == 1 else torch.stack(losses).mean())
         if self.config.model == "edm2":
             normalize_weights(self.denoiser)
@@ -223,7 +223,7 @@ class _Trainer:
         if self.power_averages is not None:
             self.power_averages.update(step + 1)
         if (step + 1) % config.levels_every == 0:
-            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # those that do not adapt ignore it
+            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # no-op if not adaptive
 
     def _loss(self, batch: Batch) -> Tensor:
         dtype = _AUTOCAST[self.config.precision]
@@ -231,7 +231,7 @@ class _Trainer:
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
         self.batches.memory_format = memory_format_of(output)
-        # Copies at the first step only, until batches are made in this format.
+        # Copies at the first step only: later batches are made in this format.
         x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
         return self.objective(self.criterion, output, x0, eps, batch.sigma, self.config.sigma_data, batch.sample_weight)
 
@@ -240,13 +240,13 @@ class _Trainer:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _logs(self, step: int) -> bool:
-        """Whether there is a line of metrics after so many steps."""
+        """Whether a line of metrics is written after this step."""
         return self._due(self.config.log_every, step) or self._due(self.config.held_out_every, step)
 
     def _write_line(self, bar: Any, measured: bool, weights: Mapping[str, Tensor] | None = None) -> HeldOutLoss | None:
         """Read the totals, which waits for the device, and write a line; returns the held-out loss if `measured`.
 
-        `weights` are those of the layers before the last step, if their updates are to be logged.
+        `weights` are the layers' weights before the last step, for logging the updates.
         """
         totals = self.optimisation.totals
         loss, norm, clipped, finite, skipped = self.group.mean(totals[:5]).tolist()
@@ -285,25 +285,25 @@ class _Trainer:
         return held_out
 
     def _check_skipped(self) -> None:
-        """Whether too many steps in a row were left out; waits for the device."""
+        """Raise TrainingError after too many consecutive skipped steps; waits for the device."""
         longest = int(self.optimisation.totals[6])
         if longest >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"{longest} steps in a row had a non-finite gradient, the last up to step {self.step}. They were left "
-                "out of the weights, and no checkpoint was written since the first. Go on with --resume and a lower "
+                f"{longest} steps in a row had a non-finite gradient, the last up to step {self.step}. They were "
+                "skipped, and no checkpoint was written since the first. Go on with --resume and a lower "
                 "--learning-rate, a --clip, or --precision bf16 in place of fp16. Metrics up to here are in "
                 f"{self.out or 'memory'}"
             )
 
     def _skipped_in_a_row(self) -> int:
-        """How many steps up to this one were left out; waits for the device.
+        """Number of consecutive steps up to this one that were skipped; waits for the device.
 
-        Meanwhile nothing is saved: what cannot go on would take the place of checkpoints that can.
+        No checkpoint is saved meanwhile: unusable ones would replace usable ones.
         """
         return int(self.optimisation.totals[5])
 
     def _optimal_loss(self, earlier: Path | None, progress: bool) -> OptimalLoss:
-        """That of the training images. What the main process reads or estimates counts on all ranks."""
+        """J* of the training images, read or estimated by the main process for all ranks."""
 
         def on_main() -> OptimalLoss:
             optimal = read_curve(self.config, earlier)
@@ -315,7 +315,7 @@ class _Trainer:
         return self.group.from_main(on_main)
 
     def _agree(self, earlier: Path | None) -> None:
-        """Whether all ranks go on from the same: on several machines, each looks into its own folder."""
+        """Raise unless all ranks start from the same state: on several machines, each reads its own folder."""
         config = self.config
         parts = ["no checkpoint" if earlier is None else f"checkpoint: {fingerprint(earlier)}"]
         parts.append(f"{len(self.images.train):,} training images")
@@ -326,12 +326,12 @@ class _Trainer:
         if len(set(found)) > 1:
             other = next(rank for rank, text in enumerate(found) if text != found[0])
             raise RunError(
-                f"the ranks do not begin from the same: rank 0 has {found[0]}; rank {other} has {found[other]}. "
+                f"the ranks do not start from the same state: rank 0 has {found[0]}; rank {other} has {found[other]}. "
                 "Several machines need a shared file system for --out, --data and --table, or the same files on each"
             )
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Where gradients stay on their rank until the last part of the batch."""
+        """Context without DDP's gradient averaging, for all parts of a batch but the last."""
         if isinstance(self.network, nn.parallel.DistributedDataParallel):
             return self.network.no_sync()
         return contextlib.nullcontext()
@@ -374,11 +374,11 @@ class _Trainer:
         self.criterion.load_state_dict(state["criterion"])
         self.levels.load_state_dict(state["levels"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where the precision was another
+        if state["scaler"]:  # empty if saved at another precision
             self.optimisation.scaler.load_state_dict(state["scaler"])
         totals = self.optimisation.totals
         totals.copy_(state["totals"])
-        totals[6] = totals[5]  # the longest row of skipped steps is that of this process
+        totals[6] = totals[5]  # the longest row is counted per process
         if self.power_averages is not None:
             self.power_averages.load_state_dict(state["power_averages"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -386,7 +386,7 @@ class _Trainer:
 
     def _stop(self, number: int) -> None:
         skipped = self._skipped_in_a_row()
-        if skipped < 2:  # one alone is how fp16 finds its scale: no reason to lose what was done
+        if skipped < 2:  # a single one is normal: fp16's loss scale overflowed
             self._save()
         name = signal.Signals(number).name
         where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"

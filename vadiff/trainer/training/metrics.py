@@ -36,7 +36,7 @@ _PER_BIN = ("count", "mean", "variance", "mass")
 
 
 def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
-    """What a line says about the criterion. Copies to the CPU, hence waits for the device."""
+    """Entries of a line about the criterion. Copies to the CPU, hence waits for the device."""
     statistics = criterion.statistics
     per_bin = {name: getattr(statistics, name).cpu() for name in _PER_BIN}
     mass = per_bin["mass"]
@@ -49,14 +49,14 @@ def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory that was in use so far: of the GPU, or of the process."""
+    """Peak memory so far, of the GPU or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def stacked(entries: Sequence[Mapping[str, Any]], *keys: str) -> Tensor:
-    """A value of each line as one tensor: `stacked(entries, "statistics", "mean")` is [R, K] float64; null is NaN."""
+    """One value of all lines as a tensor: `stacked(entries, "statistics", "mean")` is [R, K] float64; null is NaN."""
     rows = []
     for entry in entries:
         value: Any = entry
@@ -72,7 +72,7 @@ class MetricsLog:
     Args:
         run: the run directory; None keeps the lines in `entries` only.
         tensorboard: write for TensorBoard too.
-        after: the steps done so far: lines of later steps, of a process that was killed, are removed.
+        after: the steps done so far; lines of later steps, left by a killed process, are removed.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -94,7 +94,7 @@ class MetricsLog:
         """Write a line.
 
         Raises:
-            RunError: it cannot be written, as on a full disk; the lines before it are as they were.
+            RunError: it cannot be written (a full disk); the lines before it are unchanged.
         """
         finite: dict[str, Any] = _finite(entry)
         self.entries.append(finite)
@@ -103,7 +103,9 @@ class MetricsLog:
                 with self._path.open("a") as file:
                     file.write(json.dumps(finite, allow_nan=False) + "\n")
             except OSError as error:
-                raise RunError(f"{self._path} cannot be written: {error}. Mend it, then go on with --resume") from error
+                raise RunError(
+                    f"{self._path} cannot be written: {error}. Fix that, then go on with --resume"
+                ) from error
         if self._writer is not None:
             for name, value in _scalars(finite):
                 self._writer.add_scalar(name, value, finite["step"])
@@ -115,7 +117,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one without its end, of a process that was killed, is left out.
+    """The lines of a metrics.jsonl; an incomplete last line, left by a killed process, is ignored.
 
     Raises:
         RunError: a line that is not JSON.
@@ -131,7 +133,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:
-    """Remove the lines of steps beyond `after`; returns those that stay."""
+    """Remove the lines of steps beyond `after`; returns the others."""
     entries = [entry for entry in read_metrics(path) if entry["step"] <= after] if path.exists() else []
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -139,7 +141,7 @@ def _cut(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinities."""
+    """`value` with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ def edm_objective(
     sigma_data: float,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """EDM's objective: λ(σ)·(D - x0)², where the residual D - x0 is taken from F, x0 and eps in the kernel.
+    """EDM's objective: λ(σ)·(D - x0)²; the kernel computes the residual D - x0 from F, x0 and eps.
 
     Source: EDM (arXiv 2206.00364), eq. 2 and table 1; λ(σ) = 1/c_out² is the base weight.
     """

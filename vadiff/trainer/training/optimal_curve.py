@@ -1,4 +1,4 @@
-"""The optimal loss a run is trained with: given as a file, or estimated from the training images; kept in the run."""
+"""The optimal loss that a run is trained with: read from a file or estimated, and copied into the run's folder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ...pixels import normalised
 from ..config import CURVE_WEIGHTINGS, GAP, TrainConfig
 from ..data import Images
 
-CURVE_FILE = "optimal_loss.csv"  # in a run directory: the curve of the run, so that it stands on its own
+CURVE_FILE = "optimal_loss.csv"  # in a run directory: the optimal loss it is trained with
 
 
 def needs_curve(config: TrainConfig) -> bool:
-    """Whether the weighting or the levels of a config are made of an optimal loss."""
+    """Whether the weighting or the levels of a config need an optimal loss."""
     return config.weighting in CURVE_WEIGHTINGS or config.levels == GAP
 
 
 def read_curve(config: TrainConfig, run: Path | None) -> OptimalLoss | None:
-    """The curve of a run: the copy in its own folder, or else the file that the config names; None without either.
+    """The curve of a run: the copy in its folder, or else the file that the config names; None without either.
 
     Raises:
-        RunError: there is no such file, or it is no optimal-loss curve.
+        RunError: the file is missing, or is not an optimal-loss curve.
     """
     copy = None if run is None else run / CURVE_FILE
     if copy is not None and copy.exists():
@@ -42,14 +42,14 @@ def read_curve(config: TrainConfig, run: Path | None) -> OptimalLoss | None:
     except OSError as error:
         raise RunError(
             f"optimal_loss is {path}, which cannot be read: {error}. Give a CSV that `vadiff optimal-loss` wrote, or "
-            "none, and it is estimated"
+            "none to have it estimated"
         ) from error
     except ValueError as error:
         raise RunError(str(error)) from error
 
 
 def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tuple[Tensor, Tensor | None]:
-    """What a run sees: its images, mirrored ones too where it flips, and their classes where it tells them.
+    """What a run is trained on: images, also mirrored if it flips, and classes if it is class-conditional.
 
     Returns:
         [N, C, H, W] float32 in [-1, 1], and int64 [N] or None.
@@ -62,24 +62,23 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
 
 
 def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
-    """Whether a curve can be that of the images that are trained on.
+    """Raise unless a curve can belong to the images that are trained on.
 
     Raises:
-        RunError: it is of images of another size or number, or of a network that is told the class where the run's is
-            not, or the other way round.
+        RunError: number or size of the images differ, or only one of curve and run is class-conditional.
     """
     expected = (len(images.train) * (2 if config.flips else 1), images.train[0].numel())
     if (optimal.samples, optimal.elements) != expected:
         flips = " (each mirrored too: --flips)" if config.flips else ""
         raise RunError(
             f"optimal_loss is of {optimal.samples:,} images of {optimal.elements:,} numbers, the training images are "
-            f"{expected[0]:,} of {expected[1]:,}{flips}: give the curve of this data set, or none, and it is estimated"
+            f"{expected[0]:,} of {expected[1]:,}{flips}: give the curve of this data set, or none to have it estimated"
         )
     if (optimal.classes > 0) != config.class_conditional:
         told, wanted = ("no class", "the class") if config.class_conditional else ("the class", "none")
         raise RunError(
             f"optimal_loss is of a network that is told {told}, the run's is told {wanted}: estimate it with"
-            f"{'' if config.class_conditional else 'out'} --class-conditional, or give none, and it is estimated"
+            f"{'' if config.class_conditional else 'out'} --class-conditional, or give none to have it estimated"
         )
 
 
@@ -94,17 +93,17 @@ def estimate_curve(
     limit: int = 4096,
     progress: bool = False,
 ) -> OptimalLoss:
-    """J* of what a run is trained on: of mirrored images too where it flips, given the class where it tells it.
+    """J* of a run's training images, with mirrored ones if it flips, given the class if it is class-conditional.
 
     A second on digits; on CIFAR-10 seconds on a GPU, minutes on a CPU.
 
     Args:
-        config: the run's. With `label_dropout` its network also learns without the class, where more is left to guess:
-            J* given the class is then a little below what training can reach.
+        config: of the run. With `label_dropout` its network is also trained without the class, where J* is higher: J*
+            given the class is then a little below what training can reach.
         images: its data set.
         device: where to compute.
-        sigmas: noise levels; 36 from 0.02 to 80 by default, from far below where any image is mistaken for another to
-            far above the data.
+        sigmas: noise levels; 36 from 0.02 to 80 by default, from far below the distance between images to far above
+            the data's standard deviation.
         relative, absolute, limit: see `vadiff.optimal_loss.estimate_until`.
         progress: show a progress bar where stderr is a terminal.
     """

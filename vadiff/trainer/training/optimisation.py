@@ -1,4 +1,4 @@
-"""From gradients to weights: learning rate, clipping, the optimiser's step, the running average."""
+"""Optimisation: learning rate, clipping, the optimiser's step, the running average of the weights."""
 
 import math
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 
 
 class Optimisation:
-    """An optimiser that leaves out steps with a non-finite loss or gradient, without asking the device.
+    """An optimiser that skips steps with a non-finite loss or gradient, without waiting for the device.
 
     Args:
         config: optimiser, clipping, precision.
@@ -46,24 +46,24 @@ class Optimisation:
             self.optimizer = torch.optim.Adam(self._parameters, **settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Sums since the last line of metrics: loss, gradient norm and clipped steps of the finite steps, number of
-        # those; then non-finite steps of the run, in a row now, and the longest row.
+        # finite steps; then non-finite steps: in the whole run, in a row up to now, and in the longest row.
         self.totals = torch.zeros(7, dtype=torch.float64, device=device)
         self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
         self._nan = torch.full((), math.nan, device=device)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one part of a batch; that of a non-finite loss is NaN.
+        """Add the gradient of one part of a batch, NaN if the loss is non-finite.
 
-        A loss may be infinite with a finite gradient, as Huber's of an infinite prediction is. Neither the gradient
-        scaler nor the gradient's norm would see that. NaN spreads to all ranks when gradients are averaged, so all
-        leave out the step, and nobody waits for a device.
+        An infinite loss may have a finite gradient (Huber's loss of an infinite prediction), which neither the gradient
+        scaler nor the gradient norm would detect. Averaging spreads the NaN to all ranks, so all skip the step, without
+        waiting for a device.
         """
         parts = self._config.accumulate
         scaled = self.scaler.scale(loss if parts == 1 else loss / parts)
         scaled.backward(torch.where(loss.isfinite(), self._one, self._nan).to(scaled.dtype))
 
     def step(self, step: int, loss: Tensor) -> None:
-        """Change the weights by the gradient, unless it is non-finite, and forget it.
+        """Update the weights unless the gradient is non-finite, and clear the gradient.
 
         Args:
             step: 0, 1, ...
@@ -73,7 +73,7 @@ class Optimisation:
             group["lr"] = learning_rate_at(self._config, step)
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        # As torch's get_total_norm, which looks at the device of every one of them first.
+        # As torch's get_total_norm, without its check of every gradient's device.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self._config.clip < math.inf:
             nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip, norm, foreach=True)
@@ -83,14 +83,14 @@ class Optimisation:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # What GradScaler tells fused optimisers: they leave out the step on the device, without a look at it.
+            # As GradScaler does: fused optimisers then skip the step on the device, without a synchronisation.
             self.optimizer.found_inf = broken  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, norm, finite, broken)
 
     def _count(self, loss: Tensor, norm: Tensor, finite: Tensor, broken: Tensor) -> None:
-        """Few operations: each is a launch on a GPU, and a few µs of every step anywhere."""
+        """Update the totals in few operations: each is a launch on a GPU, and costs some µs anywhere."""
         clipped = (norm > self._config.clip).float() if self._config.clip < math.inf else self._zero
         self.totals[:4] += torch.stack([loss, norm, clipped, self._one]).where(finite, self._zero)
         skipped, in_a_row, longest = self.totals[4:].unbind()

@@ -1,4 +1,4 @@
-"""Averages of any width of a run's weights, made from its snapshots after training."""
+"""Post-hoc averages of a run's weights, of any width, made from its snapshots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .run import Run
 
 
 def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None) -> dict[float, Path]:
-    """Reconstruct the averaged weights of some widths, and write each to a file of the run.
+    """Reconstruct the averaged weights of the given widths, and write each to a file of the run.
 
     Args:
         run: trained with `sigma_rel` in its config.
@@ -28,7 +28,7 @@ def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None
         The file of each width.
 
     Raises:
-        CheckpointError: no snapshots or no checkpoint, none of that step, a corrupt one, or a file cannot be written.
+        CheckpointError: snapshots or checkpoint (of that step) are missing or corrupt, or a file cannot be written.
         ValueError: a width not above 0 and below 0.2887.
     """
     snapshots = run.path / SNAPSHOTS
@@ -47,13 +47,13 @@ def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None
 def held_out_of_averages(
     run: Run, sigma_rel: Sequence[float], step: int, device: torch.device
 ) -> tuple[dict[float, HeldOutLoss], dict[str, HeldOutLoss]]:
-    """The held-out loss, as the run's config measures it, of averages that `write_averages` made.
+    """The held-out loss, measured as the run's config says, of averages that `write_averages` made.
 
     Returns:
-        Of each width; and of "ema" and "raw", where there is a checkpoint of that step.
+        The loss of each width, and of "ema" and "raw" if there is a checkpoint of that step.
 
     Raises:
-        DataError: the data set is no longer there.
+        DataError: the data set is missing.
     """
     images = run.images()
     names = {width: f"{PREFIX}{width:g}" for width in sigma_rel}

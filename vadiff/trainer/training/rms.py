@@ -1,4 +1,4 @@
-"""Root mean square of weights, their last update and activations, layer by layer: do they grow over training?
+"""Root mean square (RMS) of weights, their last update and activations per layer, to see whether they grow.
 
 Source of the idea: EDM2 (arXiv 2312.02696), figure 3.
 """
@@ -13,7 +13,7 @@ from .batches import Batch
 
 
 def weights_of_layers(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Copies of the weights of every layer that has some, by the layer's name."""
+    """Copies of the weights of every layer that has weights, by the layer's name."""
     return {name: weight.detach().clone() for name, (_, weight) in _layers(denoiser).items()}
 
 
@@ -21,14 +21,14 @@ def weights_of_layers(denoiser: Denoiser) -> dict[str, Tensor]:
 def rms_per_layer(
     denoiser: Denoiser, batch: Batch, before: Mapping[str, Tensor] | None = None
 ) -> dict[str, dict[str, float]]:
-    """For every layer with weights: RMS of its weight, of the last change of that, and of its output on `batch`.
+    """For every layer with weights: RMS of its weight, of the weight's last update, and of its output on `batch`.
 
-    One forward pass of the network as it is, outside of training: neither compiled nor in low precision.
+    Runs one extra forward pass of the network, neither compiled nor in low precision.
 
     Args:
-        denoiser: whose network is looked at.
-        batch: what it is run on.
-        before: `weights_of_layers` before the last step; None leaves the updates out.
+        denoiser: with the network to measure.
+        batch: its input.
+        before: `weights_of_layers` before the last step; None for no updates.
 
     Returns:
         "weights", "updates" and "activations", each by the layer's name.
@@ -56,7 +56,7 @@ def rms_per_layer(
 
 
 def _layers(denoiser: Denoiser) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Every layer that has a weight, with it."""
+    """Every layer that has a weight, with its weight."""
     named = ((name, module, getattr(module, "weight", None)) for name, module in denoiser.network.named_modules())
     return {name: (module, weight) for name, module, weight in named if isinstance(weight, nn.Parameter)}
 

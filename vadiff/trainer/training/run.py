@@ -1,9 +1,9 @@
-"""A run directory, opened to look at, sample from or evaluate.
+"""Read access to a run directory, for sampling and evaluation.
 
 config.yaml          the config
 data.json            how many images, and whether those held out are a test set
-optimal_loss.csv     the optimal loss, where the weighting or the levels are made of it
-metrics.jsonl        one JSON object per line: a few every so many steps, see `vadiff.trainer.training.metrics`
+optimal_loss.csv     the optimal loss, if the weighting or the levels need it
+metrics.jsonl        one JSON object per line, every `log_every` steps, see `vadiff.trainer.training.metrics`
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
 samples/step-<n>.png
@@ -33,16 +33,16 @@ WEIGHTS = ("ema", "raw")
 
 
 class DataFacts(NamedTuple):
-    """What a run notes about its data set."""
+    """Facts about the data set, saved in the run."""
 
     train: int  # images
     held_out: int  # images
-    held_out_is_test: bool  # False where they were taken from the training set
+    held_out_is_test: bool  # False if taken from the training set
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `vadiff train` left in a folder, or is still writing there."""
+    """A folder that `vadiff train` wrote, or is still writing."""
 
     path: Path
     config: TrainConfig
@@ -51,20 +51,20 @@ class Run:
         """The lines of metrics.jsonl so far; empty before the first.
 
         Raises:
-            RunError: a line that is not JSON, other than a last one that is still being written.
+            RunError: a line is not JSON, except an incomplete last line.
         """
         path = self.path / METRICS
         return read_metrics(path) if path.exists() else []
 
     def checkpoints(self) -> list[int]:
-        """The steps of the checkpoints that are there, ascending."""
+        """The steps of the checkpoints, ascending."""
         return steps_saved(self.path)
 
     def data_facts(self) -> DataFacts | None:
-        """What was noted about the data set when the run began, None where nothing was.
+        """Facts about the data set when the run began, None if none were saved.
 
         Raises:
-            RunError: the note is damaged.
+            RunError: the file is damaged.
         """
         path = self.path / DATA
         if not path.exists():
@@ -78,7 +78,7 @@ class Run:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(images seen, metric → value) for each step that was evaluated, ascending.
 
-        From metrics.jsonl, and from what `vadiff evaluate` left in the run; the latter counts where both have one.
+        From metrics.jsonl and from the files of `vadiff evaluate`, which take precedence.
 
         Raises:
             RunError: a file is damaged.
@@ -96,13 +96,13 @@ class Run:
         """The denoiser of a checkpoint, in eval mode.
 
         Args:
-            weights: "ema", the running average, which samples are drawn from; "raw", those that were trained; or
-                "ema-0.1", the power-function average of that width, which `vadiff ema` made.
+            weights: "ema", the running average; "raw", the trained weights; or "ema-0.1", the power-function average
+                of that width, made by `vadiff ema`.
             step: of the checkpoint; None is the latest.
             device: where to put it.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
             ValueError: no such weights.
             MissingExtraError: diffusers is not installed.
         """
@@ -121,27 +121,27 @@ class Run:
         """The criterion with the statistics of a checkpoint, on the CPU.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last good one.
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
         """
         criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
         criterion.load_state_dict(load_checkpoint(self.path, step)["criterion"])
         return criterion
 
     def images(self) -> Images:
-        """The data set it is trained on, read again from where it was.
+        """The data set it is trained on, read again from its path.
 
         Raises:
-            DataError: it is no longer there, or not as it should be.
+            DataError: the data set is missing or corrupt.
             MissingExtraError: a package that reads it is not installed.
         """
         return load_images(self.config)
 
 
 def open_run(path: str | Path) -> Run:
-    """Open a run directory. What it holds is read when it is asked for.
+    """Open a run directory. Its files are read on access.
 
     Raises:
-        RunError: not a run directory, or a config that does not fit this version.
+        RunError: not a run directory, or a config that is invalid in this version.
     """
     path = Path(path)
     if not (path / CONFIG).is_file():

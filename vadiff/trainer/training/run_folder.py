@@ -1,4 +1,4 @@
-"""A run directory before the first step: made, replaced, or found fit to go on in."""
+"""Preparation of a run directory before the first step: created, replaced, or checked for resuming."""
 
 import contextlib
 import dataclasses
@@ -21,13 +21,13 @@ from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
 from .run import CONFIG, DATA, open_run
 
-# What has no bearing on what a run computes.
+# Fields that do not affect what a run computes.
 IMMATERIAL = {
     "data", "table", "optimal_loss", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every",
     "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
     "snapshot_precision",
 }  # fmt: skip
-# What may differ besides when a run goes on: what it is measured by, and what helps against non-finite steps.
+# Further fields that a resumed run may change: how it is measured, and remedies against non-finite steps.
 _CHANGEABLE = IMMATERIAL | {
     "steps", "held_out_every", "held_out_images", "held_out_draws", "held_out_levels", "held_out_sigma",
     "learning_rate", "clip", "precision",
@@ -39,11 +39,11 @@ _ATTEMPTS, _PAUSE = 5, 0.05  # seconds
 
 
 def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Whether `path` can become, or go on as, the run directory of `config`; nothing is written.
+    """Raise unless `path` can become, or be resumed as, the run directory of `config`; nothing is written.
 
     Raises:
-        RunError: it is a file, or holds a run and neither `resume` nor `overwrite` is set, or a run of another config
-            is to be resumed.
+        RunError: `path` is a file, or holds a run and neither `resume` nor `overwrite` is set, or `resume` is set and
+            the run has another config.
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, expected a folder")
@@ -58,7 +58,7 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
 
 
 def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
-    """In which fields, but for those `ignored`, two configs differ; `steps` counts where it sets the schedule."""
+    """The fields, except `ignored` ones, in which two configs differ; `steps` only if the schedule depends on it."""
     names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in ignored]
     if "steps" not in names and saved.schedule not in _OPEN_ENDED:
         names.append("steps")
@@ -71,7 +71,7 @@ def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str
 
 
 def check_images(path: Path, images: Images) -> None:
-    """Whether a run goes on with as many images as it began with.
+    """Raise unless a run is resumed with as many images as it began with.
 
     Raises:
         RunError: the data set has changed since.
@@ -93,18 +93,18 @@ def begin(
     step: int = 0,
     optimal: OptimalLoss | None = None,
 ) -> None:
-    """Make `path` the run directory of `config`, after `check`: what is there of a run goes, unless it is resumed.
+    """Make `path` the run directory of `config`, after `check`: an existing run is removed unless it is resumed.
 
     Args:
         path: the folder.
         config: saved in it.
         images: the data set, whose size is noted.
-        resume: keep what is there, but for what was made after `step`.
-        step: where the run goes on.
-        optimal: the optimal loss that the run is trained with, kept in it.
+        resume: keep the existing run, except files made after `step`.
+        step: from which the run is resumed.
+        optimal: the optimal loss that the run is trained with, saved in the folder.
 
     Raises:
-        RunError: the weight table that the config names is not there.
+        RunError: the weight table that the config names is missing.
     """
     if resume and (path / CONFIG).exists():
         _drop_later(path, step)
@@ -131,7 +131,7 @@ def lock(path: Path) -> Iterator[None]:
     """Keep other processes from training in a folder. A process that is killed leaves no lock.
 
     Raises:
-        RunError: another one is at it, or the folder cannot be written.
+        RunError: another process trains in it, or the folder cannot be written.
     """
     try:
         file = (path / _LOCK).open("a")
@@ -166,7 +166,7 @@ def is_in_use(path: Path) -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Remove what `vadiff` writes to a run directory by itself, and nothing else."""
+    """Remove the files that `vadiff` writes to a run directory, and nothing else."""
     for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
@@ -177,7 +177,7 @@ def _clear(path: Path) -> None:
 
 
 def _drop_later(path: Path, step: int) -> None:
-    """Remove sample grids, evaluations and averages of steps that are yet to be done again."""
+    """Remove sample grids, evaluations and averages of later steps, which will be trained again."""
     for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/step-*"), *path.glob(_AVERAGES)):
         number = entry.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:

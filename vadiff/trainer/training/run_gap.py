@@ -1,4 +1,4 @@
-"""What a run's loss is above the optimal one."""
+"""The gap of a run's loss to the optimal loss."""
 
 import torch
 
@@ -22,20 +22,20 @@ def gap_of_run(
 ) -> ModelGap:
     """Loss, J* and gap of a run's denoiser on images it was trained on, at the noise levels of `optimal`.
 
-    A class-conditional network is told the classes, and `optimal` has to be that of one. The same images and noise
-    whatever the run.
+    A class-conditional network gets the classes, and needs a class-conditional `optimal`. Images and noise are the same
+    for every run.
 
     Args:
         run: the run.
-        optimal: J* of what it is trained on, see `optimal_curve.estimate_curve`.
-        images: its data set, where it is at hand already.
-        number: of training images, mirrored ones among them where the run flips.
+        optimal: J* of its training images, see `optimal_curve.estimate_curve`.
+        images: its data set, if already loaded.
+        number: of training images, including mirrored ones if the run flips.
         weights, step: of the denoiser, see `Run.denoiser`.
         seed: of the choice of images, and of the noise.
         device: where to compute.
 
     Raises:
-        UserError: the checkpoint or the data set is missing or corrupt, or `optimal` is of something else.
+        UserError: the checkpoint or the data set is missing or corrupt, or `optimal` belongs to other images.
     """
     images = run.images() if images is None else images
     check_curve(optimal, run.config, images)

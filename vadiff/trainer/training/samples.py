@@ -1,4 +1,4 @@
-"""Grids of samples on the way, always from the same seeds."""
+"""Grids of samples during training, always from the same seeds."""
 
 import math
 from pathlib import Path

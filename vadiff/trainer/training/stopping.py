@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the run ends after the step, with a checkpoint."""
+"""Stopping on SIGTERM and SIGINT: the run ends after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .distributed import Ranks
 
-EXIT_BY_SIGNAL = 128  # + the signal's number, as shells and schedulers have it: SIGTERM 143, SIGINT 130
+EXIT_BY_SIGNAL = 128  # + the signal's number, as in shells and schedulers: SIGTERM 143, SIGINT 130
 
 
 class Stopped(Exception):
-    """A run was asked to stop by a signal, and has left a checkpoint.
+    """A run was stopped by a signal, after writing a checkpoint.
 
     Attributes:
         signal: its number.
@@ -29,8 +29,8 @@ class Stopped(Exception):
 class StopRequest:
     """Catches SIGTERM and SIGINT inside a `with`, and makes all ranks stop after the same step.
 
-    The ranks agree by a reduction of one number between CPUs, started at one step and read at the next: nobody waits
-    for a device. A second SIGINT ends the process at once.
+    The ranks agree by an all-reduce of one number on the CPUs, started at one step and read at the next, so that no
+    rank waits for a device. A second SIGINT ends the process at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
         self._pending: tuple[Tensor, torch.distributed.Work] | None = None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
+        if threading.current_thread() is threading.main_thread():  # the only thread that can catch signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -55,7 +55,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def agreed(self) -> int:
-        """The signal on which all ranks stop now; 0 to go on. Call it once per step."""
+        """The signal on which all ranks stop now; 0 to go on. Must be called once per step."""
         if self._group is None:
             return self._received
         before = self._pending

@@ -1,8 +1,8 @@
-"""Where the random numbers of a run come from: separate seeded streams, each a function of seed and step.
+"""Random numbers of a run: separate seeded streams, each a function of seed and step.
 
-Two runs that differ in one thing share all the others, sample by sample. As no stream carries a state from step to
-step, a resumed run goes on with the numbers it would have had. The numbers of the global batch are drawn on every
-rank, which then takes its slice: how many ranks there are makes no difference.
+Two runs that differ in one stream share all the others, sample by sample. As no stream carries a state from step to
+step, a resumed run draws the same numbers as an uninterrupted one. Every rank draws the numbers of the global batch and
+takes its slice, so that they do not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ class Streams:
 
     Args:
         seed: of the initial weights and of dropout.
-        data_seed: of everything about the data.
-        device: where the numbers of a step are drawn.
+        data_seed: of image order, noise levels, noise, flips and label dropout.
+        device: on which the numbers of a step are drawn.
     """
 
     def __init__(self, seed: int, data_seed: int, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class Streams:
         self._order = torch.Generator()
 
     def at(self, name: str, step: int) -> torch.Generator:
-        """The generator of "levels", "noise", "flips" or "labels" at a step; use it before asking for another."""
+        """The generator of "levels", "noise", "flips" or "labels" at a step, valid until the next call."""
         return self._device_generator.manual_seed(self._data[name] + step)
 
     def order(self, epoch: int, size: int) -> Tensor:
@@ -45,13 +45,13 @@ class Streams:
 
 
 class ShuffledIndices:
-    """Which images a step sees: one shuffled pass after the other, every batch full.
+    """Image indices of each step: one shuffled pass after another, every batch full.
 
     Args:
         order: (epoch, size) → a permutation of the indices, [size].
         size: number of images.
         batch_size: of the global batch.
-        device: where the indices are kept: a pass is moved there once.
+        device: to which the indices of each pass are moved once.
     """
 
     def __init__(self, order: Callable[[int, int], Tensor], size: int, batch_size: int, device: torch.device) -> None:
@@ -76,9 +76,9 @@ class ShuffledIndices:
 
 @contextmanager
 def own_global_state(device: torch.device, *, deterministic: bool) -> Iterator[None]:
-    """Leave torch's global generators, and how it chooses algorithms, as they were.
+    """Restore torch's global generators and choice of algorithms on exit.
 
-    Convolutions of fixed shapes are tried out and the fastest taken, unless the run is to be deterministic.
+    Unless the run is deterministic, cuDNN's benchmark mode chooses the fastest convolutions.
     """
     was_deterministic, was_trying = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -92,5 +92,5 @@ def own_global_state(device: torch.device, *, deterministic: bool) -> Iterator[N
 
 
 def _derived(*key: int) -> int:
-    """A seed that depends on all of `key`; steps are added to it, hence room is left."""
+    """A seed that depends on all of `key`, with room to add the step."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 2)
