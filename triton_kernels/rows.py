@@ -84,7 +84,7 @@ def store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, m, HUBER: tl
         slope = tl.where(r > huber_delta, huber_delta, tl.where(r < -huber_delta, -huber_delta, r))
     else:
         slope = 2.0 * r
-    g = tl.where(masked, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
+    g = tl.where(masked != 0.0, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
     if MASKED:
         tl.store(gradient_ptr + o, g, mask=m)
     else:
@@ -169,14 +169,14 @@ def rows_kernel(
         b_i = load_coefficient(b_ptr, b, sample)
         c_i = load_coefficient(c_ptr, c, sample)
         factor = 0.0
-        masked = False
+        masked = 0.0  # a number: as a predicate it is spilled
         if gradient_ptr is not None:
             log_snr = tl.load(log_snr_ptr + sample)
             w, u, v = load_weights(
                 log_snr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, sample, sample >= 0,
                 low, inv_width, bins,
             )  # fmt: skip
-            masked = (u == 0.0) | (v == 0.0)
+            masked = tl.where((u == 0.0) | (v == 0.0), 1.0, 0.0)
             factor = w * u * v * a_i * scale
         total = tl.zeros((BLOCK // 4,), tl.float64)
         whole = start + (end - start) // BLOCK * BLOCK
@@ -230,7 +230,7 @@ def backward_kernel(
         c_i = load_coefficient(c_ptr, c, sample)
         upstream = tl.load(upstream_ptr + sample * upstream_stride).to(tl.float32)
         factor = tl.load(factor_ptr + sample) * upstream * a_i * scale
-        masked = tl.load(masked_ptr + sample) != 0.0
+        masked = tl.load(masked_ptr + sample)
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
