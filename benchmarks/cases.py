@@ -108,7 +108,7 @@ _DEFAULT = {
     ],
     # About 25 contests of two or three seconds: gpu.sh has ten minutes in total.
     "cuda": [
-        ("tiny cifar-64 cifar-128 cifar-512 latents-64 latents-128 video huge", "fp32", "fused"),
+        ("tiny small cifar-64 cifar-128 cifar-512 latents-64 latents-128 video huge", "fp32", "fused"),
         ("cifar-512 latents-128 video huge", "bf16", "fused"),
         ("cifar-512 huge", "fp32", "forward deferred noise"),
         ("cifar-512 huge", "fp16", "deferred"),

@@ -168,13 +168,13 @@ def test_figures_are_judged_by_the_ratios(ratios: dict[str, float], verdicts: li
 @pytest.mark.parametrize(
     ("mse_over_native", "passed"),
     [
-        ((1 / 1.005, 1.1), True),
-        ((1 / 1.005, 1 / 1.011), False),
-        ((1 / 1.011,), False),  # whatever the other size would give
+        ((1 / 1.019, 1.1), True),
+        ((1 / 1.019, 1 / 1.011), False),
+        ((1 / 1.021,), False),  # whatever the other size would give
         ((1.1,), None),
     ],
 )
-def test_steps_dearer_by_one_per_cent_miss_their_figure(
+def test_steps_dearer_than_their_bound_miss_their_figure(
     mse_over_native: tuple[float, ...], passed: bool | None
 ) -> None:
     steps = [
@@ -240,6 +240,7 @@ def test_a_figure_without_a_measurement_gives_the_reason() -> None:
 def gpu_results() -> Results:
     fused = Contest("cifar-512", "fp32", "fused")
     results = results_of(
+        measured("mse_loss", 3e-5, fused),
         measured("triton", 1e-4, fused, launches=3, times_as_fast_as={"hand_written": Ratio(9.0, 0.1)}),
         measured("triton", 1e-4, fused._replace(mode="forward"), launches=2),
         measured("triton", 1e-5, fused._replace(mode="graph"), times_as_fast_as={"hand_written": Ratio(11.0, 0.1)}),
@@ -253,7 +254,7 @@ def test_the_figures_of_a_gpu_are_judged() -> None:
     found = {figure.title: figure.passed for figure in figures.judge(gpu_results())}
     assert found["2 GiB tensors fp32, triton, 3 moves"] is True
     assert found["2 GiB tensors fp32, triton: peak memory"] is False  # 1.03 gradients
-    assert found["CIFAR batch 512 fp32, triton: host time"] is False  # 100 µs
+    assert found["CIFAR batch 512 fp32, triton: host time"] is False  # 3.3 times as long
     assert found["CIFAR batch 512 fp32, triton, against hand_written"] is True
     assert found["CIFAR batch 512 fp32, triton: graph replay"] is True
     assert found["CIFAR batch 512 fp32, triton: launches forward"] is True
