@@ -100,10 +100,8 @@ def load_weights(
     log_weights_ptr,  # [K] float32 or None: ln w at the bin centres
     sample,  # index, of log_snr's shape
     m,  # mask, of log_snr's shape
-    low,
-    inv_width,
-    bins,
-):
+    low, inv_width, bins,
+):  # fmt: skip
     """w, u, v of each sample. w: given, else linear in the table of ln w and flat beyond the outer centres, else 1; NaN
     where log-SNR is."""
     w = tl.where(m, 1.0, 1.0)  # ones of log_snr's shape
@@ -136,9 +134,7 @@ def rows_kernel(
     a_ptr,  # [B] float32 or None
     b_ptr,  # [B] float32 or None
     c_ptr,  # [B] float32 or None
-    a,
-    b,
-    c,
+    a, b, c,
     log_snr_ptr,  # [B] float32
     base_weight_ptr,  # [B] float32 or None
     sample_weight_ptr,  # [B] float32 or None
@@ -146,19 +142,14 @@ def rows_kernel(
     log_weights_ptr,  # [K] float32 or None
     partial_ptr,  # [B, splits] float64, out: sum of the element losses of each item
     gradient_ptr,  # [B, D] or None, out: gradient of the mean loss
-    low,
-    inv_width,
-    bins,
-    huber_delta,
+    low, inv_width, bins, huber_delta,
     scale,  # 1 / (B*D)
     samples,  # B
     elements,  # D
     splits,
     chunk,  # elements per item, a multiple of BLOCK
-    HUBER: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    HUBER: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Per-item sums of the element losses and, with `gradient_ptr`, the gradient: one pass over the data.
 
     Four neighbours, which one thread holds, are summed in float32, everything else in float64: the error does not grow
@@ -207,21 +198,12 @@ def backward_kernel(
     a_ptr,  # [B] float32 or None
     b_ptr,  # [B] float32 or None
     c_ptr,  # [B] float32 or None
-    a,
-    b,
-    c,
+    a, b, c,
     gradient_ptr,  # [B, D], out
-    upstream_stride,
-    huber_delta,
+    upstream_stride, huber_delta,
     scale,  # 1/D, or 1/(B*D) for the mean loss
-    samples,
-    elements,
-    splits,
-    chunk,
-    HUBER: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    samples, elements, splits, chunk, HUBER: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradient from the saved inputs (deferred mode): upstream enters in float32, before any rounding."""
     for item in range(tl.program_id(0), samples * splits, tl.num_programs(0)):
         sample, start, end, row = item_offsets(item, elements, splits, chunk, EVEN)
@@ -249,9 +231,8 @@ def scale_kernel(
     out_ptr,  # [N], out; may be gradient_ptr
     upstream_ptr,  # scalar float32
     total,  # N
-    INPLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    INPLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = gradient * upstream. In place and with upstream 1 there is nothing to do."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK

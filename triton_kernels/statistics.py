@@ -25,11 +25,7 @@ def is_finite(x):
 @triton.jit
 def classify_samples(
     loss_ptr,  # [B, splits] float64 sums if `splits`, else [B] float32 per-sample losses
-    log_snr_ptr,
-    base_weight_ptr,
-    sample_weight_ptr,
-    weight_ptr,
-    log_weights_ptr,
+    log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr,
     ell_ptr,  # [B] float32 or None, out
     factor_ptr,  # [B] float32, out: w*u*v; NaN where the loss is not finite if SPLITS is 0
     slope_ptr,  # [B] float32 or None, out: w*v*ell
@@ -37,17 +33,8 @@ def classify_samples(
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     base_loss_ptr,  # [B] float64, out
     bin_ptr,  # [B] float64, out
-    first,
-    last,
-    samples,
-    elements,
-    splits,
-    low,
-    inv_width,
-    bins,
-    SAMPLES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    first, last, samples, elements, splits, low, inv_width, bins, SAMPLES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell and the number of skipped samples."""
     total = tl.full((), 0.0, tl.float64)
     skipped_count = tl.full((), 0, tl.int32)
@@ -65,17 +52,8 @@ def classify_samples(
             ell = tl.load(loss_ptr + i, mask=m, other=0.0)
         log_snr = tl.load(log_snr_ptr + i, mask=m, other=0.0)
         w, u, v = load_weights(
-            log_snr,
-            base_weight_ptr,
-            sample_weight_ptr,
-            weight_ptr,
-            log_weights_ptr,
-            i,
-            m,
-            low,
-            inv_width,
-            bins,
-        )
+            log_snr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, i, m, low, inv_width, bins
+        )  # fmt: skip
         g = u * ell
         masked = (u == 0.0) | (v == 0.0)
         finite = is_finite(g) & is_finite(ell) & is_finite(u) & is_finite(v) & (log_snr == log_snr)
@@ -145,27 +123,16 @@ def chan_merge(n_a, mean_a, m2_a, mass_a, n_b, mean_b, m2_b, mass_b):
 
 @triton.jit
 def fold_and_weigh(
-    n_b,
-    mean_b,
-    m2_b,
+    n_b, mean_b, m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
     skipped,  # scalar
     state_ptr,  # [4*bins + 2] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
     n_ptr,  # [bins] float64, scratch
-    half_life,
-    width,
-    strength,
-    smoothing,
-    log_clip,
-    prior,
-    radius,
-    bins,
-    STATISTIC: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    K: tl.constexpr,
-):
+    half_life, width, strength, smoothing, log_clip, prior, radius, bins, STATISTIC: tl.constexpr,
+    SMOOTH: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """Step 3: forget, merge, store; then the weight table, steps 1 to 4 of `reference.weight_table`."""
     k = tl.arange(0, K)
     m_k = k < bins
@@ -274,29 +241,10 @@ def statistics_kernel(
     mean_ptr,  # scalar float32 or None, out: its mean, with one tile
     parts_ptr,  # [tiles, 4*bins + 1] float64 or None, out: batch statistics of each tile
     loss_parts_ptr,  # [tiles] float64 or None, out: sum of the weighted losses of each tile
-    low,
-    inv_width,
-    half_life,
-    width,
-    strength,
-    smoothing,
-    log_clip,
-    prior,
-    radius,
-    bins,
-    samples,
-    elements,
-    splits,
-    tile,
-    STATISTIC: tl.constexpr,
-    LOOK_UP: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    FOLD: tl.constexpr,
-    K: tl.constexpr,
-    SETTLE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-):
+    low, inv_width, half_life, width, strength, smoothing, log_clip, prior, radius, bins, samples, elements,
+    splits, tile, STATISTIC: tl.constexpr, LOOK_UP: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    K: tl.constexpr, SETTLE: tl.constexpr, SPLITS: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
     """Per-sample results of one tile and its batch statistics; folds them too when the tile is the whole batch."""
     first = tl.program_id(0) * tile
     last = tl.minimum(first + tile, samples)
@@ -354,21 +302,9 @@ def fold_kernel(
     state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
     workspace_ptr,  # [2*bins] float64, scratch (FOLD)
-    parts,
-    samples,
-    half_life,
-    width,
-    strength,
-    smoothing,
-    log_clip,
-    prior,
-    radius,
-    bins,
-    STATISTIC: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    FOLD: tl.constexpr,
-    K: tl.constexpr,
-):
+    parts, samples, half_life, width, strength, smoothing, log_clip, prior, radius, bins,
+    STATISTIC: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """Merge the statistics of tiles or ranks in their order, then store or fold them. One program."""
     if loss_parts_ptr is not None:
         total = tl.full((), 0.0, tl.float64)

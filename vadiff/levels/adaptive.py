@@ -82,18 +82,21 @@ class _StatisticLevels(AdaptiveLevels):
     """Tilted by w·s with s a statistic of the base loss: smoothed, and shrunk to the average where few samples were."""
 
     statistic: ClassVar[str]
+    default_base: ClassVar[type[LevelSampler]]
+    default_corrected: ClassVar[bool]
 
     def __init__(
         self,
-        base: LevelSampler,
-        bins: int,
-        log_snr_range: tuple[float, float],
-        floor: float,
-        corrected: bool,
-        smoothing: float,
-        prior: float,
+        base: LevelSampler | None = None,
+        bins: int = 128,
+        log_snr_range: tuple[float, float] = (-16.0, 16.0),
+        floor: float = 0.1,
+        corrected: bool | None = None,
+        smoothing: float = 0.5,
+        prior: float = 32.0,
     ) -> None:
-        super().__init__(base, bins, log_snr_range, floor, corrected)
+        corrected = self.default_corrected if corrected is None else corrected
+        super().__init__(base or self.default_base(), bins, log_snr_range, floor, corrected)
         smoothing = require_number("smoothing", smoothing, at_least=0.0)
         prior = require_number("prior", prior, above=0.0)
         # The weight table's own rule with the exponent turned round; the floor does what `clip` does there.
@@ -120,7 +123,7 @@ class SecondMoment(_StatisticLevels):
         base: the distribution of the objective.
         bins, log_snr_range: the criterion's.
         floor: share of levels drawn from the base as it is, > 0; no sample weight is above 1/floor.
-        corrected: give base/p as sample weight; without, the objective changes to w·p.
+        corrected: give base/p as sample weight, the default; without, the objective changes to w·p.
         smoothing: width of the local fit over neighbouring bins, in log-SNR units.
         prior: samples at which a bin's own evidence counts half.
 
@@ -129,18 +132,8 @@ class SecondMoment(_StatisticLevels):
     """
 
     statistic: ClassVar[str] = "rms"
-
-    def __init__(
-        self,
-        base: LevelSampler | None = None,
-        bins: int = 128,
-        log_snr_range: tuple[float, float] = (-16.0, 16.0),
-        floor: float = 0.1,
-        corrected: bool = True,
-        smoothing: float = 0.5,
-        prior: float = 32.0,
-    ) -> None:
-        super().__init__(base or LogNormal(), bins, log_snr_range, floor, corrected, smoothing, prior)
+    default_base = LogNormal
+    default_corrected = True
 
 
 class LossSpread(_StatisticLevels):
@@ -150,22 +143,13 @@ class LossSpread(_StatisticLevels):
 
     Args:
         base: what is tilted; by default uniform in log-SNR between sigma 0.002 and 80.
-        bins, log_snr_range, floor, corrected, smoothing, prior: as in `SecondMoment`.
+        corrected: as in `SecondMoment`, false by default.
+        bins, log_snr_range, floor, smoothing, prior: as in `SecondMoment`.
 
     Raises:
         ValueError: an argument out of bounds.
     """
 
     statistic: ClassVar[str] = "std"
-
-    def __init__(
-        self,
-        base: LevelSampler | None = None,
-        bins: int = 128,
-        log_snr_range: tuple[float, float] = (-16.0, 16.0),
-        floor: float = 0.1,
-        corrected: bool = False,
-        smoothing: float = 0.5,
-        prior: float = 32.0,
-    ) -> None:
-        super().__init__(base or LogUniform(), bins, log_snr_range, floor, corrected, smoothing, prior)
+    default_base = LogUniform
+    default_corrected = False
