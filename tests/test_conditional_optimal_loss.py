@@ -132,7 +132,7 @@ def test_command_tells_the_classes_where_the_run_does(trained_run: Path, tmp_pat
     command = ["optimal-loss", "--levels", "2", "--sigma-min", "0.5", "--limit", "512", "--device", "cpu"]
     command += ["--dataset", "digits"]
     assert main([*command, "--run", str(trained_run), "--gap-images", "16", "--out", str(tmp_path / "run")]) == 0
-    assert "1,500 images of 64 numbers in 10 classes that are told" in capsys.readouterr().out
+    assert "1,500 images of 64 numbers, conditional on 10 classes" in capsys.readouterr().out
     assert main([*command, "--class-conditional", "--out", str(tmp_path / "told")]) == 0
     run, told = (OptimalLoss.load(tmp_path / name / "optimal_loss.csv") for name in ("run", "told"))
     assert torch.equal(run.loss, told.loss)
@@ -153,7 +153,7 @@ def test_command_prints_the_difference_to_another_curve(tmp_path: Path, capsys) 
     printed = capsys.readouterr().out
     assert f"{100 * float(difference[0]):+.2f} % ± " in printed
     largest = 100 * float(difference.abs().max())
-    assert f"Largest difference to full: {largest:.2f} % of the total variance" in printed
+    assert f"Largest difference from full: {largest:.2f} % of the total variance" in printed
     for levels, message in (("3", "has 2 noise levels from 0.5 to 40, expected those of this estimate"),):
         with pytest.raises(SystemExit):
             main([*command, "--levels", levels, "--compare", str(tmp_path / "full.csv")])
