@@ -138,7 +138,7 @@ def test_command_tells_the_classes_where_the_run_does(trained_run: Path, tmp_pat
     assert torch.equal(run.loss, told.loss)
     with pytest.raises(SystemExit):
         main([*command, "--class-conditional", "--estimator", "cdol"])
-    assert "--estimator: cdol, expected full where the class is told" in capsys.readouterr().err
+    assert "--estimator: cdol, expected full for class-conditional J*" in capsys.readouterr().err
 
 
 def test_command_prints_the_difference_to_another_curve(tmp_path: Path, capsys) -> None:

@@ -38,14 +38,19 @@ _PROBLEM = (
     "float low, float high, float half_life, str statistic, float strength, float smoothing, float clip, float prior, "
     "float huber_delta, bool sync, str backend"
 )
-_ARGUMENTS = {
-    "diffusion_loss": f"{_INPUTS}, {_STATE}, {_PROBLEM}, bool gradient, bool update",
-    "diffusion_loss_backward": f"{_RESIDUAL}, Tensor per_sample, Tensor upstream, float huber_delta, str backend",
-    "scale_gradient": "Tensor gradient, Tensor upstream, str backend",
-    "scale_gradient_": "Tensor(a!) gradient, Tensor upstream, str backend",
-    "reweight": f"{_INPUTS}, {_STATE}, {_PROBLEM}, bool update",
+_SCHEMAS = {
+    "diffusion_loss": f"({_INPUTS}, {_STATE}, {_PROBLEM}, bool gradient, bool update)"
+    " -> (Tensor loss, Tensor per_sample, Tensor gradient)",
+    "diffusion_loss_backward": f"({_RESIDUAL}, Tensor per_sample, Tensor upstream, float huber_delta, str backend)"
+    " -> Tensor",
+    "scale_gradient": "(Tensor gradient, Tensor upstream, str backend) -> Tensor",
+    "scale_gradient_": "(Tensor(a!) gradient, Tensor upstream, str backend) -> ()",
+    "reweight": f"({_INPUTS}, {_STATE}, {_PROBLEM}, bool update) -> Tensor",
 }
-_RETURNS = {"diffusion_loss": "(Tensor loss, Tensor per_sample, Tensor gradient)", "scale_gradient_": "()"}
+_NAMES = {
+    name: [argument.split()[-1] for argument in schema[1:].split(") -> ")[0].split(", ")]
+    for name, schema in _SCHEMAS.items()
+}
 
 _is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
 _NO_STATISTICS = Problem(Bins(2, -1.0, 1.0), half_life=1.0)  # of a backward, which reads none
@@ -69,10 +74,10 @@ def step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, upda
 def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
     """Gradient by the prediction from the inputs of a step; see `vadiff.ops.reference.backward`."""
     if observed((upstream, *inputs)):
-        flat = _selected(_flat(inputs), _ARGUMENTS["diffusion_loss_backward"])
-        result: Tensor = torch.ops.vadiff.diffusion_loss_backward(
-            **flat, per_sample=per_sample, upstream=upstream, huber_delta=problem.huber_delta, backend=problem.backend
-        )
+        flat = {**_flat(inputs), "per_sample": per_sample, "upstream": upstream}
+        flat.update(huber_delta=problem.huber_delta, backend=problem.backend)
+        names = _NAMES["diffusion_loss_backward"]
+        result: Tensor = torch.ops.vadiff.diffusion_loss_backward(**{name: flat[name] for name in names})
         return result
     return _backward(problem, inputs, per_sample, upstream)
 
@@ -189,14 +194,6 @@ def _fields(values: Any) -> dict[str, Any]:
     return dict(zip(values._fields, values, strict=True))
 
 
-def _names(arguments: str) -> list[str]:
-    return [argument.split()[-1] for argument in arguments.split(", ")]
-
-
-def _selected(flat: dict[str, Any], arguments: str) -> dict[str, Any]:
-    return {name: flat[name] for name in _names(arguments) if name in flat}
-
-
 def _made(kind: type[Fields], flat: dict[str, Any]) -> Fields:
     """A NamedTuple of what has its fields' names; None for what an operator is not given."""
     return kind(**{name: flat.get(name) for name in kind._fields})  # type: ignore[attr-defined]
@@ -216,8 +213,8 @@ def _unflat(flat: dict[str, Any]) -> tuple[Problem, Inputs, State]:
 # What the operators run
 
 
-def _run_step(flat: dict[str, Any]) -> Step:
-    return _step(*_unflat(flat), gradient=flat["gradient"], update=flat["update"])
+def _run_step(flat: dict[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(_step(*_unflat(flat), gradient=flat["gradient"], update=flat["update"]))
 
 
 def _run_backward(flat: dict[str, Any]) -> Tensor:
@@ -228,22 +225,22 @@ def _run_backward(flat: dict[str, Any]) -> Tensor:
 
 def _run_scale(flat: dict[str, Any]) -> Tensor:
     out = torch.empty_like(flat["gradient"])
-    backends.select(flat["backend"], out).scale(flat["gradient"], flat["upstream"], out)
+    _run_scale_in_place(flat, out)
     return out
 
 
-def _run_scale_in_place(flat: dict[str, Any]) -> None:
+def _run_scale_in_place(flat: dict[str, Any], out: Tensor | None = None) -> None:
     gradient = flat["gradient"]
-    backends.select(flat["backend"], gradient).scale(gradient, flat["upstream"], gradient)
+    backends.select(flat["backend"], gradient).scale(gradient, flat["upstream"], gradient if out is None else out)
 
 
 def _run_reweight(flat: dict[str, Any]) -> Tensor:
-    problem, inputs, state = _unflat(flat)
-    if flat["update"]:
+    (problem, inputs, state), update = _unflat(flat), flat["update"]
+    if update:
         _refuse_inside_backward()
-    gather = _gather(problem) if flat["update"] else None
-    result: Tensor = backends.select(problem.backend, inputs.prediction).reweight(
-        problem, inputs, state, update=flat["update"], gather=gather
+    kernels: Any = backends.select(problem.backend, inputs.prediction)
+    result: Tensor = kernels.reweight(
+        problem, inputs, state, update=update, gather=_gather(problem) if update else None
     )
     return result
 
@@ -251,12 +248,12 @@ def _run_reweight(flat: dict[str, Any]) -> Tensor:
 # What the compiler is told of the results
 
 
-def _fake_step(flat: dict[str, Any]) -> Step:
+def _fake_step(flat: dict[str, Any]) -> tuple[Tensor, ...]:
     prediction = flat["prediction"]
     samples, dtype = prediction.shape[0], compute_dtype(prediction)
     loss = prediction.new_empty(() if flat["mean"] else (samples,), dtype=dtype)
     gradient = _fake_gradient(flat) if flat["gradient"] else prediction.new_empty(0)
-    return Step(loss, prediction.new_empty((4, samples), dtype=dtype), gradient)
+    return loss, prediction.new_empty((4, samples), dtype=dtype), gradient
 
 
 def _fake_gradient(flat: dict[str, Any]) -> Tensor:
@@ -264,17 +261,10 @@ def _fake_gradient(flat: dict[str, Any]) -> Tensor:
 
 
 def _define(name: str, run: Callable[[dict[str, Any]], Any], fake: Callable[[dict[str, Any]], Any]) -> None:
-    names = _names(_ARGUMENTS[name])
-
     def by_name(function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            result = function(dict(zip(names, arguments, strict=True)))
-            return tuple(result) if isinstance(result, Step) else result
+        return lambda *arguments: function(dict(zip(_NAMES[name], arguments, strict=True)))
 
-        return call
-
-    returns = _RETURNS.get(name, "Tensor")
-    _library.define(f"{name}({_ARGUMENTS[name]}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, by_name(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vadiff::{name}", by_name(fake), lib=_library)
 
