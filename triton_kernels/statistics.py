@@ -23,6 +23,24 @@ def is_finite(x):
 
 
 @triton.jit
+def load_moments(moments_ptr, k, m_k, bins):
+    """n, mean, M2 and mass of bins k, from [4, bins] float64."""
+    n = tl.load(moments_ptr + k, mask=m_k, other=0.0)
+    mean = tl.load(moments_ptr + bins + k, mask=m_k, other=0.0)
+    m2 = tl.load(moments_ptr + 2 * bins + k, mask=m_k, other=0.0)
+    return n, mean, m2, tl.load(moments_ptr + 3 * bins + k, mask=m_k, other=0.0)
+
+
+@triton.jit
+def store_moments(moments_ptr, n, mean, m2, mass, k, m_k, bins):
+    """The other way round."""
+    tl.store(moments_ptr + k, n, mask=m_k)
+    tl.store(moments_ptr + bins + k, mean, mask=m_k)
+    tl.store(moments_ptr + 2 * bins + k, m2, mask=m_k)
+    tl.store(moments_ptr + 3 * bins + k, mass, mask=m_k)
+
+
+@triton.jit
 def classify_samples(
     loss_ptr,  # [B, splits] float64 sums if `splits`, else [B] float32 per-sample losses
     log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr,
@@ -137,10 +155,7 @@ def fold_and_weigh(
     k = tl.arange(0, K)
     m_k = k < bins
     moments_ptr = state_ptr.to(tl.pointer_type(tl.float64), bitcast=True)
-    n = tl.load(moments_ptr + k, mask=m_k, other=0.0)
-    mean = tl.load(moments_ptr + bins + k, mask=m_k, other=0.0)
-    m2 = tl.load(moments_ptr + 2 * bins + k, mask=m_k, other=0.0)
-    mass = tl.load(moments_ptr + 3 * bins + k, mask=m_k, other=0.0)
+    n, mean, m2, mass = load_moments(moments_ptr, k, m_k, bins)
     rho = tl.exp2(-tl.sum(n_b) / half_life / bins)
     n, mean, m2, mass = chan_merge(n * rho, mean, m2 * rho, mass * rho, n_b, mean_b, m2_b, mass_b)
     kept = n >= EMPTY
@@ -149,10 +164,7 @@ def fold_and_weigh(
     m2 = tl.where(kept, m2, 0.0)
     mass = tl.where(kept, mass, 0.0)
     tl.debug_barrier()  # with few bins several warps hold copies of a lane, and all have to have loaded
-    tl.store(moments_ptr + k, n, mask=m_k)
-    tl.store(moments_ptr + bins + k, mean, mask=m_k)
-    tl.store(moments_ptr + 2 * bins + k, m2, mask=m_k)
-    tl.store(moments_ptr + 3 * bins + k, mass, mask=m_k)
+    store_moments(moments_ptr, n, mean, m2, mass, k, m_k, bins)
     o_skipped = 4 * bins
     tl.store(state_ptr + o_skipped, tl.load(state_ptr + o_skipped) + skipped.to(tl.int64))
     if STATISTIC != "":
@@ -286,10 +298,7 @@ def store_part(part_ptr, n, mean, m2, mass, skipped, bins, K: tl.constexpr):
     """Batch statistics as one float64 vector [4*bins + 1]."""
     k = tl.arange(0, K)
     m_k = k < bins
-    tl.store(part_ptr + k, n, mask=m_k)
-    tl.store(part_ptr + bins + k, mean, mask=m_k)
-    tl.store(part_ptr + 2 * bins + k, m2, mask=m_k)
-    tl.store(part_ptr + 3 * bins + k, mass, mask=m_k)
+    store_moments(part_ptr, n, mean, m2, mass, k, m_k, bins)
     tl.store(part_ptr + 4 * bins, skipped)
 
 
@@ -321,13 +330,8 @@ def fold_kernel(
         skipped = tl.full((), 0.0, tl.float64)
         part_ptr = parts_ptr
         for _ in range(0, parts):
-            n, mean, m2, mass = chan_merge(
-                n, mean, m2, mass,
-                tl.load(part_ptr + k, mask=m_k, other=0.0),
-                tl.load(part_ptr + bins + k, mask=m_k, other=0.0),
-                tl.load(part_ptr + 2 * bins + k, mask=m_k, other=0.0),
-                tl.load(part_ptr + 3 * bins + k, mask=m_k, other=0.0),
-            )  # fmt: skip
+            n_b, mean_b, m2_b, mass_b = load_moments(part_ptr, k, m_k, bins)
+            n, mean, m2, mass = chan_merge(n, mean, m2, mass, n_b, mean_b, m2_b, mass_b)
             skipped += tl.load(part_ptr + 4 * bins)
             part_ptr += 4 * bins + 1
         if merged_ptr is not None:
