@@ -28,6 +28,7 @@ LIBRARY = {
     "log_snr": set(),
     "_validation": set(),
     "ops": {"_native", "_validation", "triton_kernels"},
+    "reference": {"ops"},  # names in pickles of version 0.1
     "process": {"log_snr", "ops"},
     "schedulers": {"log_snr", "ops", "process"},
     "statistics": {"_validation", "ops"},

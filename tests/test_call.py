@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vadiff
 from vadiff.ops import operators
@@ -93,6 +95,16 @@ def test_tensors_of_one_dense_layout_reach_the_kernels_without_a_copy(layout: to
 # Attributes that a call is made of
 
 
+@dataclass
+class Tabled(FixedWeighting):
+    """One's own weighting that cannot be compared."""
+
+    table: Tensor
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        return self.table
+
+
 def test_what_is_reassigned_takes_effect_at_the_next_call(make_criterion: Make, device: torch.device) -> None:
     criterion = make_criterion("constant", loss="huber", huber_delta=100.0, half_life=2.0).eval()
     prediction, target, log_snr = batch(device)
@@ -113,7 +125,10 @@ def test_what_is_reassigned_takes_effect_at_the_next_call(make_criterion: Make, 
     criterion.train()(prediction, target, log_snr)
     assert criterion.weights.max() > criterion.weights.min()
     before = criterion.statistics.count.sum()
-    criterion.statistics.half_life = 1e-3
+    criterion.weighting = Tabled(torch.ones(6, device=device))
+    criterion.weighting = Tabled(torch.full((6,), 2.0, device=device))
+    torch.testing.assert_close(criterion.eval()(prediction, target, log_snr), 2 * mse.mean())
+    criterion.train().statistics.half_life = 1e-3
     criterion(prediction, target, log_snr)
     assert criterion.statistics.count.sum() < 0.6 * 2 * before
 
@@ -181,6 +196,15 @@ def test_a_copy_of_a_criterion_that_was_called_goes_on_by_itself(make_criterion:
         assert torch.equal(other.statistics.state, criterion.statistics.state)
 
 
+def test_a_criterion_that_was_moved_takes_no_tensor_of_the_other_device_along() -> None:
+    criterion = vadiff.DiffusionLoss("learned")
+    criterion(*batch())
+    moved = pickle.loads(pickle.dumps(copy.deepcopy(criterion).to("meta")))
+    found = [*moved.__dict__.values(), *moved.statistics.__dict__.values()]
+    tensors = [x for x in tree_leaves([*found, *moved.state_dict().values()]) if isinstance(x, Tensor)]
+    assert {x.device.type for x in tensors} == {"meta"}
+
+
 def test_the_contract_s_types_can_be_copied_and_pickled() -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     problem = criterion._current_problem()
@@ -233,10 +257,13 @@ def test_a_weighting_of_one_s_own_is_checked_and_called_once(make_criterion: Mak
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", ["cast", "other bins", "short table"])
+@pytest.mark.parametrize("change", ["cast", "other bins", "short table", "other data"])
 def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: str, training: bool) -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
-    if change == "cast":
+    criterion(prediction, target, log_snr)
+    if change == "other data":
+        criterion.statistics.state.data = torch.zeros(3, dtype=torch.int64)
+    elif change == "cast":
         criterion.type(torch.float64)
     elif change == "other bins":
         criterion.statistics.bins = criterion.statistics.bins._replace(size=1024)

@@ -184,6 +184,22 @@ def test_a_masked_sample_shows_nothing_whatever_its_values(make_criterion, devic
     assert criterion.statistics.count.sum() == BATCH - 1
 
 
+@pytest.mark.parametrize("zero", ["base_weight", "sample_weight"])
+def test_a_masked_sample_teaches_a_learned_weighting_nothing(make_criterion, device, zero):
+    prediction, target, log_snr = draw(device)
+    prediction[AT], log_snr[AT[0]] = NAN, NAN
+    factor = torch.ones(BATCH, device=device)
+    factor[AT[0]] = 0.0
+    criterion = make_criterion("learned")
+    criterion(prediction, target, log_snr, **{zero: factor}).backward()
+    gradient = criterion.weighting.weight.grad.clone()
+    criterion.weighting.weight.grad = None
+    kept = factor != 0
+    (criterion(prediction[kept], target[kept], log_snr[kept]) * (BATCH - 1) / BATCH).backward()
+    torch.testing.assert_close(gradient, criterion.weighting.weight.grad)
+    assert gradient.abs().max() > 0
+
+
 def test_factors_that_underflow_do_not_mask(make_criterion, device):
     """u·v is 0 in float32, but neither is: the sample is recorded, and its NaN shows."""
     prediction, target, log_snr = draw(device)

@@ -4,6 +4,7 @@ tests/data/version_0_1 was written by version 0.1, and is not written again:
 
     <weighting>.pt     state_dict of DiffusionLoss(<weighting>, bins=16, log_snr_range=(-8, 8)) after five calls
     <weighting>.json   what that criterion reported, null for NaN
+    criterion.pickle   a pickled DiffusionLoss("variance_aware", bins=16, log_snr_range=(-8, 8)) after three calls
     run                vadiff train --channels 8 --steps 4 --batch-size 16 --bins 16 --log-snr-range -12 12
                        --schedule constant --warmup 0 --log-every 2 --no-tensorboard --keep-checkpoints 1
                        --held-out-images 20 --held-out-levels 4
@@ -12,6 +13,7 @@ tests/data/version_0_1 was written by version 0.1, and is not written again:
 import dataclasses
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,14 @@ def test_saved_criterion_reports_the_same_numbers(weighting: str) -> None:
     assert numbers.keys() == {"count", "mean", "variance", "mass"}
     for name, values in numbers.items():
         torch.testing.assert_close(getattr(criterion.statistics, name), values, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_pickled_criterion_goes_on_training() -> None:
+    criterion = pickle.loads((FOLDER / "criterion.pickle").read_bytes())
+    assert criterion.statistics.count.sum() == pytest.approx(59.7975, abs=1e-4)
+    torch.testing.assert_close(criterion.weights[:4], torch.tensor([1.0101, 1.0050, 0.9852, 1.0391]), rtol=0, atol=1e-4)
+    assert criterion(torch.randn(5, 3, requires_grad=True), torch.zeros(5, 3), torch.randn(5)).isfinite()
+    assert criterion.statistics.count.sum() > 60
 
 
 def test_saved_criterion_goes_on_training() -> None:

@@ -58,6 +58,7 @@ class DiffusionLoss(nn.Module):
     """
 
     weighting: Any  # a Weighting; a name may be assigned
+    base_loss: Tensor | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # what it was made of, and the Problem
 
@@ -79,7 +80,6 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
-        self.base_loss: Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What a call is made of may be reassigned; it is checked here and takes effect at the next call."""
@@ -87,12 +87,15 @@ class DiffusionLoss(nn.Module):
             value = from_name(value)
             self._modules.pop(name, None)  # a learned one is a module, others are not: torch allows no change of kind
             self.__dict__.pop(name, None)
+            self.__dict__["base_loss"] = None  # a learned one may have left it
         elif name == "huber_delta":
             if not is_number(value) or not torch.finfo(torch.float32).tiny <= value < math.inf:
                 raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
             value = float(value)
         elif name == "loss" and value not in LOSSES:
             raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+        elif name == "sync":
+            value = bool(value)
         elif name == "backend":
             backends.check_name(value)
         super().__setattr__(name, value)
@@ -219,7 +222,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             weighted = weighted + term
-        self._keep(loss.detach()[None])
+        self._keep(loss.detach().clone()[None])
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
@@ -283,8 +286,9 @@ class DiffusionLoss(nn.Module):
     def _current_problem(self) -> Problem:
         """The Problem of the next call; made anew when an attribute that it reads was changed."""
         statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
+        rule = self.weighting.rule
         read = (
-            self.weighting,
+            rule,
             statistics.bins,
             statistics.half_life,
             self.loss,
@@ -297,9 +301,9 @@ class DiffusionLoss(nn.Module):
         problem = Problem(
             bins=statistics.bins,
             half_life=float(statistics.half_life),
-            rule=self.weighting.rule,
+            rule=rule,
             huber_delta=self.huber_delta if self.loss == "huber" else 0.0,
-            sync=bool(self.sync),
+            sync=self.sync,
             backend=self.backend,
         )
         if not torch.compiler.is_compiling():

@@ -49,7 +49,6 @@ class LogSNRStatistics(nn.Module):
         self.register_buffer("state", torch.zeros(4 * self.bins.size + 2, dtype=torch.int64))
         self.register_buffer("log_weights", torch.zeros(self.bins.size, dtype=torch.int32))
         self.register_buffer("log_snr_range", torch.zeros(2, dtype=torch.int64))
-        self._checked: tuple[Bins, State] = self.bins, State(self.state, self.log_weights)
         self.reset_parameters()
 
     def _moments(self) -> Tensor:
@@ -106,36 +105,28 @@ class LogSNRStatistics(nn.Module):
             ValueError: they are on another device than `tensor`, the argument `name`.
             RuntimeError: they do not hold the bits of so many bins.
         """
-        buffers, (bins, checked) = self._buffers, self._checked
-        if (
-            checked.state is not buffers["state"]
-            or checked.log_weights is not buffers["log_weights"]
-            or bins is not self.bins
-            or torch.compiler.is_compiling()
-        ):
-            checked = self._check_buffers()
-        if checked.state.device != tensor.device:
+        buffers, size = self._buffers, self.bins.size  # as attributes they take 0.7 µs
+        state, log_weights = buffers["state"], buffers["log_weights"]
+        assert state is not None
+        assert log_weights is not None
+        if state.device != tensor.device:
             raise ValueError(
-                f"{name} is on {tensor.device}, but the criterion is on {checked.state.device}. "
+                f"{name} is on {tensor.device}, but the criterion is on {state.device}. "
                 f"Use criterion.to({str(tensor.device)!r})."
             )
-        return checked
-
-    def _check_buffers(self) -> State:
-        """The buffers, if they hold the bits of so many bins. Remembered: checking takes 1 µs, a comparison 0.2."""
-        state, log_weights, size = self.state, self.log_weights, self.bins.size
-        dtypes, sizes = (state.dtype, log_weights.dtype), (state.numel(), log_weights.numel())
-        if dtypes != (torch.int64, torch.int32) or sizes != (4 * size + 2, size):
+        if (
+            state.dtype is not torch.int64
+            or log_weights.dtype is not torch.int32
+            or state.numel() != 4 * size + 2
+            or log_weights.numel() != size
+        ):
             raise RuntimeError(
                 f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
                 f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): the "
                 "bits of the numbers, which module.type(...) destroys and module.to(...) leaves alone. Make a new "
                 "criterion"
             )
-        checked = State(state, log_weights)
-        if not torch.compiler.is_compiling():
-            self._checked = self.bins, checked
-        return checked
+        return State(state, log_weights)
 
     def extra_repr(self) -> str:
         low, high = self.bins.low, self.bins.high

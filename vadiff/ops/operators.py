@@ -84,14 +84,12 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
 
 def scale(gradient: Tensor, upstream: Tensor, backend: str, *, in_place: bool) -> Tensor:
     """gradient * upstream, a scalar: in the gradient's own memory, or in a new tensor."""
-    if in_place and type(upstream) is Tensor and upstream.is_cpu and upstream.item() == 1.0:
-        return gradient  # reading a number of the CPU takes 0.3 µs, calling a kernel 3
     if not in_place:
         result: Tensor = torch.ops.vadiff.scale_gradient(gradient, upstream, backend)
         return result
     if observed((gradient, upstream)):
         torch.ops.vadiff.scale_gradient_(gradient, upstream, backend)
-    else:
+    elif not upstream.is_cpu or upstream.item() != 1.0:  # on a CPU reading a number takes 0.3 µs, calling a kernel 2
         backends.select(backend, gradient).scale(gradient, upstream, gradient)
     return gradient
 

@@ -76,7 +76,7 @@ class LearnedUncertainty(nn.Module, Weighting):
         v = one if inputs.sample_weight is None else inputs.sample_weight
         masked = (base_weight == 0) | (v == 0)
         g = (base_weight * ell).masked_fill(masked, 0.0)
-        u = self(inputs.log_snr).to(ell.dtype)
+        u = self(inputs.log_snr.masked_fill(masked, 0.0)).to(ell.dtype)  # a NaN would reach every parameter
         scaled = g * (-u).exp()
         term = v * (u + scaled - scaled.detach())
         return term.masked_fill(masked, 0.0), (v * g).masked_fill(masked, 0.0).mean()
