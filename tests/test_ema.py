@@ -156,7 +156,7 @@ def test_stored_width_is_reconstructed_as_it_is() -> None:
     ("times", "gammas", "message"),
     [
         ([1.0], [7.0, 8.0], "times has 1 values and gammas 2"),
-        ([], [], "expected as many, at least one"),
+        ([], [], "expected equally many, at least one"),
         ([1.0, 4.0], [7.0, 7.0], "leave out what was stored later"),
         ([1.0, 1.0], [7.0, 7.0], "the same time and gamma occur twice"),
         ([1.0], [-1.0], "gamma is -1.0, expected at least 0"),
@@ -250,7 +250,7 @@ def test_state_of_other_averages_is_refused_and_changes_nothing() -> None:
     assert all(
         torch.equal(before["averages"][0][n], value) for n, value in averages.state_dict()["averages"][0].items()
     )
-    with pytest.raises(ValueError, match=r"expected one that is kept: 0\.05, 0\.1"):
+    with pytest.raises(ValueError, match=r"expected one of 0\.05, 0\.1"):
         averages.module_state(0.2)
     with pytest.raises(ValueError, match="expected at least one width, each once"):
         PowerFunctionEMA(nn.Linear(2, 2), [0.1, 0.1])
@@ -288,7 +288,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1  # in the first average; the middle is padding
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"1\.pt is corrupt: .* does not have its checksum"):
+    with pytest.raises(CheckpointError, match=r"1\.pt is corrupt: the checksum of .* is wrong"):
         reconstruct(tmp_path, [0.1])
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"1\.pt is corrupt.*Remove .*1\.pt"):

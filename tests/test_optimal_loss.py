@@ -483,7 +483,7 @@ def test_bytes_are_refused():
         (lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), batch_size=0), "batch_size is 0"),
         (lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), sigmas=[0.0]), r"sigmas is \[0.0\]"),
         (lambda: model_gap(lambda x, s: x[:1], torch.zeros(3, 4), gap_curve()), r"denoise returned shape \(1, 4\)"),
-        (lambda: curve(torch.ones(2), torch.ones(2)).log_loss_at(torch.zeros(2)), "a noise level twice"),
+        (lambda: curve(torch.ones(2), torch.ones(2)).log_loss_at(torch.zeros(2)), "a repeated noise level"),
         (lambda: model_gap(max, torch.zeros(3, 5), gap_curve()), "images have 5 elements, expected 4"),
         (
             lambda: model_gap(max, torch.zeros(3, 4), gap_curve(), labels=torch.zeros(2)),

@@ -1,4 +1,4 @@
-"""Checks of what a call is given: errors name the argument, what it got, what was expected and what to do."""
+"""Checks of arguments: each error says the argument, what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_elements(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """A tensor of the prediction's shape and device (target, noise)."""
+    """Check that a tensor (target, noise) has the prediction's shape and device and needs no gradient."""
     _check_float(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}: the prediction's")
@@ -23,12 +23,12 @@ def check_elements(name: str, tensor: Tensor, shape: torch.Size, device: torch.d
 
 
 def check_log_snr(log_snr: Tensor) -> None:
-    """A float tensor: whole numbers are timesteps, not log-SNR."""
+    """Check that log-SNR is a float tensor: integers would be timesteps."""
     _check_float("log_snr", log_snr)
 
 
 def check_prediction(name: str, prediction: Tensor) -> None:
-    """A non-empty float tensor with the batch in front."""
+    """Check that a tensor is non-empty, float, and has the batch as first dimension."""
     _check_float(name, prediction)
     if prediction.dim() == 0 or prediction.numel() == 0:
         raise ValueError(
@@ -39,12 +39,12 @@ def check_prediction(name: str, prediction: Tensor) -> None:
 def check_per_sample(
     name: str, tensor: Tensor, samples: int, device: torch.device, dtype: torch.dtype, differentiable: bool = False
 ) -> Tensor:
-    """One value per sample of the prediction, [B]; returned as a contiguous `dtype`."""
+    """Check that a tensor has one value per sample, [B]; return it contiguous, in `dtype`."""
     _check_float(name, tensor)
     if tensor.shape != (samples,):
         advice = f" Use {name}.flatten()." if tensor.numel() == samples and tensor.dim() != 0 else ""
         if tensor.shape == (2 * samples,):
-            advice = f" With prior preservation, take the half that these samples are: {name}.chunk(2)[0]."
+            advice = f" With prior preservation, pass the half of these samples: {name}.chunk(2)[0]."
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected ({samples},): one value per sample.{advice}"
         )
@@ -58,7 +58,7 @@ def check_per_sample(
 
 
 def is_number(value: object) -> bool:
-    """A Python or NumPy real number, and not a bool."""
+    """Whether `value` is a Python or NumPy real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -86,7 +86,4 @@ def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:
 
 
 def _refuse_gradient(name: str) -> NoReturn:
-    raise ValueError(
-        f"{name} requires grad, but the loss is differentiated by the prediction and base_weight only. "
-        f"Use {name}.detach()."
-    )
+    raise ValueError(f"{name} requires grad, but only prediction and base_weight get a gradient. Use {name}.detach().")

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and asked for by name when they are missing."""
+"""Optional packages: imported on use; the error for a missing one gives the install command."""
 
 import importlib
 import warnings
@@ -6,11 +6,11 @@ from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """An optional package does not import; the message says why and which command installs it."""
+    """An optional package cannot be imported; the message says why and which command installs it."""
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import an optional module, or say which extra of vadiff brings it.
+    """Import an optional module.
 
     Args:
         module: full name of the module.
@@ -21,11 +21,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
     """
     try:
         with warnings.catch_warnings():
-            # diffusers imports torchvision, which may warn that it cannot read JPEGs; nothing here does.
+            # diffusers imports torchvision, which may warn that it cannot read JPEGs; vadiff reads none.
             warnings.filterwarnings("ignore", message="Failed to load image Python extension")
             return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises RuntimeError
         package = module.partition(".")[0]
         raise MissingExtraError(
-            f"{package} does not import ({error}). It comes with: pip install 'vadiff[{extra}]'"
+            f"{package} cannot be imported ({error}). Install it with: pip install 'vadiff[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic replacement of files and folders."""
 
 import os
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yields where to write a file or a folder that takes the place of `path` when the `with` block ends.
+    """Yield a temporary path to write to, which replaces `path` when the `with` block ends.
 
-    After an error, or when the process is killed, what stood at `path` is as it was. What a killed process left
-    half-written is removed by the next one that writes the same file.
+    After an error, or when the process is killed, `path` is unchanged. The next call with the same path removes the
+    temporary file or folder that a killed process left.
 
     Args:
-        path: the file or folder; its parent is made.
-        durable: flush the file to the disk before it is renamed: a loss of power leaves the old or the new one.
+        path: the file or folder; its parent is created.
+        durable: flush the file to disk before renaming it, so that a power loss leaves the old or the new one.
     """
     partial = path.with_name(path.name + ".partial")
     _remove(partial)
@@ -32,7 +32,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Make what was written to a file, or created and renamed in a folder, survive a loss of power."""
+    """fsync the content of a file, or the entries of a folder, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Log-SNR per sample, λ = ln(alpha² / sigma²), from what a trainer has at hand.
+"""Log-SNR per sample, λ = ln(alpha² / sigma²), from sigma, a table of ᾱ or a flow time.
 
 Every function takes one value per sample and returns λ with shape [B], on the same device, as float64 for
 float64 input and float32 otherwise. The limits of a process are legal: they give λ = ±inf, never NaN. Nothing
-here waits for a GPU: values out of range are looked for on CPU tensors only.
+here synchronises with a GPU: only CPU tensors are checked for values out of range.
 """
 
 import torch
@@ -48,7 +48,7 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
     Raises:
         TypeError: the table is not a floating-point tensor, or the timesteps are not integers.
-        ValueError: a shape or device does not fit.
+        ValueError: a wrong shape or device.
         IndexError: a timestep on the CPU is out of range.
 
     Example:
@@ -74,7 +74,7 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
             "same device. Use timesteps.to(alphas_cumprod.device)."
         )
     size = len(alphas_cumprod)
-    if _values_at_hand(timesteps):
+    if _may_read(timesteps):
         low, high = int(timesteps.min()), int(timesteps.max())
         if low < 0 or high >= size:
             raise IndexError(
@@ -130,13 +130,13 @@ def _require_one_per_sample(name: str, value: Tensor) -> None:
 
 
 def _require_range(name: str, value: Tensor, low: float, high: float, hint: str) -> None:
-    if _values_at_hand(value) and bool(((value < low) | (value > high)).any()):
+    if _may_read(value) and bool(((value < low) | (value > high)).any()):
         raise ValueError(
             f"{name} runs from {value.min().item():g} to {value.max().item():g}, "
             f"expected values in [{low:g}, {high:g}]: {hint}."
         )
 
 
-def _values_at_hand(value: Tensor) -> bool:
-    """Whether Python may look at the values: no waiting for a GPU, no branch on a tensor in compiled code."""
+def _may_read(value: Tensor) -> bool:
+    """Whether Python may read the values without synchronising with a GPU or branching in compiled code."""
     return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()

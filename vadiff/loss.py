@@ -1,4 +1,4 @@
-"""DiffusionLoss: the drop-in criterion."""
+"""DiffusionLoss: a drop-in replacement for `F.mse_loss` that weights and records every noise level."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ LOSSES = ("mse", "huber")
 
 
 class DiffusionLoss(nn.Module):
-    """Noise-level-aware denoising loss, to put in place of `F.mse_loss(prediction, target)`.
+    """Noise-level-aware denoising loss that replaces `F.mse_loss(prediction, target)`.
 
     The loss is ``mean_i w(lambda_i) * u_i * v_i * ell_i`` with ``ell_i`` the mean over sample i's elements of the
     squared (or Huber) residual ``r = a*prediction + b*target + c*noise``, u the base weight, v the sample weight and w
     the weighting. In training mode with grad enabled, each call also folds the base losses ``g_i = u_i * ell_i`` into
     running statistics per log-SNR bin. The weights of a batch come from the statistics before it, so the gradient is
-    that of a fixed-weight loss. On a CUDA device, the recording calls of one criterion belong on one stream: two that
-    overlap mix up its statistics, until `statistics.reset()`.
+    that of a fixed-weight loss. On a CUDA device, make all recording calls of one criterion on one stream: overlapping
+    calls corrupt its statistics until `statistics.reset()`.
 
     Args:
         weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`.
         bins: number K of log-SNR bins, 2 to 1024.
         log_snr_range: (low, high) of the bins, natural log of alpha**2/sigma**2; values outside fall in the end bins.
-        half_life: samples per bin, on average, after which a sample counts half; `float("inf")` is plain Welford.
+        half_life: mean number of samples per bin after which a sample counts half; `float("inf")` is plain Welford.
         loss: "mse", or "huber" (`torch.nn.functional.huber_loss`'s definition).
-        huber_delta: where Huber's function turns from quadratic to linear.
+        huber_delta: |r| at which Huber's function turns from quadratic to linear.
         backend: "auto", "native", "triton" or "reference"; see "Backends" in the documentation.
         sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
             must then call the criterion equally often.
 
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
-        base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss has more
-            in it; else None.
+        base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss also
+            contains u; else None.
 
     Raises:
         ValueError, TypeError: an argument out of bounds; the message names it.
@@ -51,7 +51,7 @@ class DiffusionLoss(nn.Module):
     Example:
         >>> criterion = vadiff.DiffusionLoss("variance_aware")
         >>> clean, sigma = torch.randn(8, 3, 32, 32), torch.rand(8) + 0.1
-        >>> denoised = (clean + 0.1 * torch.randn_like(clean)).requires_grad_()  # what a network returned
+        >>> denoised = (clean + 0.1 * torch.randn_like(clean)).requires_grad_()  # from a network
         >>> criterion(denoised, clean, vadiff.log_snr.from_sigma(sigma)).backward()
         >>> criterion.statistics.count.sum()
         tensor(8., dtype=torch.float64)
@@ -60,7 +60,7 @@ class DiffusionLoss(nn.Module):
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
-    _problem: tuple[tuple[Any, ...], Problem] | None = None  # what it was made of, and the Problem
+    _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class DiffusionLoss(nn.Module):
         self.sync = sync
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What a call is made of may be reassigned; it is checked here and takes effect at the next call."""
+        """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
         if name == "weighting":
             value = from_name(value)
-            self._modules.pop(name, None)  # a learned one is a module, others are not: torch allows no change of kind
+            self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
             self.__dict__.pop(name, None)
             self.__dict__["base_loss"] = None  # a learned one may have left it
         elif name == "huber_delta":
@@ -106,26 +106,25 @@ class DiffusionLoss(nn.Module):
     ) -> DiffusionLoss:
         """A criterion with range, bins and weighting that suit a noise process.
 
-        The bins are 0.25 wide in log-SNR and cover what the process has: sigma from 0.002 to 80 for EDM, t from 0.001
-        to 0.999 for what is continuous, the finite part of a scheduler's table. Fine-tuning sees fewer samples: bins of
-        0.5. There, too, the weights of a variance-preserving process go half the way (strength 0.5): its losses
-        spread over orders of magnitude, and the network was trained on their own balance. Where the loss compares
-        images ("sample", EDM's schedulers of diffusers among them), weights are not clipped: from the lowest noise to
-        the highest such losses differ by more than clip².
+        The bins are 0.25 wide in log-SNR and cover the process: sigma from 0.002 to 80 for EDM, t from 0.001 to 0.999
+        for other continuous processes, the finite part of a scheduler's table. Fine-tuning sees fewer samples, so its
+        bins are 0.5 wide. Fine-tuning on a variance-preserving process uses strength 0.5, because its losses span
+        orders of magnitude and the network was trained on their unweighted balance. For an x0 loss ("sample", which
+        includes diffusers' EDM schedulers) weights are not clipped: between the lowest and the highest noise such
+        losses differ by more than clip².
 
         Args:
             process: "edm", "flow", "stable_diffusion", "vp_cosine" or "vp_linear"; an object from `vadiff.process`; or
-                a scheduler of diffusers (or one with such tables), of which the prediction type is taken too.
-            prediction_type: what the loss is written in, where the process does not say; one of
-                `vadiff.process.PREDICTION_TYPES`. A weighting given by a name that depends on it ("min_snr", ...) gets
-                it.
-            fine_tuning: whether a trained network is trained further, as a LoRA is.
-            overrides: any argument of `DiffusionLoss`, which then is as given.
+                a diffusers scheduler (or one with the same tables), which also gives the prediction type.
+            prediction_type: form of the loss, if the process does not determine it; one of
+                `vadiff.process.PREDICTION_TYPES`. Passed to a named weighting that depends on it ("min_snr", ...).
+            fine_tuning: whether a trained network is fine-tuned, for example with a LoRA.
+            overrides: arguments of `DiffusionLoss` that replace the chosen ones.
 
         Raises:
-            ValueError: no such process; a weighting that depends on the prediction type, where none is known, or one
-                that is made for another; or as `DiffusionLoss`.
-            TypeError: the process is none of these, or as `DiffusionLoss`.
+            ValueError: an unknown process; a weighting that depends on the prediction type when none is known, or that
+                is made for another one; or as `DiffusionLoss`.
+            TypeError: `process` is none of these; or as `DiffusionLoss`.
 
         Example:
             >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
@@ -150,21 +149,21 @@ class DiffusionLoss(nn.Module):
 
         Args:
             prediction: what the network returned, [B, ...], float32, bfloat16, float16 or float64.
-            target: of the same shape: the ready-made target, or clean data x0 where `coefficients` say so. No gradient.
+            target: same shape: the regression target or, with `coefficients`, clean data x0. No gradient.
             log_snr: natural log of alpha**2/sigma**2 per sample, [B]; +-inf is legal.
-            noise: eps [B, ...], where the residual has a term in it. No gradient.
+            noise: eps [B, ...], if the residual has a noise term. No gradient.
             coefficients: (a, b, c) of the residual, each a number or [B]; by default (1, -1, 0), prediction - target.
                 See `vadiff.process.coefficients`.
-            base_weight: u [B], the part of the objective that depends on the noise level (EDM's lambda(sigma), ...); it
-                enters the bins. Differentiable.
-            sample_weight: v [B], what is not part of the objective (1/p of a level sampler, mask share); it does not.
+            base_weight: u [B], the objective's own weight of the noise level (EDM's lambda(sigma), ...); part of the
+                recorded base loss. Differentiable.
+            sample_weight: v [B], a factor outside the objective (1/p of a level sampler, mask share); not recorded.
             reduction: "mean" over the batch, or "none".
 
         Returns:
-            The loss, a float32 scalar, or [B] for "none" (float64 for a float64 prediction). Non-finite values show in
-            the loss and in the gradient as with `F.mse_loss`; a NaN log-SNR makes the weight NaN. Samples with a NaN
-            log-SNR or a non-finite loss or weight are not recorded, but counted in `statistics.skipped`. Samples with
-            u = 0 or v = 0 are masked: no loss, no gradient, not recorded, whatever their values are.
+            The loss, a float32 scalar, or [B] for "none" (float64 for a float64 prediction). Non-finite values
+            propagate to the loss and the gradient as in `F.mse_loss`; a NaN log-SNR makes the weight NaN. Samples with
+            a NaN log-SNR or a non-finite loss or weight are skipped: not recorded, counted in `statistics.skipped`.
+            Samples with u = 0 or v = 0 are masked: no loss, no gradient, not recorded, whatever their values are.
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
@@ -200,8 +199,8 @@ class DiffusionLoss(nn.Module):
             sample_weight: v [B], as in `forward`.
 
         Returns:
-            w*v*g [B], differentiable by `loss_per_sample`; the weights are constants. Take its mean. With
-            `weighting.LearnedUncertainty`, v*(g/e**u + u), differentiable by the head as well.
+            w*v*g [B], differentiable with respect to `loss_per_sample`, with constant weights; take the mean. With
+            `weighting.LearnedUncertainty`, v*(g/e**u + u), also differentiable with respect to the head.
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
@@ -226,13 +225,13 @@ class DiffusionLoss(nn.Module):
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
-        """The loss under a weighting that needs the losses of the batch: they are computed first, then reweighted."""
+        """Loss of a weighting that depends on the losses of the batch: compute them, then `reweight` them."""
         problem, state = self._current_problem(), self.statistics.checked_state("prediction", inputs.prediction)
         u, v = inputs.base_weight, inputs.sample_weight
         losses, per_sample = autograd.diffusion_loss(
             problem, inputs._replace(sample_weight=None, mean=False), state, update=False
         )
-        if u is not None:  # reweight knows of v only, and u = 0 masks as well
+        if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
         self._keep(per_sample)
@@ -240,7 +239,7 @@ class DiffusionLoss(nn.Module):
 
     @property
     def per_sample_loss(self) -> Tensor | None:
-        """A copy of ell [B] of the last call, float32 (float64 for a float64 prediction), detached; None before it."""
+        """Detached copy of the last call's ell [B], float32 (float64 for a float64 prediction); None before any."""
         return None if self._last is None else self._last[ELL].clone()
 
     @property
@@ -252,7 +251,7 @@ class DiffusionLoss(nn.Module):
 
     @property
     def weights(self) -> Tensor:
-        """The weight w at the bin centres; NaN where it depends on more than log-SNR. [K] float32."""
+        """The weight w at the bin centres; NaN if it depends on more than log-SNR. [K] float32."""
         if self.weighting.rule.statistic:
             return self.statistics.log_weights.view(torch.float32).exp()
         return self.weight_at(self.bin_centers)
@@ -260,7 +259,7 @@ class DiffusionLoss(nn.Module):
     def weight_at(self, log_snr: Tensor) -> Tensor:
         """The weight w a sample at each log-SNR [B] would get now. [B] float32, NaN for NaN.
 
-        NaN, too, with a weighting that looks at the rest of the batch, or at its losses.
+        Also NaN for a weighting that depends on the other samples or the losses of the batch.
 
         Raises:
             ValueError, TypeError: log_snr is not [B] floats on the criterion's device.
@@ -284,10 +283,10 @@ class DiffusionLoss(nn.Module):
         }  # a copy starts without the last batch
 
     def _current_problem(self) -> Problem:
-        """The Problem of the next call; made anew when an attribute that it reads was changed."""
+        """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
         statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
         rule = self.weighting.rule
-        read = (
+        attributes = (
             rule,
             statistics.bins,
             statistics.half_life,
@@ -296,7 +295,7 @@ class DiffusionLoss(nn.Module):
             self.sync,
             self.backend,
         )
-        if self._problem is not None and self._problem[0] == read:
+        if self._problem is not None and self._problem[0] == attributes:
             return self._problem[1]
         problem = Problem(
             bins=statistics.bins,
@@ -307,7 +306,7 @@ class DiffusionLoss(nn.Module):
             backend=self.backend,
         )
         if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_problem", (read, problem))
+            object.__setattr__(self, "_problem", (attributes, problem))
         return problem
 
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
@@ -321,56 +320,56 @@ class DiffusionLoss(nn.Module):
             object.__setattr__(self, "_last", per_sample)  # `nn.Module.__setattr__` costs 2 µs
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw base loss (mean ± standard deviation) and weight against log-SNR; empty bins are left out.
+        """Draw base loss (mean ± standard deviation) and weight against log-SNR, without empty bins.
 
         Args:
-            ax: matplotlib axes, onto which the weight comes with an axis of its own on the right; a pair of axes, the
-                first for the loss; or None for a new pyplot figure with two panels.
+            ax: matplotlib axes (the weight gets a second y-axis on the right); a pair of axes, the first for the loss;
+                or None for a new pyplot figure with two panels.
 
         Returns:
-            The axes of the loss and those of the weight; `axes.figure.savefig(path)` writes the picture.
+            The axes of the loss and those of the weight; `axes.figure.savefig(path)` saves the figure.
 
         Raises:
-            MissingExtraError: matplotlib is not installed; the message says how to get it.
-            TypeError: ax is something else.
+            MissingExtraError: matplotlib is not installed; the message says how to install it.
+            TypeError: ax is none of these.
         """
         return plot(self, ax)
 
     def summary(self, bands: int = BANDS) -> str:
-        """A table as text, one line per band of log-SNR in which samples were seen.
+        """A text table with one line per band of log-SNR that has samples.
 
-        Share of the samples, mean, standard deviation and std/mean of the base loss, mean weight; what was skipped.
+        Columns: share of the samples; mean, std and std/mean of the base loss; mean weight. Then the skipped samples.
 
         Args:
-            bands: into how many intervals `log_snr_range` is divided.
+            bands: number of intervals of `log_snr_range`.
 
         Raises:
-            ValueError: bands is no positive integer.
+            ValueError: bands is not a positive integer.
 
         Example:
             >>> print(vadiff.DiffusionLoss("constant").summary())
             Constant(): base loss by noise level, 0 samples after forgetting
-            no samples recorded yet: they are in training mode, with grad enabled
+            no samples recorded yet: recording needs training mode and grad enabled
         """
         return summary(self, bands)
 
     def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
-        """Hand the statistics to an experiment tracker. Waits for the GPU once; call it every hundred steps or so.
+        """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
         The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`, and `<prefix>/skipped`. A SummaryWriter also gets the picture of
-        `plot`, where matplotlib is installed, and a histogram of the log-SNR seen.
+        `std`, `relative_std`, `weight` and `share`, and `<prefix>/skipped`. A SummaryWriter also gets the figure of
+        `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
         Args:
             writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
                 `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
-                function of (values, step). Under several processes, call it in one of them.
+                function of (values, step). With several processes, call it in one of them.
             step: optimiser steps so far.
-            prefix: what the names begin with.
-            bands: into how many intervals `log_snr_range` is divided.
+            prefix: first part of the names.
+            bands: number of intervals of `log_snr_range`.
 
         Raises:
-            TypeError: the writer is none of these, or step is no integer; nothing is written then.
-            ValueError: bands is no positive integer.
+            TypeError: the writer is none of these, or step is not an integer; nothing is written then.
+            ValueError: bands is not a positive integer.
         """
         log_to(self, writer, step, prefix, bands)

@@ -1,4 +1,4 @@
-"""Images as bytes, and as the numbers in [-1, 1] that networks see."""
+"""Conversion of images between bytes and the range [-1, 1] of networks."""
 
 import torch
 from torch import Tensor

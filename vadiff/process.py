@@ -1,9 +1,9 @@
-"""Noise processes x_t = alpha·x0 + sigma·eps, and what a network may predict about them.
+"""Noise processes x_t = alpha·x0 + sigma·eps, and the prediction types of networks.
 
 A process turns a time per sample into alpha, sigma and log-SNR. A prediction type says what the network's
 output F stands for: `coefficients` gives (a, b, c) of the residual r = a·F + b·x0 + c·eps, and `loss_ratio`
-gives k, the factor between the squared error in that form and the squared error of x0. Those k stand nowhere
-else.
+gives k, the factor between the squared error in that form and the squared error of x0. The formulas of k are
+defined only here.
 """
 
 import math
@@ -68,7 +68,7 @@ class NoiseProcess(ABC):
             The noisy samples, shape and dtype of `x0`.
 
         Raises:
-            ValueError: the shapes do not fit.
+            ValueError: `eps` or `t` has the wrong shape.
         """
         if eps.shape != x0.shape:
             raise ValueError(f"eps has shape {tuple(eps.shape)}, expected {tuple(x0.shape)}: the shape of x0.")
@@ -83,7 +83,7 @@ class VPCosine(NoiseProcess):
     """Cosine schedule, t in [0, 1]: ᾱ(t) = cos²(θ) / cos²(θ₀), θ = (t+s)/(1+s)·π/2, θ₀ = θ(0).
 
     Source: Nichol & Dhariwal, Improved DDPM (arXiv 2102.09672), eq. 17, without their cap on beta, so that
-    t = 1 is pure noise (alpha = 0). The cosine is taken as a sine of the distance to t = 1, and 1 - ᾱ as
+    t = 1 is pure noise (alpha = 0). cos(θ) is computed as sin(π/2 - θ), and 1 - ᾱ as
     sin(θ-θ₀)·sin(θ+θ₀)/cos²(θ₀), so that both ends are exact.
     """
 
@@ -228,9 +228,9 @@ def coefficients(
     sigma_data: float = 0.5,
     data_at: int = 0,
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """(a, b, c) of the residual r = a·F + b·x0 + c·eps for what the network predicts.
+    """(a, b, c) of the residual r = a·F + b·x0 + c·eps for a prediction type.
 
-    | prediction type | residual is that of                        | a     | b             | c            |
+    | prediction type | the residual is the error of               | a     | b             | c            |
     |-----------------|--------------------------------------------|-------|---------------|--------------|
     | `epsilon`       | eps                                        | 1     | 0             | -1           |
     | `sample`        | x0                                         | 1     | -1            | 0            |
@@ -238,9 +238,9 @@ def coefficients(
     | `flow`          | v = eps - x0 (x0 - eps where data_at = 1)  | 1     | 1 (-1)        | -1 (1)       |
     | `edm`           | x0, by D = c_skip·x_t + c_out·F; alpha = 1 | c_out | c_skip - 1    | c_skip·sigma |
 
-    c_skip - 1 is taken in closed form, -sigma² / (sigma² + sigma_data²).
+    c_skip - 1 is computed in closed form, -sigma² / (sigma² + sigma_data²).
 
-    A plain 0.0 tells the kernels that the tensor need not be read.
+    The kernels do not read a tensor whose coefficient is the number 0.0.
 
     Args:
         prediction_type: one of `PREDICTION_TYPES`.
@@ -279,8 +279,8 @@ def coefficients(
 def loss_ratio(prediction_type: str, log_snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
     """k(λ): squared error in the form of `prediction_type` = k(λ) × squared error of x0. With S = e^λ:
 
-    `epsilon` S · `sample` 1 · `v_prediction` 1 + S · `flow` (1 + √S)² · `edm` S + 1/sigma_data² (for F
-    itself, which is EDM's loss weight of D). A weight for one form becomes another's by it:
+    `epsilon` S · `sample` 1 · `v_prediction` 1 + S · `flow` (1 + √S)² · `edm` S + 1/sigma_data² (the raw
+    network output F; EDM's weight of the loss of D). A weight of the x0 loss is converted to another form by
     weight_P = weight_x0 / k_P.
 
     Args:
@@ -324,10 +324,10 @@ def _require_variance_exploding(alpha: Coefficient) -> None:
     if isinstance(alpha, Tensor):
         if alpha.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        fits = bool((alpha == 1).all())
+        is_one = bool((alpha == 1).all())
     else:
-        fits = alpha == 1
-    if not fits:
+        is_one = alpha == 1
+    if not is_one:
         raise ValueError(
             "alpha is not 1, expected 1 for prediction_type 'edm': EDM's network sees x0 + sigma·eps. "
             "For x_t = alpha·x0 + sigma·eps pass x_t / alpha to the network and sigma / alpha as sigma."

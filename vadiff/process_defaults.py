@@ -1,4 +1,4 @@
-"""Arguments of `DiffusionLoss` that suit a noise process; behind `DiffusionLoss.for_process`."""
+"""Default arguments of `DiffusionLoss` for a noise process, used by `DiffusionLoss.for_process`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .process import EDM, PREDICTION_TYPES, Flow, NoiseProcess, VPCosine, VPLine
 from .statistics import checked_bins
 from .weighting import SNRWeighting, VarianceAware, from_name, takes_prediction_type
 
-_BIN = 0.25  # width in log-SNR: the default of 128 bins over 32
+_BIN = 0.25  # width in log-SNR: that of the default 128 bins over 32
 _BIN_FINE_TUNING = 0.5  # a fine-tune sees some thousand samples, not millions
 _FINE_TUNING_STRENGTH = 0.5
-_EARLIEST, _LATEST = 1e-3, 1.0 - 1e-3  # times at which a continuous process is cut off, as one of 1,000 steps is
+_EARLIEST, _LATEST = 1e-3, 1.0 - 1e-3  # ends of a continuous process, as for 1,000 steps
 
 _PROCESSES: dict[str, NoiseProcess] = {
     "edm": EDM(),
@@ -28,7 +28,7 @@ STABLE_DIFFUSION = "stable_diffusion"
 
 
 def available() -> tuple[str, ...]:
-    """Names of processes that `DiffusionLoss.for_process` knows, sorted."""
+    """Names of processes that `DiffusionLoss.for_process` accepts, sorted."""
     return tuple(sorted([*_PROCESSES, STABLE_DIFFUSION]))
 
 
@@ -38,7 +38,7 @@ def arguments_for(
     """Arguments of `DiffusionLoss`; see `DiffusionLoss.for_process`."""
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
-    form, low, high = _described(process, prediction_type)
+    form, low, high = _form_and_range(process, prediction_type)
     width = _BIN_FINE_TUNING if fine_tuning else _BIN
     low, high = math.floor(low / width) * width, math.ceil(high / width) * width
     arguments: dict[str, Any] = {"log_snr_range": (low, high), **overrides}
@@ -48,12 +48,12 @@ def arguments_for(
     if weighting == "variance_aware":
         halved = fine_tuning and form not in ("edm", "flow")
         strength = _FINE_TUNING_STRENGTH if halved else 1.0
-        # Losses between images differ by more than the clip² by which two levels' weights may.
+        # Two weights can differ by clip² at most; x0 losses of different levels differ by more.
         arguments["weighting"] = VarianceAware(strength, clip=math.inf) if form == "sample" else VarianceAware(strength)
     elif isinstance(weighting, str) and takes_prediction_type(weighting):
         if form is None:
             raise ValueError(
-                f"weighting is {weighting!r}, which depends on what the loss is written in, and prediction_type is "
+                f"weighting is {weighting!r}, which depends on the form of the loss, but prediction_type is "
                 f"None: expected one of {', '.join(PREDICTION_TYPES)}"
             )
         arguments["weighting"] = from_name(
@@ -62,14 +62,14 @@ def arguments_for(
     elif isinstance(weighting, SNRWeighting) and form is not None and weighting.prediction_type != form:
         name = type(weighting).__name__
         raise ValueError(
-            f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: what the loss of "
-            f"this process is written in. Use {name}(prediction_type={form!r}), or prediction_type= if it is another."
+            f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: the form of "
+            f"this process's loss. Use {name}(prediction_type={form!r}), or pass prediction_type= for another form."
         )
     return arguments
 
 
-def _described(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:
-    """What the loss is written in, where that is known, and lowest and highest log-SNR."""
+def _form_and_range(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:
+    """Form of the loss (None if unknown), lowest and highest log-SNR."""
     if isinstance(process, str):
         if process == STABLE_DIFFUSION:
             return prediction_type, *_stable_diffusion()
@@ -87,13 +87,13 @@ def _described(process: Any, prediction_type: str | None) -> tuple[str | None, f
     except TypeError as error:
         raise TypeError(
             f"process is a {type(process).__name__}, expected a name ({', '.join(available())}), an object from "
-            "vadiff.process, or a scheduler as diffusers has them"
+            "vadiff.process, or a diffusers scheduler"
         ) from error
     return prediction_type or schedulers.loss_form_of(process), low, high
 
 
 def _stable_diffusion() -> tuple[float, float]:
-    """Of Stable Diffusion's 1,000 steps: betas from 0.00085 to 0.012, evenly spaced in their roots."""
+    """Log-SNR range of Stable Diffusion: 1,000 betas from 0.00085 to 0.012, with evenly spaced square roots."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     log_snr = from_alphas_cumprod((1.0 - betas).cumprod(0), torch.tensor([999, 0]))
     return log_snr[0].item(), log_snr[1].item()

@@ -1,6 +1,6 @@
-"""Noise levels of a training batch from a scheduler of HF diffusers, or of anyone else's with the same tables.
+"""Noise levels of a training batch from an HF diffusers scheduler, or any other with the same tables.
 
-A scheduler is recognised by what it has, so diffusers is not imported here:
+A scheduler is recognised by its attributes, so diffusers is not imported here:
 
 | has | noise | timesteps |
 |---|---|---|
@@ -8,13 +8,13 @@ A scheduler is recognised by what it has, so diffusers is not imported here:
 | `sigmas`, `timesteps`: EDM, consistency models | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4 |
 | `scale_noise`: flow matching | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
 
-Where `timesteps` are `sigmas` · num_train_timesteps it is a flow without `scale_noise`, too.
+A scheduler whose `timesteps` are `sigmas` · num_train_timesteps is a flow even without `scale_noise`.
 
-Between two timesteps of the first two, log-SNR is interpolated; in EDM that is exact, and goes on beyond the ends.
+For the first two kinds log-SNR is interpolated between timesteps; for EDM this is exact, also beyond the ends.
 
-The tables are read at each call and nothing is kept: a schedule changed later is a schedule changed. A table on the CPU
-goes to the device of the timesteps without waiting for it. Values out of range raise on the CPU; elsewhere they come
-out as NaN, which a criterion counts and never records.
+Each call reads the tables anew, so later changes of the schedule take effect. A table on the CPU is copied to the
+device of the timesteps without synchronising. Timesteps out of range raise on the CPU; on other devices they give NaN,
+and a criterion skips those samples.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
 
     Args:
         scheduler: see the table above.
-        timesteps: [B], what the trainer gives `add_noise`; integers where the scheduler counts in integers.
+        timesteps: [B], as passed to `add_noise`; integers if the scheduler has integer timesteps.
 
     Returns:
         λ, [B] float32 on the device of `timesteps`; -inf at zero terminal SNR (`rescale_betas_zero_snr`) and at t = 1
         of a flow.
 
     Raises:
-        TypeError: no such scheduler; integer timesteps where they would be taken for indices.
+        TypeError: not such a scheduler; integer timesteps for a scheduler with floating-point ones.
         ValueError: timesteps are not [B] or, on the CPU, out of range; a flow with `invert_sigmas` or
-            `use_flow_sigmas`; sigmas that run against the timesteps, as those of DPM-Solver, UniPC and DEIS do before
-            `set_timesteps`: their `add_noise` then mixes in the noise of another timestep.
+            `use_flow_sigmas`; sigmas in the opposite order of the timesteps (DPM-Solver, UniPC and DEIS before
+            `set_timesteps`), with which `add_noise` uses the noise level of another timestep.
         IndexError: timesteps on the CPU beyond `alphas_cumprod`.
 
     Example:
@@ -67,7 +67,7 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
     _check_timesteps(timesteps)
     if kind == _BY_ALPHA:
         _check_direction(scheduler)
-        table = _beside(scheduler.alphas_cumprod, timesteps)
+        table = _to_device_of(scheduler.alphas_cumprod, timesteps)
         if timesteps.is_floating_point():
             return _interpolate_alphas(table, timesteps)
         return from_alphas_cumprod(table, timesteps).float()
@@ -83,12 +83,12 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """What the scheduler calls sigma, of each sample.
+    """sigma of each sample by the scheduler's own definition, [B] float32.
 
-    The value of its table `sigmas`: sigma/alpha of Euler's and DPM-Solver's, the noise level of EDM's, the time of a
-    flow. Of a scheduler without that table, as DDPM's, the standard deviation √(1 - ᾱ) of the noise.
+    It is the value of the table `sigmas`: sigma/alpha for Euler and DPM-Solver, the noise level for EDM, the time for
+    a flow. For a scheduler without that table (DDPM) it is the standard deviation √(1 - ᾱ) of the noise.
 
-    Args and errors as of `log_snr_of`. [B] float32.
+    Arguments and errors as for `log_snr_of`.
     """
     kind = _kind_of(scheduler)
     log_snr = log_snr_of(scheduler, timesteps).double()
@@ -100,14 +100,14 @@ def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def prediction_type_of(scheduler: Any) -> str:
-    """What the network predicts, in the words of `vadiff.process.PREDICTION_TYPES`.
+    """The prediction type of the network, one of `vadiff.process.PREDICTION_TYPES`.
 
-    `flow` for flow matching, `edm` for a scheduler with EDM's preconditioning (its own "epsilon" and "v_prediction"
-    are the sign of c_out), else the scheduler's `config.prediction_type`.
+    `flow` for flow matching, `edm` for a scheduler with EDM's preconditioning (whose "epsilon" and "v_prediction"
+    only set the sign of c_out), else the scheduler's `config.prediction_type`.
 
     Raises:
         ValueError: a prediction type that is none of these.
-        TypeError: no such scheduler.
+        TypeError: not such a scheduler.
     """
     if _kind_of(scheduler) == _FLOW:
         return "flow"
@@ -123,7 +123,7 @@ def prediction_type_of(scheduler: Any) -> str:
 
 
 def loss_form_of(scheduler: Any) -> str:
-    """What the loss is written in: `prediction_type_of`, but `sample` for EDM's, where trainers compare images.
+    """Form of the trainer's loss: `prediction_type_of`, but `sample` for EDM, where trainers compare images.
 
     A weight that is a function of SNR has to be converted to this form.
 
@@ -138,12 +138,12 @@ def coefficients_of(
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """(a, b, c) of the residual a·output + b·x0 + c·eps, for `criterion(output, x0, ..., noise=eps, coefficients=)`.
 
-    For EDM's schedulers the output is the raw network's, before `precondition_outputs`, and the residual that of the
-    denoised image; with their `v_prediction` c_out is negative.
+    For EDM schedulers `output` is the raw network output, before `precondition_outputs`, and the residual is the error
+    of the denoised image; with their `v_prediction` c_out is negative.
 
     Args:
-        scheduler, timesteps: as of `log_snr_of`.
-        prediction_type: of the network where it is not the scheduler's (train_unconditional.py takes it by a flag).
+        scheduler, timesteps: as for `log_snr_of`.
+        prediction_type: of the network, if not the scheduler's (train_unconditional.py has a flag for it).
 
     Returns:
         Numbers, or [B] float64 where they depend on the noise level. See `vadiff.process.coefficients`.
@@ -156,24 +156,24 @@ def coefficients_of(
 def coefficients_at(
     scheduler: Any, log_snr: Tensor, prediction_type: str | None = None
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
-    """`coefficients_of` at log-SNR [B] that is known already."""
+    """`coefficients_of` for a log-SNR [B] computed before."""
     predicted = prediction_type_of(scheduler) if prediction_type is None else prediction_type
     log_snr = log_snr.double()
     if predicted == "edm":
         sigma = log_snr.mul(-0.5).exp()
         c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data_of(scheduler))
         return -c_out if _option(scheduler, "prediction_type") == "v_prediction" else c_out, b, c
-    # For what is predicted in variance-preserving terms; a flow's coefficients are numbers.
+    # alpha and sigma of a variance-preserving process; a flow's coefficients do not depend on them.
     return process.coefficients(predicted, log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt())
 
 
 def sigma_data_of(scheduler: Any) -> float:
-    """Standard deviation of the data, as the scheduler has it; 0.5, EDM's, where it has none."""
+    """The scheduler's standard deviation of the data; 0.5, EDM's, if it has none."""
     return float(_option(scheduler, "sigma_data", 0.5))
 
 
 def log_snr_range_of(scheduler: Any) -> tuple[float, float]:
-    """Lowest and highest finite log-SNR of the scheduler's tables. Waits for the device they are on.
+    """Lowest and highest finite log-SNR of the scheduler's tables. Synchronises with their device.
 
     Raises as `log_snr_of`.
     """
@@ -195,32 +195,32 @@ def _kind_of(scheduler: Any) -> str:
             "Use FlowMatchEulerDiscreteScheduler, or vadiff.log_snr.from_flow_time(t, data_at=...)."
         )
     continuous = _option(scheduler, "timestep_type") == "continuous"
-    if continuous and _option(scheduler, "prediction_type") == "v_prediction":  # as EulerDiscreteScheduler has it
+    if continuous and _option(scheduler, "prediction_type") == "v_prediction":  # EulerDiscreteScheduler
         return _BY_SIGMA
     if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         return _BY_ALPHA
     if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "config"):
         return _FLOW
     if getattr(scheduler, "sigmas", None) is not None and getattr(scheduler, "timesteps", None) is not None:
-        return _FLOW if _counts_in_flow_time(scheduler) else _BY_SIGMA
+        return _FLOW if _has_flow_timesteps(scheduler) else _BY_SIGMA
     raise TypeError(
         f"scheduler is a {name}, expected one with alphas_cumprod, with sigmas and timesteps, or with scale_noise "
-        "(flow matching), as diffusers' schedulers for training have. vadiff.log_snr has what else there is."
+        "(flow matching), like diffusers' training schedulers. For other schedules use vadiff.log_snr."
     )
 
 
-def _counts_in_flow_time(scheduler: Any) -> bool:
-    """Whether timesteps are sigmas · num_train_timesteps, as in flow schedulers with no `scale_noise` (HunyuanVideo's).
+def _has_flow_timesteps(scheduler: Any) -> bool:
+    """Whether timesteps are sigmas · num_train_timesteps, as in flow schedulers without `scale_noise` (HunyuanVideo).
 
-    Not looked at where the scheduler says that it is of EDM's kind: the tables may be on a GPU.
+    A scheduler with `sigma_data` is EDM's: the tables are not read, because they may be on a GPU.
     """
     steps = _option(scheduler, "num_train_timesteps")
     if steps is None or _option(scheduler, "sigma_data") is not None:
         return False
     times = torch.as_tensor(scheduler.timesteps).cpu().double()
-    sigmas = torch.as_tensor(scheduler.sigmas).cpu().double()[: len(times)]  # without a last 0 or 1
-    fits = times.shape == sigmas.shape and bool((sigmas <= 1.0).all())
-    return fits and torch.allclose(times, sigmas * steps, rtol=1e-3, atol=1.0)
+    sigmas = torch.as_tensor(scheduler.sigmas).cpu().double()[: len(times)]  # without an appended 0 or 1
+    in_range = times.shape == sigmas.shape and bool((sigmas <= 1.0).all())
+    return in_range and torch.allclose(times, sigmas * steps, rtol=1e-3, atol=1.0)
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -247,19 +247,19 @@ def _check_direction(scheduler: Any) -> None:
         )
 
 
-def _beside(table: Tensor, timesteps: Tensor) -> Tensor:
-    """The table on the device of the timesteps; the host does not wait for that device."""
+def _to_device_of(table: Tensor, timesteps: Tensor) -> Tensor:
+    """The table on the device of the timesteps, copied without synchronising."""
     return table.to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
 
 
 def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
     """t in [0, 1], data at 0. [B] float32.
 
-    Up to a step beyond the end counts as the end: musubi-tuner's timesteps are 1000·t + 1.
+    Timesteps up to one step beyond the end are clamped: musubi-tuner's are 1000·t + 1.
     """
     steps = _option(scheduler, "num_train_timesteps", 1000)
     position = timesteps.double()
-    outside = ~((position >= 0) & (position <= steps + 1))  # NaN, too
+    outside = ~((position >= 0) & (position <= steps + 1))  # true for NaN
     if _on_cpu(timesteps) and bool(outside.any()):
         raise ValueError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {steps}: "
@@ -269,9 +269,9 @@ def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
-    """λ at timesteps between the whole ones, linear in between. [B] float32."""
+    """λ at fractional timesteps, linear between the whole ones. [B] float32."""
     position, last = timesteps.double(), len(table) - 1
-    outside = ~((position >= 0) & (position <= last))  # NaN, too
+    outside = ~((position >= 0) & (position <= last))  # true for NaN
     if _on_cpu(timesteps) and bool(outside.any()):
         raise IndexError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: "
@@ -285,9 +285,9 @@ def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """λ = -2 ln sigma, linear in the timestep between entries of the table and on beyond its ends. [B] float32."""
-    times = _beside(torch.as_tensor(scheduler.timesteps), timesteps).double().flip(0)  # [T], rising
-    sigmas = _beside(torch.as_tensor(scheduler.sigmas), timesteps)[: len(times)].double().flip(0)  # without a last 0
+    """λ = -2 ln sigma, linear in the timestep between entries of the table and beyond its ends. [B] float32."""
+    times = _to_device_of(torch.as_tensor(scheduler.timesteps), timesteps).double().flip(0)  # [T], rising
+    sigmas = _to_device_of(torch.as_tensor(scheduler.sigmas), timesteps)[: len(times)].double().flip(0)  # no final 0
     position, span = timesteps.double(), times[-1] - times[0]
     outside = ~((position >= times[0] - span) & (position <= times[-1] + span))
     if _on_cpu(timesteps) and bool(outside.any()):
@@ -303,7 +303,7 @@ def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def _mix(lower: Tensor, upper: Tensor, share: Tensor) -> Tensor:
-    """lower + share·(upper - lower), also beside an infinite end."""
+    """lower + share·(upper - lower); at share 0 and 1 exact even if the other end is infinite."""
     between = lower + share * (upper - lower)
     return torch.where(share == 0, lower, torch.where(share == 1, upper, between))
 

@@ -1,4 +1,4 @@
-"""Running statistics of the base loss per log-SNR bin: the buffers a criterion owns, and how people read them."""
+"""Running statistics of the base loss per log-SNR bin: the buffers of a criterion, and properties to read them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LogSNRStatistics(nn.Module):
 
     The numbers are float64, kept in integer buffers so that `module.half()` and `.to(torch.bfloat16)` leave them alone;
     they move between devices, and into `state_dict`, like any buffer. `DiffusionLoss` updates them; reading returns
-    copies. They can be copied but not averaged: keep `use_buffers=False` in `AveragedModel` around a criterion.
+    copies. Their bits cannot be averaged: keep `use_buffers=False` in `AveragedModel` around a criterion.
 
     Args:
         bins: number K of equal-width intervals of log-SNR, 2 to 1024.
         log_snr_range: (low, high) of the intervals; samples outside fall in the end bins.
-        half_life: samples per bin, on average, after which a sample counts half; `inf` forgets nothing.
+        half_life: mean number of samples per bin after which a sample counts half; `inf` forgets nothing.
 
     Raises:
         ValueError: bins, range or half-life out of bounds.
@@ -83,8 +83,7 @@ class LogSNRStatistics(nn.Module):
 
     @property
     def skipped(self) -> Tensor:
-        """How many samples were not recorded, for a NaN log-SNR or a non-finite loss or weight, over all ranks.
-        int64 scalar."""
+        """Number of samples with a NaN log-SNR or a non-finite loss or weight, over all ranks. int64 scalar."""
         return self.state[4 * self.bins.size].clone()
 
     def reset(self) -> None:
@@ -99,11 +98,11 @@ class LogSNRStatistics(nn.Module):
         self.log_snr_range.copy_(limits.view(torch.int64))
 
     def checked_state(self, name: str, tensor: Tensor) -> State:
-        """The buffers that a call on `tensor` reads and moves. Kernels write into them, so they are checked.
+        """The buffers that a call on `tensor` reads and updates, checked because kernels write into them.
 
         Raises:
-            ValueError: they are on another device than `tensor`, the argument `name`.
-            RuntimeError: they do not hold the bits of so many bins.
+            ValueError: the buffers are on another device than `tensor`, the argument `name`.
+            RuntimeError: the buffers have another dtype or size than `bins` needs.
         """
         buffers, size = self._buffers, self.bins.size  # as attributes they take 0.7 µs
         state, log_weights = buffers["state"], buffers["log_weights"]
@@ -122,9 +121,8 @@ class LogSNRStatistics(nn.Module):
         ):
             raise RuntimeError(
                 f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
-                f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): the "
-                "bits of the numbers, which module.type(...) destroys and module.to(...) leaves alone. Make a new "
-                "criterion"
+                f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): bits "
+                "of floats, which module.type(...) destroys and module.to(...) keeps. Make a new criterion"
             )
         return State(state, log_weights)
 
@@ -145,19 +143,19 @@ class LogSNRStatistics(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor):
-                trouble = self._misfit(name, found, buffer)
-                if trouble:
-                    error_msgs.append(f"{prefix}{name} {trouble}")
+                reason = self._mismatch(name, found, buffer)
+                if reason:
+                    error_msgs.append(f"{prefix}{name} {reason}")
                     return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.state[-1] = 0  # the ticket, should the state have been saved in the middle of a kernel
+        self.state[-1] = 0  # the kernels' ticket, nonzero if the state was saved while a kernel ran
 
-    def _misfit(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
-        """Why a saved buffer cannot be loaded."""
+    def _mismatch(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
+        """Why a saved buffer cannot be loaded; None if it can."""
         if found.dtype != buffer.dtype:
-            return f"has dtype {found.dtype}, expected {buffer.dtype}: the bits of the numbers, which a cast destroys"
+            return f"has dtype {found.dtype}, expected {buffer.dtype}: bits of floats, which a cast destroys"
         if found.shape != buffer.shape:
             bins = (found.numel() - 2) // 4 if name == "state" else found.numel()
             return (
@@ -175,6 +173,7 @@ class LogSNRStatistics(nn.Module):
 
 
 def checked_bins(bins: int, log_snr_range: tuple[float, float]) -> Bins:
+    """The arguments as `Bins`; raises ValueError if they are out of bounds."""
     if not (is_number(bins) and isinstance(bins, numbers.Integral) and 2 <= bins <= 1024):
         raise ValueError(f"bins is {bins!r}, expected an integer from 2 to 1024")
     try:

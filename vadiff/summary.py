@@ -1,7 +1,7 @@
-"""What a criterion has seen so far, for people: axes, a table as text, and curves for an experiment tracker.
+"""A criterion's statistics for people: a plot, a text table, and scalars for an experiment tracker.
 
-The methods `plot`, `summary` and `log_to` of `DiffusionLoss` are these functions. Reading copies the statistics to the
-host, which waits for the GPU once: do it every so many steps.
+`plot`, `summary` and `log_to` are methods of `DiffusionLoss`. Each copies the statistics to the host, which
+synchronises with the GPU once: call them every 100 steps or so.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BANDS = 16
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
 
 _LOSS_COLOR, _WEIGHT_COLOR = "#0072B2", "#D55E00"
-_WIDE = 10.0  # values that spread further than this are drawn on a logarithmic axis
+_WIDE = 10.0  # max/min above which the axis is logarithmic
 
 
 class Criterion(Protocol):
-    """What is read of a criterion: of a `vadiff.DiffusionLoss`."""
+    """The attributes of a `vadiff.DiffusionLoss` that are read here."""
 
     weighting: Weighting
     statistics: LogSNRStatistics
@@ -51,22 +51,22 @@ class Bands(NamedTuple):
 
     @property
     def share(self) -> Tensor:
-        """Part of the samples that fell into each band; NaN before the first sample."""
+        """Share of the samples in each band; NaN before the first sample."""
         return self.samples / self.samples.sum()
 
 
 def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
     """The statistics of a criterion, merged into `bands` intervals of log-SNR, on the CPU.
 
-    Moments merge by Chan's formula, so a band's standard deviation is that of its samples, not a mean of deviations.
+    Moments are merged by Chan's formula: a band's std is that of its samples, not a mean over its bins.
 
     Args:
         criterion: trained or not.
-        bands: number of intervals, at least 1; no more than there are bins. Where the number of bins is no multiple of
-            it, some intervals hold a bin more.
+        bands: number of intervals, at least 1; capped at the number of bins. If it does not divide that number, some
+            intervals hold one bin more.
 
     Raises:
-        ValueError: bands is no positive integer.
+        ValueError: bands is not a positive integer.
     """
     bins = criterion.statistics.bins
     if not isinstance(bands, numbers.Integral) or isinstance(bands, bool) or bands < 1:
@@ -82,7 +82,7 @@ def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
     count = total(n)
     average = total(n * mean) / count  # NaN where a band is empty
     away = (mean - average[band]).where(n > 0, 0.0)
-    first = torch.searchsorted(band, torch.arange(number + 1))  # the bin that each band begins with
+    first = torch.searchsorted(band, torch.arange(number + 1))  # first bin of each band
     return Bands(
         edges=bins.low + first.double() * bins.width,
         samples=count,
@@ -93,7 +93,7 @@ def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
 
 
 def summary(criterion: Criterion, bands: int = BANDS) -> str:
-    """A table of the noise levels seen, as text without a newline at the end; see `DiffusionLoss.summary`."""
+    """A text table of the statistics, without a trailing newline; see `DiffusionLoss.summary`."""
     found = bands_of(criterion, bands)
     statistics = criterion.statistics
     lines = [f"{criterion.weighting}: base loss by noise level, {found.samples.sum():,.0f} samples after forgetting"]
@@ -108,7 +108,7 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
                     f"{low:>7} to {high:>6}  {share:6.1%}  {mean:9.4g}  {std:9.4g}  {relative:8.2f}  {_number(weight)}"
                 )
     else:
-        lines.append("no samples recorded yet: they are in training mode, with grad enabled")
+        lines.append("no samples recorded yet: recording needs training mode and grad enabled")
     skipped = int(statistics.skipped)
     if skipped:
         lines.append(f"skipped: {skipped:,} samples with a NaN log-SNR or a non-finite loss or weight")
@@ -133,20 +133,20 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
 
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
-    """Hand the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
+    """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
     log = _logger(writer)
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
-        raise TypeError(f"step is {step!r}, expected an integer: how many optimiser steps were made")
+        raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
     log(dict(_scalars(criterion, bands_of(criterion, bands), prefix)), int(step))
     if hasattr(writer, "add_figure"):
-        with contextlib.suppress(MissingExtraError):  # the numbers are there without matplotlib
+        with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged
             writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))
     if hasattr(writer, "add_histogram_raw"):
         _add_histogram(criterion, writer, int(step), prefix)
 
 
 def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
-    """How a dict of numbers is given to this kind of tracker."""
+    """Function that logs a dict of numbers at a step to this kind of tracker."""
     if hasattr(writer, "add_scalar"):  # torch.utils.tensorboard.SummaryWriter and its kin
 
         def scalar_by_scalar(values: dict[str, float], step: int) -> None:
@@ -169,7 +169,7 @@ def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
 
 
 def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[str, float]]:
-    """Names, of characters that every tracker takes, and values; those that are not numbers are left out."""
+    """(name, value) of every finite statistic; the names use only characters that every tracker accepts."""
     edges = [f"{edge:.4g}" for edge in found.edges.tolist()]
     columns = {
         "base_loss": found.mean,
@@ -186,7 +186,7 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
 
 
 def _add_histogram(criterion: Criterion, writer: Any, step: int, prefix: str) -> None:
-    """Where in log-SNR the samples fell, as a histogram of TensorBoard."""
+    """Log a TensorBoard histogram of the samples' log-SNR."""
     bins, counts = criterion.statistics.bins, criterion.statistics.count.cpu()
     if counts.sum() > 0:
         centers = criterion.bin_centers.cpu().double()
@@ -204,7 +204,7 @@ def _add_histogram(criterion: Criterion, writer: Any, step: int, prefix: str) ->
 
 
 def _figure(criterion: Criterion) -> Any:
-    """A figure that pyplot does not know of, and so need not be closed."""
+    """A figure outside pyplot's registry, which needs no `close`."""
     figure = import_extra("matplotlib.figure", "report").Figure(figsize=(6.4, 5.2), layout="constrained")
     _draw(criterion, *figure.subplots(2, 1, sharex=True))
     return figure
@@ -215,7 +215,7 @@ def _draw(criterion: Criterion, loss_axes: Any, weight_axes: Any) -> None:
     count, mean, variances = (values.cpu() for values in (statistics.count, statistics.mean, statistics.variance))
     centers, weight = criterion.bin_centers.cpu().double(), criterion.weights.cpu().double()  # [K]
     seen = count > 0
-    drawn = seen if seen.any() else ~seen  # all bins of an untrained criterion, whose weights are there already
+    drawn = seen if seen.any() else ~seen  # without samples, the weights of all bins
     centers, mean, std, weight = (values[drawn] for values in (centers, mean, variances.sqrt(), weight))
     if seen.any():
         loss_axes.fill_between(centers, mean - std, mean + std, color=_LOSS_COLOR, alpha=0.25, linewidth=0)
@@ -242,7 +242,7 @@ def _draw(criterion: Criterion, loss_axes: Any, weight_axes: Any) -> None:
 
 
 def _wide(values: Tensor) -> bool:
-    """Whether values, NaN aside, are positive and spread over more than an order of magnitude."""
+    """Whether the values (ignoring NaN) are positive and spread over more than an order of magnitude."""
     values = values[~values.isnan()]
     return bool(len(values) and values.min() > 0 and values.max() > _WIDE * values.min())
 

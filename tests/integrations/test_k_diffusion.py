@@ -223,7 +223,7 @@ def test_what_a_mask_leaves_goes_through_the_criterion(layers: ModuleType) -> No
     [
         ({}, vadiff.weighting.MinSNR(), r"MinSNR\(prediction_type='epsilon'\), expected 'edm'"),
         ({}, vadiff.weighting.MinSNR(prediction_type="edm"), r"sigma_data=0.5\), expected 1: the trainer's"),
-        ({"weighting": "soft-min-snr"}, "min_snr", "has a weighting of its own, on top of which MinSNR would come"),
+        ({"weighting": "soft-min-snr"}, "min_snr", "has a weighting of its own, which MinSNR would multiply"),
         ({}, "no_such", "weighting is 'no_such'"),
     ],
 )
@@ -246,7 +246,7 @@ def test_what_would_fight_the_weighting_is_refused(layers: ModuleType) -> None:
 
 def test_weights_that_would_never_adapt_or_need_more_than_sigma_are_refused() -> None:
     for name in ("variance_aware", "learned", "loss_zscore"):
-        with pytest.raises(ValueError, match=f"criterion is '{name}', which has no statistics .* Use WeightedDenoiser"):
+        with pytest.raises(ValueError, match=f"criterion is '{name}', which needs statistics .* Use WeightedDenoiser"):
             SigmaWeighting(name)
     with pytest.raises(ValueError, match="depends on more than sigma"):
         SigmaWeighting(vadiff.DiffusionLoss("loss_zscore"))
@@ -266,10 +266,10 @@ def test_a_left_out_part_of_k_diffusion_says_why(layers: ModuleType, monkeypatch
     monkeypatch.setitem(sys.modules, "skimage", None)
     package = import_k_diffusion()
     assert package.layers.Denoiser(Inner()).sigma_data == 1.0
-    with pytest.raises(AttributeError, match=r"k_diffusion.augmentation was left out: .*skimage"):
+    with pytest.raises(AttributeError, match=r"k_diffusion.augmentation could not be imported: .*skimage"):
         package.augmentation.KarrasAugmentWrapper  # noqa: B018
     for name in [name for name in sys.modules if name.partition(".")[0] == "k_diffusion"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchsde", None)
-    with pytest.raises(MissingExtraError, match=r"does not import.*pip install --no-deps dctorch k-diffusion"):
+    with pytest.raises(MissingExtraError, match=r"cannot be imported.*pip install --no-deps dctorch k-diffusion"):
         import_k_diffusion()

@@ -251,7 +251,7 @@ def test_two_timesteps_for_each_loss_are_an_error(samples: int) -> None:
     criterion = vadiff.DiffusionLoss()
     scheduler = NetworkTrainer().get_noise_scheduler(arguments())
     loss = torch.ones(samples, requires_grad=True)
-    with pytest.raises(ValueError, match="With prior preservation, take the half"):
+    with pytest.raises(ValueError, match="With prior preservation, pass the half"):
         kohya.post_process_loss(criterion, loss, None, torch.arange(2 * samples), scheduler)
     with pytest.raises(ValueError, match="one value per sample"):
         kohya.post_process_loss(criterion, torch.ones(2, 4, 8, 8, requires_grad=True), None, torch.arange(2), scheduler)

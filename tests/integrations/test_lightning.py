@@ -218,5 +218,5 @@ def test_without_lightning_the_error_says_how_to_get_it(monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "vadiff.integrations.lightning")
     monkeypatch.setattr("vadiff.integrations.lightning", None)
-    with pytest.raises(MissingExtraError, match=r"lightning does not import.*pip install lightning"):
+    with pytest.raises(MissingExtraError, match=r"lightning cannot be imported.*pip install lightning"):
         importlib.import_module("vadiff.integrations.lightning")

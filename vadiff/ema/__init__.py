@@ -1,4 +1,4 @@
-"""Power-function averages of weights, and averages of any width after training (EDM2, arXiv 2312.02696)."""
+"""Power-function averages of weights, and reconstruction of any width after training (EDM2, arXiv 2312.02696)."""
 
 from .average import PowerFunctionEMA
 from .profile import decay, gamma_from_sigma_rel, reconstruction_coefficients, sigma_rel_from_gamma

@@ -1,4 +1,4 @@
-"""Files of tensors and plain values that appear whole or not at all, are checked when read, and run no code."""
+"""Files of tensors and plain values: written atomically, checked when read, loaded without running code."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ..files import replacing
 
 
 def write_archive(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file: under another name, flushed to the disk, then renamed.
+    """Write a file atomically: under another name, flushed to disk, then renamed.
 
     Raises:
-        CheckpointError: it cannot be written, as on a full disk; what stood there stays.
+        CheckpointError: the file cannot be written, as on a full disk; an existing file is unchanged.
     """
     try:
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
             torch.save(dict(content), file)
     except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
-        raise CheckpointError(f"{path} could not be written: {error}. What was there before stays") from error
+        raise CheckpointError(f"{path} could not be written: {error}. An existing file is unchanged") from error
 
 
 def read_archive(path: Path) -> dict[str, Any]:
-    """What `write_archive` was given; tensors are on the CPU, and stay on the disk until they are used.
+    """Read the content that `write_archive` wrote; tensors are on the CPU, memory-mapped.
 
     Raises:
-        CheckpointError: it is missing, truncated or corrupt.
+        CheckpointError: the file is missing, truncated or corrupt.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
+            damaged = archive.testzip()  # torch.load does not check the checksums
         if damaged is not None:
-            raise ValueError(f"{damaged} in it does not have its checksum")
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:

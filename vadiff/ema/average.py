@@ -1,4 +1,4 @@
-"""Power-function averages of a network's weights, kept while it trains."""
+"""Power-function averages of a network's weights, updated during training."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class PowerFunctionEMA:
 
     `ema.reconstruct("snapshots", [0.13])` then gives the weights of any other width, after training.
 
-    An update is one fused operation per width and never waits for the device. Averages are on the module's device, in
-    float32 or, for float64 weights, in float64. Buffers are not averaged: they are saved as they are at that time.
+    An update is one fused operation per width and does not synchronise with the device. Averages are on the module's
+    device, in float32 or, for float64 weights, in float64. Buffers are not averaged: a snapshot has their values then.
 
     Args:
-        module: what is averaged, on the device it will stay on; its parameters stay the same objects throughout.
-        sigma_rel: the widths, relative to the time trained; two or more make the reconstruction of others precise.
+        module: the module to average, already on its final device; its parameters must stay the same objects.
+        sigma_rel: widths relative to the training time; with two or more, other widths are reconstructed precisely.
 
     Raises:
-        ValueError: no width, the same twice, or one not above 0 and below 0.2887.
+        ValueError: no width, a repeated one, or one not above 0 and below 0.2887.
 
     Attributes:
-        run: a name of this training run, kept by `load_state_dict`; snapshots of two runs do not mix.
+        run: name of this training run, restored by `load_state_dict`; snapshots of different runs cannot be mixed.
         time: of the last update, 0 before the first.
     """
 
@@ -55,13 +55,13 @@ class PowerFunctionEMA:
 
     @torch.no_grad()
     def update(self, time: float) -> None:
-        """Take the module's weights of now into every average, after the optimiser's step.
+        """Fold the module's current weights into every average; call it after the optimiser's step.
 
         Args:
-            time: steps or images so far; any interval since the last update is right, also a changing one.
+            time: steps or images so far; the intervals between updates may vary.
 
         Raises:
-            ValueError: not later than the last update.
+            ValueError: `time` is not later than the last update.
         """
         if not self.time < time < math.inf:
             raise ValueError(f"time is {time}, expected later than the last update's {self.time:g}")
@@ -73,30 +73,30 @@ class PowerFunctionEMA:
         self.time = float(time)
 
     def module_state(self, sigma_rel: float) -> dict[str, Any]:
-        """What `module.load_state_dict` takes, with the average of one width; tensors are those kept here, not copies.
+        """State dict of the module with the average of one width; its tensors are not copies.
 
         Raises:
-            ValueError: no such width is kept.
+            ValueError: that width is not averaged.
         """
         if sigma_rel not in self.sigma_rel:
             kept = ", ".join(map(str, self.sigma_rel))
-            raise ValueError(f"sigma_rel is {sigma_rel}, expected one that is kept: {kept}. reconstruct gives others")
+            raise ValueError(f"sigma_rel is {sigma_rel}, expected one of {kept}. For other widths use reconstruct")
         averages = self._averages[self.sigma_rel.index(sigma_rel)]
         return {**self._module.state_dict(), **self._named(averages)}
 
     def save(self, folder: str | Path, precision: str = "fp16") -> Path:
-        """Write the averages of now to `<folder>/<time>.pt`. The file appears whole or not at all.
+        """Write the current averages to `<folder>/<time>.pt`, atomically.
 
         Args:
-            folder: made if it is not there.
-            precision: of the averages: "fp16", "bf16" or "fp32". A reconstruction multiplies its rounding (2^-11,
-                2^-8 or 2^-24 of a value) by the coefficients: by about 1 between the stored widths, by up to 34 at
-                sigma_rel 0.015. fp16 holds values of 6e-8 to 65504.
+            folder: created if missing.
+            precision: of the averages: "fp16", "bf16" or "fp32". A reconstruction multiplies the rounding error
+                (2^-11, 2^-8 or 2^-24 of a value) by its coefficients: by about 1 between the stored widths, by up to 34
+                at sigma_rel 0.015. fp16 holds values of 6e-8 to 65504.
 
         Raises:
-            ValueError: no update yet, no such precision, or a finite average that is infinite in it; nothing is
-                written then.
-            CheckpointError: it cannot be written, as on a full disk; what was there stays as it was.
+            ValueError: no update yet, an unknown precision, or a finite average that overflows it; nothing is written
+                then.
+            CheckpointError: the file cannot be written, as on a full disk; an existing file is unchanged.
         """
         if self.time == 0.0:
             raise ValueError("there was no update yet, expected one before a snapshot: call update(time)")
@@ -106,7 +106,7 @@ class PowerFunctionEMA:
         return write_snapshot(Path(folder), Snapshot(self.run, self.time, self.sigma_rel, parameters, rest), precision)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on; tensors are those kept here, not copies."""
+        """State needed to resume; its tensors are not copies."""
         return {
             "run": self.run,
             "time": self.time,
@@ -116,7 +116,7 @@ class PowerFunctionEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned, to the bit.
+        """Restore what `state_dict` returned, bit for bit.
 
         Raises:
             ValueError: other widths, or averages of another module; nothing is changed then.
@@ -126,14 +126,14 @@ class PowerFunctionEMA:
         for averages, saved in zip(self._averages, state["averages"], strict=True):
             own = {name: value.shape for name, value in self._named(averages).items()}
             if own != {name: value.shape for name, value in saved.items()}:
-                raise ValueError("the state was saved of a module with other parameters")
+                raise ValueError("the state is of a module with other parameters")
         for averages, saved in zip(self._averages, state["averages"], strict=True):
             for name, average in self._named(averages).items():
                 average.copy_(saved[name])
         self.run, self.time = state["run"], state["time"]
 
     def _named(self, averages: list[Tensor]) -> dict[str, Tensor]:
-        """By the names of the parameters in the module's state; one that is shared has several."""
+        """Averages by parameter name in the module's state; a shared parameter has several names."""
         places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         return {
             name: averages[places[id(parameter)]]

@@ -1,8 +1,8 @@
-"""The power function that weighs past weights in an average, and which mix of averages gives another one.
+"""Power-function profiles of averages, and the combination of stored averages that gives another profile.
 
-An average at time t weighs the weights of time τ by p(τ) = (γ+1)·τ^γ / t^(γ+1) on (0, t]: it grows with training
-instead of forgetting at a fixed rate. σ_rel is the standard deviation of p relative to t.
-Source: EDM2 (arXiv 2312.02696); equation numbers are its.
+An average at time t gives the weights of time τ the weight p(τ) = (γ+1)·τ^γ / t^(γ+1) on (0, t], whose width grows
+with training instead of being fixed. σ_rel is the standard deviation of p relative to t.
+Source: EDM2 (arXiv 2312.02696); equation numbers refer to it.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 def decay(gamma: float, time: float, delta: float) -> float:
     """β = (1 - Δ/t)^(γ+1) of average ← β·average + (1 - β)·weights (eq. 127).
 
-    With it the weight of each update in the average is the integral of the power function since the update before,
-    whatever the intervals are. The first update, delta = time, has β = 0: what the average held before is forgotten.
+    The weight of each update in the average is then the integral of the power function since the previous update, for
+    any intervals. The first update, delta = time, has β = 0, so the initial value of the average has no effect.
 
     Args:
         gamma: exponent, at least 0.
         time: at the update, in images or steps since the start of training.
-        delta: since the update before, or since the start.
+        delta: time since the previous update, or since the start.
 
     Raises:
         ValueError: a negative gamma, or not 0 < delta <= time.
@@ -68,26 +68,26 @@ def decay(gamma: float, time: float, delta: float) -> float:
 def reconstruction_coefficients(
     times: Sequence[float], gammas: Sequence[float], target_time: float, target_gamma: float
 ) -> Tensor:
-    """The mix of stored averages whose profile is closest to a power function: Σ x_i·average_i.
+    """Coefficients x_i with which Σ x_i·average_i has the profile closest to a power function.
 
-    Minimises ∫(Σ x_i p_i - p)² over the x that sum to 1. (The paper divides by the sum afterwards: a little off
-    the minimum.) A stored average of the very target time and gamma is returned as it is.
+    Minimises ∫(Σ x_i p_i - p)² over the x that sum to 1. (The paper divides by the sum afterwards, which is
+    slightly off the minimum.) A stored average with exactly the target time and gamma is returned unchanged.
 
     Args:
         times: when each average was stored, [n].
         gammas: exponent of each, [n].
-        target_time: end of the profile that is wanted; none of `times` is later, and one should be the same: what
-            happened after the last of them is in no average.
-        target_gamma: its exponent.
+        target_time: end of the target profile. None of `times` may be later, and one should be equal: weights after
+            the last of `times` are in no average.
+        target_gamma: exponent of the target profile.
 
     Returns:
         x, [n] float64 on the CPU, summing to 1.
 
     Raises:
-        ValueError: lengths that differ, no average, a time after the target's, the same average twice.
+        ValueError: different lengths, no average, a time after the target time, or a repeated average.
     """
     if len(times) != len(gammas) or not len(times):
-        raise ValueError(f"times has {len(times)} values and gammas {len(gammas)}, expected as many, at least one")
+        raise ValueError(f"times has {len(times)} values and gammas {len(gammas)}, expected equally many, at least one")
     _check_gammas(*gammas, target_gamma)
     if not all(0.0 < time <= target_time < math.inf for time in times):
         raise ValueError(
@@ -96,7 +96,7 @@ def reconstruction_coefficients(
         )
     if len(set(zip(times, gammas, strict=True))) < len(times):
         raise ValueError("the same time and gamma occur twice, expected each stored average once")
-    # In units of the target time, and of each profile's norm: that is the best that scaling does for the solution.
+    # In units of the target time and of each profile's norm, which conditions the solution best.
     t, g = torch.tensor([*times, target_time], dtype=torch.float64), torch.tensor([*gammas, target_gamma]).double()
     t = t / t[-1]
     products = _inner_products(t, g)  # [n + 1, n + 1]

@@ -1,4 +1,4 @@
-"""Averages on disk, and what is made of them after training.
+"""Snapshots of averages on disk, and reconstruction of other widths from them.
 
 A snapshot is a file `<time>.pt` of tensors and plain values: the run's name, the time, the widths, for each width the
 averages by parameter name, and the rest of the module's state.
@@ -23,17 +23,17 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The averages of one time."""
+    """The averages at one time."""
 
     run: str
     time: float
     sigma_rel: tuple[float, ...]
     parameters: list[dict[str, Tensor]]  # of each width, by name
-    rest: dict[str, Any]  # of the module's state: what is not averaged
+    rest: dict[str, Any]  # the rest of the module's state, not averaged
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, precision: str) -> Path:
-    """Write `<folder>/<time>.pt`, whole or not at all; see `PowerFunctionEMA.save`."""
+    """Write `<folder>/<time>.pt`, atomically; see `PowerFunctionEMA.save`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
@@ -47,12 +47,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot, precision: str) -> Path:
 
 
 def times_saved(folder: str | Path) -> list[float]:
-    """The times of the snapshots of a folder, ascending. Whether they are sound is seen when they are read."""
+    """The times of the snapshots in a folder, ascending, from the file names; the files are not checked."""
     return [time for time, _ in _files(Path(folder))]
 
 
 def remove_after(folder: str | Path, time: float) -> None:
-    """Remove the snapshots later than `time`: a run that goes on from there writes its own."""
+    """Remove the snapshots later than `time`: a run resumed there writes its own."""
     for saved, path in _files(Path(folder)):
         if saved > time:
             path.unlink()
@@ -61,19 +61,19 @@ def remove_after(folder: str | Path, time: float) -> None:
 def reconstruct(
     folder: str | Path, sigma_rel: Sequence[float], time: float | None = None
 ) -> dict[float, dict[str, Any]]:
-    """The weights that averages of any width would have had, from the snapshots of a run.
+    """Weights averaged with any width, from the snapshots of a run.
 
-    Every tensor is summed in float64. With 64 snapshots evenly over the run of averages 0.05 and 0.10, the profile is
-    right to 2 % at sigma_rel 0.015, to 0.3 % at 0.03, 0.06 % at 0.15 and 1.5 % at 0.25; widths that were stored come
-    back as they are.
+    Every tensor is summed in float64. With 64 evenly spaced snapshots of the widths 0.05 and 0.10, the error of the
+    profile is 2 % at sigma_rel 0.015, 0.3 % at 0.03, 0.06 % at 0.15 and 1.5 % at 0.25; stored widths are returned
+    unchanged.
 
     Args:
         folder: where `PowerFunctionEMA.save` wrote.
-        sigma_rel: the widths wanted.
+        sigma_rel: the target widths.
         time: of a snapshot; None is the latest. Later snapshots are not used.
 
     Returns:
-        For each width what `module.load_state_dict` takes: parameters float32 on the CPU, the rest as it was at `time`.
+        For each width a state dict of the module: parameters float32 on the CPU, the rest as it was at `time`.
 
     Raises:
         ValueError: no width, or one not above 0 and below 0.2887.
@@ -99,7 +99,7 @@ def reconstruct(
 
 
 def _read(folder: Path, time: float | None) -> list[Snapshot]:
-    """The snapshots up to `time`, ascending, that belong together; tensors stay on the disk until they are used."""
+    """The snapshots up to `time`, ascending, checked to be of one run and network; tensors are memory-mapped."""
     files = _files(folder)
     if not files:
         raise CheckpointError(f"{folder} has no snapshots of power-function averages")
@@ -129,7 +129,7 @@ def _load(path: Path) -> Snapshot:
         return Snapshot(**{**content, "sigma_rel": tuple(content["sigma_rel"])})
     except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"snapshot {error}. Remove {path}: the others do without, a little less precisely"
+            f"snapshot {error}. Remove {path}: reconstruction works without it, slightly less precisely"
         ) from error
 
 

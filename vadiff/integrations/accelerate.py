@@ -21,9 +21,9 @@ __all__ = ["log_statistics", "prepare", "unwrap"]
 def prepare(accelerator: Accelerator, criterion: DiffusionLoss) -> Any:
     """Move the criterion to the accelerator's device and make it part of `save_state` and `load_state`.
 
-    A criterion without parameters is registered for checkpointing, under every launcher, and returned as it is.
+    A criterion without parameters is registered for checkpointing, under every launcher, and returned unchanged.
     One with parameters of its own (`weighting.LearnedUncertainty`) goes through `accelerator.prepare`: it is then
-    saved as a model and, on several processes, wrapped, so that its gradient is averaged. Use what is returned, and
+    saved as a model and, on several processes, wrapped, so that its gradient is averaged. Use the returned one, and
     give its parameters to the optimizer as well.
 
     Statistics of several processes are merged by the criterion itself, so each has to call it equally often. With
@@ -49,16 +49,16 @@ def prepare(accelerator: Accelerator, criterion: DiffusionLoss) -> Any:
 
 
 def log_statistics(accelerator: Accelerator, criterion: nn.Module, step: int, every: int = 100, **options: Any) -> None:
-    """`criterion.log_to` the accelerator's trackers, at every so many optimiser steps, from the main process.
+    """Log the statistics to the accelerator's trackers every `every` optimiser steps, from the main process.
 
-    Call it in each step, on all processes. Between two logged steps it does nothing; micro-batches that only accumulate
-    gradients are passed over.
+    Call it in each step, on all processes. It does nothing in other steps, or in micro-batches that only accumulate
+    gradients.
 
     Args:
         accelerator: with trackers, see `accelerator.init_trackers`.
         criterion: what `prepare` returned.
         step: optimiser steps so far.
-        every: how many steps from one record to the next; reading the statistics waits for the GPU.
+        every: optimiser steps between records; reading the statistics synchronises with the GPU.
         options: of `DiffusionLoss.log_to`.
 
     Raises:
@@ -71,10 +71,10 @@ def log_statistics(accelerator: Accelerator, criterion: nn.Module, step: int, ev
 
 
 def unwrap(criterion: nn.Module) -> DiffusionLoss:
-    """The criterion inside whatever `accelerator.prepare` put around it, for `statistics` and `plot`.
+    """The criterion inside the wrappers of `accelerator.prepare`, for `statistics` and `plot`.
 
-    Not for `reweight` with a learned weighting on several processes: DistributedDataParallel averages gradients only of
-    what went through its own forward, and the heads of the processes would drift apart.
+    Not for `reweight` with a learned weighting on several processes: DistributedDataParallel averages only the
+    gradients of its own forward, and the heads of the processes would diverge.
     """
     while not isinstance(criterion, DiffusionLoss):
         inner = getattr(criterion, "module", None)

@@ -1,6 +1,6 @@
-"""HF diffusers' training scripts: log-SNR from their scheduler, and the places where their losses are computed.
+"""HF diffusers' training scripts: log-SNR from the scheduler, and replacements for their losses.
 
-The line to change in train_text_to_image.py, train_text_to_image_lora.py and their kin:
+The line to change in train_text_to_image.py, train_text_to_image_lora.py and similar scripts:
 
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")                    # before
     loss = criterion(model_pred.float(), target.float(), log_snr_of(noise_scheduler, timesteps))  # after
@@ -48,35 +48,35 @@ def scheduler_loss(
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """All of it in one call: target, log-SNR and Min-SNR weights, by the scheduler's prediction type.
+    """The whole loss in one call: target, log-SNR and Min-SNR weights, by the scheduler's prediction type.
 
-    The target is not made, and neither is `get_velocity` called: the residual a·output + b·x0 + c·eps is taken as the
-    data is read. For EDM's schedulers `model_pred` is the raw output of the network, before `precondition_outputs`,
+    Neither the target nor `get_velocity` is computed: the residual a·output + b·x0 + c·eps is formed while the data is
+    read. For EDM schedulers `model_pred` is the raw output of the network, before `precondition_outputs`,
     and the loss is that of the denoised image, as in `--do_edm_style_training`.
 
     Args:
-        criterion: on the device of `model_pred`. A weighting that depends on the prediction type has to have this one
+        criterion: on the device of `model_pred`. A weighting that depends on the prediction type must have this one
             (`DiffusionLoss.for_process(scheduler, weighting="min_snr")` gives it).
         scheduler, timesteps: as given to `scheduler.add_noise`; [B].
         model_pred: what the network returned, [B, ...].
         clean: latents or images without noise, [B, ...].
-        noise: what was mixed in, [B, ...].
-        snr_gamma: Min-SNR's gamma, as `--snr_gamma`; becomes part of the base loss. None for none.
-        prediction_type: of the network where it is not the scheduler's.
-        base_weight, sample_weight, reduction: as of `DiffusionLoss.forward`. [B].
+        noise: the added noise, [B, ...].
+        snr_gamma: Min-SNR's gamma, as `--snr_gamma`; part of the base loss. None: no Min-SNR weight.
+        prediction_type: of the network, if not the scheduler's.
+        base_weight, sample_weight [B], reduction: as for `DiffusionLoss.forward`.
 
     Returns:
         The loss, a float32 scalar; [B] for reduction "none".
 
     Raises:
-        ValueError, TypeError, IndexError: shapes that do not fit (two timesteps for each sample, as in prior
-            preservation, included); a fixed weighting written for another form of the loss than this one; or as
+        ValueError, TypeError, IndexError: wrong shapes (including two timesteps for each sample, as in prior
+            preservation); a fixed weighting written for another form of the loss than this one; or as
             `log_snr_of` and `prediction_type_of`.
 
     Example:
         >>> loss = scheduler_loss(criterion, noise_scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0)
     """
-    _check_as_many("timesteps", timesteps, len(model_pred))
+    _check_batch_size("timesteps", timesteps, len(model_pred))
     form = _form_of(scheduler, prediction_type)
     require_form(criterion, form)
     log_snr = log_snr_of(scheduler, timesteps)
@@ -98,19 +98,19 @@ def scheduler_loss(
 def snr_gamma_weight(
     scheduler: Any, timesteps: Tensor, gamma: float = 5.0, prediction_type: str | None = None
 ) -> Tensor:
-    """What `--snr_gamma` is meant to be, exact in every form of the loss and at zero SNR.
+    """Min-SNR weights of `--snr_gamma`, exact for every form of the loss and at zero SNR.
 
     min(S, gamma)/S for epsilon, min(S, gamma)/(S + 1) for v, min(S, gamma) for sample, min(S, gamma)/(1 + √S)² for a
-    flow, S = e**log_snr. Of the scripts some add 1 to the v weight, or 1 to S before the minimum, divide a sample loss
+    flow, S = e**log_snr. Some of the scripts add 1 to the v weight, or 1 to S before the minimum, divide a sample loss
     by S, or give 0/0 at zero terminal SNR. Source: arXiv 2303.09556; `vadiff.weighting.MinSNR`.
 
     Args:
-        scheduler, timesteps: as of `log_snr_of`.
-        gamma: where the SNR is cut off.
-        prediction_type: what the loss is written in; by default the scheduler's (`loss_form_of`).
+        scheduler, timesteps: as for `log_snr_of`.
+        gamma: SNR at which the weight is capped.
+        prediction_type: form of the loss; by default the scheduler's (`loss_form_of`).
 
     Returns:
-        [B] float32; pass it as `base_weight=`. (To weigh by it alone, give the criterion `weighting.MinSNR`.)
+        [B] float32; pass it as `base_weight=`. (To weight by Min-SNR alone, give the criterion `weighting.MinSNR`.)
 
     Raises as `log_snr_of` and `prediction_type_of`; ValueError for a gamma that is not positive.
     """
@@ -129,16 +129,16 @@ def prior_preservation_loss(
 ) -> Tensor:
     """DreamBooth's mean over the instance half + prior_loss_weight · mean over the class half, in one call.
 
-    Goes in before `torch.chunk(model_pred, 2)`: all 2·B samples keep their own timestep, are recorded and weighted.
+    Call it before `torch.chunk(model_pred, 2)`: all 2·B samples keep their own timestep, are recorded and weighted.
 
     Args:
         model_pred, target: [2·B, ...], instance images first.
         log_snr: [2·B].
         prior_loss_weight: as `--prior_loss_weight`.
-        base_weight: [2·B], as of `DiffusionLoss.forward`.
+        base_weight: [2·B], as for `DiffusionLoss.forward`.
 
     Raises:
-        ValueError: a batch that is not even, or as `DiffusionLoss.forward`.
+        ValueError: an odd number of samples, or as `DiffusionLoss.forward`.
     """
     samples = len(model_pred)
     if samples % 2:
@@ -149,17 +149,17 @@ def prior_preservation_loss(
 
 
 def reweight_elements(criterion: DiffusionLoss, loss: Tensor, log_snr: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """For loops that hold their loss element by element, weighted and all: what to take the mean of.
+    """Per-sample losses, recorded and weighted, of an element-wise loss that includes the trainer's weights.
 
     Args:
-        loss: [B, ...], the trainer's own: times its weights of shape [B, 1, 1, 1] or [B, 1, 1, 1, 1], but not yet
-            times its mask.
+        loss: [B, ...], the trainer's own, multiplied by its weights of shape [B, 1, 1, 1] or [B, 1, 1, 1, 1], but not
+            by its mask.
         log_snr: [B].
-        mask: of a shape that broadcasts against `loss` from the batch on, as [B, 1, H, W]; 0 to 1. The statistics
-            hold the mean over what the mask lets through; its share of the sample is the sample's weight.
+        mask: values 0 to 1 of a shape that broadcasts to `loss` with the whole batch, as [B, 1, H, W]. The statistics
+            record the mean over the mask; the mean of a sample's mask is its sample weight.
 
     Returns:
-        [B]; with constant weighting its mean is `(loss * mask).mean()`.
+        [B]; take the mean. With constant weighting the mean is `(loss * mask).mean()`.
 
     Raises:
         ValueError: a mask that has another batch or does not broadcast; or as `DiffusionLoss.reweight`.
@@ -169,21 +169,21 @@ def reweight_elements(criterion: DiffusionLoss, loss: Tensor, log_snr: Tensor, *
     elements = tuple(range(1, loss.dim()))
     if mask is None:
         return criterion.reweight(loss.mean(elements), log_snr)
-    fits = mask.dim() == loss.dim() and len(mask) == len(loss)
-    if not fits or any(size not in (1, full) for size, full in zip(mask.shape, loss.shape, strict=True)):
+    same_batch = mask.dim() == loss.dim() and len(mask) == len(loss)
+    if not same_batch or any(size not in (1, full) for size, full in zip(mask.shape, loss.shape, strict=True)):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, expected that of loss, {tuple(loss.shape)}, or 1 in place of any "
             "dimension but the first"
         )
     share = mask.expand_as(loss).float().mean(elements).detach()  # [B]
-    masked = (loss * mask).mean(elements) / share.where(share != 0, 1.0)  # the kernel leaves v = 0 out, not its NaN
+    masked = (loss * mask).mean(elements) / share.where(share != 0, 1.0)  # not 0/0, whose gradient would be NaN
     return criterion.reweight(masked, log_snr, share)
 
 
 def per_sample(weight: Tensor | None, samples: int) -> Tensor | None:
     """A trainer's weight of shape [B], [B, 1, 1, 1] or [B, 1, 1, 1, 1] as [B] float32, for `base_weight=`.
 
-    None, which some trainers have for "no weights", stays None.
+    None, "no weights" in some trainers, is returned unchanged.
 
     Raises:
         ValueError: anything but one number per sample.
@@ -192,21 +192,21 @@ def per_sample(weight: Tensor | None, samples: int) -> Tensor | None:
         return None
     if weight.dim() == 0 or len(weight) != weight.numel():
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected ({samples},), or that with dimensions of 1 behind: one "
-            "number per sample. Weights that vary inside a sample go through reweight_elements."
+            f"weight has shape {tuple(weight.shape)}, expected ({samples},) or ({samples}, 1, ...): one number per "
+            "sample. Weights that vary inside a sample go through reweight_elements."
         )
-    _check_as_many("weight", weight, samples)
+    _check_batch_size("weight", weight, samples)
     return weight.detach().flatten().float()
 
 
 def _form_of(scheduler: Any, prediction_type: str | None) -> str:
-    """What the loss is written in; that of an EDM network is the image's."""
+    """Form of the loss; "sample" for an EDM network."""
     if prediction_type is None:
         return loss_form_of(scheduler)
     return "sample" if prediction_type == "edm" else prediction_type
 
 
-def _check_as_many(name: str, values: Tensor, samples: int) -> None:
+def _check_batch_size(name: str, values: Tensor, samples: int) -> None:
     if isinstance(values, Tensor) and values.dim() > 0 and len(values) != samples:
         advice = ""
         if len(values) == 2 * samples:

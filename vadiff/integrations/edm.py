@@ -1,14 +1,14 @@
 """Loss objects for NVlabs' EDM and EDM2 training loops, from the papers' formulas.
 
 Both loops make their loss object from a class name and options, call it as ``loss_fn(net=…, images=…, labels=…)``, and
-run ``.sum().mul(loss_scaling / batch_gpu_total).backward()`` on the [B, C, H, W] tensor that comes back. Name one of
-these classes instead, or put one in the loop.
+run ``.sum().mul(loss_scaling / batch_gpu_total).backward()`` on the [B, C, H, W] tensor that comes back. Use one of
+these class names instead, or create the object in the loop.
 
 State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume: nothing to do. EDM
 pickles the loss object into each network snapshot but makes a new one on resume: load the state from the snapshot,
-``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Snapshots of both hold the loss object: whoever opens
-one needs vadiff installed. Statistics are merged over ranks and the same bits on
-all of them, which EDM checks of every module that it saves.
+``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Snapshots of both contain the loss object, so
+that loading one needs vadiff installed. Statistics are merged over ranks and bit-identical on all of them, which EDM
+checks for every module that it saves.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class EDMLoss(nn.Module):
             net: the denoiser D, called with noisy images [B, ...], sigma [B, 1, ...] and labels, and with
                 `augment_labels` where there is an `augment_pipe`.
             images: clean images, [B, C, H, W] or of any shape with the batch in front.
-            labels: passed on.
+            labels: passed to `net`.
             augment_pipe: images → (augmented images, augment labels).
 
         Returns:
-            Of the images' shape, a view of one number per sample: its loss w·lambda·mean((D - y)²), so that sum and
-            mean, and their gradients, are those of the weighted element-wise loss. float32.
+            float32 of the images' shape: the loss w·lambda·mean((D - y)²) of each sample, expanded over its elements,
+            so that sum and mean, and their gradients, are those of the weighted element-wise loss.
         """
         sigma = self._sigma(images)
         conditions = {}
@@ -94,7 +94,7 @@ class EDMLoss(nn.Module):
 
     def _weighted(self, denoised: Tensor, images: Tensor, sigma: Tensor) -> Tensor:
         """w·lambda·mean((D - y)²), [B]."""
-        log_snr = from_sigma(sigma.flatten().double())  # lambda to half a unit in the last place
+        log_snr = from_sigma(sigma.flatten().double())  # float64: lambda is exact to float32
         base_weight = loss_ratio("edm", log_snr, sigma_data=self.sigma_data)
         criterion = moved_beside(self.criterion, denoised)
         loss: Tensor = criterion(denoised, images, log_snr, base_weight=base_weight, reduction="none")
@@ -107,18 +107,18 @@ class EDMLoss(nn.Module):
 class EDM2Loss(EDMLoss):
     """`EDMLoss` for EDM2's networks, which have a head for the uncertainty u(sigma).
 
-    EDM2's own loss is lambda/e**u·|D - y|² + u, with u trained along (Karras et al., arXiv 2312.02696, equations 13 to
-    21): it divides each noise level by its mean loss, whatever weight stands in front. So either the head weighs or the
-    criterion does. Where the criterion does, the head's gradient is zero, not missing: distributed training goes on.
+    EDM2's own loss is lambda/e**u·|D - y|² + u, with u trained jointly (Karras et al., arXiv 2312.02696, equations 13
+    to 21): it divides each noise level by its mean loss and so cancels any other weight. Therefore either the head
+    weights or the criterion. If the criterion does, the head's gradient is zero, not None, as DDP requires.
 
     Args:
         P_mean, P_std, sigma_data: as for `EDMLoss`; these defaults are for ImageNet-512 latents.
         criterion: as for `EDMLoss`.
-        uncertainty: whether the head weighs. None: if the criterion's weighting is "constant", which is EDM2's own loss
-            with statistics of lambda·|D - y|².
+        uncertainty: whether the head weights. None: if the criterion's weighting is "constant", which is EDM2's own
+            loss with statistics of lambda·|D - y|².
 
     Raises:
-        ValueError, TypeError: as `EDMLoss`; or both are to weigh.
+        ValueError, TypeError: as `EDMLoss`; or both head and criterion would weight.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class EDM2Loss(EDMLoss):
             images, labels: as for `EDMLoss`.
 
         Returns:
-            As `EDMLoss`; with u in it where the head weighs, and then it may be negative.
+            As `EDMLoss`; if the head weights, the loss includes u and may be negative.
 
         Raises:
             TypeError: net has no head for u.
@@ -171,7 +171,7 @@ class EDM2Loss(EDMLoss):
         return _spread(loss, images)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the criterion on the CPU: EDM2 pickles its loss as it is into network snapshots, for any machine."""
+        """State with the criterion on the CPU: EDM2 pickles its loss into snapshots that any machine may load."""
         on_cpu = copy.deepcopy(self.criterion).cpu()
         return {**self.__dict__, "_modules": {**self._modules, "criterion": on_cpu}}
 
@@ -182,7 +182,7 @@ class EDM2Loss(EDMLoss):
 def _with_logvar(
     net: Callable[..., tuple[Tensor, Tensor]], noisy: Tensor, sigma: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """D and u, or an error that says that the network has no head for u."""
+    """D and u; raises TypeError if the network has no head for u."""
     expected = (
         "expected (denoised, logvar) from net(..., return_logvar=True). Use EDMLoss for a network without the head."
     )
@@ -205,5 +205,5 @@ def _described(returned: object) -> str:
 
 
 def _spread(loss: Tensor, images: Tensor) -> Tensor:
-    """[B] as a view of the images' shape: a mean over elements, once for each of them."""
+    """[B] expanded to the images' shape: every element gets its sample's loss."""
     return loss.view([-1] + [1] * (images.dim() - 1)).expand_as(images)

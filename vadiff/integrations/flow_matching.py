@@ -20,10 +20,10 @@ def log_snr(t: Tensor, *, data_at: int = 1, sigma: float = 0.0) -> Tensor:
     Args:
         t: [B] times in [0, 1], any floating dtype.
         data_at: 1; 0 where t = 0 is data (SD3, diffusers).
-        sigma: noise that the path has on top, torchcfm's ``ConditionalFlowMatcher(sigma)``.
+        sigma: standard deviation of added noise, torchcfm's ``ConditionalFlowMatcher(sigma)``.
 
     Returns:
-        [B] float32 (float64 for float64 t); at t = 1 +inf where sigma is 0, at t = 0 -inf.
+        [B] float32 (float64 for float64 t); -inf at t = 0, +inf at t = 1 if sigma is 0.
 
     Raises:
         TypeError: t is not a floating-point tensor.
@@ -40,11 +40,11 @@ def log_snr(t: Tensor, *, data_at: int = 1, sigma: float = 0.0) -> Tensor:
 class FlowMatchingLoss(nn.Module):
     """The loss of the velocity, weighted and recorded per noise level.
 
-    In place of ``torch.mean((vt - ut) ** 2)`` it is ``loss(vt, ut, t)``.
+    ``loss(vt, ut, t)`` replaces ``torch.mean((vt - ut) ** 2)``.
 
     Args:
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
-            the plain mean. Fixed weights have to be written for "flow"; they are exact for sigma = 0.
+            the plain mean. Fixed weights must be written for "flow"; they are exact for sigma = 0.
         data_at, sigma: see `log_snr`.
 
     Raises:
@@ -55,7 +55,7 @@ class FlowMatchingLoss(nn.Module):
         self, criterion: DiffusionLoss | str = "variance_aware", *, data_at: int = 1, sigma: float = 0.0
     ) -> None:
         super().__init__()
-        log_snr(torch.zeros(1), data_at=data_at, sigma=sigma)  # checks the two
+        log_snr(torch.zeros(1), data_at=data_at, sigma=sigma)  # checks data_at and sigma
         self.criterion = criterion_in_form(criterion, "flow")
         self.data_at = data_at
         self.sigma = float(sigma)

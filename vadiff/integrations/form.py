@@ -1,4 +1,4 @@
-"""What the integrations ask of a criterion: fixed weights written for the loss that the trainer computes."""
+"""Checks that a criterion's fixed weights are written for the loss that a trainer computes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def criterion_in_form(
     sigma_data: float = 0.5,
     loss_is_given: bool = False,
 ) -> DiffusionLoss:
-    """A criterion for a trainer whose base loss is that of one prediction type.
+    """Make or check the criterion of a trainer whose base loss has the form of one prediction type.
 
     Args:
         criterion: a criterion, or the name of a weighting for one with the default settings.
-        prediction_type: what the base loss is written in, one of `vadiff.process.PREDICTION_TYPES`. A weighting by name
-            is made for it.
+        prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name is
+            made for it.
         sigma_data: standard deviation of the data, the trainer's ("edm" only).
-        loss_is_given: the trainer computes the loss per sample itself, the criterion only weighs it.
+        loss_is_given: the trainer computes the loss per sample itself, the criterion only weights it.
 
     Returns:
         The criterion.
 
     Raises:
         TypeError: neither a criterion nor a name.
-        ValueError: no such name, or a criterion whose fixed weighting is written for another loss.
+        ValueError: an unknown name, or a criterion whose fixed weighting is written for another loss.
     """
     if isinstance(criterion, str):
         options = {"prediction_type": prediction_type} if weightings.takes_prediction_type(criterion) else {}
@@ -47,7 +47,7 @@ def criterion_in_form(
         if weighting.prediction_type != prediction_type:
             raise ValueError(
                 f"criterion has {name}(prediction_type={weighting.prediction_type!r}), expected {prediction_type!r}: "
-                f"that is the form of the loss it would weigh here. Use {name}(prediction_type={prediction_type!r})."
+                f"the form of the loss here. Use {name}(prediction_type={prediction_type!r})."
             )
         if prediction_type == "edm" and weighting.sigma_data != sigma_data:
             raise ValueError(
@@ -61,9 +61,9 @@ def criterion_in_form(
 
 
 def require_form(criterion: nn.Module, prediction_type: str, *, loss_is_given: bool = False) -> None:
-    """`criterion_in_form` for those that call the criterion as it was given, also wrapped for several processes.
+    """`criterion_in_form` for a criterion that is called as given, possibly wrapped for several processes.
 
-    Raises as `criterion_in_form`; TypeError for a name, too, which would be a criterion without memory.
+    Raises as `criterion_in_form`; also TypeError for a name, which would be a new criterion at every call.
     """
     inner = getattr(criterion, "module", criterion)
     if not isinstance(inner, DiffusionLoss):
@@ -72,7 +72,7 @@ def require_form(criterion: nn.Module, prediction_type: str, *, loss_is_given: b
 
 
 def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:
-    """The criterion, on the tensor's device: trainers that take a loss for a plain function never move it."""
+    """Move the criterion to the tensor's device: trainers that expect a plain function as loss never do."""
     if criterion.statistics.state.device != tensor.device:
         criterion.to(tensor.device)
     return criterion

@@ -1,7 +1,7 @@
 """k-diffusion: weights and statistics for `k_diffusion.layers.Denoiser`.
 
-Its loss is the squared error of the raw network output F ("edm" among the prediction types), so weights made for it are
-those of the F loss, and with ``weighting="karras"`` (a weight of 1) the F loss is the base loss in the bins.
+Its loss is the squared error of the raw network output F ("edm" among the prediction types), so fixed weights
+must be written for the F loss, and with ``weighting="karras"`` (a weight of 1) the F loss is the recorded base loss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOT_FOR_TRAINING = ("augmentation", "config", "evaluation")  # need scikit-imag
 class SigmaWeighting(nn.Module):
     """A criterion's weight as a function of sigma, for `Denoiser`'s ``weighting``; records nothing.
 
-    For fixed weights, or for those that another run's statistics ended with; for weights that adapt use
+    For fixed weights, or for the final weights of another run; for weights that adapt use
     `WeightedDenoiser`. `Denoiser`'s constructor refuses callables up to version 0.1.1.post1: there, set the attribute,
     ``denoiser.weighting = SigmaWeighting("min_snr")``.
 
@@ -36,8 +36,8 @@ class SigmaWeighting(nn.Module):
         sigma_data: the denoiser's; k-diffusion's default is 1.
 
     Raises:
-        ValueError, TypeError: no criterion or name, or fixed weights for another loss than F's; the name of a weighting
-            that adapts, or one that depends on more than sigma.
+        ValueError, TypeError: not a criterion or a name; fixed weights for another loss than F's; the name of a
+            weighting that adapts; a weighting that depends on more than sigma.
     """
 
     def __init__(self, criterion: DiffusionLoss | str, sigma_data: float = 1.0) -> None:
@@ -46,7 +46,7 @@ class SigmaWeighting(nn.Module):
         weighting = self.criterion.weighting
         if isinstance(criterion, str) and not isinstance(weighting, FixedWeighting):
             raise ValueError(
-                f"criterion is {criterion!r}, which has no statistics to weigh by, and none are recorded here: "
+                f"criterion is {criterion!r}, which needs statistics, and none are recorded here: "
                 "expected a fixed weighting, or a trained criterion. Use WeightedDenoiser for weights that adapt."
             )
         if isinstance(weighting, LossZScore) or (isinstance(weighting, FixedWeighting) and not weighting.pointwise):
@@ -61,18 +61,18 @@ class SigmaWeighting(nn.Module):
 class WeightedDenoiser(nn.Module):
     """A `Denoiser` whose `loss` is weighted by a criterion and recorded in its statistics.
 
-    It goes where the denoiser went. The denoiser's own loss is computed by its own code, whatever its `scales`, and is
-    the base loss, its `weighting` included. k-diffusion's train.py saves the inner network only: save
+    It replaces the denoiser. The base loss is the denoiser's own `loss`, computed by its own code with its `scales` and
+    its `weighting`. k-diffusion's train.py saves the inner network only: save
     ``criterion.state_dict()`` beside it.
 
     Args:
-        denoiser: a `Denoiser` or `SimpleLossDenoiser`; its `weighting` "karras" if the criterion has fixed weights.
+        denoiser: a `Denoiser` or `SimpleLossDenoiser`; its `weighting` must be "karras" for fixed weights.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
             the denoiser's own loss.
 
     Raises:
         TypeError: the denoiser has no `loss`, or learns a weight of its own (`DenoiserWithVariance`).
-        ValueError: the criterion's fixed weights are for another loss, or would come on top of the denoiser's.
+        ValueError: the criterion's fixed weights are for another loss, or would multiply the denoiser's.
     """
 
     def __init__(self, denoiser: Any, criterion: DiffusionLoss | str = "variance_aware") -> None:
@@ -90,8 +90,8 @@ class WeightedDenoiser(nn.Module):
             )
         if isinstance(criterion.weighting, SNRWeighting) and form == "edm" and not _is_one(denoiser.weighting):
             raise ValueError(
-                "denoiser has a weighting of its own, on top of which "
-                f"{type(criterion.weighting).__name__} would come: make it with weighting='karras', or use "
+                "denoiser has a weighting of its own, which "
+                f"{type(criterion.weighting).__name__} would multiply: make it with weighting='karras', or use "
                 "criterion='constant'"
             )
         self.denoiser = denoiser
@@ -128,22 +128,22 @@ class WeightedDenoiser(nn.Module):
 
 
 def import_k_diffusion() -> ModuleType:
-    """``import k_diffusion``, also where what its FID evaluation, config files and augmentation need is missing.
+    """``import k_diffusion``, even if the dependencies of its evaluation, config and augmentation are missing.
 
-    Version 0.1.1.post1 imports all of that at once; of it, `clip` wants a pkg_resources that setuptools no longer has.
-    Where the import fails, those three modules are left out; using them says so.
+    Version 0.1.1.post1 imports all three modules, and their dependency `clip` needs a pkg_resources that setuptools no
+    longer has. If the import fails, placeholders replace the three modules and raise when they are used.
 
     Raises:
-        vadiff.extras.MissingExtraError: k-diffusion is not installed, or what its layers need is not.
+        vadiff.extras.MissingExtraError: k-diffusion or a dependency of its layers is not installed.
     """
     try:
         return import_extra("k_diffusion", "integrations")
     except MissingExtraError as error:
-        trouble = error
+        cause = error
     for name in [name for name in sys.modules if name.partition(".")[0] == "k_diffusion"]:
         del sys.modules[name]
     for name in _NOT_FOR_TRAINING:
-        sys.modules[f"k_diffusion.{name}"] = _LeftOut(f"k_diffusion.{name}", trouble)
+        sys.modules[f"k_diffusion.{name}"] = _Missing(f"k_diffusion.{name}", cause)
     try:
         return import_extra("k_diffusion", "integrations")
     except MissingExtraError as error:
@@ -152,15 +152,15 @@ def import_k_diffusion() -> ModuleType:
         raise MissingExtraError(f"{error}, and pip install --no-deps dctorch k-diffusion") from error
 
 
-class _LeftOut(ModuleType):
-    """Stands where a module did not import."""
+class _Missing(ModuleType):
+    """Placeholder for a module that could not be imported."""
 
-    def __init__(self, name: str, trouble: ImportError) -> None:
+    def __init__(self, name: str, cause: ImportError) -> None:
         super().__init__(name)
-        self._trouble = trouble
+        self._cause = cause
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{self.__name__} was left out: {self._trouble}") from self._trouble
+        raise AttributeError(f"{self.__name__} could not be imported: {self._cause}") from self._cause
 
 
 def _is_one(weighting: Any) -> bool:

@@ -1,4 +1,4 @@
-"""kohya's sd-scripts and what is built like them: a mixin for `NetworkTrainer`, and the `post_process_loss` slot.
+"""kohya's sd-scripts and similar trainers: a mixin for `NetworkTrainer`, and its `post_process_loss` hook.
 
 At the end of train_network.py, sdxl_train_network.py, flux_train_network.py, ...:
 
@@ -37,20 +37,20 @@ def post_process_loss(
     *,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """`functools.partial(post_process_loss, criterion)` is kohya's slot: per-sample losses in, per-sample losses out.
+    """kohya's hook of this name, as `functools.partial(post_process_loss, criterion)`: weight per-sample losses.
 
-    Losses that nothing is to be trained on (kohya validates through the same slot) come back as they are and are not
-    recorded, so that validation curves compare over the run.
+    Losses that require no grad (kohya validates through the same hook) are returned unchanged and not recorded, so that
+    validation losses stay comparable over the run.
 
     Args:
-        criterion: is put on the device of the loss.
-        loss: [B], already times what the trainer weighs by, masked and averaged over the sample. Where those weights
-            have shape [B, 1, 1, 1] or [B, 1, 1, 1, 1], multiply before averaging.
-        args: the trainer's; its `v_parameterization` says what the loss is written in.
+        criterion: moved to the device of the loss.
+        loss: [B], already multiplied by the trainer's weights, masked and averaged over the sample. Multiply by weights
+            of shape [B, 1, 1, 1] or [B, 1, 1, 1, 1] before averaging.
+        args: the trainer's; its `v_parameterization` determines the form of the loss.
         timesteps: [B], integers for a DDPM scheduler, values of its `timesteps` for a flow.
         noise_scheduler: see `vadiff.schedulers`. Its cached `all_snr` is not used.
-        sample_weight: [B], a factor in `loss` that is no part of the objective at a noise level (share of a mask,
-            `batch["loss_weights"]`), to keep it out of the statistics.
+        sample_weight: [B], a factor in `loss` that is not part of the objective (share of a mask,
+            `batch["loss_weights"]`); the statistics exclude it.
 
     Returns:
         [B]; take its mean.
@@ -62,7 +62,7 @@ def post_process_loss(
     if not loss.requires_grad:
         return loss
     if isinstance(criterion.weighting, SNRWeighting):
-        v_prediction = getattr(args, "v_parameterization", False)  # the scheduler is not told in all versions
+        v_prediction = getattr(args, "v_parameterization", False)  # some versions do not set it in the scheduler
         require_form(criterion, "v_prediction" if v_prediction else loss_form_of(noise_scheduler), loss_is_given=True)
     criterion = moved_beside(criterion, loss)
     log_snr = log_snr_of(noise_scheduler, timesteps.to(loss.device, non_blocking=True))
@@ -73,11 +73,11 @@ def post_process_loss(
 
 
 def refresh_all_snr(noise_scheduler: Any) -> None:
-    """Make `noise_scheduler.all_snr` that of its present `alphas_cumprod`.
+    """Recompute `noise_scheduler.all_snr` from its current `alphas_cumprod`.
 
-    The trainers fill it before `--zero_terminal_snr` changes the schedule and never again, so that `--min_snr_gamma`
-    and its kin weigh by the old one. A zero becomes 2⁻²⁴: Min-SNR's weights are at their limits there, instead of 0/0.
-    Does nothing to a scheduler that has no such table.
+    The trainers compute it only before `--zero_terminal_snr` changes the schedule, so that `--min_snr_gamma` and
+    similar flags use the old one. A zero becomes 2⁻²⁴, so that Min-SNR's weights are at their limits instead of 0/0.
+    Does nothing to a scheduler without that table.
     """
     cached = getattr(noise_scheduler, "all_snr", None)
     if isinstance(cached, Tensor):
@@ -88,22 +88,22 @@ def refresh_all_snr(noise_scheduler: Any) -> None:
 
 
 class AdaptiveLoss:
-    """To be named before `NetworkTrainer`, or a subclass of it, in a class statement, with a `criterion`.
+    """Mixin to list before `NetworkTrainer`, or a subclass of it, in a class with a `criterion`.
 
-    The criterion's state is in `--save_state` and comes back with `--resume`; its statistics are logged with the
-    trainer's numbers.
+    The criterion's state is saved by `--save_state` and restored by `--resume`; its statistics are logged with the
+    trainer's metrics.
 
     Attributes:
-        criterion: a `DiffusionLoss`. What the class has is what each trainer starts with a copy of: `trainer.criterion`
-            is its own, and that of the class records nothing.
-        log_every: optimiser steps from one record of the statistics to the next.
+        criterion: a `DiffusionLoss`. Each trainer copies that of the class: `trainer.criterion` is the copy, and the
+            criterion of the class records nothing.
+        log_every: optimiser steps between records of the statistics.
     """
 
     criterion: DiffusionLoss
     log_every: int = 100
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raises TypeError where the trainer is named first, whose methods would then run and these never."""
+        """Raise TypeError if the trainer is listed first: its methods would then run instead of these."""
         super().__init_subclass__(**kwargs)
         for before in cls.__mro__[: cls.__mro__.index(AdaptiveLoss)]:
             if not issubclass(before, AdaptiveLoss) and hasattr(before, "post_process_loss"):
@@ -114,12 +114,12 @@ class AdaptiveLoss:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        common = getattr(type(self), "criterion", None)
-        if "criterion" not in vars(self) and isinstance(common, DiffusionLoss):
-            self.criterion = copy.deepcopy(common)
+        shared = getattr(type(self), "criterion", None)
+        if "criterion" not in vars(self) and isinstance(shared, DiffusionLoss):
+            self.criterion = copy.deepcopy(shared)
 
     def post_process_network(self, args: Any, accelerator: Any, network: Any, text_encoders: Any, unet: Any) -> Any:
-        """Called once, before a state is resumed: the criterion joins what is saved."""
+        """Register the criterion for saving; called once, before a state is resumed."""
         from .accelerate import prepare
 
         if not isinstance(getattr(self, "criterion", None), DiffusionLoss):
@@ -129,20 +129,20 @@ class AdaptiveLoss:
             )
         if any(True for _ in self.criterion.parameters()):
             raise ValueError(
-                "criterion has parameters (a learned weighting), and the trainer's optimizer takes its network's only. "
-                "Use weighting='loss_level', what they converge to."
+                "criterion has parameters (a learned weighting), but the trainer's optimizer takes its network's only. "
+                "Use weighting='loss_level', to which they converge."
             )
         prepare(accelerator, self.criterion)
         return super().post_process_network(args, accelerator, network, text_encoders, unet)  # type: ignore[misc]
 
     def post_process_loss(self, loss: Tensor, args: Any, timesteps: Tensor, noise_scheduler: Any) -> Tensor:
-        """The trainer's own, with the present schedule's SNR; then the weighting."""
+        """Apply the trainer's own hook with the current schedule's SNR, then the criterion."""
         refresh_all_snr(noise_scheduler)
         loss = super().post_process_loss(loss, args, timesteps, noise_scheduler)  # type: ignore[misc]
         return post_process_loss(self.criterion, loss, args, timesteps, noise_scheduler)
 
     def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
-        """The trainer's numbers, now and then with the statistics of each noise level beside them."""
+        """Log the trainer's metrics, every `log_every` steps with the statistics of each noise level."""
         if global_step % self.log_every == 0:
             self.criterion.log_to(lambda values, step: logs.update(values), global_step)
         super().step_logging(accelerator, logs, global_step, epoch)  # type: ignore[misc]

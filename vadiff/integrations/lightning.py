@@ -19,24 +19,24 @@ from ..summary import BANDS
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # The same framework has two names and two sets of classes: the one in use already comes first.
+    # Lightning has two package names with separate classes: try the one already imported first.
     for package in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
             Callback = importlib.import_module(package).Callback
             break
         except ImportError as error:
-            trouble = error
+            cause = error
     else:
-        raise MissingExtraError(f"lightning does not import ({trouble}). It comes with: pip install lightning")
+        raise MissingExtraError(f"lightning cannot be imported ({cause}). Install it with: pip install lightning")
 
 __all__ = ["StatisticsLogger"]
 
 
 class StatisticsLogger(Callback):
-    """Hands the statistics of every criterion in the LightningModule to the trainer's loggers, from rank zero.
+    """Logs the statistics of every criterion in the LightningModule to the trainer's loggers, from rank zero.
 
-    Names begin with ``vadiff/`` and what the criterion is called in the LightningModule; see `DiffusionLoss.log_to`.
-    Only a step that logs waits for the device.
+    Names begin with ``vadiff/`` and the criterion's name in the LightningModule; see `DiffusionLoss.log_to`.
+    Only a step that logs synchronises with the device.
 
     Args:
         every_n_steps: optimiser steps between records; None is the trainer's `log_every_n_steps`.

@@ -1,7 +1,7 @@
 """lucidrains' denoising-diffusion-pytorch: weights and statistics for its diffusions, through their own arguments.
 
 `GaussianDiffusion`, `GaussianDiffusion1D` and `ElucidatedDiffusion` take the noise levels of a call (``times=``,
-``sigma=``) and give the losses per sample when asked (``loss_reduction="none"``): that is all that is used.
+``sigma=``) and return losses per sample with ``loss_reduction="none"``; no other part of them is used.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _FORMS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"
 
 
 def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") -> Any:
-    """Weigh and record the losses of every ``diffusion(images)`` from now on.
+    """Weight and record the losses of every ``diffusion(images)`` from now on.
 
     Works with the library's `Trainer`: the criterion becomes ``diffusion.criterion``, is saved and loaded with the
     model, and copied with it. The objective's own weights (`loss_weight`) stay and are part of the base loss. For
-    GaussianDiffusion they turn every objective into the epsilon loss, so that is what fixed weights have to be written
-    for, whatever the network predicts; for ElucidatedDiffusion it is "edm".
+    GaussianDiffusion they turn every objective into the epsilon loss, so fixed weights must be written for
+    "epsilon", whatever the network predicts; for ElucidatedDiffusion they must be written for "edm".
 
     A loop that calls `p_losses` itself needs no attaching:
     ``criterion.reweight(diffusion.p_losses(x, t, loss_reduction="none"), log_snr(diffusion, t)).mean()``.
 
     Args:
-        diffusion: one of the three.
+        diffusion: an object of one of the three classes.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
             the diffusion's own loss.
 
@@ -45,12 +45,12 @@ def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") ->
 
     Raises:
         TypeError: not such a diffusion, or of a version without the arguments.
-        ValueError: a criterion is attached already, or has fixed weights for another loss or on top of Min-SNR of the
-            diffusion's own; or the diffusion's `loss_weight` is not finite (a schedule that ends at zero SNR).
+        ValueError: a criterion is attached already; fixed weights for another loss, or on top of the diffusion's own
+            Min-SNR weights; the diffusion's `loss_weight` is not finite (a schedule that ends at zero SNR).
     """
     level = _level_name(diffusion)
     if hasattr(diffusion, "criterion"):
-        raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or make it anew.")
+        raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or use a new one.")
     form = "edm" if level == "sigma" else "epsilon"
     sigma_data = float(diffusion.sigma_data) if level == "sigma" else 0.5
     criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True)
@@ -64,7 +64,7 @@ def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") ->
 
 
 def log_snr(diffusion: Any, levels: Tensor) -> Tensor:
-    """Log-SNR of a diffusion's noise levels, from its schedule as it is now.
+    """Log-SNR of a diffusion's noise levels, from its current schedule.
 
     Args:
         diffusion: a GaussianDiffusion, GaussianDiffusion1D or ElucidatedDiffusion.
@@ -83,14 +83,14 @@ def log_snr(diffusion: Any, levels: Tensor) -> Tensor:
     return from_alphas_cumprod(table, levels)
 
 
-class _Asked(str):
-    """The `loss_reduction` "none" where the caller wants the mean: equal to it for the diffusion, known to the hook."""
+class _MeanWanted(str):
+    """The string "none" as `loss_reduction`; its type tells the forward hook that the caller wants the mean."""
 
 
 def _ask_for_losses(
     diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the diffusion's forward: noise levels drawn by its own method, and losses per sample."""
+    """Forward pre-hook: draw noise levels with the diffusion's own method, and request losses per sample."""
     name = _level_name(diffusion)
     levels = kwargs.get(name)
     if levels is None:
@@ -102,18 +102,18 @@ def _ask_for_losses(
             "loss_reduction='none' for one per sample"
         )
     per_sample = kwargs.get("loss_reduction") == "none"
-    return args, {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _Asked("none")}
+    return args, {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _MeanWanted("none")}
 
 
 def _weigh(diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Tensor) -> Tensor:
-    """After it: the criterion's weights, and the mean if that is what was asked for."""
+    """Forward hook: apply the criterion, and take the mean if the caller wants it."""
     levels = log_snr(diffusion, kwargs[_level_name(diffusion)])
     losses = moved_beside(diffusion.criterion, losses).reweight(losses, levels)
-    return losses.mean() if isinstance(kwargs["loss_reduction"], _Asked) else losses
+    return losses.mean() if isinstance(kwargs["loss_reduction"], _MeanWanted) else losses
 
 
 def _level_name(diffusion: Any) -> str:
-    """What a diffusion's forward calls its noise levels."""
+    """Name of the noise-level argument of a diffusion's forward: "times" or "sigma"."""
     kind: Any = type(diffusion)
     arguments = _arguments_of(kind)
     if "loss_reduction" in arguments:
@@ -134,7 +134,7 @@ def _arguments_of(kind: Any) -> tuple[str, ...]:
 
 
 def _check_loss_weight(diffusion: Any, criterion: DiffusionLoss) -> None:
-    """That a GaussianDiffusion's own weights are finite and, under fixed weights, make the epsilon loss."""
+    """Check that a GaussianDiffusion's own weights are finite and, under fixed weights, make the epsilon loss."""
     weight = diffusion.loss_weight.double()
     if not bool(weight.isfinite().all()):
         raise ValueError(
@@ -146,10 +146,10 @@ def _check_loss_weight(diffusion: Any, criterion: DiffusionLoss) -> None:
     times = torch.arange(len(weight), device=weight.device)
     levels = from_alphas_cumprod(diffusion.alphas_cumprod.double(), times)
     ratio = loss_ratio("epsilon", levels) / loss_ratio(_FORMS[diffusion.objective], levels)
-    # 1 - alphas_cumprod, from which both are made, has three digits at the least noise.
+    # At the lowest noise 1 - alphas_cumprod, from which both are computed, has three digits.
     if not torch.allclose(weight, ratio, rtol=1e-2, atol=1e-12):
         raise ValueError(
-            f"diffusion has a loss_weight of its own (min_snr_loss_weight=True?), on top of which "
-            f"{type(criterion.weighting).__name__} would come: make it with min_snr_loss_weight=False, or use "
+            f"diffusion has a loss_weight of its own (min_snr_loss_weight=True?), which "
+            f"{type(criterion.weighting).__name__} would multiply: make it with min_snr_loss_weight=False, or use "
             "criterion='constant'"
         )

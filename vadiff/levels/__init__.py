@@ -1,4 +1,4 @@
-"""Which noise levels a model trains on: inverse-CDF samplers, fixed and adaptive, with their densities.
+"""Samplers of the noise levels to train on: inverse-CDF, fixed and adaptive, with their densities.
 
 sampler = vadiff.levels.LogNormal(p_mean=-1.2, p_std=1.2)
 levels = sampler(vadiff.levels.uniforms(64, generator, stratified=True))
@@ -50,15 +50,15 @@ _BY_NAME: dict[str, type[LevelSampler]] = {
 
 
 def available() -> tuple[str, ...]:
-    """Names that `from_name` knows, sorted."""
+    """Names that `from_name` accepts, sorted."""
     return tuple(sorted(_BY_NAME))
 
 
 def from_name(name: str, **options: Any) -> LevelSampler:
-    """The sampler a name stands for, made with the options its class takes.
+    """Make the sampler of a name with the options of its class.
 
     Raises:
-        ValueError: no such name, or an option out of bounds.
+        ValueError: an unknown name, or an option out of bounds.
         TypeError: an option that the class does not take.
 
     Example:

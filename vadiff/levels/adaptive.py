@@ -1,4 +1,4 @@
-"""Noise levels that follow the statistics of the loss."""
+"""Level distributions that adapt to the statistics of the loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .table import Table
 
 
 class AdaptiveLevels(Table):
-    """p = (1 - floor) · tilted base + floor · base, the tilt rebuilt by `update` after a training step.
+    """p = (1 - floor) · tilted base + floor · base, with a tilt that `update` recomputes after a training step.
 
-    Weights and levels multiply: what a noise level gets is w·p. Where `corrected`, the sample weight base/p takes the
-    second factor out again and the objective is that of w alone; only the noise of its gradient changes. Either way
-    statistics see the levels' share of samples in `count`, and the sample weights in `mass`.
+    Weights and levels multiply: a noise level contributes w·p to the objective. With `corrected`, the sample weight
+    base/p turns this into w·base, and only the variance of the gradient changes. In both cases the `count` of the
+    statistics follows p, and their `mass` sums the sample weights.
 
-    All state is in buffers: copies, `state_dict` and a resumed run are exact. An update waits for nothing; some forty
-    small operations, it need not come at every step.
+    All state is in buffers, so copies, `state_dict` and a resumed run are exact. An update is some forty small
+    operations without synchronisation, and is not needed at every step.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class AdaptiveLevels(Table):
 
     @torch.no_grad()
     def update(self, criterion: DiffusionLoss, log_snr: Tensor | None = None) -> None:
-        """Follow the loss: call it after the criterion, on every rank.
+        """Recompute the tilt from the statistics; call it after the criterion, on every rank.
 
         Args:
-            criterion: the loss trained on; its bins are this sampler's.
-            log_snr: [B], those of this rank's last batch, for samplers that look at single losses.
+            criterion: the training loss, with the bins of this sampler.
+            log_snr: [B] of this rank's last batch, for samplers that use per-sample losses.
 
         Raises:
-            ValueError: the criterion has other bins, or is on another device, or has weights by more than log-SNR
-                where the sampler follows them. The sampler stays as it was.
+            ValueError: the criterion has other bins, is on another device, or has weights that depend on more than
+                log-SNR, if the sampler uses them. The sampler is then unchanged.
         """
         statistics = criterion.statistics
         if statistics.bins != self.bins:
@@ -63,23 +63,23 @@ class AdaptiveLevels(Table):
         factors = self._factors(criterion, log_snr)
         total = (factors * self._numbers(self.masses)).sum()
         ratio = (1.0 - self.floor) * factors / total + self.floor
-        # Weights that are 0 everywhere, or infinite somewhere, say nothing of where to draw.
+        # Factors that are all 0, or not all finite, define no distribution: keep the old one.
         self._set(torch.where(total.isfinite() & (total > 0), ratio, self._numbers(self.ratio)))
 
     @abstractmethod
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
-        """The tilt of each bin, positive, to any scale. [K] float64."""
+        """The tilt of each bin, positive, up to a constant factor. [K] float64."""
 
     @property
     def bin_centers(self) -> Tensor:
         """Log-SNR in the middle of each bin. [K] float32."""
-        # Made on the device: a copy to it would wait.
+        # Created on the device: a copy from the CPU would synchronise.
         ks = torch.arange(self.bins.size, dtype=torch.float64, device=self.ratio.device)
         return (self.bins.low + (ks + 0.5) * self.bins.width).float()
 
 
 class _StatisticLevels(AdaptiveLevels):
-    """Tilted by w·s with s a statistic of the base loss: smoothed, and shrunk to the average where few samples were."""
+    """Levels tilted by w·s, s a smoothed statistic of the base loss, shrunk to the average where samples are few."""
 
     statistic: ClassVar[str]
     default_base: ClassVar[type[LevelSampler]]
@@ -99,7 +99,7 @@ class _StatisticLevels(AdaptiveLevels):
         super().__init__(base or self.default_base(), bins, log_snr_range, floor, corrected)
         smoothing = require_number("smoothing", smoothing, at_least=0.0)
         prior = require_number("prior", prior, above=0.0)
-        # The weight table's own rule with the exponent turned round; the floor does what `clip` does there.
+        # The rule of the weight table with a negative exponent; the floor replaces `clip`.
         self._rule = TableRule(self.statistic, -1.0, smoothing, float("inf"), prior)
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class _StatisticLevels(AdaptiveLevels):
         if not weighting.pointwise:
             raise ValueError(
                 f"the criterion's weighting is {weighting}, expected one whose weight depends on log-SNR alone, which "
-                f"{type(self).__name__} multiplies with the loss: give it a center, or use another"
+                f"{type(self).__name__} multiplies by the loss: give it a center, or use another weighting"
             )
         moments = moments_of(criterion.statistics.state, self.bins)
         spread = weight_table(moments, self.bins, self._rule).double().exp()
@@ -117,15 +117,15 @@ class _StatisticLevels(AdaptiveLevels):
 class SecondMoment(_StatisticLevels):
     """p ∝ base · w·√E[g²] with exact 1/p correction: Improved DDPM's importance sampling (arXiv 2102.09672, eq. 18).
 
-    The levels that estimate the expected loss with the least variance. The objective stays that of base and w.
+    Of all distributions, this one estimates the expected loss with the least variance. The objective is still base·w.
 
     Args:
         base: the distribution of the objective.
         bins, log_snr_range: the criterion's.
-        floor: share of levels drawn from the base as it is, > 0; no sample weight is above 1/floor.
-        corrected: give base/p as sample weight, the default; without, the objective changes to w·p.
+        floor: share of levels drawn from the untilted base, > 0; no sample weight is above 1/floor.
+        corrected: return base/p as sample weight, the default; if False, the objective becomes w·p.
         smoothing: width of the local fit over neighbouring bins, in log-SNR units.
-        prior: samples at which a bin's own evidence counts half.
+        prior: number of samples at which ln s of a bin is shrunk to half.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -137,12 +137,12 @@ class SecondMoment(_StatisticLevels):
 
 
 class LossSpread(_StatisticLevels):
-    """p ∝ base · w·std[g], not corrected: more draws where losses scatter more.
+    """p ∝ base · w·std[g], not corrected: more draws where losses vary more.
 
-    The sampling the variance-aware paper derives (arXiv 2603.10391, eq. 11: p ∝ sigma(log_snr)); its code never ran it.
+    Derived in the variance-aware paper (arXiv 2603.10391, eq. 11: p ∝ sigma(log_snr)); its code does not use it.
 
     Args:
-        base: what is tilted; by default uniform in log-SNR between sigma 0.002 and 80.
+        base: the distribution to tilt; by default uniform in log-SNR between sigma 0.002 and 80.
         corrected: as in `SecondMoment`, false by default.
         bins, log_snr_range, floor, smoothing, prior: as in `SecondMoment`.
 

@@ -1,4 +1,4 @@
-"""Noise-level distributions of the literature. u in (0, 1) is uniform, and noise grows with it."""
+"""Noise-level distributions of the literature. u in (0, 1) is uniform, and noise grows with u."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PROCESSES = {"flow": Flow, "vp_cosine": VPCosine, "vp_linear": VPLinear}
 
 
 class UniformTime(LevelSampler):
-    """t uniform on [t_min, t_max] of a process: DDPM's and flow matching's plain choice.
+    """t uniform on [t_min, t_max] of a process: the choice of DDPM and flow matching.
 
     Args:
         process: an object from `vadiff.process`, or "flow", "vp_cosine", "vp_linear".
-        t_min, t_max: the ends, inside the process; for `process.EDM` these are noise levels sigma.
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        t_min, t_max: ends of the interval, inside the process; for `process.EDM` these are noise levels sigma.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds, or no such process.
@@ -73,13 +73,13 @@ class UniformTime(LevelSampler):
 
 
 class LogNormal(LevelSampler):
-    """ln(sigma) ~ N(p_mean, p_std²) with sigma that of a variance-exploding process: EDM (arXiv 2206.00364, table 1).
+    """ln(sigma) ~ N(p_mean, p_std²), sigma of a variance-exploding process: EDM (arXiv 2206.00364, table 1).
 
     EDM2 uses (-0.4, 1.0) on ImageNet-512 latents and (-0.8, 1.6) on ImageNet-64 pixels.
 
     Args:
         p_mean, p_std: of ln(sigma).
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -114,7 +114,7 @@ class LogitNormal(LogNormal):
 
     Args:
         mean, std: of logit(t).
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -130,11 +130,11 @@ class LogitNormal(LogNormal):
 class Mode(LevelSampler):
     """SD3's mode sampling with heavy tails: t = f(u) = u - scale·(sin²(πu/2) - u), t the noise share of a flow.
 
-    Source: arXiv 2403.03206, eq. 20, there with 1 - u in u's place. scale > 0 favours the middle, scale < 0 the ends.
+    Source: arXiv 2403.03206, eq. 20, with u for the paper's 1 - u. scale > 0 favours the middle, scale < 0 the ends.
 
     Args:
-        scale: -1 to 2/(π - 2) = 1.75, between which f grows.
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        scale: from -1 to 2/(π - 2) = 1.75, where f is increasing.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -144,7 +144,7 @@ class Mode(LevelSampler):
         super().__init__()
         self.scale = require_number("scale", scale, at_least=-1.0)
         if self.scale > 2.0 / (math.pi - 2.0):
-            raise ValueError(f"scale is {scale!r}, expected at most 2/(π - 2) = 1.752: beyond, t falls where u grows")
+            raise ValueError(f"scale is {scale!r}, expected at most 2/(π - 2) = 1.752: above it t falls in u somewhere")
         self._restrict(log_snr_range)
 
     def _time(self, u: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class CosMap(LevelSampler):
     """SD3's cosmap (arXiv 2403.03206, eq. 21): sigma/alpha = tan(πu/2), the log-SNR of a cosine schedule on a flow.
 
     Args:
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -202,7 +202,7 @@ class Laplace(LevelSampler):
     Args:
         mean: of log-SNR.
         scale: b > 0 in e**(-|log_snr - mean|/b) / 2b.
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -230,12 +230,12 @@ class Laplace(LevelSampler):
 
 
 class Cauchy(LevelSampler):
-    """log-SNR ~ Cauchy(mean, scale): Hang & Gu (arXiv 2407.03297, table 1). Cut off, for its tails have no end.
+    """log-SNR ~ Cauchy(mean, scale): Hang & Gu (arXiv 2407.03297, table 1). Truncated, because its tails are heavy.
 
     Args:
         mean: median of log-SNR.
         scale: half its interquartile range.
-        log_snr_range: (low, high) outside which the distribution is cut off.
+        log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -263,7 +263,7 @@ class Cauchy(LevelSampler):
 
 
 class LogUniform(LevelSampler):
-    """ln(sigma), and so log-SNR, uniform: all noise levels of a range alike (NCSN, VE).
+    """ln(sigma), and so log-SNR, uniform over a range (NCSN, VE).
 
     Args:
         sigma_min, sigma_max: the range of sigma/alpha.

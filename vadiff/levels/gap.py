@@ -1,4 +1,4 @@
-"""Noise levels that follow a model's gap to the optimal loss (arXiv 2506.13763)."""
+"""A level distribution that adapts to a model's gap to the optimal loss (arXiv 2506.13763)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .sampler import LevelSampler, require_number
 
 
 class GapLevels(AdaptiveLevels):
-    """p(ln sigma) ∝ w·(J - J*): more draws where a weighted model is furthest from its optimum (arXiv 2506.13763).
+    """p(ln sigma) ∝ w·(J - J*): more draws where the weighted gap is larger (arXiv 2506.13763).
 
-    From each sample's loss in x0 form J*/D at its own noise level is subtracted before it enters a bin, so that what J*
-    does within a bin does not matter. Bins with a negative mean gap get the floor, bins never visited the average. With
-    w as weight and this as levels, a noise level gets w²·(J - J*), as in the paper.
+    A sample's gap is its x0 loss minus J*/D at its own noise level, so that the change of J* within a bin cancels. Bins
+    with a negative mean gap get the floor, empty bins the average. With w also as the loss weight, a noise level
+    contributes in proportion to w²·(J - J*), as in the paper.
 
     Args:
         optimal: the data set's J*.
         weighting: w, a weight of the x0 loss; `vadiff.weighting.GapWeighting(optimal)` by default.
-        base: what is tilted; by default uniform in ln(sigma) from 0.002 to 80, as in the paper.
+        base: the distribution to tilt; by default uniform in ln(sigma) from 0.002 to 80, as in the paper.
         bins, log_snr_range: the criterion's.
-        floor: share of levels drawn from the base as it is.
-        half_life: samples per bin after which a gap counts half.
-        prior: samples at which a bin's own evidence counts half.
-        prediction_type: of what the criterion's squared residual is the error: "sample" for x0 and for EDM's D.
-        sigma_data: for "edm", the raw output F.
+        floor: share of levels drawn from the untilted base.
+        half_life: mean number of samples per bin after which a gap counts half.
+        prior: number of samples at which a bin's mean gap and the average count equally.
+        prediction_type: form of the criterion's loss: "sample" for x0 and for EDM's D.
+        sigma_data: standard deviation of the data, for "edm" (the raw network output F).
 
     Raises:
-        TypeError: `optimal` is no `vadiff.optimal_loss.OptimalLoss`, or `weighting` no weight of the x0 loss.
+        TypeError: `optimal` is not a `vadiff.optimal_loss.OptimalLoss`, or `weighting` not an `SNRWeighting`.
         ValueError: an argument out of bounds.
     """
 
@@ -78,7 +78,7 @@ class GapLevels(AdaptiveLevels):
             )
         k = loss_ratio(self.prediction_type, log_snr.double(), sigma_data=self.sigma_data)
         gap = ell.double() / k - self.optimal.log_loss_at(log_snr).exp()
-        with torch.enable_grad():  # it records in training only
+        with torch.enable_grad():  # the recorder records only with grad enabled
             self._recorder.reweight(gap.float(), log_snr)
         n, mean, *_ = moments_of(self._recorder.statistics.state, self.bins)
         weight = self.weighting.log_x0_weight(self.bin_centers.double()).exp()
@@ -86,4 +86,4 @@ class GapLevels(AdaptiveLevels):
         masses = self._numbers(self.masses) * (n > 0)
         average = (factors * masses).sum() / masses.sum()
         tilted = (n * factors + self.prior * average) / (n + self.prior)
-        return torch.where(average > 0, tilted, 1.0)  # the base where nothing was seen, or nothing is to win anywhere
+        return torch.where(average > 0, tilted, 1.0)  # the base if no bin has samples with a positive gap

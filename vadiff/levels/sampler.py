@@ -1,4 +1,4 @@
-"""What every noise-level sampler is: an inverse CDF from uniform numbers to log-SNR, with its density."""
+"""Base class of noise-level samplers: an inverse CDF from uniform numbers to log-SNR, with its density."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from .._validation import is_number
 from ..loss import DiffusionLoss
 
-_SMALLEST, _LARGEST = 2.0**-54, 1.0 - 2.0**-53  # of float64 numbers inside (0, 1), as torch.rand spaces them
+_SMALLEST, _LARGEST = 2.0**-54, 1.0 - 2.0**-53  # bounds of u, so that it is never 0 or 1
 
 
 class NoiseLevels(NamedTuple):
     """The noise levels of a batch."""
 
     log_snr: Tensor  # [B] float32
-    sample_weight: Tensor | None  # [B] float32: p_base/p, of mean 1 in expectation; None where not corrected
+    sample_weight: Tensor | None  # [B] float32: base/p, with expectation 1; None if not corrected
 
     @property
     def sigma(self) -> Tensor:
@@ -35,16 +35,16 @@ def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = Fal
 
     Args:
         samples: size of the global batch.
-        generator: its device is that of the result.
+        generator: the result is on its device.
         stratified: one number in each of `samples` equal parts of (0, 1), in random order: every batch covers all
-            noise levels, and the mean of anything over the batch varies less.
-        antithetic: numbers in pairs u, 1 - u (an odd batch's middle one alone). Both together: stratified pairs.
+            noise levels, and means over a batch have less variance.
+        antithetic: numbers in pairs u, 1 - u (in an odd batch one is unpaired). Both together: stratified pairs.
 
     Returns:
         [samples] float64.
 
     Raises:
-        TypeError: generator is no `torch.Generator`.
+        TypeError: generator is not a `torch.Generator`.
         ValueError: samples is not a positive integer.
     """
     if not isinstance(generator, torch.Generator):
@@ -65,9 +65,9 @@ def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = Fal
 class LevelSampler(nn.Module, ABC):
     """A distribution of noise levels. Call it with uniform numbers u, [B] float64 in (0, 1), to get `NoiseLevels`.
 
-    Noise grows with u, so that stratified numbers are stratified noise levels. Nothing waits for the device.
+    Noise grows with u, so that stratified u give stratified noise levels. Nothing synchronises with the device.
 
-    A subclass gives `_quantile`, `_cdf` and `_log_density` of the whole distribution, in float64, and calls
+    A subclass defines `_quantile`, `_cdf` and `_log_density` of the whole distribution, in float64, and calls
     `_restrict` at the end of its constructor.
     """
 
@@ -75,7 +75,7 @@ class LevelSampler(nn.Module, ABC):
 
     @abstractmethod
     def _quantile(self, u: Tensor) -> Tensor:
-        """Log-SNR at each u; falls."""
+        """Log-SNR at each u; decreasing."""
 
     @abstractmethod
     def _cdf(self, log_snr: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class LevelSampler(nn.Module, ABC):
         """ln of the density over log-SNR."""
 
     def _restrict(self, log_snr_range: tuple[float, float]) -> None:
-        """Cut the distribution off outside the range, and rescale what is left."""
+        """Truncate the distribution to the range and renormalise it."""
         try:
             low, high = (float(limit) for limit in log_snr_range)
         except (TypeError, ValueError):
@@ -97,7 +97,7 @@ class LevelSampler(nn.Module, ABC):
             raise ValueError(f"log_snr_range is ({low:g}, {high:g}), expected low < high: natural log of the SNR")
         ends = torch.tensor([high, low], dtype=torch.float64)
         first, last = self._cdf(ends).tolist() if math.isfinite(low) or math.isfinite(high) else (0.0, 1.0)
-        # An end left open is exactly 0 or 1, whatever the CDF says of infinity.
+        # At an unbounded end u is exactly 0 or 1; a CDF may be inexact at infinity.
         self._first = 0.0 if high == math.inf else first
         self._share = (1.0 if low == -math.inf else last) - self._first
         if not self._share > 0.0:
@@ -108,7 +108,7 @@ class LevelSampler(nn.Module, ABC):
         """Noise levels at uniform numbers.
 
         Args:
-            u: [B] floating, in (0, 1); float64, as `uniforms` gives it, for levels exact far out in the tails.
+            u: [B] floating, in (0, 1); float64, as from `uniforms`, keeps the tails exact.
 
         Raises:
             TypeError: u is not a floating-point tensor.
@@ -125,9 +125,9 @@ class LevelSampler(nn.Module, ABC):
         return ((self._cdf(log_snr.double()) - self._first) / self._share).clamp(0.0, 1.0)
 
     def log_density(self, log_snr: Tensor) -> Tensor:
-        """ln p(log_snr), p the density over log-SNR, [B] float64; -inf where no draw falls.
+        """ln p(log_snr), p the density over log-SNR, [B] float64; -inf outside the range.
 
-        Over ln(sigma) the density is twice that, over sigma 2/sigma times.
+        The density over ln(sigma) is 2·p, that over sigma is 2·p/sigma.
         """
         log_snr = log_snr.double()
         low, high = self.log_snr_range
@@ -136,16 +136,16 @@ class LevelSampler(nn.Module, ABC):
         return torch.where(inside, density, -math.inf)
 
     def update(self, criterion: DiffusionLoss, log_snr: Tensor | None = None) -> None:
-        """Learn from the step just taken. Samplers that do not adapt ignore it.
+        """Adapt to the last training step; a fixed distribution does nothing.
 
         Args:
-            criterion: the loss that was trained on.
-            log_snr: [B], those of this rank's last batch.
+            criterion: the training loss.
+            log_snr: [B] of this rank's last batch.
         """
 
 
 def checked_uniforms(u: Tensor) -> Tensor:
-    """u [B] as float64."""
+    """Check u [B]; return it as float64."""
     if not isinstance(u, Tensor) or not u.is_floating_point():
         got = f"has dtype {u.dtype}" if isinstance(u, Tensor) else f"is a {type(u).__name__}"
         raise TypeError(f"u {got}, expected float64: uniform numbers in (0, 1), see vadiff.levels.uniforms")
@@ -155,7 +155,7 @@ def checked_uniforms(u: Tensor) -> Tensor:
 
 
 def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
-    """A finite number in bounds, as a float."""
+    """Check that a number is finite and in bounds; return it as a float."""
     if not (is_number(value) and math.isfinite(value) and value > above and value >= at_least):
         bound = f" above {above:g}" if above > -math.inf else ""
         bound += f" of at least {at_least:g}" if at_least > -math.inf else ""

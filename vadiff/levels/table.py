@@ -14,25 +14,26 @@ from ..statistics import checked_bins
 from .fixed import EVERYWHERE, LogUniform
 from .sampler import LevelSampler, NoiseLevels, checked_uniforms
 
-_OPEN = 2.0**-54  # keeps a level off the ends, where an unbounded base has an infinite one
+_OPEN = 2.0**-54  # distance of u from 0 and 1, where an unbounded base has infinite log-SNR
 
 
 class Table(LevelSampler):
-    """p(log_snr) ∝ base(log_snr) · factor of the bin it falls in: piecewise constant where the base is uniform.
+    """p(log_snr) ∝ base(log_snr) · factor of its bin: piecewise constant where the base is uniform.
 
-    With factors w at the bin centres this is the "sampling twin" of the weighting w: the same expected gradient, up to
-    one constant, from p·w as from p weighted by w. With `corrected`, each level comes with base/p as sample weight, and
-    the objective stays that of the base: E[sample_weight · loss] over p is E[loss] over the base, exactly.
+    With factors w at the bin centres, sampling replaces the weighting w: levels drawn from this table have the same
+    expected gradient, up to a constant, as levels drawn from the base and weighted by w. With `corrected`, the
+    sample weight is base/p, so that the objective is exactly that of the base: E[sample_weight · loss] over p equals
+    E[loss] over the base.
 
     Args:
         factors: [K] numbers ≥ 0, one per bin, not all 0; none 0 where `corrected`. Only their ratios matter.
         log_snr_range: (low, high) of the K equal-width bins; levels outside belong to the end bins.
-        base: the distribution that is tilted; None is uniform over `log_snr_range`.
-        corrected: give base/p as sample weight.
+        base: the distribution to tilt; None is uniform over `log_snr_range`.
+        corrected: return base/p as sample weight.
 
     Raises:
         ValueError: an argument out of bounds.
-        TypeError: base is no `LevelSampler`.
+        TypeError: base is not a `LevelSampler`.
         RuntimeError: from `load_state_dict`, when the saved bins, range or base differ from these; nothing is loaded
             then.
     """
@@ -40,7 +41,7 @@ class Table(LevelSampler):
     # Bits of float64 in integers: `module.half()` casts every float buffer.
     ratio: Tensor  # int64 [K]: p/base per bin
     masses: Tensor  # int64 [K]: base's probability of each bin
-    edges: Tensor  # int64 [K]: base's u at each bin's less noisy side
+    edges: Tensor  # int64 [K]: base's u at the less noisy edge of each bin
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Table(LevelSampler):
         if not bool((factors.isfinite() & (factors >= 0)).all()):
             raise ValueError("factors has a negative or non-finite number, expected numbers of at least 0")
         if corrected and bool((factors == 0).any()):
-            raise ValueError("factors has a 0, expected positive numbers: what is never drawn cannot be corrected for")
+            raise ValueError("factors has a 0, expected positive numbers: levels never drawn cannot be corrected for")
         if base is None:
             base = LogUniform(math.exp(-0.5 * self.bins.high), math.exp(-0.5 * self.bins.low))
         if not isinstance(base, LevelSampler):
@@ -85,7 +86,7 @@ class Table(LevelSampler):
         return bits.view(torch.float64)
 
     def _set(self, factors: Tensor) -> None:
-        """New factors [K], in place and without a look at their values."""
+        """Set the factors [K] in place, without synchronising."""
         masses = self._numbers(self.masses)
         self._numbers(self.ratio).copy_(factors / (factors * masses).sum())
 
@@ -96,12 +97,12 @@ class Table(LevelSampler):
             raise ValueError(
                 f"u is on {u.device}, expected {ratio.device}: the sampler's. Use u.to({str(ratio.device)!r})."
             )
-        # Noise grows with u and falls with the bin's number: bins are counted from the last.
+        # Noise grows with u and falls with the bin index: start from the last bin.
         drawn = (ratio * masses).flip(0)
         filled = drawn.cumsum(0)
-        filled = filled / filled[-1]  # the last is exactly 1, and u below it
+        filled = filled / filled[-1]  # the last entry is exactly 1, above every u
         place = torch.searchsorted(filled, u, right=True).clamp(max=self.bins.size - 1)
-        part = (1.0 - (filled[place] - u) / drawn[place]).clamp(0.0, 1.0)  # how far into the bin
+        part = (1.0 - (filled[place] - u) / drawn[place]).clamp(0.0, 1.0)  # position inside the bin
         bin_of = self.bins.size - 1 - place
         at = (edges[bin_of] + part * masses[bin_of]).clamp(_OPEN, 1.0 - 2 * _OPEN)
         levels = self.base._levels(at).float()

@@ -1,4 +1,4 @@
-"""A network made into a denoiser D(x; sigma), whatever it predicts itself."""
+"""A denoiser D(x; sigma) from a network that predicts EDM's F or a flow's velocity."""
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ class Denoiser(nn.Module):
     the same noise levels as an EDM one.
 
     Args:
-        network: F; called with c_in·x, [B, C, H, W], and c_noise = ln(sigma)/4, [B], and where `labels` is not 0 with
-            labels, [B] int64, of which the value `labels` means "none given"; returns [B, C, H, W].
+        network: F; called with c_in·x, [B, C, H, W], and c_noise = ln(sigma)/4, [B], and if `labels` is not 0 with
+            labels, [B] int64, where the value `labels` means "none given"; returns [B, C, H, W].
         sigma_data: standard deviation of the data.
-        labels: number of classes, 0 for a network without.
-        image_shape: (C, H, W) of the images, for whoever draws samples.
+        labels: number of classes, 0 for an unconditional network.
+        image_shape: (C, H, W) of the images, used for sampling.
         process: "edm" or "flow".
 
     Raises:
-        ValueError: no such process.
+        ValueError: an unknown process.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Denoiser(nn.Module):
     def network_output(
         self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None, *, network: nn.Module | None = None
     ) -> Tensor:
-        """F: what the network says about `noisy` = x0 + sigma·eps, [B, C, H, W], at levels `sigma`, [B].
+        """F: the network's output for `noisy` = x0 + sigma·eps, [B, C, H, W], at levels `sigma`, [B].
 
         Args:
             labels: [B] int64; None means none given. Not read by a network without classes.
-            network: called in place of F: F compiled, or in the wrapper of a distributed run.
+            network: called in place of F: a compiled F, or F in a distributed wrapper.
         """
         scale = self._preconditioning(sigma)
         network = self.network if network is None else network

@@ -20,31 +20,31 @@ from .magnitude_preserving import (
 )
 from .unet import check_attention, check_halvings
 
-_BRANCH_SHARE = 0.3  # t of a residual branch
-_LARGEST = 256.0  # activations are clipped there, far from what float16 can hold
+_BRANCH_SHARE = 0.3  # weight t of the residual branch in `mp_sum`
+_LARGEST = 256.0  # activations are clipped to +-this, far below float16's 65504
 
 
 class EDM2UNet(nn.Module):
     """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W] in x's dtype.
 
-    Config G of EDM2 (arXiv 2312.02696): no biases and no group norms, magnitudes are kept by
-    the layers; the noise level and the class scale the channels of each block; a channel of ones stands in for biases;
-    the output starts at 0. Call `normalize_weights` after each optimiser step; `vadiff train` does.
+    Config G of EDM2 (arXiv 2312.02696): no biases and no group norms; the layers preserve
+    magnitudes; the noise level and the class scale the channels of each block; an input channel of ones replaces
+    biases; the output starts at 0. Call `normalize_weights` after each optimiser step; `vadiff train` does.
 
-    Runs in the dtype of `torch.autocast` where that is on. Initialised from torch's global random state.
+    Runs in the dtype of `torch.autocast` if enabled. Initialised from torch's global random state.
 
     Args:
         image_shape: (C, H, W).
         channels: width of each resolution, from H × W down; the paper's S at 64 × 64 is (192, 384, 576, 768).
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
         attention_resolutions: heights (in pixels) of the resolutions with self-attention; None is the paper's 16 and 8,
-            as far as there are such. The middle always has it.
+            where present. The middle blocks always have it.
         dropout: in the residual blocks.
-        labels: number of classes, to which one is added for "none given"; 0 for a network without.
-        head_channels: of an attention head; a narrower layer has one head.
+        labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
+        head_channels: channels per attention head; a narrower layer has one head.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: inconsistent sizes.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class _Block(nn.Module):
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        if not self.decoder:  # the way up needs no norm: its blocks start from those of the way down
+        if not self.decoder:  # the decoder needs no norm: its inputs come from the encoder
             x = pixel_norm(self._matched(x))
         scale = 1.0 + self.modulation(embedding, self.modulation_gain)
         branch = self.conv0(mp_silu(x)) * scale[:, :, None, None]

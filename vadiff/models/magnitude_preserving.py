@@ -1,7 +1,7 @@
-"""Layers that keep the magnitude of what flows through them: RMS 1 in, RMS 1 out, without norms on the way.
+"""Magnitude-preserving layers: inputs of RMS 1 give outputs of RMS 1.
 
-Source: EDM2 (arXiv 2312.02696); equation numbers are its. "Magnitude" is the root mean
-square over elements. Norms are computed in float32 at least, whatever the activations are in.
+Source: EDM2 (arXiv 2312.02696); equation numbers refer to it. "Magnitude" is the root mean
+square over elements. Norms are computed in at least float32, whatever the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 class MPFourier(nn.Module):
     """√2·cos(2π(f·a + φ)) with f ~ N(0, 1) and φ ~ U(0, 1), neither of them trained (eq. 75).
 
-    Maps a [B] to [B, channels], in float32 at least.
+    Maps a [B] to [B, channels], in at least float32.
 
     Args:
         channels: number of features.
@@ -68,11 +68,11 @@ class MPFourier(nn.Module):
 
 
 class MPWeight(nn.Module):
-    """A weight [out, in, ...] that acts with magnitude 1 for every output, however large it is itself.
+    """A weight [out, in, ...] that is normalised to magnitude 1 per output whenever it is used.
 
-    What acts is gain·w/(√fan_in·RMS(w)), per output (eqs. 47, 66). The division is part of the graph, so that the
-    gradient is orthogonal to w. Each step then makes w longer and the next one relatively smaller: `normalize_weights`
-    after the step puts w back on its sphere ("forced weight normalisation"), which leaves the function as it is.
+    The effective weight is gain·w/(√fan_in·RMS(w)), per output (eqs. 47, 66). The division is part of the graph, so
+    that the gradient is orthogonal to w. Each step then lengthens w, which makes the next step relatively smaller:
+    `normalize_weights` after the step rescales w ("forced weight normalisation") without changing the function.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -81,7 +81,7 @@ class MPWeight(nn.Module):
         self.normalize()
 
     def effective(self, gain: float | Tensor = 1.0) -> Tensor:
-        """The weight that acts, of the shape of `weight`."""
+        """The effective weight, of the shape of `weight`."""
         return self._unit() * (gain / math.sqrt(self.weight[0].numel()))
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class MPConv(MPWeight):
 
 
 class CosineAttention(nn.Module):
-    """x [B, C, H, W] mixed with what every pixel finds in the others, by cosine similarity.
+    """Self-attention by cosine similarity over the pixels of x [B, C, H, W], added to x.
 
     Queries, keys and values have magnitude 1 over the N channels of a head, so that scores q·k/√N lie within ±√N and
     fit into float16. The sum with x is `mp_sum`.
@@ -128,7 +128,7 @@ class CosineAttention(nn.Module):
     Args:
         channels: C.
         heads: divides C.
-        share: t of the sum with x.
+        share: weight t of the attention output in `mp_sum`.
     """
 
     def __init__(self, channels: int, heads: int, share: float = 0.3) -> None:
@@ -140,19 +140,19 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        pixels = self.qkv(x).permute(0, 2, 3, 1)  # no copy where memory is channels_last
+        pixels = self.qkv(x).permute(0, 2, 3, 1)  # no copy if memory is channels_last
         heads = pixels.reshape(batch, height * width, 3, self.heads, channels // self.heads)
         q, k, v = normalized(heads, [-1]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, H·W, N] each
-        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        found = found.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return mp_sum(x, self.out(found), self.share)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        attended = attended.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return mp_sum(x, self.out(attended), self.share)
 
 
 def normalize_weights(module: nn.Module) -> None:
-    """Scale every `MPWeight` in a module to magnitude 1, after an optimiser's step; the function stays what it was.
+    """Scale every `MPWeight` in a module to magnitude 1, after an optimiser's step; the function does not change.
 
-    With Adam, whose steps are of one size, a weight of fixed size learns at a rate that the schedule alone decides.
-    In a loop of your own: `optimizer.register_step_post_hook(lambda *_: normalize_weights(network))`.
+    Adam's steps have a fixed size: with weights of a fixed size, the schedule alone sets the relative learning rate.
+    In your own loop: `optimizer.register_step_post_hook(lambda *_: normalize_weights(network))`.
     """
     for part in module.modules():
         if isinstance(part, MPWeight):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..extras import import_extra
 
-# diffusers embeds a timestep in sines of periods from 2π up, made for 0 to 1000; c_noise is -1.5 to 1.1.
+# diffusers' timestep embedding, sines of period 2π and longer, is made for 0 to 1000; c_noise is -1.5 to 1.1.
 _STEPS_PER_C_NOISE = 100.0
 
 
@@ -28,13 +28,13 @@ def unet(
         channels: width of each resolution, from H × W down; multiples of `norm_groups`.
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
         attention_resolutions: heights (in pixels) of the resolutions with self-attention.
-        norm_groups: of group normalisation.
+        norm_groups: number of groups of group normalisation.
         dropout: in the residual blocks.
-        labels: number of classes, to which one is added for "none given"; 0 for a network without.
+        labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
 
     Raises:
         MissingExtraError: diffusers is not installed.
-        ValueError: sizes that do not fit.
+        ValueError: inconsistent sizes.
     """
     channel_count, height, width = image_shape
     check_halvings(image_shape, channels)
@@ -58,13 +58,13 @@ def unet(
 
 
 def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -> None:
-    """Whether images of (C, H, W) have as many resolutions as there are widths.
+    """Check that images of (C, H, W) have as many resolutions as there are widths.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they have fewer, or there is no width.
     """
     if not channels:
-        raise ValueError("channels is (), expected one width per resolution, one at least")
+        raise ValueError("channels is (), expected one width per resolution, at least one")
     _, height, width = image_shape
     multiple = 2 ** (len(channels) - 1)
     if height % multiple or width % multiple:
@@ -75,27 +75,27 @@ def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -
 
 
 def check_attention(height: int, channels: Sequence[int], attention_resolutions: Collection[int]) -> None:
-    """Whether every resolution that should have self-attention is one of the network's.
+    """Check that every resolution with self-attention is one of the network's.
 
     Raises:
         ValueError: some are not.
     """
     resolutions = [height >> level for level in range(len(channels))]
-    strangers = [resolution for resolution in attention_resolutions if resolution not in resolutions]
-    if strangers:
+    unknown = [resolution for resolution in attention_resolutions if resolution not in resolutions]
+    if unknown:
         raise ValueError(
-            f"attention_resolutions has {', '.join(map(str, strangers))}, but with {len(channels)} widths images of "
+            f"attention_resolutions has {', '.join(map(str, unknown))}, but with {len(channels)} widths images of "
             f"height {height} have the resolutions {', '.join(map(str, resolutions))}. Give some of these, or () for "
             "no attention"
         )
 
 
 class _UNet(nn.Module):
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, **options: object) -> None:
         super().__init__()
         unet_2d = import_extra("diffusers.models.unets.unet_2d", "train")
-        # channels_last is a tenth faster on a CPU, and what tensor cores want.
-        self.unet = unet_2d.UNet2DModel(**settings).to(memory_format=torch.channels_last)
+        # channels_last is 10 % faster on a CPU, and the layout of tensor cores.
+        self.unet = unet_2d.UNet2DModel(**options).to(memory_format=torch.channels_last)
 
     def forward(self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         noisy = noisy.contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,6 @@
-"""The private names of torch that vadiff uses, each with what stands in where a torch has no such name.
+"""Private functions of torch that vadiff uses, each with a fallback for torch versions without it.
 
-All are asked at every call, so each is one C function."""
+All are called at every step, so each is a single C function."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch.compiler import is_compiling
 _C: Any = torch._C
 
 
-def _private(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """torch._C.<path>, or `otherwise`."""
+def _private(path: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """torch._C.<path>, or `fallback` if torch has none."""
     found = _C
     for name in path.split("."):
         found = getattr(found, name, None)
-    return found or otherwise
+    return found or fallback
 
 
-# Whether a second backward may follow the one that runs; if torch does not say: yes, and the gradient is copied.
+# Whether the running backward keeps its graph for another one; fallback: yes, so that the gradient is copied.
 graph_is_kept: Callable[[], bool] = _private("_autograd._get_current_graph_task_keep_graph", lambda: True)
 
-# Number of the backward pass that this call is made from, -1 outside; if torch does not say: outside.
+# Id of the backward pass that makes this call, -1 outside of one; fallback: outside.
 _backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
 
-# What has to see an operator instead of its result: torch.jit's tracer, the profiler, dispatch modes, torch.func.
+# Observers that must see the operators of a call: torch.jit's tracer, the profiler, dispatch modes, torch.func.
 _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
@@ -48,10 +48,10 @@ def transformed() -> bool:
 
 
 def observed(values: tuple[Any, ...]) -> bool:
-    """Whether a call has to go through the dispatcher, which costs 40 to 55 µs.
+    """Whether a call must go through the dispatcher, which costs 40 to 55 µs.
 
-    So it is where a compiler, tracer, profiler or dispatch mode is active, or where one of the values is a tensor
-    subclass, a lazily negated tensor, or a tensor without memory (a lazy zero)."""
+    True if a compiler, tracer, profiler or dispatch mode is active, or if one of the values is a tensor subclass, a
+    lazily negated tensor, or a tensor without memory (a lazy zero)."""
     if is_compiling() or _tracing_state() or _profiling() or _dispatch_modes() > 0:
         return True
     for value in values:
@@ -67,14 +67,14 @@ def observed(values: tuple[Any, ...]) -> bool:
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its Python, which looks for transforms of torch.func; those are refused before."""
+    """The C++ part of `function.apply`, without the check for transforms of torch.func, which are refused before."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def raising_if_differentiated(gradient: Tensor | None, message: str) -> Tensor | None:
     """A gradient that raises `message` when it is differentiated.
 
-    `once_differentiable` would leave out the missing derivative in silence where other terms have one."""
+    `once_differentiable` would silently omit the missing derivative if other terms have one."""
     if gradient is None:
         return None
     delayed = getattr(_C._functions, "DelayedError", None)

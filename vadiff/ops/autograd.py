@@ -19,11 +19,11 @@ from .problem import SLOPE, Inputs, Problem, State
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _ONCE = "the gradient of vadiff's loss cannot be differentiated a second time"
-_RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # what of the inputs a deferred backward reads
+_RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # inputs that a deferred backward reads
 
 
 class _Call(NamedTuple):
-    """What `_Loss` is given in one argument: torch unwraps each in Python."""
+    """The arguments of `_Loss` that need no gradient, in one: torch processes each argument in Python."""
 
     problem: Problem
     inputs: Inputs
@@ -34,10 +34,11 @@ class _Call(NamedTuple):
 
 
 class _Loss(torch.autograd.Function):
-    """Differentiates by `prediction` and `base_weight`.
+    """Differentiable with respect to `prediction` and `base_weight`.
 
-    Eager, the per-sample results are appended to `made`: a second output costs 5 µs. Under torch.compile they are that
-    second output, and `prediction` and `base_weight` are None in `inputs`, as one tensor must not be given twice."""
+    In eager mode the per-sample results are appended to `made`, because a second output costs 5 µs. Under torch.compile
+    they are a second output, and `prediction` and `base_weight` are None in `inputs`: one tensor must not be passed
+    twice."""
 
     @staticmethod
     def forward(
@@ -46,12 +47,12 @@ class _Loss(torch.autograd.Function):
         problem, inputs, state, fused, update, made = call
         if inputs.prediction is None:
             inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
-        if not fused:  # what is saved
+        if not fused:  # save one dense layout, so that the backward copies nothing
             inputs = operators.one_layout(inputs)
         loss, per_sample, gradient = operators.step(problem, inputs, state, gradient=fused, update=update)
         ctx.set_materialize_grads(False)
         ctx.problem, ctx.fused, ctx.mean = problem, fused, inputs.mean
-        # Never save what is returned: `loss /= n` would spoil it.
+        # Never save a returned tensor: the caller's in-place `loss /= n` would invalidate it.
         if fused and base_weight is None:
             ctx.save_for_backward(gradient)
         elif fused:
@@ -87,14 +88,14 @@ class _Loss(torch.autograd.Function):
             by_base_weight = per_sample[SLOPE] * upstream
             if ctx.mean:
                 by_base_weight = by_base_weight / by_base_weight.shape[0]
-        if torch.is_grad_enabled():  # create_graph: this gradient is right, its own derivative would be missing
+        if torch.is_grad_enabled():  # create_graph: the gradient is right, but not differentiable
             by_prediction = raising_if_differentiated(by_prediction, _ONCE)
             by_base_weight = raising_if_differentiated(by_base_weight, _ONCE)
         return by_prediction, by_base_weight, None
 
 
 def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
-    """The inputs that a deferred forward saved; None for those that a backward does not read."""
+    """The inputs saved by a deferred forward; fields that the backward does not read are None."""
     fields: dict[str, Any] = {**dict.fromkeys(Inputs._fields), "mean": ctx.mean}
     fields.update(zip("abc", ctx.numbers, strict=True))
     fields.update(zip(ctx.read, tensors, strict=True))
@@ -133,7 +134,7 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) -> Tensor:
-    """w*v*loss [B] of per-sample losses [B], differentiable by them; the weights are constants.
+    """w*v*loss [B] of per-sample losses [B], differentiable with respect to them; the weights are constants.
 
     Raises:
         RuntimeError: as `diffusion_loss`.
@@ -143,7 +144,7 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) ->
     loss = inputs.prediction
     detached = inputs._replace(prediction=loss.detach().contiguous())
     factor = operators.reweight(problem, detached, state, update=update)
-    if inputs.sample_weight is not None:  # a masked sample may have lost a NaN
+    if inputs.sample_weight is not None:  # a masked sample's loss may be NaN, and NaN * 0 is NaN
         loss = loss.masked_fill(inputs.sample_weight == 0, 0.0)
     return loss * factor
 

@@ -1,9 +1,9 @@
 """Which implementation runs a call: "auto", "reference", "native" (csrc/) or "triton".
 
-An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". It is
-decided at call time, inside the operators; a captured CUDA graph keeps what it was captured with. "auto" takes the
-fused kernels where they can run and the reference elsewhere; a backend asked for by name that cannot run raises,
-with the command that mends it.
+An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". The
+choice is made at call time, inside the operators; a captured CUDA graph keeps its backend. "auto" takes the fused
+kernels where they can run and the reference elsewhere; a backend requested by name that cannot run raises, with the
+command that fixes it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
 
     Raises:
         ValueError: the environment variable names no backend.
-        RuntimeError: a backend asked for by name cannot run the call; the message says why and what mends it.
+        RuntimeError: a backend requested by name cannot run the call; the message says why and how to fix it.
     """
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -54,7 +54,7 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
 
 
 def backend_report() -> dict[str, tuple[bool, str]]:
-    """For each backend, whether it can run on this machine, and why not (or where it does)."""
+    """For each backend, whether it can run on this machine, and for which tensors or why not."""
     return {
         "reference": (True, "any device, plain PyTorch"),
         "native": _native_report(),
@@ -78,7 +78,7 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
 
 
 class Obstacle(Exception):
-    """Why a backend cannot run, and what mends it; its cause is the error met."""
+    """Why a backend cannot run, and how to fix it; `__cause__` is the error, if there was one."""
 
 
 def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | Obstacle:
@@ -97,8 +97,8 @@ def native_obstacle(kernels: ModuleType, device: torch.device) -> str | None:
     if device.type == "cuda" and kernels.CUDA_ARCHITECTURES:
         return _architecture_obstacle(kernels.CUDA_ARCHITECTURES, torch.cuda.get_device_capability(device))
     if device.type == "cuda":
-        return f"its tensors are on {device}, and the native kernels were built for CPUs only. {native_build()}"
-    return f"its tensors are on {device}, and the native kernels run on CPUs and CUDA devices"
+        return f"the tensors are on {device}, and the native kernels were built for CPUs only. {native_build()}"
+    return f"the tensors are on {device}, and the native kernels run on CPUs and CUDA devices"
 
 
 def _architecture_obstacle(built: str, capability: tuple[int, int]) -> str | None:
@@ -149,21 +149,21 @@ def _triton_report() -> tuple[bool, str]:
 
 
 def native_build() -> str:
-    """How to get what the build of the native kernels left out, as setup.py noted it or else in general."""
+    """How to build the missing native kernels: the note of setup.py, or the general command."""
     return _build_note() or _BUILD
 
 
 def _build_note() -> str:
-    """What setup.py noted; "" if it left nothing out, or left no note."""
+    """The note of setup.py on kernels that it did not build; "" if there is none."""
     note = Path(__file__).parent.with_name("_native_build.txt")
     return note.read_text().strip() if note.exists() else ""
 
 
 @functools.cache
 def load_native() -> ModuleType | Obstacle:
-    """The compiled kernels, or why they cannot be loaded; tried once."""
+    """The native kernels, or why they cannot be loaded; cached."""
     try:
-        importlib.import_module("vadiff._native")  # first: `from . import _native` does not say that it is missing
+        importlib.import_module("vadiff._native")  # first: only this error says that it is missing
         return importlib.import_module("vadiff.ops.native")
     except ModuleNotFoundError as error:
         return _obstacle(f"the native kernels are not built. {native_build()}", error)
@@ -173,7 +173,7 @@ def load_native() -> ModuleType | Obstacle:
 
 @functools.cache
 def _load_triton() -> ModuleType | Obstacle:
-    """The kernels, or why they cannot be loaded; tried once."""
+    """The Triton kernels, or why they cannot be loaded; cached."""
     try:
         return importlib.import_module("vadiff.triton_kernels")
     except ImportError as error:

@@ -1,15 +1,15 @@
-"""The operators of torch, and the way of a call to a backend.
+"""The torch operators, and the dispatch of a call to a backend.
 
-Five operators in the namespace `vadiff`, opaque to the compiler, so that what Python decides (backend, environment,
-process group) is decided at call time:
+Five operators in the namespace `vadiff`, opaque to the compiler, so that decisions in Python (backend, environment,
+process group) are made at call time:
 
-    diffusion_loss             one step: loss, per-sample results, gradient; moves the statistics
+    diffusion_loss             one step: loss, per-sample results, gradient; updates the statistics
     diffusion_loss_backward    gradient from the inputs of a step
     scale_gradient             gradient * upstream into a new tensor, or (scale_gradient_) in place
-    reweight                   factors for per-sample losses computed elsewhere; moves the statistics
+    reweight                   factors for per-sample losses computed elsewhere; updates the statistics
 
-`step`, `backward`, `scale` and `reweight` are what the rest of vadiff calls. They pass the dispatcher where something
-observes the call (`vadiff.ops._torch.observed`), else they call the backend directly, which saves 40 to 55 µs.
+`step`, `backward`, `scale` and `reweight` are what the rest of vadiff calls. They go through the dispatcher if
+something observes the call (`vadiff.ops._torch.observed`), else directly to the backend, which saves 40 to 55 µs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, comp
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
-# The flat arguments, in the names of Inputs, State, Problem and TableRule; `a_each` [B] or the number `a`.
+# The flat arguments, named as the fields of Inputs, State, Problem, TableRule; `a_each` [B] or the number `a`.
 _RESIDUAL = (
     "Tensor prediction, Tensor? target, Tensor? noise, "
     "Tensor? a_each, Tensor? b_each, Tensor? c_each, float a, float b, float c"
@@ -57,7 +57,7 @@ _NO_STATISTICS = Problem(Bins(2, -1.0, 1.0), half_life=1.0)  # of a backward, wh
 _library = torch.library.Library("vadiff", "DEF")
 
 
-# The way of a call
+# Dispatch of a call
 
 
 def step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool) -> Step:
@@ -83,7 +83,7 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
 
 
 def scale(gradient: Tensor, upstream: Tensor, backend: str, *, in_place: bool) -> Tensor:
-    """gradient * upstream, a scalar: in the gradient's own memory, or in a new tensor."""
+    """gradient * upstream (a scalar), in place or in a new tensor."""
     if not in_place:
         result: Tensor = torch.ops.vadiff.scale_gradient(gradient, upstream, backend)
         return result
@@ -155,9 +155,9 @@ def _gather(problem: Problem) -> Gather | None:
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def gather(batch: Tensor) -> Tensor:
-        everyone = batch.new_empty(ranks * batch.numel())
-        all_gather(everyone, batch)
-        return everyone.view(ranks, -1)
+        gathered = batch.new_empty(ranks * batch.numel())
+        all_gather(gathered, batch)
+        return gathered.view(ranks, -1)
 
     return gather
 
@@ -208,7 +208,7 @@ def _unflat(flat: dict[str, Any]) -> tuple[Problem, Inputs, State]:
     return _made(Problem, flat), _made(Inputs, flat), state
 
 
-# What the operators run
+# Implementations of the operators
 
 
 def _run_step(flat: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -243,7 +243,7 @@ def _run_reweight(flat: dict[str, Any]) -> Tensor:
     return result
 
 
-# What the compiler is told of the results
+# Fake implementations: shapes and dtypes for the compiler
 
 
 def _fake_step(flat: dict[str, Any]) -> tuple[Tensor, ...]:

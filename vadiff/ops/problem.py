@@ -1,14 +1,14 @@
-"""The contract of one call: what stays from call to call, what a call is given, what it moves, what it returns.
+"""The data types of one call: `Problem` (constants), `Inputs`, `State` (updated in place) and `Step` (results).
 
-Every backend is a module with four functions, here with these types:
+Every backend is a module with four functions:
 
     step(problem, inputs, state, *, gradient, update, gather) -> Step
     backward(problem, inputs, per_sample, upstream) -> Tensor        gradient of a loss that `step` returned
     scale(gradient, upstream, out) -> None                           out = gradient * upstream
     reweight(problem, inputs, state, *, update, gather) -> Tensor    factors of losses computed elsewhere
 
-`vadiff.ops.reference` defines what they compute. Backends believe their inputs: `make_inputs` checks what users give,
-`vadiff.ops.operators` brings prediction, target and noise into one dense layout with the batch outermost.
+`vadiff.ops.reference` defines what they compute. Backends do not check their inputs: `make_inputs` checks those of
+users, `vadiff.ops.operators` brings prediction, target and noise into one dense layout with the batch outermost.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bins(NamedTuple):
 
 
 class TableRule(NamedTuple):
-    """How statistics become an adaptive weight table. `statistic` "" means: no table (fixed weighting)."""
+    """Parameters of an adaptive weight table; `statistic` "" means no table (fixed weighting)."""
 
     statistic: str = ""  # "std", "mean" or "rms" of the base loss
     strength: float = 1.0
@@ -61,10 +61,10 @@ NO_TABLE = TableRule()
 
 
 class Problem(NamedTuple):
-    """What stays the same from call to call of a criterion."""
+    """What is constant over the calls of a criterion."""
 
     bins: Bins
-    half_life: float  # samples per bin, on average, after which a sample counts half
+    half_life: float  # mean number of samples per bin after which a sample counts half
     rule: TableRule = NO_TABLE
     huber_delta: float = 0.0  # 0: squared error
     sync: bool = True  # merge the statistics of all ranks
@@ -72,9 +72,9 @@ class Problem(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one call is given. For `reweight`, `prediction` holds the per-sample losses [B], and a = 1, b = c = 0.
+    """The inputs of one call. For `reweight`, `prediction` holds the per-sample losses [B], and a = 1, b = c = 0.
 
-    [B]-shaped tensors are contiguous, float32, or float64 beside a float64 prediction; log_snr is always float32."""
+    [B]-shaped tensors are contiguous, float32 (float64 with a float64 prediction); log_snr is always float32."""
 
     prediction: Tensor  # F [B, ...], float32, bfloat16, float16 or float64
     target: Tensor | None  # x0 [B, ...], any of these dtypes; None: not read
@@ -90,18 +90,18 @@ class Inputs(NamedTuple):
 
 
 class State(NamedTuple):
-    """The buffers of a criterion that a call reads and, in training, moves in place."""
+    """The buffers of a criterion that a call reads and, in training, updates in place."""
 
     state: Tensor  # int64 [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; a CUDA kernel's ticket
     log_weights: Tensor  # int32 [K]: bits of float32 ln w at the bin centres
 
 
 class Step(NamedTuple):
-    """What a step returns."""
+    """The results of a step."""
 
     loss: Tensor  # scalar, or [B] for reduction "none"
     per_sample: Tensor  # [4, B], rows ELL, FACTOR, SLOPE, MASKED
-    gradient: Tensor  # of the mean loss by the prediction, in its dtype and layout; [0] where none was asked for
+    gradient: Tensor  # of the mean loss by the prediction, in its dtype and layout; [0] if not requested
 
 
 # Rows of `Step.per_sample`.
@@ -183,7 +183,7 @@ def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Te
 def _check_coefficients(
     coefficients: object, noise: Tensor | None, samples: int, device: torch.device, dtype: torch.dtype
 ) -> list[Coefficient]:
-    """[a, b, c] of r = a*prediction + b*target + c*noise; a nonzero c and a noise need each other."""
+    """[a, b, c] of r = a*prediction + b*target + c*noise; a nonzero c requires noise."""
     if coefficients is None:
         raise ValueError("noise is given without coefficients: pass coefficients=(a, b, c), or leave noise out")
     if not isinstance(coefficients, (tuple, list)) or len(coefficients) != 3:

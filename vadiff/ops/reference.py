@@ -1,4 +1,4 @@
-"""The whole contract of one step in plain PyTorch, readable top to bottom.
+"""Reference implementation of one step in plain PyTorch: it defines what every backend computes.
 
 Oracle of every test, fallback on any device, baseline of every benchmark. The fused backends offer the same four
 functions, at the end of this file; their types are those of `vadiff.ops.problem`.
@@ -12,14 +12,14 @@ Notation, per sample i and bin k:
     w(lambda_i)                weight: from the table, given, or 1; NaN where lambda_i is NaN
     loss = mean_i w u v ell    every sample's weight comes from the statistics before this batch
 
-Masked: u = 0 or v = 0. A masked sample has no loss, no gradient and enters no bin, whatever else it has.
+Masked: u = 0 or v = 0. A masked sample has no loss, no gradient and enters no bin, whatever its other values are.
 Skipped: a sample that is not masked, with a NaN lambda or a non-finite ell, u, v or g. It enters no bin and is counted.
-Its loss and gradient are what the arithmetic makes of it, as with `F.mse_loss`; other samples do not notice.
+Non-finite values propagate to its loss and gradient as in `F.mse_loss`; other samples are unaffected.
 
 State of K bins: `state` int64 [4K + 2], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
 squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket by which a CUDA kernel counts
 its finished blocks, 0 between calls; `log_weights` int32 [K], the bits of float32 ln w at the bin centres. Integers,
-because `module.half()` casts every float buffer. A batch's statistics travel as one float64 vector [4K + 1]: n, mean,
+because `module.half()` casts every float buffer. The statistics of a batch are one float64 vector [4K + 1]: n, mean,
 M2, mass, skipped.
 
 Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber's function as in
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .problem import FACTOR, MASKED, Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
-BLOCK = 4096  # elements summed in float32 before float64 takes over
+BLOCK = 4096  # elements summed in float32; blocks are summed in float64
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
 
@@ -59,7 +59,7 @@ def residual(inputs: Inputs) -> Tensor:
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """[B] as [B, 1, ...], to go with `like` [B, ...]."""
+    """[B] as [B, 1, ...], to broadcast with `like` [B, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -98,11 +98,11 @@ def log_weight_at(log_weights: Tensor, log_snr: Tensor, bins: Bins) -> Tensor:
 
 
 class Samples(NamedTuple):
-    """What each sample of a batch is worth; all [B]."""
+    """Per-sample losses, weights and flags; all [B]."""
 
     base_loss: Tensor  # g = u*ell
     masked: Tensor  # bool: no loss, no gradient, enters no bin
-    skipped: Tensor  # bool: not finite, enters no bin and is counted
+    skipped: Tensor  # bool: non-finite, enters no bin and is counted
     factor: Tensor  # w*u*v; 0 if masked
     slope: Tensor  # w*v*ell, the derivative by u; 0 if masked
     weighted: Tensor  # w*u*v*ell; 0 if masked
@@ -167,7 +167,7 @@ def merge(parts: Tensor, bins: Bins) -> Tensor:
 
 
 def _chan(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge two sets of moments, each [4, K]: n, mean, M2, mass. An empty side leaves the other's bits alone."""
+    """Merge two sets of moments, each [4, K]: n, mean, M2, mass. Merging with an empty side keeps the other's bits."""
     n = old[0] + new[0]
     share = torch.where(n > 0, new[0] / n, 0.0)
     delta = torch.where(new[0] > 0, new[1] - old[1], 0.0)
@@ -182,7 +182,7 @@ def moments_of(state: Tensor, bins: Bins) -> Tensor:
 def fold(state: Tensor, batch: Tensor, half_life: float, bins: Bins) -> None:
     """Forget, then merge one batch into `state`, in place.
 
-    rho = 2**(-N / (half_life * K)) for the N samples that entered: one clock for all bins, counted in samples."""
+    rho = 2**(-N / (half_life * K)) for the N recorded samples of the batch, the same in all bins."""
     moments = moments_of(state, bins)
     new = batch[:-1].view(4, bins.size)
     rho = torch.exp2(-new[0].sum() / (half_life * bins.size))
@@ -205,9 +205,9 @@ def weight_table(moments: Tensor, bins: Bins, rule: TableRule) -> Tensor:
 
     1. a_k = -strength * ln s_k, s_k the bin's std, mean or rms.
     2. Local linear smoothing over bins with a value within three widths h, ridge 32 h**2/Q on the slope, clamped to
-       the values in reach: bins without a value borrow. The count follows: n~_k = Q.
+       the range of those values: bins without a value take their neighbours'. Smoothed count: n~_k = Q.
     3. Centre on the mean by mass, clamp to +-ln clip, shrink by n~ / (n~ + prior).
-    4. w = c * e**a with c = sum(m mu) / sum(m e**a mu), which leaves the expected loss where it was."""
+    4. w = c * e**a with c = sum(m mu) / sum(m e**a mu), which preserves the expected loss."""
     n, mean, m2, mass = moments
     occupied = n >= EMPTY
     if rule.statistic == "std":
@@ -237,7 +237,7 @@ def smooth(a: Tensor, n: Tensor, bins: Bins, rule: TableRule) -> tuple[Tensor, T
     """Step 2 of `weight_table`: a and n [K], n = 0 where a bin has no value. Returns smoothed a and n~ = Q."""
     h = rule.smoothing
     k = torch.arange(bins.size, device=a.device)
-    offset = k - k[:, None]  # [K, K]: row = bin asked for, column = bin j in reach
+    offset = k - k[:, None]  # [K, K]: row = target bin, column = bin j within the radius
     d = offset.double() * bins.width
     q = torch.where(offset.abs() <= rule.radius(bins), n * torch.exp(-(d * d) / (2 * h * h)), 0.0)
     total = q.sum(1)
@@ -259,27 +259,27 @@ def smooth(a: Tensor, n: Tensor, bins: Bins, rule: TableRule) -> tuple[Tensor, T
 def step(
     problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
 ) -> Step:
-    """One step: loss, what a backward needs besides the inputs, and with `gradient` the gradient of the mean loss.
+    """One step: loss, per-sample results for a backward, and with `gradient` the gradient of the mean loss.
 
-    With `update`, `state` moves in place, after the weights of this batch were read. `gather` brings the batch
-    statistics of all ranks together; None: one rank."""
+    With `update`, `state` is updated in place, after the weights of this batch were read. `gather` collects the
+    batch statistics of all ranks; None: one rank."""
     r = residual(inputs)
     ell = per_sample_loss(r, problem.huber_delta)
     samples = classify(ell, inputs, state.log_weights if problem.rule.statistic else None, problem.bins)
     loss = samples.weighted
     if inputs.mean:
         loss = loss.mean(dtype=torch.float64).to(ell.dtype)
-    made = inputs.prediction.new_empty(0)
+    by_prediction = inputs.prediction.new_empty(0)
     if gradient:
         scale = 1.0 / inputs.prediction.numel()
-        made = _gradient(r, samples.factor, samples.masked, inputs, problem.huber_delta, scale)
+        by_prediction = _gradient(r, samples.factor, samples.masked, inputs, problem.huber_delta, scale)
     if update:
         _update(problem, samples, inputs, state, gather)
-    return Step(loss, torch.stack([ell, samples.factor, samples.slope, samples.masked.to(ell.dtype)]), made)
+    return Step(loss, torch.stack([ell, samples.factor, samples.slope, samples.masked.to(ell.dtype)]), by_prediction)
 
 
 def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient by the prediction from the inputs of a step; `upstream` is a scalar (loss was the mean) or [B]."""
+    """Gradient by the prediction from the inputs of a step; `upstream` is a scalar (reduction "mean") or [B]."""
     r = residual(inputs)
     samples = 1 if upstream.dim() == 0 else len(r)
     factor = per_sample[FACTOR] * upstream.to(r.dtype)
@@ -294,7 +294,7 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
     """Record per-sample base losses [B]; return their factors w*v [B], 0 if masked, NaN where the loss is not finite.
 
-    With `update`, `state` moves in place, after the weights of this batch were read."""
+    With `update`, `state` is updated in place, after the weights of this batch were read."""
     loss = inputs.prediction
     samples = classify(loss, inputs, state.log_weights if problem.rule.statistic else None, problem.bins)
     if update:

@@ -25,9 +25,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`GapLevels` and `GapWeighting`, which had their place here in version 0.1.
+    """Old names of version 0.1: `levels.GapLevels` and `weighting.GapWeighting`.
 
-    They are in `vadiff.levels` and `vadiff.weighting`. This is the one place where an import goes up.
+    This is the only import of a module that itself depends on this package.
     """
     from .. import levels, weighting
 

@@ -1,4 +1,4 @@
-"""The optimal loss of a network that is told the class."""
+"""The optimal loss of a class-conditional network."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def estimate_given_class(
 ) -> OptimalLoss:
     """J* of a denoiser D(noisy, sigma, label): the mean over samples of the J* of their own class.
 
-    Below that of the data as a whole, which bounds a network that is told nothing: knowing the class leaves less to
-    guess. At high noise it rises to the variance within classes, which here is `total_variance`. Each class is
-    estimated from all its samples, until it is as sure as `estimate_until` would be; the standard error of the mean
-    is smaller. A class of one sample has none.
+    It is below the J* of the whole data set, which bounds an unconditional network, because the class is information
+    about x0. At high noise it rises to the variance within classes, given as `total_variance`. Each class is estimated
+    from all its samples with the precision of `estimate_until`; the standard error of the mean over classes is smaller.
+    A class of one sample contributes 0.
 
     Args:
         data: [N, ...] floating.
@@ -40,17 +40,17 @@ def estimate_given_class(
         sigmas, limit, relative, absolute, seed, chunk, device: as in `estimate_until`, for each class.
 
     Returns:
-        A curve with the number of classes in `classes`, and the draws of all of them.
+        A curve with the number of classes in `classes`; `draws` is the sum over classes.
 
     Raises:
         TypeError: data is not a floating-point tensor.
-        ValueError: labels do not fit the data, or another argument is out of bounds.
+        ValueError: labels are not [N], no class has two samples, or another argument is out of bounds.
     """
     if labels.shape != (len(data),):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({len(data)},): one for each sample")
     kinds, sizes = labels.cpu().unique(return_counts=True)
     if not bool((sizes > 1).any()):
-        raise ValueError("labels has no class of two samples, expected one at least: J* of single samples is 0")
+        raise ValueError("labels has no class of two samples, expected at least one: J* of a single sample is 0")
     flops = 0.0  # of the classes so far
     curves: list[tuple[float, OptimalLoss]] = []
     for kind, size in zip(kinds.tolist(), sizes.tolist(), strict=True):

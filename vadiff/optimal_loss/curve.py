@@ -33,8 +33,8 @@ class OptimalLoss:
     """J*(sigma) = E tr Cov[x0 | x0 + sigma·eps]: the x0 loss of the ideal denoiser of a data set.
 
     Source: Xu et al., Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value
-    (arXiv 2506.13763), theorem 1. It depends on the data only. A process with alpha and sigma has the J* of
-    sigma/alpha.
+    (arXiv 2506.13763), theorem 1. It depends on the data only. The J* of a process with alpha and sigma is that
+    at sigma/alpha.
 
     Attributes:
         sigma: [T] float64, noise levels of a variance-exploding process.
@@ -42,11 +42,11 @@ class OptimalLoss:
             a mean over elements.
         stderr: [T] float64, its standard error.
         draws: [T] int64, noisy samples drawn per level.
-        elements: D, numbers in one sample.
-        total_variance: trace of the data's covariance, within classes where the class is told: to which J* rises.
+        elements: D, number of elements of one sample.
+        total_variance: trace of the data's covariance (within classes if class-conditional): J* at the highest noise.
         samples: N, size of the data set.
         estimator: "full", "snis", "dol" or "cdol".
-        classes: of which the denoiser is told the one of its image; 0 where it is told nothing.
+        classes: number of classes of a class-conditional denoiser; 0 for an unconditional one.
     """
 
     sigma: Tensor
@@ -66,7 +66,7 @@ class OptimalLoss:
         Linear in ln(J*) over ln(sigma); flat above the highest level, falling as sigma**2 below the lowest.
 
         Raises:
-            ValueError: the curve has fewer than two levels, or one twice.
+            ValueError: the curve has fewer than two levels, or a repeated one.
         """
         log_sigma, log_loss = self._table(log_snr.device)
         at = -0.5 * log_snr.double()
@@ -101,8 +101,8 @@ class OptimalLoss:
     ) -> ConvertedLoss:
         """J* of another prediction type and process: k·J* of x0 at the time where sigma/alpha is this sigma.
 
-        k is that of `vadiff.process.loss_ratio`; v = alpha·eps - sigma·x0 has (alpha² + sigma²)²/sigma² where the
-        process is not variance preserving.
+        k is that of `vadiff.process.loss_ratio`; for v = alpha·eps - sigma·x0 it is (alpha² + sigma²)²/sigma², also if
+        the process is not variance preserving.
 
         Args:
             prediction_type: one of `vadiff.process.PREDICTION_TYPES`; "edm" is the raw network output F.
@@ -116,12 +116,12 @@ class OptimalLoss:
         log_snr = -2.0 * self.sigma.log()
         time = process.time(log_snr)
         k = loss_ratio(prediction_type, log_snr, sigma_data=sigma_data)
-        if prediction_type == "v_prediction":  # loss_ratio's is that of alpha² + sigma² = 1
+        if prediction_type == "v_prediction":  # loss_ratio assumes alpha² + sigma² = 1
             k = k * (process.alpha(time).square() + process.sigma(time).square())
         return ConvertedLoss(time, k * self.loss, k * self.stderr)
 
     def as_rows(self) -> list[tuple[object, ...]]:
-        """What `save` writes, a row per level: sigma, loss, stderr, draws, and what belongs to the whole curve."""
+        """Rows of the CSV file, one per level: sigma, loss, stderr, draws, and the attributes of the whole curve."""
         whole = (self.elements, self.total_variance, self.samples, self.estimator, self.classes)
         columns = (self.sigma.tolist(), self.loss.tolist(), self.stderr.tolist(), self.draws.tolist())
         return [(*row, *whole) for row in zip(*columns, strict=True)]
@@ -135,10 +135,10 @@ class OptimalLoss:
 
     @classmethod
     def load(cls, path: str | Path) -> OptimalLoss:
-        """Read what `save` wrote.
+        """Read a curve written by `save`.
 
         Raises:
-            ValueError: the file is no such curve.
+            ValueError: the file is not such a curve.
         """
         with Path(path).open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -156,7 +156,7 @@ class OptimalLoss:
                 total_variance=float(first["total_variance"]),
                 samples=int(first["samples"]),
                 estimator=first["estimator"],
-                classes=int(first.get("classes", 0)),  # of curves that say nothing, the class is not told
+                classes=int(first.get("classes", 0)),  # without this column: unconditional
             )
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -171,7 +171,7 @@ class OptimalLoss:
                 raise ValueError(f"the curve has {len(self.sigma)} noise level, expected at least 2 to interpolate")
             sigma, order = self.sigma.sort()
             if bool((sigma.diff() == 0).any()):
-                raise ValueError("the curve has a noise level twice, expected different ones to interpolate between")
+                raise ValueError("the curve has a repeated noise level, expected distinct ones to interpolate between")
             loss = self.loss[order].clamp(min=_LEAST * self.total_variance) / self.elements
             self._tables[device] = (sigma.log().to(device), loss.log().to(device))
         return self._tables[device]

@@ -1,4 +1,4 @@
-"""Estimates of the optimal loss: how many draws, and how sure one is of their mean. See `posterior` for one draw's."""
+"""Monte Carlo estimates of the optimal loss and their standard errors; `posterior` computes single draws."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .._validation import is_number
 from .curve import OptimalLoss
 from .posterior import Devices, Problem, require_count
 
-_DRAWS_AT_ONCE = 512  # fewer, and the products run slower
-_DRAWS_PER_SUBSET = 64  # a subset is shared by this many draws, so that they are a GEMM
+_DRAWS_AT_ONCE = 512  # smaller matrix products run slower
+_DRAWS_PER_SUBSET = 64  # draws that share a subset, so that their products are a GEMM
 
-_LEAST_DRAWS = 512  # before a standard error is believed
+_LEAST_DRAWS = 512  # minimum before a standard error is used
 
 Progress = Callable[["Estimate"], None]
 """Called after every batch of draws with the estimate so far."""
 
 
 class Estimate(NamedTuple):
-    """An estimate as it grows."""
+    """An intermediate result of an estimate."""
 
     optimal: OptimalLoss
     levels_done: int
@@ -46,20 +46,20 @@ def estimate(
 ) -> OptimalLoss:
     """Estimate J* of a data set at some noise levels, from exactly `draws` noisy samples at each.
 
-    The same draws of source and noise serve all levels. They come from the CPU, whatever the device.
+    All levels use the same draws of source and noise, which are generated on the CPU for any device.
 
     Args:
         data: [N, ...] floating, at least two samples. float64 data is computed in float64, anything else in float32
-            with float64 for what is summed over chunks and draws.
+            with float64 sums over chunks and draws.
         sigmas: [T] noise levels > 0 of a variance-exploding process.
         draws: noisy samples per level.
         estimator: "full" (exact but for the draws), "snis" (far too high below middle sigma), "dol" (too low there) or
             "cdol" (close to full at a fraction of the cost).
         subset: L, samples the softmax runs over for all but "full"; N/10 by default.
-        correction: C of "cdol": what the source's weight is divided by. 2·N/L by default; the paper has 4·N/L.
+        correction: C of "cdol", divisor of the source's weight; 2·N/L by default, 4·N/L in the paper.
         seed: of sources, noise and subsets.
         chunk: data rows per GEMM. Bounds the memory: 3 matrices of 256 x chunk beside the data and T x 256 x D.
-        device: where to compute; the data's by default. Several split the data between them.
+        device: one or several devices to compute on; the data's by default. Several devices split the data.
         progress: called after every 256 draws (64 with a subset).
 
     Raises:
@@ -94,8 +94,8 @@ def estimate_until(
 ) -> OptimalLoss:
     """Estimate J* with as many draws as each level needs.
 
-    A level is done when the standard error of J* is at most max(relative·J*, absolute·total variance), looked at after
-    512 draws and then every 256 (64 with a subset), or when it has had `limit` draws.
+    A level is done when the standard error of J* is at most max(relative·J*, absolute·total variance), checked after
+    512 draws and then every 256 (64 with a subset), or after `limit` draws.
 
     Args:
         limit: draws per level at most.
@@ -123,7 +123,7 @@ def _run(
     tolerance: tuple[float, float] | None,
     progress: Progress | None,
 ) -> OptimalLoss:
-    """All batches; a level within the tolerance (relative, absolute) gets no more."""
+    """Run all batches; a level within the tolerance (relative, absolute) gets no more draws."""
     at_once = _DRAWS_AT_ONCE if problem.subset is None else min(_DRAWS_PER_SUBSET, max(1, draws // 8))
     tallies = [_Tally() for _ in sigmas]
     active = list(range(len(sigmas)))
@@ -131,7 +131,7 @@ def _run(
     optimal = None
     for batch in problem.batches(draws, at_once):
         variances = problem.posterior_variance([sigmas[level] for level in active], batch)
-        # Draws that share a subset are not independent: their mean is one observation then.
+        # Draws that share a subset are not independent: their mean is one observation.
         for level, values in zip(active, variances, strict=True):
             tallies[level].add(values, grouped=problem.subset is not None)
         rows = problem.subset or problem.samples

@@ -1,4 +1,4 @@
-"""What a model's loss is above the optimal one (arXiv 2506.13763, section 5)."""
+"""A model's gap: its loss minus the optimal loss (arXiv 2506.13763, section 5)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from .curve import OptimalLoss
 
 Denoise = Callable[..., Tensor]
-"""D(noisy [B, ...], sigma [B]) → estimate of x0 [B, ...]; called with labels [B] as third argument where given."""
+"""D(noisy [B, ...], sigma [B]) → estimate of x0 [B, ...]; called with labels [B] as third argument if given."""
 
 
 class ModelGap(NamedTuple):
-    """A model's x0 loss beside the optimal one, both as a mean over elements; each [T] float64."""
+    """A model's x0 loss, the optimal loss and their difference, as a mean over elements; each [T] float64."""
 
     sigma: Tensor
     loss: Tensor
     optimal: Tensor  # J*/D
-    gap: Tensor  # loss - J*/D: what training can still win. Below 0 only by chance, or for a model that saw other data
+    gap: Tensor  # loss - J*/D, the reducible part; below 0 only by chance, or if the model was trained on other data
     stderr: Tensor  # of the gap, from images, noise and J*; NaN with a single image
 
 
@@ -39,28 +39,27 @@ def model_gap(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ModelGap:
-    """A model's loss above the optimal one, at each noise level.
+    """A model's loss, the optimal loss and the gap at each noise level.
 
-    The images are to be those of the split and the augmentation that `optimal` is of: J* bounds the loss on the
-    training set. On held-out images there is no such bound; report their loss as it is. Give averaged weights, as one
-    samples with; a module is put in eval mode for the while.
+    The images must be of the split and augmentation from which `optimal` was estimated: J* bounds the loss on the
+    training set. It does not bound the loss on held-out images; report that loss without a gap. Use the averaged
+    weights with which samples are drawn; a module is put in eval mode during the call.
 
     Args:
         denoise: D(noisy, sigma) or D(noisy, sigma, labels) → estimate of x0.
         images: [N, ...] floating, as the network sees them.
-        optimal: J* of their data set: without labels that of `estimate`, with them that of `estimate_given_class`.
-        labels: [N], passed on.
+        optimal: J* of their data set, from `estimate`, or with labels from `estimate_given_class`.
+        labels: [N], passed to `denoise`.
         sigmas: noise levels; those of `optimal` by default.
-        draws: noises per image. They are the same for every model and level.
+        draws: noise draws per image, the same for every model and level.
         batch_size: images at a time.
         seed: of the noise.
         device: where `denoise` runs.
 
     Raises:
         TypeError: images is not a floating-point tensor.
-        ValueError: images of another size than J* is of, labels of another length, labels and a J* that is not that
-            of a denoiser that is told them, or the other way round; what `denoise` returned of another shape; a number
-            out of bounds.
+        ValueError: images of another size than those of J*; labels of another length; labels with an unconditional J*,
+            or no labels with a class-conditional J*; `denoise` returned another shape; a number out of bounds.
     """
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}, expected floating point: images as the network sees them")
@@ -77,9 +76,9 @@ def model_gap(
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels has length {len(labels)}, expected {len(images)}: one for each image")
     if (labels is None) == (optimal.classes > 0):
-        kind = "is told the class" if optimal.classes else "is told no class"
+        kind = "a class-conditional" if optimal.classes else "an unconditional"
         raise ValueError(
-            f"labels is {'None' if labels is None else 'given'}, but the optimal loss is of a denoiser that {kind}: "
+            f"labels is {'None' if labels is None else 'given'}, but the optimal loss is of {kind} denoiser: "
             f"take it from {'estimate_given_class' if labels is not None else 'estimate'}"
         )
     levels = optimal.sigma if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
@@ -109,7 +108,7 @@ def model_gap(
     loss = sums[0] / size
     variance = (sums[1] / size - loss.square()).clamp(min=0.0) / (size - 1 or math.nan)
     best = optimal.log_loss_at(-2.0 * levels.log()).exp() if sigmas is not None else optimal.loss / elements
-    # Where levels lie between those of the curve, its error is that of the nearest.
+    # Between levels of the curve, use the standard error of the nearest.
     nearest = (levels.log()[:, None] - optimal.sigma.log()).abs().argmin(1)
     stderr = (variance + (optimal.stderr[nearest] / elements).square()).sqrt()
     return ModelGap(levels, loss, best, loss - best, stderr)
@@ -117,7 +116,7 @@ def model_gap(
 
 @contextmanager
 def _evaluating(denoise: Denoise) -> Iterator[None]:
-    """A module in eval mode, afterwards in the mode it was in."""
+    """Put a module in eval mode, and afterwards back in its previous mode."""
     training = isinstance(denoise, nn.Module) and denoise.training
     if isinstance(denoise, nn.Module):
         denoise.eval()

@@ -1,4 +1,4 @@
-"""Posterior variance of the data given noisy samples of it, by exact softmax over the data.
+"""Posterior variance of the data given noisy samples, by exact softmax over the data.
 
 Draw a source x_s of the data and noise eps; the posterior over the data given x_s + sigma·eps has the logits
 
@@ -8,17 +8,17 @@ and J* is the mean over draws of its variance, sum_n p_n |x_n|² - |sum_n p_n x_
 two GEMMs that serve all noise levels, sum_n p_n x_n is one more per level. Over chunks of the data the softmax is kept
 online: running maximum, sum, and sums weighted by it.
 
-"full" takes all the data; "snis" a random subset; "dol" the source and a random subset; "cdol" the same with the source
-divided by C, that is ln C off its logit. Source: arXiv 2506.13763, section 3 (equations 7, 9 to 11).
+"full" uses all the data; "snis" a random subset; "dol" the source and a random subset; "cdol" the same with ln C
+subtracted from the logit of the source, which divides its weight by C. Source: arXiv 2506.13763, eqs. 7, 9 to 11.
 
-With all the data the variance is |x_n|² less the square of the mean. Over a random subset that is too low, as the mean
-follows the subset; there the same quantity is taken as half the squared distance of two draws of the posterior, of
-which the source is one: sum_n p_n |x_n - x_s|²/2, linear in p and without the third GEMM. What is left is that
-1/sum of a random sum is larger than that of its mean, by which the source weighs too much and J* comes out low at
-C = N/L, where the others stand for all the data; a larger C leans against it.
+With all the data the variance is the posterior mean of |x_n|² minus the square of the posterior mean. Over a random
+subset that is biased low, as the mean adapts to the subset; there the variance is estimated as half the squared
+distance between two posterior draws, one of which is the source: sum_n p_n |x_n - x_s|²/2, which is linear in p and
+needs no third GEMM. The remaining bias is E[1/sum] > 1/E[sum] of a random sum: the source gets too much weight and J*
+is too low at C = N/L, where the other L - 1 samples represent all the data; a larger C counteracts this.
 
 Bias against the full estimate of the same draws, in % of the total variance: the worst of 3 to 7 noise levels, on draws
-(and for mixture and Gaussian, data) that played no part in the choice; errors 0.3 to 1.3, last column up to 2.4:
+(and for mixture and Gaussian, data) not used to choose C; errors 0.3 to 1.3, in the last column up to 2.4:
 
                                  digits    digits    mixture   mixture   Gaussian  CIFAR-10   CIFAR-10
     N / L                        1797/180  1797/45   6000/600  6000/150  4000/200  10k/1000   25k/1000
@@ -43,8 +43,8 @@ from .._validation import is_number
 
 ESTIMATORS = ("full", "snis", "dol", "cdol")
 
-_LOWEST = -1e30  # a logit below any; -inf would make -inf - -inf
-_FAR = -60.0  # below the largest logit; not much further a weight is denormal, and a CPU's products are 6 times slower
+_LOWEST = -1e30  # below every logit; with -inf, -inf - -inf would be NaN
+_FAR = -60.0  # bound of logit - top: far lower, weights are denormal and a CPU's products 6 times slower
 
 Devices = torch.device | str | Sequence[torch.device | str] | None
 
@@ -62,23 +62,23 @@ class _Sums(NamedTuple):
 class _Shard:
     """Rows of the data that a softmax runs over, on one device."""
 
-    rows: Tensor  # [n] int64 on the CPU: which rows of the data set these are
+    rows: Tensor  # [n] int64 on the CPU: indices into the data set
     values: Tensor  # [n, D]
     norms: Tensor  # [n] |x_n|²
 
 
 @dataclass
 class Batch:
-    """Draws that run over the same data."""
+    """Draws whose softmax runs over the same rows of the data."""
 
     sources: Tensor  # [m] int64, rows of the data set
     noise: Tensor  # [m, D]
     shards: list[_Shard]
-    left_out: Tensor | None  # [m] int64: a row of the data set each draw skips, where the source is counted apart
+    left_out: Tensor | None  # [m] int64: row that each draw excludes, if the source is a term of its own
 
 
 class Problem:
-    """The data on its devices, and how draws are made."""
+    """The data on its devices, and the generation of draws."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Problem:
         self.devices = [torch.device(place) for place in places]
         if not self.devices:
             raise ValueError("device is empty, expected at least one")
-        # J* does not change with a shift, and the products get smaller.
+        # Centring does not change J* and makes the products smaller.
         self.data = flat - _mean(flat)  # [N, D]
         parts = self.data.split(64)  # torch copies each to float64: small enough for the cache
         norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
@@ -114,7 +114,7 @@ class Problem:
         self.whole = self._split(torch.arange(self.samples)) if self.subset is None else []
 
     def batches(self, draws: int, at_once: int) -> Iterator[Batch]:
-        """Batches of `at_once` draws, the last one cut off where there have been `draws`."""
+        """Batches of `at_once` draws, the last one truncated so that the total is `draws`."""
         for number, start in enumerate(range(0, draws, at_once)):
             generator = torch.Generator().manual_seed(_stream(self.seed, number))
             sources = torch.randint(self.samples, (at_once,), generator=generator)
@@ -125,7 +125,7 @@ class Problem:
                 continue
             rows = torch.randperm(self.samples, generator=generator)[: self.subset]
             left_out = None
-            if self.apart:  # itself, or the first row of a subset it is not in: L - 1 others remain either way
+            if self.apart:  # the source, or if not in the subset its first row: L - 1 others remain
                 left_out = torch.where(torch.isin(sources, rows), sources, rows[0])
             yield Batch(sources, noise, self._split(rows), left_out)
 
@@ -134,14 +134,14 @@ class Problem:
         rows = rows.sort().values
         shards = []
         for device, part in zip(self.devices, rows.tensor_split(len(self.devices)), strict=True):
-            taken = slice(int(part[0]), int(part[-1]) + 1) if everything and len(part) else part  # a slice is no copy
+            taken = slice(int(part[0]), int(part[-1]) + 1) if everything and len(part) else part  # slices copy nothing
             shards.append(_Shard(part, self.data[taken].to(device), self.norms[taken].to(device)))
         return shards
 
     def posterior_variance(self, sigmas: list[float], batch: Batch) -> Tensor:
         """Variance of the posterior of each draw at each level, [T, m] float64."""
         clean, norms = self.data[batch.sources], self.norms[batch.sources]
-        parts = [self._over(shard, sigmas, batch, clean, norms) for shard in batch.shards]
+        parts = [self._shard_sums(shard, sigmas, batch, clean, norms) for shard in batch.shards]
         if self.apart:  # the source itself, at distance 0
             shape = (len(sigmas), len(clean))
             none = torch.zeros(shape, dtype=torch.float64)
@@ -156,7 +156,7 @@ class Problem:
         square = torch.linalg.vector_norm(mean, dim=2, dtype=torch.float64).square()
         return (sums.spread / sums.total - square).clamp(min=0.0).cpu()
 
-    def _over(self, shard: _Shard, sigmas: list[float], batch: Batch, clean: Tensor, norms: Tensor) -> _Sums:
+    def _shard_sums(self, shard: _Shard, sigmas: list[float], batch: Batch, clean: Tensor, norms: Tensor) -> _Sums:
         """Online softmax of all draws over one device's rows."""
         device = shard.values.device
         met = batch.sources if batch.left_out is None else batch.left_out
@@ -177,7 +177,7 @@ class Problem:
             along = (noise @ values.T).sub_(own)  # eps·(x_n - x_s)
             here = (row >= start) & (row < start + self.chunk)
             place = (draw[here].to(device), row[here].to(device) - start)
-            near[place] = along[place] = 0.0  # its own source exactly: in the GEMM's rounding some 1e-4/sigma²
+            near[place] = along[place] = 0.0  # exact for the source; a GEMM's rounding is some 1e-4/sigma²
             for level, sigma in enumerate(sigmas):
                 top, total, spread, mean = (value[level] for value in sums)
                 weights = torch.add(near, along, alpha=sigma).mul_(1.0 / sigma**2)  # logits [m, chunk]
@@ -208,7 +208,7 @@ def _merge(one: _Sums, other: _Sums) -> _Sums:
 
 
 def _mean(data: Tensor) -> Tensor:
-    """Over the samples, [D]. Block by block: over so many rows torch's own takes longer than a thousand draws."""
+    """Mean over the samples, [D], in blocks: torch.mean over all rows takes longer than a thousand draws."""
     total = data.new_zeros(data.shape[1], dtype=torch.float64)
     for part in data.split(512):
         total += part.sum(0)
@@ -216,7 +216,7 @@ def _mean(data: Tensor) -> Tensor:
 
 
 def _checked_data(data: Tensor) -> Tensor:
-    """[N, D] on the CPU, float64 or float32."""
+    """Check the data; return it as [N, D] on the CPU, float64 or float32."""
     if not isinstance(data, Tensor) or not data.is_floating_point():
         got = f"dtype {data.dtype}" if isinstance(data, Tensor) else f"type {type(data).__name__}"
         raise TypeError(f"data has {got}, expected floating-point samples as a network sees them (images in [-1, 1])")
@@ -226,13 +226,13 @@ def _checked_data(data: Tensor) -> Tensor:
 
 
 def _checked_options(estimator: str, subset: int | None, correction: float | None, samples: int) -> tuple[int, float]:
-    """L and -ln C."""
+    """L, and -ln C, the logit of the source."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     if estimator == "full" and subset is not None:
-        raise ValueError(f"subset is {subset!r} with estimator 'full', expected None: it takes all the data")
+        raise ValueError(f"subset is {subset!r} with estimator 'full', expected None: it uses all the data")
     if estimator != "cdol" and correction is not None:
-        raise ValueError(f"correction is {correction!r} with estimator {estimator!r}, expected None: cdol has one")
+        raise ValueError(f"correction is {correction!r} with estimator {estimator!r}, expected None: only cdol has it")
     size = max(2, samples // 10) if subset is None else subset
     if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= samples:
         raise ValueError(f"subset is {subset!r}, expected an integer from 2 to {samples}, the size of the data set")
@@ -248,5 +248,5 @@ def require_count(name: str, value: int, lowest: int) -> None:
 
 
 def _stream(seed: int, batch: int) -> int:
-    """A seed for each batch, so that what is drawn does not depend on the batches before."""
+    """Seed of a batch, so that its draws do not depend on earlier batches."""
     return int(np.random.SeedSequence((seed, batch)).generate_state(1, np.uint64)[0] >> np.uint64(1))

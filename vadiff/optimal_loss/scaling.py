@@ -1,4 +1,4 @@
-"""Scaling laws of the loss, with and without the part that no model can win."""
+"""Scaling laws of the loss, with and without the irreducible part."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def fit_scaling_law(
     """Least squares of ln(loss - optimal) on ln(compute) (arXiv 2506.13763, section 6).
 
     Args:
-        compute: what was spent on each model, > 0: FLOPs, parameters, images.
-        loss: each model's loss, at a noise level or in all, in the same unit as `optimal`.
-        optimal: J* there; 0 fits the loss itself.
+        compute: cost of each model, > 0: FLOPs, parameters, images.
+        loss: each model's loss, at one noise level or in total, in the same unit as `optimal`.
+        optimal: J* at the same level or in total; 0 fits the loss itself.
 
     Raises:
         ValueError: fewer than two models, a loss at or below `optimal`, or a compute that is not positive.

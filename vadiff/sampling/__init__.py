@@ -1,4 +1,4 @@
-"""Drawing samples from a trained denoiser: solvers, the steps they take, and many images over several devices."""
+"""Sampling from a trained denoiser: solvers, their steps, and many images on several devices."""
 
 from .generation import draw
 from .solvers import euler, heun

@@ -1,4 +1,4 @@
-"""Many images from a trained denoiser, over any number of devices."""
+"""Generation of many images from a trained denoiser, on any number of devices."""
 
 import dataclasses
 import math
@@ -24,13 +24,13 @@ SAMPLERS = ("heun", "euler")
 class Generated(NamedTuple):
     """A batch of images, in the order of its seeds."""
 
-    start: int  # place of the first among all seeds
+    start: int  # index of the first image among all seeds
     images: Tensor  # [B, C, H, W] uint8
     labels: Tensor | None  # [B] int64
 
 
 class TrainedConfig(Protocol):
-    """What generation reads of how a denoiser was trained."""
+    """The fields of a training configuration that generation reads."""
 
     @property
     def process(self) -> str: ...  # "edm" or "flow"
@@ -40,7 +40,7 @@ class TrainedConfig(Protocol):
 
 
 class TrainedModel(Protocol):
-    """What images are drawn from: the trainer's `Run` is one."""
+    """A trained model to draw images from; the trainer's `Run` is one."""
 
     @property
     def config(self) -> TrainedConfig: ...
@@ -50,7 +50,7 @@ class TrainedModel(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """How images are drawn.
+    """Options for drawing images.
 
     Args:
         sampler: "heun" (EDM, 2·steps - 1 evaluations) or "euler" (straight path of flow matching, `steps`).
@@ -58,15 +58,15 @@ class Generation:
         sigma_min: lowest noise level before 0 ("heun").
         sigma_max: highest noise level.
         churn: EDM's stochastic sampler ("heun"); None is deterministic.
-        label: the class of every image; None lets the classes of a conditional model take turns, seed by seed.
-        guidance: of a conditional model; 1 is none.
+        label: the class of every image; None is class seed mod number of classes, for a conditional model.
+        guidance: guidance weight of a conditional model; 1 is no guidance.
         weights: "ema", "raw" or "ema-<width>", see `Run.denoiser`.
         step: of the checkpoint; None is the last.
-        batch_size: images at a time and device; has no influence on the images.
-        devices: where to draw; every device works on batches of its own.
+        batch_size: images per batch on each device; does not affect the images.
+        devices: devices to draw on; each draws its own batches.
 
     Raises:
-        ValueError: a setting out of bounds.
+        ValueError: an argument out of bounds.
     """
 
     sampler: str = "heun"
@@ -108,7 +108,7 @@ class Generation:
         """The class of each seed, [len(seeds)] int64, or None for a model without classes.
 
         Raises:
-            ValueError: a label or guidance that the model has no use for.
+            ValueError: a label out of range, or label or guidance for a model without classes.
         """
         if classes == 0:
             for name, unset in (("label", None), ("guidance", 1.0)):
@@ -128,16 +128,16 @@ def draw(
     devices: Sequence[torch.device],
     batch_size: int = 256,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Draw any number of images over several devices, each of which takes the next batch when it is free.
+    """Draw images on several devices, each of which takes the next batch when it is free.
 
     Args:
         sample: (device, seeds of a batch) → images [B, ...], called in one thread per device.
         seeds: one per image.
         devices: at least one; a device named twice gets two threads.
-        batch_size: images at a time and device.
+        batch_size: images per batch on each device.
 
     Yields:
-        (place of its first image among the seeds, images) of each batch, as they are ready.
+        (index of its first image among the seeds, images) of each batch, in order of completion.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
@@ -165,7 +165,7 @@ def draw(
             for batch in as_completed(batches):
                 if (drawn := batch.result()) is not None:
                     yield drawn
-        finally:  # an error, or a caller who stops early: what has not begun will not
+        finally:  # after an error or an early stop of the caller, batches not yet begun return at once
             stopped.set()
 
 
@@ -174,22 +174,22 @@ def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) ->
 
     Args:
         run: what `vadiff.training.open_run` returned.
-        seeds: one per image; the same seed gives the same image whatever the other settings of speed are.
-        generation: how.
+        seeds: one per image; its image does not depend on batch_size or devices.
+        generation: sampler, guidance, weights and devices.
 
     Yields:
-        Batches as they are ready, which on several devices is not in order.
+        Batches in order of completion, which on several devices is not the order of seeds.
 
     Raises:
-        ValueError: settings that do not fit the model.
-        RunError: the denoiser returned something that is not finite.
+        ValueError: options that the model does not support.
+        RunError: the denoiser returned non-finite values.
     """
     denoisers = {
         device: run.denoiser(generation.weights, generation.step, device)
         for device in dict.fromkeys(generation.devices)
     }
     classes = next(iter(denoisers.values())).labels
-    generation.labels(seeds[:1], classes)  # what does not fit is said before the first image
+    generation.labels(seeds[:1], classes)  # raise for invalid options before the first image
     if generation.guidance != 1.0 and not run.config.label_dropout:
         raise ValueError(
             f"guidance is {generation.guidance}, but the run had label_dropout 0: without it the model never learned "
@@ -207,7 +207,7 @@ def generate_batch(denoiser: Denoiser, seeds: Sequence[int], generation: Generat
     """The images of a few seeds, [len(seeds), C, H, W] uint8 on the CPU.
 
     Raises:
-        RunError: the denoiser returned something that is not finite.
+        RunError: the denoiser returned non-finite values.
     """
     assert denoiser.image_shape is not None  # every run's denoiser has one
     options: dict[str, Any] = {
@@ -230,12 +230,12 @@ def generate_batch(denoiser: Denoiser, seeds: Sequence[int], generation: Generat
 
 
 def default_generation(run: TrainedModel, sampler: str | None = None) -> Generation:
-    """Usual settings of a sampler; by default of the one that fits what a run was trained for."""
+    """Default options of a sampler; without `sampler`, of the one for the process of the run."""
     sampler = sampler or ("euler" if run.config.process == "flow" else "heun")
     return Generation(sampler, steps=50, sigma_max=1000.0) if sampler == "euler" else Generation(sampler)
 
 
-def with_settings(generation: Generation, **settings: object) -> Generation:
-    """`generation` with the settings that are not None."""
-    given = {name: value for name, value in settings.items() if value is not None}
+def with_settings(generation: Generation, **options: object) -> Generation:
+    """`generation` with the given options that are not None."""
+    given = {name: value for name, value in options.items() if value is not None}
     return dataclasses.replace(generation, **given)  # type: ignore[arg-type]

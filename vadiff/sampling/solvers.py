@@ -1,7 +1,7 @@
-"""Solvers that draw samples from a denoiser: EDM's second-order sampler, and Euler's method on the path of flows.
+"""Solvers that draw samples from a denoiser: EDM's second-order sampler, and Euler's method for flows.
 
-A seed stands for an image. All the noise of an image comes from a generator of its own, so that which image a seed
-gives does not depend on the batch size, on the other seeds, on the number of devices or (to rounding) on the device.
+All noise of an image comes from its own generator with its own seed, so that the image does not depend on the batch
+size, on the other seeds, on the number of devices or (up to rounding) on the device.
 """
 
 import math
@@ -42,7 +42,7 @@ def heun(
         seeds: one per sample.
         levels: [N + 1] falling noise levels that end in 0; `noise_levels()` by default, 2·18 - 1 evaluations.
         churn: the stochastic sampler; None is the deterministic one.
-        labels: [len(seeds)] int64 classes, or None for a denoiser without.
+        labels: [len(seeds)] int64 classes, or None for an unconditional denoiser.
         guidance: w of D = D(x) + w·(D(x, labels) - D(x)); 1 is the conditional denoiser, and costs half as much.
         batch_size: samples at a time.
         device: where `denoise` runs.
@@ -51,7 +51,7 @@ def heun(
         [len(seeds), *shape] float32, on the CPU, not clipped.
 
     Raises:
-        ValueError: labels that do not fit, or guidance without labels.
+        ValueError: labels of another shape, or guidance without labels.
     """
     steps = (noise_levels() if levels is None else levels).tolist()
     churn = churn or Churn(0.0)
@@ -67,7 +67,7 @@ def heun(
                 x = x + math.sqrt(raised**2 - sigma**2) * churn.noise * noise()
             here = slope(x, raised)
             x = x + (following - raised) * here  # Euler's step
-            if following > 0.0:  # at σ = 0 the slope is 0/0, and Euler's step has gone straight to D
+            if following > 0.0:  # at σ = 0 the slope is 0/0; Euler's step ends at D
                 x = x + (following - raised) * 0.5 * (slope(x, following) - here)
         return x
 
@@ -88,7 +88,7 @@ def euler(
 ) -> Tensor:
     """Draw one sample per seed by Euler's method on the straight path x_t = (1 - t)·x0 + t·eps of flow matching.
 
-    dx_t/dt = eps - x0 = (x_t - D) / t, with D = D(x_t/(1-t); σ = t/(1-t)), which has alpha = 1 as everywhere here.
+    dx_t/dt = eps - x0 = (x_t - D) / t, with D = D(x_t/(1-t); σ = t/(1-t)), where D takes alpha = 1 as everywhere here.
     Source: Lipman et al., Flow matching (arXiv 2210.02747), section 4.1. The state is kept in float64.
 
     Args:
@@ -99,7 +99,7 @@ def euler(
         [len(seeds), *shape] float32, on the CPU, not clipped.
 
     Raises:
-        ValueError: labels that do not fit, guidance without labels, or a time of 1 or more.
+        ValueError: labels of another shape, guidance without labels, or a time of 1 or more.
     """
     steps = (flow_times() if times is None else times).tolist()
     if steps[0] >= 1.0:
@@ -128,12 +128,12 @@ class _Guided:
         conditional = self.denoise(x.float(), sigmas, self.labels).double()
         if self.guidance == 1.0:
             return conditional
-        free = self.denoise(x.float(), sigmas).double()
-        return free + self.guidance * (conditional - free)
+        unconditional = self.denoise(x.float(), sigmas).double()
+        return unconditional + self.guidance * (conditional - unconditional)
 
 
 class _Noise:
-    """The noise of a batch, each image's from its own generator: every call gives the next [B, *shape] float64."""
+    """The noise of a batch from one generator per image; every call returns the next [B, *shape] float64."""
 
     def __init__(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> None:
         self.shape, self.device = tuple(shape), device

@@ -1,4 +1,4 @@
-"""The levels that a solver steps through, and the noise that it adds on the way."""
+"""The steps of the solvers, and the noise that EDM's stochastic sampler adds."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 8
         steps: N, at least 2.
         sigma_min: lowest level before 0, > 0.
         sigma_max: highest level.
-        rho: how much the steps shorten towards low noise.
+        rho: larger values put more of the steps at low noise.
 
     Returns:
         [N + 1] float64, falling.
@@ -34,12 +34,11 @@ def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 8
 
 
 def flow_times(steps: int = 50, sigma_max: float = 1000.0) -> Tensor:
-    """Times t = sigma/(1 + sigma) of the straight path x_t = (1 - t)·x0 + t·eps, evenly from sigma_max down to 0.
+    """Times t = sigma/(1 + sigma) of the straight path x_t = (1 - t)·x0 + t·eps, evenly spaced down to 0.
 
     Args:
         steps: N, at least 1.
-        sigma_max: the level that stands for pure noise. At t = 1 itself sigma is infinite, and a denoiser has nothing
-            to divide by.
+        sigma_max: the highest level, in place of pure noise: at t = 1 sigma is infinite, which a denoiser cannot take.
 
     Returns:
         [N + 1] float64, falling, the last 0.
@@ -62,7 +61,7 @@ class Churn:
         amount: S_churn; each step raises sigma by the factor 1 + min(amount / N, √2 - 1). 0 is deterministic.
         sigma_min: S_tmin, below which nothing is added.
         sigma_max: S_tmax, above which nothing is added.
-        noise: S_noise, the standard deviation of what is added, slightly above 1 against lost detail.
+        noise: S_noise, the standard deviation of the added noise, slightly above 1 to restore lost detail.
 
     Raises:
         ValueError: a negative or non-finite amount or noise, or sigma_min above sigma_max.
@@ -84,6 +83,6 @@ class Churn:
             )
 
     def raised(self, sigma: float, steps: int) -> float:
-        """The level to which noise is added at `sigma`, with N = `steps`."""
+        """The noise level after noise is added at `sigma`, with N = `steps`."""
         inside = self.sigma_min <= sigma <= self.sigma_max
         return sigma * (1.0 + min(self.amount / steps, math.sqrt(2.0) - 1.0)) if inside else sigma

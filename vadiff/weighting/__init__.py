@@ -1,4 +1,4 @@
-"""How much each noise level counts: fixed functions of log-SNR, tables that adapt to the statistics, a learned head."""
+"""Loss weights per noise level: fixed functions of log-SNR, tables that adapt to the statistics, a learned head."""
 
 from typing import Any
 
@@ -84,30 +84,30 @@ _BY_NAME: dict[str, type[Weighting]] = {
 def available() -> tuple[str, ...]:
     """Names that `DiffusionLoss(weighting=...)` accepts in place of an object, sorted.
 
-    `InverseOptimalLoss` and `GapWeighting` need a data set's optimal loss and have none.
+    `InverseOptimalLoss` and `GapWeighting` need a data set's optimal loss and have no name.
     """
     return tuple(sorted(_BY_NAME))
 
 
 def takes_prediction_type(name: str) -> bool:
-    """Whether the weighting of this name has to be told what the loss is written in (see `SNRWeighting`).
+    """Whether the weighting of this name depends on the form of the loss (see `SNRWeighting`).
 
     Raises:
-        ValueError: no such name.
+        ValueError: an unknown name.
     """
     return issubclass(_class_of(name), SNRWeighting)
 
 
 def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
-    """The weighting a name stands for, made with the options its class takes; an object is returned as it is.
+    """Make the weighting of a name with the options of its class; a weighting object is returned unchanged.
 
     Raises:
-        ValueError: no such name, or an option out of bounds.
+        ValueError: an unknown name, or an option out of bounds.
         TypeError: neither a name nor a weighting, or an option that the class does not take.
     """
     if isinstance(weighting, Weighting):
         if options:
-            raise TypeError(f"options {', '.join(options)} are given with a weighting made already, expected none")
+            raise TypeError(f"options {', '.join(options)} are given with a weighting object, expected none")
         return weighting
     if not isinstance(weighting, str):
         raise TypeError(

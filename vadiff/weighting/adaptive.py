@@ -18,15 +18,15 @@ from .base import Weighting
 class AdaptiveWeighting(Weighting):
     """Weight by the inverse of a statistic s of the base loss in each bin, w = c * s**-strength.
 
-    Smoothed over neighbouring bins, shrunk towards 1 where few samples were seen, and scaled so that the expected loss
-    stays what it was: sum(m w mu) = sum(m mu). Nothing is learned and nothing needs a warm-up: bins gain confidence
-    as they fill.
+    The weights are smoothed over neighbouring bins, shrunk towards 1 where samples are few, and scaled to preserve the
+    expected loss: sum(m w mu) = sum(m mu) with mass m and mean mu of each bin. No warm-up is needed: the shrinkage
+    fades as bins fill.
 
     Args:
-        strength: exponent; 0 is the trainer's own objective, 1 balances fully.
-        smoothing: width h of the local fit over neighbouring bins, in log-SNR units; 0 smooths nothing.
+        strength: exponent; 0 is the trainer's own objective, 1 makes w * s equal in all bins.
+        smoothing: width h of the local fit over neighbouring bins, in log-SNR units; 0 for none.
         clip: largest factor between a bin's weight and the average one, before rescaling; `inf` for none.
-        prior: samples at which a bin's own evidence counts half.
+        prior: number of samples at which ln w of a bin is shrunk to half.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -36,7 +36,7 @@ class AdaptiveWeighting(Weighting):
     smoothing: float = 0.5
     clip: float = 10.0
     prior: float = 32.0
-    rule: TableRule = field(init=False, repr=False, compare=False)  # what the kernels need to know
+    rule: TableRule = field(init=False, repr=False, compare=False)  # the arguments, for the kernels
 
     statistic: ClassVar[str]
 
@@ -63,18 +63,18 @@ class AdaptiveWeighting(Weighting):
 
 
 class VarianceAware(AdaptiveWeighting):
-    """Weight by 1 / standard deviation of the base loss: every noise level ends up with equally noisy losses.
+    """Weight by 1 / standard deviation of the base loss: weighted losses have the same spread at every noise level.
 
-    Whatever the parameterisation, since the base loss is the trainer's whole objective at that level. After the idea of
-    "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), with an estimator of the
-    variance; the formulas its authors ran contain none.
+    This holds for every prediction type, since the base loss is the trainer's whole objective at that level. The idea
+    is that of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391); the formulas in its
+    code contain no estimate of the variance.
     """
 
     statistic: ClassVar[str] = "std"
 
 
 class LossLevel(AdaptiveWeighting):
-    """Weight by 1 / mean of the base loss: every noise level ends up with the same mean loss.
+    """Weight by 1 / mean of the base loss: every noise level has the same weighted mean loss.
 
     The closed form of what EDM2's learned uncertainty converges to (arXiv 2312.02696, equations 25 and 26).
     """

@@ -1,4 +1,4 @@
-"""What a weighting is: the one type that `DiffusionLoss` knows."""
+"""Base class of the weightings of `DiffusionLoss`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops.problem import NO_TABLE, Bins, Inputs, TableRule
 
 
 class Weighting:
-    """How much each noise level counts in the loss.
+    """Loss weight of each noise level.
 
     A weighting is one of three: a table of ln w that follows the statistics (`AdaptiveWeighting`, by its `rule`), a
     function of log-SNR (`FixedWeighting`, by `for_batch`), or a learned function that adds a term to the loss
@@ -20,13 +20,13 @@ class Weighting:
     """
 
     rule: TableRule = NO_TABLE
-    """How the statistics become a table of weights; without a statistic: no table."""
+    """Parameters of the weight table computed from the statistics; `statistic` "" means no table."""
 
     needs_losses: ClassVar[bool] = False
-    """Whether the weights depend on the losses of the batch: then `weights_of_losses` gives them."""
+    """Whether the weights depend on the losses of the batch; if so, `weights_of_losses` computes them."""
 
     has_parameters: ClassVar[bool] = False
-    """Whether it is a module with parameters to be trained."""
+    """Whether the weighting is a module with trainable parameters."""
 
     @property
     def pointwise(self) -> bool:
@@ -34,22 +34,22 @@ class Weighting:
         return True
 
     def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor | None:
-        """The weights [B] of this rank's batch, without gradient; None where they come from the table, or are 1.
+        """The weights [B] of this rank's batch, without gradient; None if they come from the table or are all 1.
 
         sync: weights that depend on the batch use the batches of all ranks.
         """
         return None
 
     def weights_of_losses(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
-        """The weights [B] of the batch's base losses [B], where `needs_losses`."""
-        raise NotImplementedError(f"{type(self).__name__} does not look at losses")
+        """The weights [B] of the batch's base losses [B], if `needs_losses`."""
+        raise NotImplementedError(f"{type(self).__name__} does not depend on losses")
 
     def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
-        """The weight that a sample at each log-SNR [B] would get with that table; NaN where it depends on more."""
+        """Weight at each log-SNR [B], given the table `log_weights`; NaN if the weight depends on more."""
         return torch.full_like(log_snr, math.nan)
 
     def extra_term(self, ell: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-        """A term [B] to add to the weighted losses, and the mean base loss that is then no longer the loss; or None.
+        """A term [B] to add to the weighted losses, and the mean base loss without that term; None for no term.
 
         ell: per-sample losses [B], detached.
         """

@@ -1,6 +1,6 @@
 """The weights of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), as published.
 
-Three different formulas stand in its code, its equation 13 and its README. None of them estimates a variance;
+The paper's code, its equation 13 and its README have three different formulas. None of them estimates a variance;
 `VarianceAware` does.
 """
 
@@ -24,9 +24,9 @@ class _Bump(FixedWeighting):
     """A weight that falls with the distance of log-SNR from a centre.
 
     Args:
-        alpha: 1/alpha is the square of the bump's width, in log-SNR units; 0 weighs nothing.
-        center: log-SNR of the centre. None: the mean of the batch, over all ranks; infinite and NaN log-SNR are left
-            out of it, and `criterion.weights` is NaN.
+        alpha: 1/alpha is the square of the bump's width, in log-SNR units; 0 gives w = 1.
+        center: log-SNR of the centre. None: the mean of the finite log-SNR of the batch, over all ranks;
+            `criterion.weights` is then NaN.
 
     Raises:
         ValueError: an argument out of bounds.
@@ -69,9 +69,9 @@ class _Bump(FixedWeighting):
 class Cauchy(_Bump):
     """1/(1 + alpha·(log_snr - center)**2): what the paper's code runs, with alpha 0.01, 0.05 or 0.1.
 
-    Its centre is the mean of the batch (None here), which moves by 0.2 about 2.4, the middle of EDM's levels.
-    The code's log-SNR has sigma_data in it, which cancels against the mean. It multiplies EDM's loss; its sampling
-    twin is a density of the same shape (`levels.Table`), after `levels.Cauchy`.
+    The code's centre is the mean of the batch (center=None), which varies by 0.2 around 2.4, the middle of EDM's
+    levels. Its log-SNR includes sigma_data, which cancels against the mean. The weight multiplies EDM's loss; the
+    alternative is to sample levels with a density of this shape (`levels.Table`). See also `levels.Cauchy`.
     """
 
     center: float | None = 2.4
@@ -91,14 +91,14 @@ class Gaussian(_Bump):
 class LossZScore(Weighting):
     """1 + alpha·(g - mean)/std over the losses g of the batch, of all ranks: the README's formula, detached.
 
-    std divides by the number of losses, not by one less.
+    std is that of the population: it divides by the number of losses, not by one less.
 
-    It weighs up what is hard within a batch, so a sample changes its own weight, and the expected loss moves: of this
-    package's rules it breaks the first (causal) and the third (loss-preserving). `criterion.weights` is NaN. A NaN loss
-    makes the weights of its batch NaN.
+    Samples with a large loss get more weight. A sample's loss changes its own weight, and the expected loss is not
+    preserved, which breaks this package's first rule (causal) and third rule (loss-preserving). `criterion.weights` is
+    NaN. A NaN loss makes the weights of its batch NaN.
 
     Args:
-        alpha: 0 weighs nothing.
+        alpha: 0 gives w = 1.
 
     Raises:
         ValueError: alpha is not finite.
@@ -117,21 +117,21 @@ class LossZScore(Weighting):
         return False
 
     def weights_of_losses(self, loss: Tensor, sample_weight: Tensor | None, sync: bool) -> Tensor:
-        """Weights [B] float32 of the batch's losses g [B]; 1 where all losses are alike but for float64 rounding.
+        """Weights [B] float32 of the batch's losses g [B]; all 1 if the losses are equal up to float64 rounding.
 
-        Masked samples, whose sample weight is 0, do not count in mean and std, whatever their loss is.
+        Masked samples (sample weight 0) are excluded from mean and std, whatever their loss is.
         """
         counted = torch.ones_like(loss, dtype=torch.bool) if sample_weight is None else sample_weight != 0
         loss = torch.where(counted, loss.detach().double(), 0.0)
         mean = _mean(loss, counted, sync)
         deviation = torch.where(counted, loss - mean, 0.0)
         std = _mean(deviation.square(), counted, sync).sqrt()
-        alike = std <= 1e-12 * mean.abs()
-        return (1.0 + self.alpha * torch.where(alike, 0.0 * deviation, deviation / std)).float()
+        equal = std <= 1e-12 * mean.abs()
+        return (1.0 + self.alpha * torch.where(equal, 0.0 * deviation, deviation / std)).float()
 
 
 def _mean(values: Tensor, counted: Tensor, sync: bool) -> Tensor:
-    """Mean of what is counted, over the ranks of the default process group if `sync`; 0 of nothing. float64 scalar."""
+    """Mean of the counted values, over all ranks if `sync`; 0 if none counts. Others must be 0. float64 scalar."""
     total = torch.stack([values.sum(), counted.sum().double()])
     if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total, ReduceOp.SUM)

@@ -1,9 +1,9 @@
 """Fixed weightings: exact functions of log-SNR, evaluated per sample, never normalised.
 
-Each is defined on the x0 loss, S = e**log_snr = alpha**2/sigma**2 without sigma_data in it (EDM: S = 1/sigma**2; to
-mean S = sigma_data**2/sigma**2 multiply gamma by 1/sigma_data**2), and divided by k of the prediction type
-(`vadiff.process.loss_ratio`) for a loss in another form. Written down for one form, it thus weighs the same objective
-in all. At log_snr = +-inf there is the limit; where that diverges, `max_weight`.
+Each is a weight of the x0 loss, a function of S = e**log_snr = alpha**2/sigma**2, which does not include sigma_data
+(EDM: S = 1/sigma**2; for formulas in S = sigma_data**2/sigma**2 multiply gamma by 1/sigma_data**2). For a loss in
+another form the weight is divided by that form's k (`vadiff.process.loss_ratio`), so that the objective is the same in
+every form. At log_snr = +-inf the weight is its limit, or `max_weight` if the limit diverges.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_WEIGHT = 1e6  # the EDM weight of sigma = 0.001
 class FixedWeighting(Weighting):
     """A weight that depends on log-SNR only. Call it with log-SNR [B] float to get weights [B] float32.
 
-    Those of this package raise TypeError for anything else than a float tensor: timesteps are no log-SNR.
+    Those of this package raise TypeError unless log-SNR is a float tensor: integers would be timesteps.
     """
 
     def __call__(self, log_snr: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class SNRWeighting(FixedWeighting):
     """A weight of the x0 loss that is a function of the SNR, converted to the prediction type's form by its k.
 
     Arguments of every such weighting:
-        prediction_type: what the loss is written in: "epsilon", "sample", "v_prediction", "flow" or "edm" (the raw
+        prediction_type: form of the loss: "epsilon", "sample", "v_prediction", "flow" or "edm" (the raw
             network output F, or D with EDM's lambda(sigma) as base weight; sigma_data as below).
-        sigma_data: standard deviation of the data, for "edm" and for weightings with EDM's weight in them.
+        sigma_data: standard deviation of the data, for "edm" and for weightings that contain EDM's weight.
         max_weight: upper bound of the weight, where the formula diverges.
     They raise ValueError for an argument out of bounds.
     """
@@ -66,7 +66,7 @@ class SNRWeighting(FixedWeighting):
     sigma_data: float
     max_weight: float
 
-    _positive: ClassVar[tuple[str, ...]] = ()  # further arguments that have to be
+    _positive: ClassVar[tuple[str, ...]] = ()  # further arguments that must be positive
 
     def __post_init__(self) -> None:
         for name in (*self._positive, "sigma_data", "max_weight"):
@@ -81,8 +81,8 @@ class SNRWeighting(FixedWeighting):
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         check_log_snr(log_snr)
-        # In logs: S/S at infinite or zero SNR is a limit there, and NaN in plain arithmetic.
-        finite = log_snr.double().clamp(-700.0, 700.0)  # e**700 is still a float64
+        # In logs, because a ratio such as S/S at infinite or zero SNR is NaN in plain arithmetic.
+        finite = log_snr.double().clamp(-700.0, 700.0)  # e**700 is finite in float64
         log_k = loss_ratio(self.prediction_type, finite, sigma_data=self.sigma_data).log()
         log_weight = self.log_x0_weight(finite) - log_k
         return log_weight.clamp(max=math.log(self.max_weight)).exp().float().where(~log_snr.isnan(), math.nan)
@@ -90,7 +90,7 @@ class SNRWeighting(FixedWeighting):
 
 @dataclass(frozen=True)
 class ConstantX0(SNRWeighting):
-    """1 on the x0 loss: every noise level's squared error of the image counts alike."""
+    """1 on the x0 loss: the squared error of the image has the same weight at every noise level."""
 
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
@@ -117,10 +117,10 @@ class MinSNR(SNRWeighting):
     """Min-SNR-gamma (arXiv 2303.09556): min(S, gamma) on the x0 loss.
 
     For another prediction type it is divided by that type's k(S): epsilon min(S, gamma)/S, v min(S, gamma)/(S + 1), ...
-    At zero SNR epsilon has 1, v has 0. For EDM, S = 1/sigma**2, without sigma_data.
+    At zero SNR the weight is 1 for epsilon and 0 for v. For EDM, S = 1/sigma**2, without sigma_data.
 
     Args:
-        gamma: where the SNR is cut off.
+        gamma: SNR at which the weight is capped.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -140,8 +140,8 @@ class SoftMinSNR(SNRWeighting):
     """S·gamma/(S + gamma) on the x0 loss (Hourglass Diffusion Transformers, arXiv 2401.11605, section 3.4).
 
     Args:
-        gamma: bound of the weight; 1/sigma_data**2, here that of 0.5, gives k-diffusion's weight 1/(sigma**2 +
-            sigma_data**2).
+        gamma: upper bound of the weight; 1/sigma_data**2, 4 for sigma_data 0.5, gives k-diffusion's weight
+            1/(sigma**2 + sigma_data**2).
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -161,7 +161,7 @@ class TruncatedSNR(SNRWeighting):
     """max(S, gamma) on the x0 loss: truncated or max SNR (Salimans & Ho, arXiv 2202.00512, section 4, gamma = 1).
 
     Args:
-        gamma: least weight.
+        gamma: lower bound of the weight.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -193,7 +193,7 @@ class P2(SNRWeighting):
     """1/(k + S)**gamma on the epsilon loss: Choi et al., P2 weighting (arXiv 2204.00227, eq. 8).
 
     Args:
-        k: bounds the weight at high noise.
+        k: the weight is at most 1/k**gamma, at high noise.
         gamma: 0 is the epsilon loss itself; the paper uses 0.5 and 1.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
@@ -231,11 +231,11 @@ class Debiased(SNRWeighting):
 class Sigmoid(SNRWeighting):
     """sigmoid(bias - log_snr) on the epsilon loss: Kingma & Gao, VDM++ (arXiv 2303.00848); SiD2 (arXiv 2410.19324).
 
-    There it is the weight per unit of log-SNR whatever levels are drawn: pass
-    `sample_weight=(-sampler.log_density(log_snr)).exp()` for that objective; else it multiplies their density.
+    In these papers the weight is per unit of log-SNR, whatever the density of the levels: pass
+    `sample_weight=(-sampler.log_density(log_snr)).exp()` for that objective; otherwise it multiplies the density.
 
     Args:
-        bias: log-SNR at which the weight has fallen to a half.
+        bias: log-SNR at which the weight is 1/2.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -256,9 +256,9 @@ class Sigmoid(SNRWeighting):
 class MonotonicEDM(SNRWeighting):
     """EDM's weight and density as one weight of log-SNR, flat beyond its peak: Kingma & Gao (arXiv 2303.00848).
 
-    On the epsilon loss h(log_snr) = N(log_snr; -2·p_mean, (2·p_std)**2) · (1 + 1/(S·sigma_data**2)) at less noise
-    than where h peaks, the peak's value at more; divided by the peak, so that the weight is 1 there. Meant for levels
-    uniform in log-SNR (`levels.LogUniform`); for others see `Sigmoid`.
+    The weight of the epsilon loss is h(log_snr) = N(log_snr; -2·p_mean, (2·p_std)**2) · (1 + 1/(S·sigma_data**2)) at
+    lower noise than the peak of h, and the peak value at higher noise; divided by the peak value, so that the largest
+    weight is 1. Meant for levels uniform in log-SNR (`levels.LogUniform`); for others see `Sigmoid`.
 
     Args:
         p_mean, p_std: EDM's, of ln(sigma).
@@ -281,7 +281,7 @@ class MonotonicEDM(SNRWeighting):
     def peak(self) -> float:
         """Log-SNR of the peak: where h'/h = -(x - m)/s² - 1/(1 + sigma_data²·e**x) is 0, m = -2p_mean, s = 2p_std."""
         mean, variance = -2.0 * self.p_mean, 4.0 * self.p_std**2
-        low, high = mean - variance, mean  # the slope is positive at the first, negative at the second
+        low, high = mean - variance, mean  # h rises at `low` and falls at `high`
         for _ in range(80):
             middle = 0.5 * (low + high)
             falling = 1.0 / (1.0 + self.sigma_data**2 * math.exp(min(middle, 700.0)))
@@ -318,8 +318,8 @@ class SigmaSqrt(_SD3Weighting):
     """1/t**2, t the noise share of a flow: diffusers' "sigma_sqrt" for SD3.
 
     Args:
-        form: the loss that this multiplies. "sample" is what diffusers does by default (--precondition_outputs); it
-            then equals 1 on the flow loss. "flow" is what it does without.
+        form: form of the loss that this multiplies in diffusers: "sample" with --precondition_outputs (the default),
+            which equals 1 on the flow loss; "flow" without.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -336,7 +336,7 @@ class SigmaSqrt(_SD3Weighting):
 class CosMap(_SD3Weighting):
     """2/(π·(1 - 2t + 2t**2)), t the noise share of a flow: "cosmap" of SD3 (arXiv 2403.03206, eq. 21).
 
-    There it is a density of t; `levels.CosMap` draws from it.
+    In SD3 it is a density of t; `levels.CosMap` draws from it.
 
     Args:
         form, prediction_type, sigma_data, max_weight: see `SigmaSqrt`.

@@ -11,26 +11,26 @@ from torch import Tensor, nn
 from ..ops.problem import Bins, Inputs
 from .base import Weighting
 
-_WIDEST = 40.0  # log-SNR beyond which the head sees no difference; it has to see a number at +-inf
+_WIDEST = 40.0  # log-SNR is clamped to +-this: the features of +-inf would be NaN
 
 
 class LearnedUncertainty(nn.Module, Weighting):
     """The loss is mean_i v_i·(g_i/e**u_i + u_i) with u_i = u(log_snr_i) learned: EDM2 (arXiv 2312.02696, eqs. 20, 21).
 
-    At the optimum e**u is the mean base loss g at that noise level (eq. 25), so that w = e**-u is what
-    `weighting.LossLevel` takes from the statistics, up to its constant: that one keeps the expected loss where it was,
-    this one brings it to 1. The value of the loss has u in it and may be negative; `DiffusionLoss.base_loss` is the
-    mean of v·g beside it. The statistics hold g, as always.
+    At the optimum e**u is the mean base loss g at that noise level (eq. 25), so that w = e**-u is the weight of
+    `weighting.LossLevel` up to a constant: `LossLevel` preserves the expected loss, the learned weight brings it to 1.
+    The loss includes u and may be negative; `DiffusionLoss.base_loss` is the mean of v·g without u. The statistics
+    record g.
 
-    u is a linear map of `channels` random Fourier features of c_noise = ln(sigma)/4 (EDM2's 128), without its forced
-    weight norm. It is trained by the loss itself: give `criterion.parameters()` to the optimizer together with the
-    network's, and on several ranks wrap the criterion in `DistributedDataParallel`, so that its gradient is averaged.
+    u is a linear map of `channels` random Fourier features of c_noise = ln(sigma)/4 (128 in EDM2), without EDM2's
+    forced weight normalisation. u is trained by the loss itself: give `criterion.parameters()` to the optimizer with
+    the network's, and on several ranks wrap the criterion in `DistributedDataParallel` to average its gradient.
 
     Args:
         channels: number of Fourier features.
-        init: "zeros" starts neutral, with w = 1; "random" as in the paper, where u has unit variance and the first
-            weights differ by a factor of some 30.
-        seed: of the features, and of a random start.
+        init: "zeros" starts with w = 1; "random" as in the paper, where u has unit variance and the first weights
+            differ by a factor of some 30.
+        seed: of the random features and of init "random".
 
     Raises:
         ValueError: an argument out of bounds.
@@ -54,10 +54,10 @@ class LearnedUncertainty(nn.Module, Weighting):
         self.weight = nn.Parameter(start / start.square().mean().sqrt() if init == "random" else torch.zeros(channels))
 
     def forward(self, log_snr: Tensor) -> Tensor:
-        """u at each log-SNR, [B] float32; differentiable by the parameters. NaN for NaN."""
-        c_noise = log_snr.float().clamp(-_WIDEST, _WIDEST) / -8.0  # ln(sigma)/4, sigma that of a VE process
+        """u at each log-SNR, [B] float32; differentiable with respect to the parameters. NaN for NaN."""
+        c_noise = log_snr.float().clamp(-_WIDEST, _WIDEST) / -8.0  # ln(sigma)/4, alpha = 1
         features = math.sqrt(2.0) * (c_noise[:, None] * self.frequencies.float() + self.phases.float()).cos()  # [B, C]
-        # Not a matrix product: autocast would take that in bfloat16.
+        # Not a matrix product, which autocast would compute in bfloat16.
         return (features * self.weight.float()).sum(1) / math.sqrt(len(self.weight))
 
     def for_batch(self, log_snr: Tensor, sync: bool) -> Tensor:
@@ -67,9 +67,9 @@ class LearnedUncertainty(nn.Module, Weighting):
         return self.for_batch(log_snr, sync=False)
 
     def extra_term(self, ell: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """v·u(log_snr) [B] with the gradient of v·(g/e**u + u) by the parameters, and the mean of v·g.
+        """v·u(log_snr) [B], whose gradient with respect to the parameters is that of v·(g/e**u + u); the mean of v·g.
 
-        The term g/e**u is in the weighted loss already, with the gradient by the prediction.
+        The weighted loss already contains v·g/e**u, with its gradient with respect to the prediction.
         """
         one = torch.ones_like(ell)
         base_weight = one if inputs.base_weight is None else inputs.base_weight.detach()

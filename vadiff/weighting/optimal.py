@@ -1,4 +1,4 @@
-"""Weights made of a data set's optimal loss (arXiv 2506.13763)."""
+"""Weights computed from a data set's optimal loss (arXiv 2506.13763)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .fixed import MAX_WEIGHT, SNRWeighting
 
 @runtime_checkable
 class OptimalCurve(Protocol):
-    """What weightings and levels read of an optimal loss J*; `vadiff.optimal_loss.OptimalLoss` is one.
+    """The attributes of an optimal loss J* that weightings and levels read, as of `vadiff.optimal_loss.OptimalLoss`.
 
-    A protocol, because `vadiff.optimal_loss` does not depend on weightings, nor they on it.
+    A protocol, so that `vadiff.optimal_loss` and `vadiff.weighting` do not import each other.
     """
 
     @property
     def elements(self) -> int:
-        """D, numbers in one sample."""
+        """D, the number of elements of one sample."""
 
     @property
     def total_variance(self) -> float:
@@ -45,16 +45,16 @@ def require_curve(optimal: object) -> None:
 class InverseOptimalLoss(SNRWeighting):
     """min(D/J*, cap) on the x0 loss, J*/D the lowest loss per element that any network can have (arXiv 2506.13763).
 
-    A model at its optimum then has loss 1 at every noise level: what EDM2's learned weighting and `LossLevel` tend to
+    An optimal model then has loss 1 at every noise level; EDM2's learned weighting and `LossLevel` approach this weight
     as the gap closes.
 
     Args:
         optimal: the data set's J*, from `vadiff.optimal_loss.estimate`.
-        cap: bound of the weight of the x0 loss, for J* goes to 0 with the noise.
+        cap: upper bound of the weight of the x0 loss, needed because J* goes to 0 with the noise.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
 
     Raises:
-        TypeError: `optimal` is no `vadiff.optimal_loss.OptimalLoss`.
+        TypeError: `optimal` is not a `vadiff.optimal_loss.OptimalLoss`.
         ValueError: an argument out of bounds.
     """
 
@@ -78,21 +78,21 @@ class InverseOptimalLoss(SNRWeighting):
 class GapWeighting(SNRWeighting):
     """scale·min(D/J*, cap) + bump·N(ln sigma; bump_mean, bump_std²)·[sigma < sigma*] on the x0 loss per element.
 
-    The weight of the optimal-loss schedule (arXiv 2506.13763, section 5). The paper's values of its constants are not
-    known to us. Ours make the first term 1 up to sigma* and let it fall as 1/J* above; the bump adds 0.4 at its peak.
+    The weight of the optimal-loss schedule (arXiv 2506.13763, section 5). The paper's values of its constants are
+    unknown. These defaults make the first term 1 up to sigma* and proportional to 1/J* above; the bump adds up to 0.4.
 
     Args:
         optimal: the data set's J*.
         cap: the paper's w*; by default D/J* at sigma*, where J* is 1e-3 of the total variance.
         scale: the paper's a; by default 1/cap.
-        bump: factor of the Gaussian; 1 in the paper, 0 leaves it out.
+        bump: factor of the Gaussian; 1 in the paper, 0 for none.
         bump_mean: its centre in ln(sigma); by default 1 below ln(sigma*).
         bump_std: its width in ln(sigma).
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
 
     Raises:
-        TypeError: `optimal` is no `vadiff.optimal_loss.OptimalLoss`.
-        ValueError: an argument out of bounds, or a curve on which there is no sigma*.
+        TypeError: `optimal` is not a `vadiff.optimal_loss.OptimalLoss`.
+        ValueError: an argument out of bounds, or a curve without a sigma*.
     """
 
     optimal: OptimalCurve

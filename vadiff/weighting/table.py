@@ -1,4 +1,4 @@
-"""A weighting read from a table over log-SNR bins, as the one another run ended with."""
+"""A weighting given by a table over log-SNR bins, for example the final weights of another run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .fixed import FixedWeighting
 
 @dataclass(frozen=True)
 class WeightTable(FixedWeighting):
-    """w(λ) by linear interpolation of ln w between bin centres, flat beyond the outer ones: as adaptive tables are.
+    """w(λ) by linear interpolation of ln w between bin centres, flat beyond the outer ones, as in adaptive tables.
 
     Args:
         weights: w at the centre of each bin, K positive numbers.
         log_snr_range: (low, high) of the bins.
 
     Raises:
-        ValueError: fewer than two weights, one that is not positive and finite, or a range that is none.
+        ValueError: fewer than two weights, one that is not positive and finite, or an invalid range.
     """
 
     weights: tuple[float, ...]
     log_snr_range: tuple[float, float] = (-16.0, 16.0)
-    # ln w per device: copying the table at every step would wait for the device.
+    # ln w per device, cached because a copy at every step would synchronise.
     _log_weights: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
