@@ -69,10 +69,10 @@ def test_gap_of_one_kind_to_the_optimal_loss_of_another_is_refused() -> None:
     def denoise(noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         return 0.0 * noisy
 
-    with pytest.raises(ValueError, match=r"labels is None, but .* is told the class: take it from estimate$"):
+    with pytest.raises(ValueError, match=r"labels is None, but .* class-conditional denoiser: take it from estimate$"):
         model_gap(denoise, data, told)
     with pytest.raises(
-        ValueError, match=r"labels is given, but .* is told no class: take it from estimate_given_class"
+        ValueError, match=r"labels is given, but .* unconditional denoiser: take it from estimate_given_class"
     ):
         model_gap(denoise, data, untold, labels=labels)
 

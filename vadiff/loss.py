@@ -156,7 +156,7 @@ class DiffusionLoss(nn.Module):
                 See `vadiff.process.coefficients`.
             base_weight: u [B], the objective's own weight of the noise level (EDM's lambda(sigma), ...); part of the
                 recorded base loss. Differentiable.
-            sample_weight: v [B], a factor outside the objective (1/p of a level sampler, mask share); not recorded.
+            sample_weight: v [B], a factor outside the objective and the recorded loss (1/p of a sampler, mask share).
             reduction: "mean" over the batch, or "none".
 
         Returns:
@@ -239,7 +239,7 @@ class DiffusionLoss(nn.Module):
 
     @property
     def per_sample_loss(self) -> Tensor | None:
-        """Detached copy of the last call's ell [B], float32 (float64 for a float64 prediction); None before any."""
+        """Detached copy of the last ell [B], float32 (float64 for a float64 prediction); None before the first call."""
         return None if self._last is None else self._last[ELL].clone()
 
     @property

@@ -246,7 +246,7 @@ def test_what_would_fight_the_weighting_is_refused(layers: ModuleType) -> None:
 
 def test_weights_that_would_never_adapt_or_need_more_than_sigma_are_refused() -> None:
     for name in ("variance_aware", "learned", "loss_zscore"):
-        with pytest.raises(ValueError, match=f"criterion is '{name}', which needs statistics .* Use WeightedDenoiser"):
+        with pytest.raises(ValueError, match=f"criterion is '{name}', which needs statistics, .* Use WeightedDenoiser"):
             SigmaWeighting(name)
     with pytest.raises(ValueError, match="depends on more than sigma"):
         SigmaWeighting(vadiff.DiffusionLoss("loss_zscore"))

@@ -277,7 +277,7 @@ def test_evaluation_records_nothing() -> None:
         (gaussian, vadiff.weighting.MinSNR(prediction_type="v_prediction"), r"'v_prediction'\), expected 'epsilon'"),
         (elucidated, vadiff.weighting.MinSNR(), r"prediction_type='epsilon'\), expected 'edm'"),
         (lambda: elucidated(sigma_data=0.7), vadiff.weighting.MinSNR(prediction_type="edm"), r"0.5\), expected 0.7"),
-        (lambda: gaussian(min_snr_loss_weight=True), vadiff.weighting.MinSNR(), "of its own .*which MinSNR would multiply"),
+        (lambda: gaussian(min_snr_loss_weight=True), vadiff.weighting.MinSNR(), "own.*which MinSNR would multiply"),
     ],
 )  # fmt: skip
 def test_fixed_weights_for_another_loss_or_twice_are_refused(

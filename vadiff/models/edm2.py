@@ -27,9 +27,9 @@ _LARGEST = 256.0  # activations are clipped to +-this, far below float16's 65504
 class EDM2UNet(nn.Module):
     """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W] in x's dtype.
 
-    Config G of EDM2 (arXiv 2312.02696): no biases and no group norms; the layers preserve
-    magnitudes; the noise level and the class scale the channels of each block; an input channel of ones replaces
-    biases; the output starts at 0. Call `normalize_weights` after each optimiser step; `vadiff train` does.
+    Config G of EDM2 (arXiv 2312.02696): no biases and no group norms; the layers preserve magnitudes; the noise
+    level and the class scale the channels of each block; an input channel of ones replaces biases; the output starts
+    at 0. Call `normalize_weights` after each optimiser step; `vadiff train` does.
 
     Runs in the dtype of `torch.autocast` if enabled. Initialised from torch's global random state.
 

@@ -43,7 +43,7 @@ class OptimalLoss:
         stderr: [T] float64, its standard error.
         draws: [T] int64, noisy samples drawn per level.
         elements: D, number of elements of one sample.
-        total_variance: trace of the data's covariance (within classes if class-conditional): J* at the highest noise.
+        total_variance: trace of the data's covariance (within classes if class-conditional): limit of J* at high noise.
         samples: N, size of the data set.
         estimator: "full", "snis", "dol" or "cdol".
         classes: number of classes of a class-conditional denoiser; 0 for an unconditional one.
