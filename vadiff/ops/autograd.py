@@ -1,9 +1,10 @@
 """Gradients of the operators: one autograd Function, two modes.
 
-*Fused* (reduction "mean", float32 or bfloat16, eager): the forward writes the gradient, the backward scales it by
-upstream; nothing else is saved. *Deferred* (float16, float64, reduction "none", under torch.compile): the inputs are
-saved and the backward computes the gradient. A float16 gradient written before a gradient scaler has acted would be
-mostly subnormal, and a mutation in the backward makes the compiler clone its tensor.
+*Fused* (reduction "mean", float32 or bfloat16, eager): the forward writes the gradient and saves it alone (with the
+per-sample results if the base weight requires grad); the backward scales it by upstream. *Deferred* (float16, float64,
+reduction "none", under torch.compile): the inputs are saved and the backward computes the gradient. A float16 gradient
+written before a gradient scaler has acted would be mostly subnormal, and a mutation in the backward makes the compiler
+clone its tensor. An upstream of NaN or infinity makes the fused gradient of masked samples NaN, as 0 times it is.
 """
 
 from __future__ import annotations

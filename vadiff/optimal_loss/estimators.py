@@ -58,9 +58,9 @@ def estimate(
         subset: L, samples the softmax runs over for all but "full"; N/10 by default.
         correction: C of "cdol", divisor of the source's weight; 2·N/L by default, 4·N/L in the paper.
         seed: of sources, noise and subsets.
-        chunk: data rows per GEMM. Bounds the memory: 3 matrices of 256 x chunk beside the data and T x 256 x D.
+        chunk: data rows per GEMM. Bounds the memory: 3 matrices of 512 x chunk beside the data and T x 512 x D.
         device: one or several devices to compute on; the data's by default. Several devices split the data.
-        progress: called after every 256 draws (64 with a subset).
+        progress: called after every 512 draws (at most 64 with a subset).
 
     Raises:
         TypeError: data is not a floating-point tensor.
@@ -95,7 +95,7 @@ def estimate_until(
     """Estimate J* with as many draws as each level needs.
 
     A level is done when the standard error of J* is at most max(relative·J*, absolute·total variance), checked after
-    512 draws and then every 256 (64 with a subset), or after `limit` draws.
+    512 draws and then every 512 (at most 64 with a subset), or after `limit` draws.
 
     Args:
         limit: draws per level at most.
