@@ -1,6 +1,6 @@
 // A call on the CPU: rows over threads, then samples, statistics and table. No sum's order depends on the number of threads.
 
-#include "cpu.h"
+#include "kernels.h"
 
 #include <string.h>
 

@@ -1,7 +1,7 @@
 // Kernels and launches. Grids of fixed size stride over work items: an item is one of `splits` runs of `chunk` elements of a
 // sample. In a step of one launch, the block that takes the last ticket finishes the step.
 
-#include "cuda.h"
+#include "kernels.h"
 
 #include <cuda_runtime.h>
 

@@ -2,10 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu.h"
-#ifdef VADIFF_CUDA
-#include "cuda.h"
-#endif
+#include "kernels.h"
 
 #define VADIFF_STRING_(x) #x
 #define VADIFF_STRING(x) VADIFF_STRING_(x)

@@ -275,36 +275,20 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_last": None,
-            "_problem": None,
-            "base_loss": None,
-        }  # a copy starts without the last batch
+        return {**self.__dict__, "_last": None, "_problem": None, "base_loss": None}
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
         statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
         rule = self.weighting.rule
         attributes = (
-            rule,
-            statistics.bins,
-            statistics.half_life,
-            self.loss,
-            self.huber_delta,
-            self.sync,
-            self.backend,
-        )
+            rule, statistics.bins, statistics.half_life, self.loss, self.huber_delta, self.sync, self.backend
+        )  # fmt: skip
         if self._problem is not None and self._problem[0] == attributes:
             return self._problem[1]
-        problem = Problem(
-            bins=statistics.bins,
-            half_life=float(statistics.half_life),
-            rule=rule,
-            huber_delta=self.huber_delta if self.loss == "huber" else 0.0,
-            sync=self.sync,
-            backend=self.backend,
-        )
+        huber_delta = self.huber_delta if self.loss == "huber" else 0.0
+        half_life = float(statistics.half_life)
+        problem = Problem(statistics.bins, half_life, rule, huber_delta, sync=self.sync, backend=self.backend)
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "_problem", (attributes, problem))
         return problem

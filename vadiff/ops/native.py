@@ -184,18 +184,11 @@ def _call(problem: Problem, inputs: Inputs) -> Call:
         call.sample_weight = sample_weight.data_ptr() or _freed(sample_weight, "sample_weight")
     if weight is not None:
         call.weight = weight.data_ptr() or _freed(weight, "weighting(log_snr)")
-    if isinstance(a, float):
-        call.a = a
-    else:
-        call.a_each = _checked(a, compute_dtype(prediction), "coefficients a")
-    if isinstance(b, float):
-        call.b = b
-    else:
-        call.b_each = _checked(b, compute_dtype(prediction), "coefficients b")
-    if isinstance(c, float):
-        call.c = c
-    else:
-        call.c_each = _checked(c, compute_dtype(prediction), "coefficients c")
+    for name, value in (("a", a), ("b", b), ("c", c)):
+        if isinstance(value, float):
+            setattr(call, name, value)
+        else:
+            setattr(call, f"{name}_each", _checked(value, compute_dtype(prediction), f"coefficients {name}"))
     return call
 
 
@@ -246,18 +239,10 @@ def _fields(problem: Problem) -> ProblemFields:
 def _fields_of(problem: Problem) -> ProblemFields:
     bins, rule = problem.bins, problem.rule
     return ProblemFields(
-        bins=bins.size,
-        low=bins.low,
-        high=bins.high,
-        half_life=problem.half_life,
-        statistic=STATISTICS[rule.statistic],
-        strength=rule.strength,
-        smoothing=rule.smoothing,
-        log_clip=math.log(rule.clip),
-        prior=rule.prior,
-        radius=rule.radius(bins),
-        huber_delta=problem.huber_delta,
-    )
+        bins=bins.size, low=bins.low, high=bins.high, half_life=problem.half_life,
+        statistic=STATISTICS[rule.statistic], strength=rule.strength, smoothing=rule.smoothing,
+        log_clip=math.log(rule.clip), prior=rule.prior, radius=rule.radius(bins), huber_delta=problem.huber_delta,
+    )  # fmt: skip
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype, name: str, any_stride: bool = False) -> int:

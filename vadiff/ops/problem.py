@@ -149,19 +149,12 @@ def make_inputs(
         sample_weight = check_per_sample("sample_weight", sample_weight, samples, device, dtype)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    target_read = target if isinstance(b, Tensor) or b != 0.0 else None
+    noise_read = noise if isinstance(c, Tensor) or c != 0.0 else None
     return Inputs(
-        prediction,
-        target if isinstance(b, Tensor) or b != 0.0 else None,
-        noise if isinstance(c, Tensor) or c != 0.0 else None,
-        a,
-        b,
-        c,
-        log_snr,
-        base_weight,
-        sample_weight,
-        weight=None,
-        mean=reduction == "mean",
-    )
+        prediction, target_read, noise_read, a, b, c, log_snr, base_weight, sample_weight,
+        weight=None, mean=reduction == "mean",
+    )  # fmt: skip
 
 
 def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None) -> Inputs:
