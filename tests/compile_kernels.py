@@ -106,6 +106,8 @@ def main(capabilities: list[int]) -> None:
         {"dtype": "float32", "shape": (512, 3, 32, 32), "k": 128, "statistic": "std", "every_input": False},
         {"dtype": "bfloat16", "shape": (64, 4, 64, 64), "k": 256, "statistic": "std", "every_input": True},
         {"dtype": "bfloat16", "shape": (4096, 2048), "k": 256, "statistic": "mean", "every_input": False},
+        {"dtype": "float32", "shape": (64, 4, 64, 64), "k": 128, "statistic": "std", "every_input": True},
+        {"dtype": "float32", "shape": (5, 3, 7, 7), "k": 64, "statistic": "rms", "every_input": True},
     ]
     for capability in capabilities:
         driver.set_active(CompileOnly(capability))

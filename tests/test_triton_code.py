@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def test_kernels_compile_with_wide_accesses_no_spills_and_no_atomics(
     for kernel in compiled:
         assert kernel["spilled_bytes"] == 0, kernel
         assert kernel["atomics"] == kernel["float_atomics"] == 0, kernel
-        if kernel["kernel"] in ELEMENT_KERNELS:
+        even = math.prod(kernel["shape"][1:]) % 16 == 0  # else a row does not start at a multiple of a vector
+        if kernel["kernel"] in ELEMENT_KERNELS and even:
             # what is not 128 bits wide is one value per sample: a coefficient, a weight, a partial sum
             narrow = [name for name in {**kernel["loads"], **kernel["stores"]} if not name.endswith(WIDE)]
             assert set(narrow) <= {"ld.global.b32", "st.global.b64"}, kernel

@@ -101,7 +101,6 @@ def _residual_arguments(problem: Problem, inputs: Inputs) -> dict[str, Any]:
         "prediction_ptr": inputs.prediction, "target_ptr": inputs.target, "noise_ptr": inputs.noise,
         "huber_delta": problem.huber_delta, "HUBER": problem.huber_delta > 0, "BLOCK": BLOCK,
         "num_warps": _rows.NUM_WARPS,
-        "maxnreg": 65536 // (32 * _rows.NUM_WARPS * PROGRAMS_PER_SM),  # else ptxas spills to fit one program more
     }  # fmt: skip
     for name in "abc":
         value = getattr(inputs, name)

@@ -80,11 +80,11 @@ def sum_of_four(e, BLOCK: tl.constexpr):
 def store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, m, HUBER: tl.constexpr, MASKED: tl.constexpr):
     """factor * (2r, or r clamped to +-delta) in the gradient's dtype; exactly 0 where masked."""
     if HUBER:
-        # tl.minimum and tl.maximum would drop a NaN.
-        slope = tl.where(r > huber_delta, huber_delta, tl.where(r < -huber_delta, -huber_delta, r))
+        # Without PropagateNan a NaN would become +-delta.
+        slope = tl.minimum(tl.maximum(r, -huber_delta, tl.PropagateNan.ALL), huber_delta, tl.PropagateNan.ALL)
     else:
         slope = 2.0 * r
-    g = tl.where(masked != 0.0, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
+    g = tl.where(masked, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
     if MASKED:
         tl.store(gradient_ptr + o, g, mask=m)
     else:
@@ -160,30 +160,30 @@ def rows_kernel(
         b_i = load_coefficient(b_ptr, b, sample)
         c_i = load_coefficient(c_ptr, c, sample)
         factor = 0.0
-        masked = 0.0  # a number: as a predicate it is spilled
+        masked = False
         if gradient_ptr is not None:
             log_snr = tl.load(log_snr_ptr + sample)
             w, u, v = load_weights(
                 log_snr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, sample, sample >= 0,
                 low, inv_width, bins,
             )  # fmt: skip
-            masked = tl.where((u == 0.0) | (v == 0.0), 1.0, 0.0)
+            masked = (u == 0.0) | (v == 0.0)
             factor = w * u * v * a_i * scale
         total = tl.zeros((BLOCK // 4,), tl.float64)
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
             r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
+            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)  # before the store: ptxas spills otherwise
             if gradient_ptr is not None:
                 store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, True, HUBER, False)
-            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
             r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
+            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
             if gradient_ptr is not None:
                 store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER, True)
-            total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
         tl.store(partial_ptr + item, tl.sum(total))
 
 
@@ -212,7 +212,7 @@ def backward_kernel(
         c_i = load_coefficient(c_ptr, c, sample)
         upstream = tl.load(upstream_ptr + sample * upstream_stride).to(tl.float32)
         factor = tl.load(factor_ptr + sample) * upstream * a_i * scale
-        masked = tl.load(masked_ptr + sample)
+        masked = tl.load(masked_ptr + sample) != 0.0
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
