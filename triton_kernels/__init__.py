@@ -118,21 +118,15 @@ def _weight_arguments(problem: Problem, inputs: Inputs, state: State) -> dict[st
     return {
         "log_snr_ptr": inputs.log_snr, "base_weight_ptr": inputs.base_weight,
         "sample_weight_ptr": inputs.sample_weight, "weight_ptr": inputs.weight,
-        "log_weights_ptr": state.log_weights.view(torch.float32),
+        "log_weights_ptr": state.log_weights.view(torch.float32) if problem.rule.statistic else None,
         "low": problem.bins.low, "inv_width": problem.bins.inv_width,
     }  # fmt: skip
 
 
 def _settle(
-    problem: Problem,
-    inputs: Inputs,
-    state: State,
-    workspace: Tensor,
-    out: dict[str, Tensor | None],
-    splits: int,
-    update: bool,
-    gather: Gather | None,
-) -> None:
+    problem: Problem, inputs: Inputs, state: State, workspace: Tensor, out: dict[str, Tensor | None],
+    splits: int, update: bool, gather: Gather | None,
+) -> None:  # fmt: skip
     """Everything after the elements: per-sample results, loss, statistics.
 
     out: the pointers that `statistics_kernel` writes per-sample results and the mean loss to. splits: partial sums per
@@ -147,9 +141,9 @@ def _settle(
     arguments = _update_arguments(problem)
     split_block = _power_of_2(min(splits, 128)) if splits else 0
     statistics_kernel[(tiles,)](
-        loss_ptr=None if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
+        loss_ptr=workspace if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
         parts_ptr=parts, loss_parts_ptr=loss_parts, samples=samples, elements=inputs.prediction.numel() // samples,
-        splits=splits, tile=TILE, LOOK_UP=bool(problem.rule.statistic), FOLD=fold_at_once, SPLITS=split_block,
+        splits=splits, tile=TILE, FOLD=fold_at_once, SPLITS=split_block,
         SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(problem.bins.size),
         **out, **_weight_arguments(problem, inputs, state), **arguments,
     )  # fmt: skip
@@ -183,9 +177,6 @@ def step(
     made = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
     loss = torch.empty(() if inputs.mean else (samples,), device=device, dtype=torch.float32)
     per_sample = torch.empty((4, samples), device=device, dtype=torch.float32)
-    weight = _weight_arguments(problem, inputs, state)
-    if not problem.rule.statistic:
-        weight["log_weights_ptr"] = None
     out = {
         "ell_ptr": per_sample[ELL], "factor_ptr": per_sample[FACTOR], "slope_ptr": per_sample[SLOPE],
         "masked_ptr": per_sample[MASKED], "out_ptr": None if inputs.mean else loss,
@@ -194,7 +185,8 @@ def step(
     with _on(device):
         rows_kernel[(min(samples * splits, _programs(device.index)),)](
             partial_ptr=workspace, gradient_ptr=made if gradient else None, bins=problem.bins.size,
-            scale=1.0 / prediction.numel(), **residual, **weight,
+            scale=1.0 / prediction.numel(), **residual,
+            **_weight_arguments(problem, inputs, state),
         )  # fmt: skip
         _settle(problem, inputs, state, workspace, out, splits, update, gather)
     return Step(loss, per_sample, made)

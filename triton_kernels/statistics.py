@@ -237,7 +237,7 @@ def smooth(a_ptr, n_ptr, width, smoothing, radius, bins, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["radius", "bins", "samples", "elements", "splits", "tile"])  # as in rows.py
 def statistics_kernel(
-    loss_ptr,  # [B] float32 per-sample losses, or None: sums are in the workspace
+    loss_ptr,  # [B] float32 per-sample losses, or the workspace: [B, splits] float64 sums
     log_snr_ptr,  # [B] float32
     base_weight_ptr,  # [B] float32 or None
     sample_weight_ptr,  # [B] float32 or None
@@ -254,7 +254,7 @@ def statistics_kernel(
     parts_ptr,  # [tiles, 4*bins + 1] float64 or None, out: batch statistics of each tile
     loss_parts_ptr,  # [tiles] float64 or None, out: sum of the weighted losses of each tile
     low, inv_width, half_life, width, strength, smoothing, log_clip, prior, radius, bins, samples, elements,
-    splits, tile, STATISTIC: tl.constexpr, LOOK_UP: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    splits, tile, STATISTIC: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
     K: tl.constexpr, SETTLE: tl.constexpr, SPLITS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Per-sample results of one tile and its batch statistics; folds them too when the tile is the whole batch."""
@@ -263,16 +263,8 @@ def statistics_kernel(
     base_loss_ptr = workspace_ptr + samples * splits
     bin_ptr = base_loss_ptr + samples
     a_ptr = bin_ptr + samples
-    if LOOK_UP:
-        table_ptr = log_weights_ptr
-    else:
-        table_ptr = None
-    if SPLITS > 0:
-        source_ptr = workspace_ptr
-    else:
-        source_ptr = loss_ptr
     total, skipped = classify_samples(
-        source_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, table_ptr, ell_ptr,
+        loss_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, ell_ptr,
         factor_ptr, slope_ptr, masked_ptr, out_ptr,
         base_loss_ptr, bin_ptr, first, last, samples, elements, splits, low, inv_width, bins, SETTLE, SPLITS,
     )  # fmt: skip
