@@ -13,3 +13,9 @@ def join_two_ranks(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
+
+
+def leave_two_ranks() -> None:
+    """End the process group together: gloo aborts a process that ends while the other one still talks to it."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import vadiff
+
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
 
@@ -60,7 +62,7 @@ def test_the_shared_header_passes_its_unit_tests_through_nvcc(nvcc: str, tmp_pat
 def test_the_stub_declares_what_the_module_has() -> None:
     """Names, and how many arguments: pybind11 does not know what they are called."""
     native = pytest.importorskip("vadiff._native")
-    declared = ast.parse((ROOT / "vadiff/_native.pyi").read_text()).body
+    declared = ast.parse((Path(vadiff.__file__).parent / "_native.pyi").read_text()).body
     functions = {node.name: node for node in declared if isinstance(node, ast.FunctionDef)}
     variables = {node.target.id for node in declared if isinstance(node, ast.AnnAssign)}
     without_cuda = {"cuda_workspace_size"} if native.cuda_architectures is None else set()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import BACKENDS, usable
 from filelock import FileLock
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 
 STEPS, BATCH, ULPS = 4, 64, 8
 FIELDS = ("count", "mean", "variance", "mass")
@@ -82,7 +82,7 @@ def rank_main(rank: int, folder: str, backends: list[str]) -> None:
                 batch = samples(0, "even")
                 criterion.eval().reweight(batch["log_snr"].exp(), batch["log_snr"])
     torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -325,7 +325,7 @@ def rank_main(rank: int, folder: str) -> None:
         if rank == 0:  # alone: nobody else is asked
             criterion.eval().reweight(losses, log_snr)
     torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 def test_batch_means_are_those_of_all_ranks(tmp_path):

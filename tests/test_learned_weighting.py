@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -191,7 +191,7 @@ def rank_main(rank: int, folder: str) -> None:
         wrapped(values.pop("prediction"), values.pop("target"), values.pop("log_snr"), **values).backward()
     criterion = wrapped.module
     torch.save((criterion.weighting.weight.grad, criterion.statistics.state), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 def test_ddp_averages_its_gradient_and_keeps_the_statistics_equal(tmp_path):

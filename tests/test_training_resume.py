@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 from torch import Tensor
 
 from vadiff.ema import reconstruct
@@ -310,7 +310,7 @@ def rank_main(rank: int, folder: str) -> None:
         trained = train(config, infinite_loss_of_steps_2_and_3(non_finite and rank == 1), progress=False)
         found = {"denoiser": trained.denoiser.state_dict(), "metrics": trained.metrics}
         torch.save(found, out / f"non_finite {non_finite}, rank {rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 def infinite_loss_of_steps_2_and_3(non_finite: bool) -> Objective:

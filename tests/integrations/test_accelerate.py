@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 from torch import Tensor, nn
 
 import vadiff
@@ -207,7 +207,7 @@ def rank_main(rank: int, folder: str) -> None:
         "logged": [step for step, _ in recorder.logged],
     }
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 def test_two_processes_train_as_one_and_resume_to_the_bit(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import join_two_ranks
+from ranks import join_two_ranks, leave_two_ranks
 from seen import Seen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -166,7 +166,7 @@ def rank_main(rank: int, folder: str) -> None:
         own = LOOPS[name][0](seen)
         results[name] = {"criterion": own, "losses": seen.losses, "levels": seen.levels}
     torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_two_ranks()
 
 
 @pytest.fixture(scope="module")
