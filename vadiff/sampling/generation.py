@@ -235,7 +235,7 @@ def default_generation(run: TrainedModel, sampler: str | None = None) -> Generat
     return Generation(sampler, steps=50, sigma_max=1000.0) if sampler == "euler" else Generation(sampler)
 
 
-def with_settings(generation: Generation, **options: object) -> Generation:
+def with_options(generation: Generation, **options: object) -> Generation:
     """`generation` with the given options that are not None."""
     given = {name: value for name, value in options.items() if value is not None}
     return dataclasses.replace(generation, **given)  # type: ignore[arg-type]

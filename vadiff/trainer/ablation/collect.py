@@ -19,7 +19,7 @@ from torch import Tensor
 from ...extras import import_extra
 from ..training.metrics import stacked
 from ..training.run import open_run
-from .evaluation import first_difference, settings_of
+from .evaluation import drawn_with, first_difference
 from .grid import Grid, GridError, PlannedRun
 
 
@@ -156,7 +156,7 @@ class _Outcome:
             stacked(measured, "images"),
             stacked(measured, "held_out", "loss_ema").log(),
             {name: value for name, value in evaluations.items() if isinstance(value, (int, float))},
-            settings_of(run.path, entries[-1]["step"]),
+            drawn_with(run.path, entries[-1]["step"]),
             max(entry["seconds"] for entry in entries if "seconds" in entry),
         )
 

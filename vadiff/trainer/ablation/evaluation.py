@@ -73,7 +73,7 @@ class Evaluation:
             step: of the checkpoint.
             inception_weights: what `weights_key` makes of the weights file.
         """
-        found = settings_of(run, step)
+        found = drawn_with(run, step)
         if found is None:
             return False
         wanted = {
@@ -92,7 +92,7 @@ class Evaluation:
         )
 
 
-def settings_of(run: Path, step: int) -> dict[str, Any] | None:
+def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
     """Options with which `vadiff evaluate` measured a step of a run, by name; None if it did not.
 
     Raises:

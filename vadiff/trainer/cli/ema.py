@@ -13,7 +13,7 @@ from .sample import seeds_of
 if TYPE_CHECKING:
     import torch
 
-    from ..report.evaluate import MetricSettings
+    from ..report.evaluate import Comparison
     from ..training import Run
 
 NAME = "ema"
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sweep(
-    run: "Run", files: dict[float, Path], device: "torch.device", seeds: Sequence[int], comparison: "MetricSettings"
+    run: "Run", files: dict[float, Path], device: "torch.device", seeds: Sequence[int], comparison: "Comparison"
 ) -> None:
     from ..report.ema_sweep import sweep_figure, sweep_metrics, sweep_scores
     from ..training.post_hoc import held_out_of_averages

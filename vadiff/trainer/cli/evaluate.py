@@ -8,7 +8,7 @@ from ..evaluation.fidelity import LAYERS, METRICS
 from .sample import add_generation_options, devices_of, generation_of, seeds_of
 
 if TYPE_CHECKING:
-    from ..report.evaluate import MetricSettings
+    from ..report.evaluate import Comparison
 
 NAME = "evaluate"
 HELP = "FID and other image metrics; held-out loss, gradients and gap to the optimal loss per noise level"
@@ -65,20 +65,20 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def comparison_of(options: argparse.Namespace) -> "MetricSettings":
+def comparison_of(options: argparse.Namespace) -> "Comparison":
     """The comparison options; a missing weights file is a usage error."""
-    from ..report.evaluate import MetricSettings
+    from ..report.evaluate import Comparison
 
     if options.inception_weights is not None and not options.inception_weights.is_file():
         options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
-    return MetricSettings(options.metrics, options.reference, options.layer, options.inception_weights, options.cache)
+    return Comparison(options.metrics, options.reference, options.layer, options.inception_weights, options.cache)
 
 
 def run(options: argparse.Namespace) -> None:
     from ..report.evaluate import evaluate_pictures, evaluate_run
     from ..training import open_run
 
-    settings = comparison_of(options)
+    comparison = comparison_of(options)
     if options.gradient_images < 2:
         options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
     if options.gap_images < 2:
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
                 opened,
                 generation_of(options, opened),
                 seeds_of(options),
-                settings,
+                comparison,
                 held_out_images=0 if options.no_held_out else options.held_out_images,
                 gradient_images=options.gradient_images if options.gradients else 0,
                 gap_images=options.gap_images if options.gap else 0,
@@ -107,6 +107,6 @@ def run(options: argparse.Namespace) -> None:
                 options.parser.error(f"argument --{name}: {options.target} is not a run directory")
         if options.reference is None and set(options.metrics) != {"isc"}:
             options.parser.error("argument --reference: required to compare a folder of images")
-        evaluate_pictures(options.target, settings, devices_of(options)[0])
+        evaluate_pictures(options.target, comparison, devices_of(options)[0])
     except (ValueError, FileNotFoundError) as error:
         options.parser.error(str(error))

@@ -109,11 +109,11 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 def generation_of(options: argparse.Namespace, run: "Run") -> "Generation":
     """The drawing options; an invalid one is a usage error."""
     from ...sampling import Churn
-    from ...sampling.generation import default_generation, with_settings
+    from ...sampling.generation import default_generation, with_options
 
     try:
         churn = Churn(options.churn, options.churn_sigma_min, options.churn_sigma_max, options.churn_noise)
-        generation = with_settings(
+        generation = with_options(
             default_generation(run, options.sampler),
             steps=options.steps,
             sigma_min=options.sigma_min,

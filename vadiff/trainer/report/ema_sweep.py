@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ...extras import import_extra
-from ...sampling.generation import default_generation, with_settings
+from ...sampling.generation import default_generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .evaluate import MetricSettings, compare, draw_images, reference_images, settings_within_reach
+from .evaluate import Comparison, compare, comparison_within_reach, draw_images, reference_images
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
@@ -26,7 +26,7 @@ def sweep_metrics(
     weights: Sequence[float | str],
     step: int,
     seeds: Sequence[int],
-    settings: MetricSettings,
+    comparison: Comparison,
     device: torch.device,
 ) -> dict[float | str, dict[str, float]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
@@ -36,24 +36,24 @@ def sweep_metrics(
         weights: widths of averages that `write_averages` made, or "ema" and "raw".
         step: of these weights.
         seeds: one per image.
-        settings: of the comparison with real images.
+        comparison: with real images, see `Comparison`.
         device: where images are drawn and compared.
 
     Returns:
         For each of the weights, metric → value.
 
     Raises:
-        ValueError: invalid settings.
+        ValueError: invalid options of the comparison.
         MissingExtraError: torch-fidelity is not installed.
     """
-    settings = settings_within_reach(settings)
-    reference = run.images().train if settings.reference is None else reference_images(settings.reference)
+    comparison = comparison_within_reach(comparison)
+    reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
-        generation = with_settings(default_generation(run), weights=name, step=step, devices=(device,))
+        generation = with_options(default_generation(run), weights=name, step=step, devices=(device,))
         print(f"\n{name}: ", end="")
-        found[each] = compare(draw_images(run, seeds, generation), reference, settings, device)
+        found[each] = compare(draw_images(run, seeds, generation), reference, comparison, device)
     return found
 
 

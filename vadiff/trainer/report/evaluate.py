@@ -34,7 +34,7 @@ from .style import Chart
 
 
 @dataclass(frozen=True)
-class MetricSettings:
+class Comparison:
     """Options of the comparison with real images; see `evaluation.image_metrics`.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate_run(
     run: Run,
     generation: Generation,
     seeds: Sequence[int],
-    settings: MetricSettings,
+    comparison: Comparison,
     *,
     held_out_images: int | None = 0,
     gradient_images: int = 0,
@@ -68,7 +68,7 @@ def evaluate_run(
         run: the run.
         generation: how images are drawn; its `step` and first device apply to all measurements.
         seeds: of the images that are drawn.
-        settings: of the comparison with real images.
+        comparison: with real images, see `Comparison`.
         held_out_images: maximum number of held-out images; None takes all, 0 skips the held-out loss.
         gradient_images: training images for the gradients per level; 0 skips them.
         gap_images: training images for the gap to the optimal loss of the weights that `generation` names; 0 skips it.
@@ -78,7 +78,7 @@ def evaluate_run(
 
     Raises:
         UserError: the checkpoint or the data set is missing or corrupt.
-        ValueError: invalid settings.
+        ValueError: invalid options of the comparison.
         MissingExtraError: a package of the extra `eval` or `report` is not installed.
     """
     import_extra("matplotlib", "report")  # fail before minutes of drawing
@@ -91,12 +91,12 @@ def evaluate_run(
         folder = run.path / "evaluation" / generation.weights / f"step-{step}"
     files: dict[str, str | bytes] = {}
     data = run.images()
-    if settings.metrics:
-        settings = settings_within_reach(settings)
-        reference = data.train if settings.reference is None else reference_images(settings.reference)
+    if comparison.metrics:
+        comparison = comparison_within_reach(comparison)
+        reference = data.train if comparison.reference is None else reference_images(comparison.reference)
         images = draw_images(run, seeds, generation)
-        values = compare(images, reference, settings, device)
-        files["metrics.json"] = _metrics_json(run, step, generation, seeds, settings, reference, values)
+        values = compare(images, reference, comparison, device)
+        files["metrics.json"] = _metrics_json(run, step, generation, seeds, comparison, reference, values)
     if held_out_images != 0:
         limit = len(data.held_out) if held_out_images is None else held_out_images
         losses = {
@@ -127,42 +127,40 @@ def evaluate_run(
     return folder
 
 
-def evaluate_pictures(path: Path, settings: MetricSettings, device: torch.device) -> dict[str, float]:
+def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) -> dict[str, float]:
     """Compare a folder of images or an .npz archive with real images, and print the metrics.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: no readable images, or invalid settings.
+        ValueError: no readable images, or invalid options of the comparison.
         UserError: the reference is a run whose data set is missing.
     """
-    reference = None if settings.reference is None else reference_images(settings.reference)
-    return compare(read_pictures(path), reference, settings_within_reach(settings), device)
+    reference = None if comparison.reference is None else reference_images(comparison.reference)
+    return compare(read_pictures(path), reference, comparison_within_reach(comparison), device)
 
 
-def settings_within_reach(settings: MetricSettings) -> MetricSettings:
+def comparison_within_reach(comparison: Comparison) -> Comparison:
     """Drop, with a message, the metrics that the Inception weights cannot give: before images are drawn."""
-    possible = within_reach(settings.metrics, settings.layer, settings.inception_weights)
-    if len(possible) < len(settings.metrics):
-        print(f"isc (Inception score) is skipped: {settings.inception_weights} is not finite up to the last layer")
-    return dataclasses.replace(settings, metrics=possible)
+    possible = within_reach(comparison.metrics, comparison.layer, comparison.inception_weights)
+    if len(possible) < len(comparison.metrics):
+        print(f"isc (Inception score) is skipped: {comparison.inception_weights} is not finite up to the last layer")
+    return dataclasses.replace(comparison, metrics=possible)
 
 
-def compare(
-    images: Tensor, reference: Tensor | None, settings: MetricSettings, device: torch.device
-) -> dict[str, float]:
+def compare(images: Tensor, reference: Tensor | None, comparison: Comparison, device: torch.device) -> dict[str, float]:
     """The metrics by name, which includes the layer unless it is the usual one; also printed."""
     values = image_metrics(
         images,
         reference,
-        metrics=settings.metrics,
-        layer=settings.layer,
-        inception_weights=settings.inception_weights,
-        cache=settings.cache,
+        metrics=comparison.metrics,
+        layer=comparison.layer,
+        inception_weights=comparison.inception_weights,
+        cache=comparison.cache,
         device=device,
         progress=sys.stderr.isatty(),
     )
     against = "" if reference is None else f" against {len(reference):,} real ones"
-    print(f"{len(images):,} images{against}, Inception layer {settings.layer}:")
+    print(f"{len(images):,} images{against}, Inception layer {comparison.layer}:")
     for name, value in values.items():
         print(f"{name:>16} {value:.6g}")
     return values
@@ -216,7 +214,7 @@ def _bin_of(log_snr: Tensor, centers: Tensor) -> Tensor:
 
 
 def _metrics_json(
-    run: Run, step: int | None, generation: Generation, seeds: Sequence[int], settings: MetricSettings,
+    run: Run, step: int | None, generation: Generation, seeds: Sequence[int], comparison: Comparison,
     reference: Tensor, values: dict[str, float],
 ) -> str:  # fmt: skip
     how = {
@@ -231,8 +229,8 @@ def _metrics_json(
         "images": len(seeds),
         "first_seed": seeds[0],
         "generation": how | {"churn": repr(generation.churn) if generation.churn else None},
-        "layer": settings.layer,
-        "inception_weights": weights_key(settings.inception_weights),
+        "layer": comparison.layer,
+        "inception_weights": weights_key(comparison.inception_weights),
         "reference_images": len(reference),
         "reference_sha256": content_key(reference),
     }

@@ -38,12 +38,12 @@ class Optimisation:
     def __init__(self, config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._config = config
         self._parameters = list(parameters)
-        settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "fused": True}
+        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "fused": True}
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self._parameters, weight_decay=config.weight_decay, **settings)
+            self.optimizer = torch.optim.AdamW(self._parameters, weight_decay=config.weight_decay, **options)
         else:
-            self.optimizer = torch.optim.Adam(self._parameters, **settings)
+            self.optimizer = torch.optim.Adam(self._parameters, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         # Sums since the last line of metrics: loss, gradient norm and clipped steps of the finite steps, number of
         # finite steps; then non-finite steps: in the whole run, in a row up to now, and in the longest row.
