@@ -1,15 +1,20 @@
-"""Overhead of the training loop over the bare forward, backward and optimiser step of the same network.
+"""Speed of the training loop: images per second by mode, the criterion's share, and what the loop adds.
 
     python benchmarks/training_loop.py [--preset cifar10-mini] [--out FILE.json]
     python benchmarks/training_loop.py --batch-size 16 --precision fp32 --steps 5     # on a CPU: a minute
 
-Two kinds of steps are timed in turns. The loop's: with statistics, adaptive weighting, gradient norm, EMA, a line of
-metrics (also for TensorBoard) every `log_every` steps, new images, noise levels and noise. The bare one, on the same
-network in the same precision with inputs made beforehand: `network(x)`, `F.mse_loss`, `backward`, `optimizer.step`,
-`zero_grad` (and EDM2's forced weight normalisation, part of its step). On a CPU they alternate step by step, so that
-other load on the machine affects both; on a GPU in blocks, so that the host can run ahead as in training. Printed
-is the median over rounds (`--steps` of each) of the ratio, with its quartiles; on a CPU also that of processor time,
-which other load disturbs less. The aim is less than 3 %. Held-out loss, sample grids and checkpoints are not timed.
+Modes: `eager`; `compiled`, the network by torch.compile; `captured`, the step in a CUDA graph; `both`. On a CPU only
+eager. All take turns. The criterion's share is the time that a step of a mode takes more than one with `F.mse_loss` in
+its place (in the process of the preset: same network, same batch), divided by the step's; the design's bound is 1 %.
+
+What the loop adds, in eager mode, to the bare steps: `network(x)`, `F.mse_loss`, `backward`, `optimizer.step`,
+`zero_grad` (and EDM2's forced weight normalisation, part of its step) in the same precision with inputs made
+beforehand. The loop's steps have statistics, adaptive weighting, gradient norm, EMA, a line of metrics (also for
+TensorBoard) every `log_every` steps, new images, noise levels and noise. On a CPU the two kinds alternate step by step,
+so that other load on the machine affects both; on a GPU in blocks, so that the host can run ahead as in training.
+Printed is the median over rounds (`--steps` of each) of the ratio, with its quartiles; on a CPU also that of processor
+time, which other load disturbs less. The aim is less than 3 %. Held-out loss, sample grids and checkpoints are not
+timed.
 
 Finally the updates of the averages alone, relative to the bare step: of the running average, and of two power-function
 averages, for which the aim is less than 1 %.
@@ -23,23 +28,83 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from vadiff.ema import PowerFunctionEMA
 from vadiff.models import normalize_weights
 from vadiff.trainer.data import Images
 from vadiff.trainer.training import loop as training_loop
+from vadiff.trainer.training.captured import WARM_UP
 from vadiff.trainer.training.distributed import Ranks
+from vadiff.trainer.training.step import AUTOCAST
 from vadiff.training import PRESETS, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from results import write_results
+
+MODES = {
+    "eager": {"compile": False, "graph": False},
+    "compiled": {"compile": True, "graph": False},
+    "captured": {"compile": False, "graph": True},
+    "both": {"compile": True, "graph": True},
+}
+
+
+def mse_objective(criterion: Any, output: Tensor, x0: Tensor, *_: Any) -> Tensor:
+    """What a step costs without vadiff's criterion."""
+    return F.mse_loss(output, x0)
+
+
+def speeds_of_modes(config: TrainConfig, modes: Sequence[str], steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Images per second, seconds of the first steps and the criterion's share of each mode, measured in turns."""
+    device = config.torch_device()
+    runs: dict[tuple[str, bool], Callable[[], None]] = {}
+    first: dict[str, float] = {}
+    for mode in modes:
+        moded = dataclasses.replace(config, tensorboard=False, **MODES[mode])
+        for criterion in (True, False):
+            objective = training_loop.OBJECTIVES[config.process] if criterion else mse_objective
+            trainer = training_loop._Trainer(moded, objective, None, device, Ranks())
+            trainer.open_log()
+            trainer.since = trainer.resumed = time.monotonic()
+            run = loop_steps(trainer, steps)
+            spent = seconds(loop_steps(trainer, WARM_UP + 1), device).wall
+            if criterion:
+                first[mode] = spent
+            run()
+            runs[mode, criterion] = run
+    times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            times[key].append(seconds(run, device).wall / steps)
+    found = {}
+    for mode in modes:
+        shares = [1.0 - other / one for one, other in zip(times[mode, True], times[mode, False], strict=True)]
+        found[mode] = {
+            "images_per_second": config.batch_size / statistics.median(times[mode, True]),
+            "step_ms": 1000.0 * statistics.median(times[mode, True]),
+            "criterion_percent": 100.0 * statistics.median(shares),
+            "seconds_of_first_steps": first[mode],
+        }
+    return found
+
+
+def print_modes(found: dict[str, dict[str, float]]) -> None:
+    eager = found.get("eager", {}).get("images_per_second")
+    for mode, of_mode in found.items():
+        ratio = f" ({of_mode['images_per_second'] / eager:.2f} × eager)" if eager and mode != "eager" else ""
+        print(
+            f"{mode:9} {of_mode['images_per_second']:10,.0f} images/s{ratio}, {of_mode['step_ms']:.2f} ms a step, the "
+            f"criterion {of_mode['criterion_percent']:+.2f} % of it; "
+            f"first steps {of_mode['seconds_of_first_steps']:.1f} s"
+        )
 
 
 def random_images(config: TrainConfig) -> Images:
@@ -55,7 +120,7 @@ def loop_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None
 
     def run() -> None:
         for _ in range(steps):
-            trainer._train_step(trainer.step)
+            trainer.train_step(trainer.step)
             trainer.step += 1
             if trainer.step % trainer.config.log_every == 0:
                 trainer._write_line(Bar(), measured=False)
@@ -72,10 +137,10 @@ def bare_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None
     """Forward, backward and optimiser step of the same network, and nothing else."""
     config, device = trainer.config, trainer.device
     batch = trainer.batches.at(0)[0]
-    network, parameters = trainer.network, list(trainer.denoiser.network.parameters())
-    settings = {"lr": 1e-6, "betas": config.betas, "fused": True}
-    optimizer = (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(parameters, **settings)
-    dtype = training_loop._AUTOCAST[config.precision]
+    network, parameters = trainer.train_step.network, list(trainer.denoiser.network.parameters())
+    options = {"lr": 1e-6, "betas": config.betas, "fused": True}
+    optimizer = (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(parameters, **options)
+    dtype = AUTOCAST[config.precision]
     inputs = (batch.x0, batch.sigma.log() / 4) + (() if batch.labels is None else (batch.labels,))
 
     def run() -> None:
@@ -152,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--log-every", type=int, help="default: the preset's")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), help="default: all on a GPU, eager on a CPU")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -160,9 +226,12 @@ def main() -> None:
         for name in ("batch_size", "precision", "log_every", "device")
         if getattr(arguments, name) is not None
     }
-    config = dataclasses.replace(PRESETS[arguments.preset], weighting="variance_aware", tensorboard=True, **given)
+    config = dataclasses.replace(
+        PRESETS[arguments.preset], weighting="variance_aware", tensorboard=True, **MODES["eager"], **given
+    )
     training_loop.load_images = random_images
     device = config.torch_device()
+    modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["eager"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = training_loop._Trainer(
             config, training_loop.OBJECTIVES[config.process], Path(folder), device, Ranks()
@@ -177,17 +246,20 @@ def main() -> None:
         rounds = [one_round(loop, bare, steps // block, device) for _ in turns]
         averages = averages_ms(trainer)
         trainer.log.close()
+    speeds = speeds_of_modes(config, modes, steps, max(3, arguments.rounds // 2))
     step_ms = 1000.0 * statistics.median(other.wall for _, other in rounds) / steps
     figures: dict[str, Any] = {
         "preset": arguments.preset,
         "batch_size": config.batch_size,
         "precision": config.precision,
+        "modes": speeds,
         "bare_step_ms": step_ms,
         "overhead_percent": overhead([one.wall / other.wall for one, other in rounds]),
         "averages_ms": averages,
         "averages_percent": {name: 100.0 * value / step_ms for name, value in averages.items()},
     }
     print(f"{arguments.preset}, batch {config.batch_size}, {config.precision}, {device}: bare step {step_ms:.2f} ms")
+    print_modes(speeds)
     if device.type == "cpu":
         figures["processor_time_overhead_percent"] = overhead(
             [one.processor / other.processor for one, other in rounds]

@@ -381,13 +381,13 @@ def test_criterion_copies_neither_images_nor_noise(monkeypatch: pytest.MonkeyPat
         return loss
 
     made: list[Batch] = []
-    at = Batches.at
+    draw = Batches.draw
 
-    def recording(self: Batches, step: int) -> list[Batch]:
-        made.extend(batches := at(self, step))
+    def recording(self: Batches) -> list[Batch]:
+        made.extend(batches := draw(self))
         return batches
 
-    monkeypatch.setattr(Batches, "at", recording)
+    monkeypatch.setattr(Batches, "draw", recording)
     train(preset, objective, progress=False)
     assert handed[0][0].is_contiguous(memory_format=torch.channels_last)
     assert not handed[0][0].is_contiguous()

@@ -23,6 +23,9 @@ def test_figures_are_printed_and_written(
     assert "power-function averages: " in printed
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["bare_step_ms"] > 0
+    assert list(content["modes"]) == ["eager"]  # on a CPU
+    assert content["modes"]["eager"]["images_per_second"] > 0
+    assert "the criterion" in printed
     for name in ("overhead_percent", "processor_time_overhead_percent"):
         values = content[name]
         assert values["low_quartile"] <= values["median"] <= values["high_quartile"]

@@ -139,7 +139,11 @@ class TrainConfig:
     device: str = _setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
     backend: str = _setting("auto", "which kernels compute the loss", choices=backends.BACKENDS)
     precision: str = _setting("fp32", "of the network's computation; weights stay fp32", choices=PRECISIONS)
-    compile: bool = _setting(False, "torch.compile the network")
+    compile: bool | None = _setting(None, "torch.compile the network; default: on a CUDA device with --graph")
+    graph: bool = _setting(
+        False, "on a CUDA device, capture the training step in a CUDA graph, which takes the host out of its way"
+    )
+    tf32: bool = _setting(True, "on a CUDA device, let float32 products round their factors to TF32")
     deterministic: bool = _setting(False, "deterministic algorithms only; slower on a GPU")
 
     log_every: int = _setting(20, "steps between two lines of metrics.jsonl", at_least=1)

@@ -15,9 +15,9 @@ Array = np.ndarray
 
 # Fields that may differ within a group: how a run was started, logged and saved, not what it computes.
 _NOT_COMPARED = {
-    "accumulate", "backend", "checkpoint_every", "compile", "data", "data_seed", "deterministic", "device",
+    "accumulate", "backend", "checkpoint_every", "compile", "data", "data_seed", "deterministic", "device", "graph",
     "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
-    "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard",
+    "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard", "tf32",
 }  # fmt: skip
 _ENOUGH = 20.0  # effective number of samples from which a bin is drawn
 

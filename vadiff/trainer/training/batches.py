@@ -33,6 +33,7 @@ class Batches:
     """The batches of a run.
 
     Attributes:
+        device, streams: as given.
         memory_format: of images and noise; does not change their values. The loop sets it to that of the network's
             output, as the criterion would copy any other format at every step.
 
@@ -62,10 +63,11 @@ class Batches:
                 f"batch_size is {config.batch_size}, expected a multiple of accumulate × ranks = "
                 f"{config.accumulate} × {ranks.size}"
             )
-        self.memory_format = torch.contiguous_format
+        # Tensor cores read channels_last.
+        self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.device, self.streams = device, streams
         self._config = config
         self._levels = levels
-        self._streams = streams
         self._ranks = ranks
         self._pixels = images.train.to(device)
         self._labels = None
@@ -73,20 +75,29 @@ class Batches:
             self._labels = images.train_labels.to(device)
         self._classes = images.classes
         self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
+        self._chosen = torch.empty(config.batch_size, dtype=torch.int64, device=device)  # images of the batch
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's share of the batch of step 0, 1, ..., in `accumulate` parts.
+        """This rank's share of the batch of step 0, 1, ..., in `accumulate` parts."""
+        self.prepare(step)
+        return self.draw()
+
+    def prepare(self, step: int) -> None:
+        """What the host does for a batch: seed the streams, choose the images."""
+        self.streams.seed(step)
+        self._chosen.copy_(self._indices.at(step))
+
+    def draw(self) -> list[Batch]:
+        """The batch prepared before: work of the device alone.
 
         The random numbers of the whole batch are drawn, then sliced: they do not depend on ranks and parts.
         """
-        config, size = self._config, self._config.batch_size
-        indices = self._indices.at(step)
-        levels = self._streams.at("levels", step)
-        u = uniforms(size, levels, stratified=config.stratified, antithetic=config.antithetic)
-        noise = self._streams.at("noise", step)
+        config, size, generators = self._config, self._config.batch_size, self.streams.generators
+        u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
+        noise = generators["noise"]
         eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
-        mirrored = self._coins("flips", step, 0.5) if config.flips else None
-        withheld = self._coins("labels", step, config.label_dropout) if self._labels is not None else None
+        mirrored = self._coins("flips", 0.5) if config.flips else None
+        withheld = self._coins("labels", config.label_dropout) if self._labels is not None else None
         share = size // config.accumulate // self._ranks.size
         batches = []
         for part in range(config.accumulate):
@@ -94,7 +105,7 @@ class Batches:
             mine = slice(start, start + share)
             batches.append(
                 self._batch(
-                    indices[mine],
+                    self._chosen[mine],
                     u[mine],
                     eps[mine],
                     None if mirrored is None else mirrored[mine],
@@ -123,7 +134,7 @@ class Batches:
         levels = self._levels(u)
         return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
 
-    def _coins(self, stream: str, step: int, probability: float) -> Tensor:
+    def _coins(self, stream: str, probability: float) -> Tensor:
         """True with the given probability, for each image of the whole batch. bool [batch_size]."""
-        generator = self._streams.at(stream, step)
+        generator = self.streams.generators[stream]
         return torch.rand(self._config.batch_size, generator=generator, device=generator.device) < probability

@@ -9,23 +9,22 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ema import PowerFunctionEMA, remove_after
 from ...errors import RunError, TrainingError
 from ...extras import import_extra
-from ...log_snr import from_sigma
 from ...loss import DiffusionLoss
-from ...models import Denoiser, normalize_weights
+from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .averages import SNAPSHOTS
-from .batches import Batch, Batches, memory_format_of
+from .batches import Batches
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
@@ -35,10 +34,9 @@ from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import Optimisation, RunningAverage, learning_rate_at
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
+from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -89,7 +87,7 @@ def train(
     device = local_device(config.torch_device())
     with (
         ranks(device) as group,
-        own_global_state(device, deterministic=config.deterministic),
+        own_global_state(device, deterministic=config.deterministic, tf32=config.tf32),
         contextlib.ExitStack() as locks,
     ):
         was_there = path is not None and path.is_dir()
@@ -128,7 +126,7 @@ class _Trainer:
         resume: bool = False,
         progress: bool = False,
     ) -> None:
-        self.config, self.objective, self.device, self.group = config, objective, device, group
+        self.config, self.device, self.group = config, device, group
         self.out = out if group.is_main else None  # only the main process writes
         self.bar_type = import_extra("tqdm", "train").tqdm
         data_seed = config.seed if config.data_seed is None else config.data_seed
@@ -136,6 +134,8 @@ class _Trainer:
         self.images = load_images(config)
         torch.manual_seed(self.streams.initialisation)
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
+        if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
         self.power_averages = None  # on the main process only: identical on all ranks
@@ -148,7 +148,10 @@ class _Trainer:
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # of a learned weighting
         self.optimisation = Optimisation(config, parameters, device)
-        self.network = self._trained_network()
+        self.train_step = TrainingStep(
+            config, objective, self.denoiser, self.criterion, self.levels, self.batches, self.optimisation,
+            self.running_average, self.power_averages, group,
+        )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.saved: int | None = None  # the step of the latest checkpoint
         self.save_due = False
@@ -182,7 +185,7 @@ class _Trainer:
                 weights = None
                 if config.log_rms and self.group.is_main and self._logs(self.step + 1):
                     weights = weights_of_layers(self.denoiser)
-                self._train_step(self.step)
+                self.train_step(self.step)
                 self.step += 1
                 bar.update(size)
                 if self.step % config.max_skipped_steps == 0:  # rarely: it waits for the device
@@ -202,38 +205,6 @@ class _Trainer:
         if held_out is None:  # the run was finished before
             held_out = held_out_loss_of_run(self.config, self.images, self.average)
         return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
-
-    def _train_step(self, step: int) -> None:
-        config = self.config
-        parts = self.batches.at(step)
-        losses = []
-        for number, batch in enumerate(parts):
-            if config.dropout:
-                self.streams.seed_dropout(step, number * self.group.size + self.group.rank)
-            last = number == len(parts) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
-                loss = self._loss(batch)
-                self.optimisation.backward(loss)
-            losses.append(loss.detach())
-        self.group.average_gradients(self.criterion.parameters())  # DDP averages the network's
-        self.optimisation.step(step, losses[0] if len(losses) == 1 else torch.stack(losses).mean())
-        if self.config.model == "edm2":
-            normalize_weights(self.denoiser)
-        self.running_average.update()
-        if self.power_averages is not None:
-            self.power_averages.update(step + 1)
-        if (step + 1) % config.levels_every == 0:
-            self.levels.update(self.criterion, from_sigma(parts[-1].sigma))  # no-op if not adaptive
-
-    def _loss(self, batch: Batch) -> Tensor:
-        dtype = _AUTOCAST[self.config.precision]
-        noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
-        self.batches.memory_format = memory_format_of(output)
-        # Copies at the first step only: later batches are made in this format.
-        x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
-        return self.objective(self.criterion, output, x0, eps, batch.sigma, self.config.sigma_data, batch.sample_weight)
 
     def _due(self, every: int, step: int | None = None) -> bool:
         step = self.step if step is None else step
@@ -330,21 +301,6 @@ class _Trainer:
                 "Several machines need a shared file system for --out, --data and --table, or the same files on each"
             )
 
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Context without DDP's gradient averaging, for all parts of a batch but the last."""
-        if isinstance(self.network, nn.parallel.DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()
-
-    def _trained_network(self) -> nn.Module:
-        network = self.denoiser.network
-        if self.config.compile:
-            network = cast(nn.Module, torch.compile(network, dynamic=False))
-        if self.group.size > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
-        return network
-
     def _save(self) -> None:
         self.save_due = False
         if self.saved == self.step:
@@ -359,7 +315,7 @@ class _Trainer:
                 "ema": self.average.state_dict(),
                 "criterion": self.criterion.state_dict(),
                 "levels": self.levels.state_dict(),
-                "optimizer": self.optimisation.optimizer.state_dict(),
+                "optimizer": self.optimisation.state_dict(),
                 "scaler": self.optimisation.scaler.state_dict(),
                 "totals": self.optimisation.totals,
             }
@@ -373,7 +329,7 @@ class _Trainer:
         self.average.load_state_dict(state["ema"])
         self.criterion.load_state_dict(state["criterion"])
         self.levels.load_state_dict(state["levels"])
-        self.optimisation.optimizer.load_state_dict(state["optimizer"])
+        self.optimisation.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty if saved at another precision
             self.optimisation.scaler.load_state_dict(state["scaler"])
         totals = self.optimisation.totals

@@ -1,7 +1,8 @@
 """Optimisation: learning rate, clipping, the optimiser's step, the running average of the weights."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
 class Optimisation:
     """An optimiser that skips steps with a non-finite loss or gradient, without waiting for the device.
 
+    The learning rate is a number on the device, so that a captured step reads the one of its step.
+
     Args:
         config: optimiser, clipping, precision.
         parameters: what is trained.
@@ -38,7 +41,8 @@ class Optimisation:
     def __init__(self, config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
         self._config = config
         self._parameters = list(parameters)
-        options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "fused": True}
+        self._learning_rate = torch.zeros((), device=device)
+        options: dict[str, Any] = {"lr": self._learning_rate, "betas": config.betas, "fused": True}
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(self._parameters, weight_decay=config.weight_decay, **options)
@@ -62,15 +66,16 @@ class Optimisation:
         scaled = self.scaler.scale(loss if parts == 1 else loss / parts)
         scaled.backward(torch.where(loss.isfinite(), self._one, self._nan).to(scaled.dtype))
 
-    def step(self, step: int, loss: Tensor) -> None:
+    def prepare(self, step: int) -> None:
+        """What the host does before step 0, 1, ...: set the learning rate."""
+        self._learning_rate.fill_(learning_rate_at(self._config, step))
+
+    def step(self, loss: Tensor) -> None:
         """Update the weights unless the gradient is non-finite, and clear the gradient.
 
         Args:
-            step: 0, 1, ...
             loss: of the whole batch, for the totals.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self._config, step)
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         # As torch's get_total_norm, without its check of every gradient's device.
@@ -85,9 +90,34 @@ class Optimisation:
         else:
             # As GradScaler does: fused optimisers then skip the step on the device, without a synchronisation.
             self.optimizer.found_inf = broken  # type: ignore[attr-defined]
-            self.optimizer.step()
+            with self._capturable():
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss, norm, finite, broken)
+
+    @contextlib.contextmanager
+    def _capturable(self) -> Iterator[None]:
+        """torch refuses to capture an optimiser that is not `capturable`, and warns of one that is when it is not
+        captured. For the fused ones it means nothing else."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        for group in self.optimizer.param_groups if capturing else ():
+            group["capturable"] = True
+        yield
+        for group in self.optimizer.param_groups if capturing else ():
+            group["capturable"] = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, with the learning rate as a number."""
+        state = self.optimizer.state_dict()
+        rate = float(self._learning_rate)
+        state["param_groups"] = [{**group, "lr": rate} for group in state["param_groups"]]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; the learning rate stays on the device."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate.fill_(group["lr"])
 
     def _count(self, loss: Tensor, norm: Tensor, finite: Tensor, broken: Tensor) -> None:
         """Update the totals in few operations: each is a launch on a GPU, and costs some µs anywhere."""

@@ -23,9 +23,9 @@ from .run import CONFIG, DATA, open_run
 
 # Fields that do not affect what a run computes.
 IMMATERIAL = {
-    "data", "table", "optimal_loss", "device", "backend", "compile", "deterministic", "max_skipped_steps", "log_every",
-    "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every", "sample_count", "snapshot_every",
-    "snapshot_precision",
+    "data", "table", "optimal_loss", "device", "backend", "compile", "graph", "tf32", "deterministic",
+    "max_skipped_steps", "log_every", "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every",
+    "sample_count", "snapshot_every", "snapshot_precision",
 }  # fmt: skip
 # Further fields that a resumed run may change: how it is measured, and remedies against non-finite steps.
 _CHANGEABLE = IMMATERIAL | {

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DATA_STREAMS = ("order", "levels", "noise", "flips", "labels")
+_ORDER = "order"
+DEVICE_STREAMS = ("levels", "noise", "flips", "labels")
 
 
 class Streams:
@@ -22,22 +23,27 @@ class Streams:
         seed: of the initial weights and of dropout.
         data_seed: of image order, noise levels, noise, flips and label dropout.
         device: on which the numbers of a step are drawn.
+
+    Attributes:
+        generators: of each stream on the device, by name: "levels", "noise", "flips", "labels".
     """
 
     def __init__(self, seed: int, data_seed: int, device: torch.device) -> None:
         self.initialisation = _derived(seed, 0)
         self._dropout = _derived(seed, 1)
-        self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate(_DATA_STREAMS)}
-        self._device_generator = torch.Generator(device)
+        self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate((_ORDER, *DEVICE_STREAMS))}
         self._order = torch.Generator()
+        # One for each stream, as a CUDA graph draws from all of them and cannot seed a generator.
+        self.generators = {name: torch.Generator(device) for name in DEVICE_STREAMS}
 
-    def at(self, name: str, step: int) -> torch.Generator:
-        """The generator of "levels", "noise", "flips" or "labels" at a step, valid until the next call."""
-        return self._device_generator.manual_seed(self._data[name] + step)
+    def seed(self, step: int) -> None:
+        """Set the generators of all streams on the device to a step."""
+        for name, generator in self.generators.items():
+            generator.manual_seed(self._data[name] + step)
 
     def order(self, epoch: int, size: int) -> Tensor:
         """A shuffled pass over `size` images. int64 [size], on the CPU."""
-        return torch.randperm(size, generator=self._order.manual_seed(self._data["order"] + epoch))
+        return torch.randperm(size, generator=self._order.manual_seed(self._data[_ORDER] + epoch))
 
     def seed_dropout(self, step: int, part: int) -> None:
         """Seed torch's global generators, from which dropout draws."""
@@ -75,20 +81,30 @@ class ShuffledIndices:
 
 
 @contextmanager
-def own_global_state(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+def own_global_state(device: torch.device, *, deterministic: bool, tf32: bool) -> Iterator[None]:
     """Restore torch's global generators and choice of algorithms on exit.
 
-    Unless the run is deterministic, cuDNN's benchmark mode chooses the fastest convolutions.
+    Args:
+        device: of the run.
+        deterministic: deterministic algorithms only; otherwise cuDNN's benchmark mode chooses the fastest.
+        tf32: on a CUDA device, let convolutions and matrix products of float32 numbers round their factors to TF32.
     """
     was_deterministic, was_trying = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    was_tf32, was_precision = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.use_deterministic_algorithms(was_deterministic or deterministic)
         torch.backends.cudnn.benchmark = not (was_deterministic or deterministic)
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = tf32
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic)
             torch.backends.cudnn.benchmark = was_trying
+            if device.type == "cuda":
+                torch.backends.cudnn.allow_tf32 = was_tf32
+                torch.set_float32_matmul_precision(was_precision)
 
 
 def _derived(*key: int) -> int:

@@ -1,0 +1,156 @@
+"""Training with captured steps equals training without, with a stand-in for CUDA graphs on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graph_stand_in import Captures, Tape, captures  # noqa: F401 (a fixture)
+
+from vadiff.errors import TrainingError
+from vadiff.trainer.training import captured
+from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.training import PRESETS, TrainConfig, edm_objective, train
+
+STEPS = captured.WARM_UP + 5
+CONFIG = TrainConfig(
+    model="edm2", steps=STEPS, batch_size=16, channels=(8, 16), log_every=2, held_out_images=20, held_out_levels=2,
+    tensorboard=False, device="cpu", checkpoint_every=100, deterministic=True, warmup=4,
+)  # fmt: skip
+PARTS = ("model", "ema", "criterion", "levels", "totals")
+
+
+def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found = {}
+    for part in PARTS:
+        values = state[part] if isinstance(state[part], dict) else {"": state[part]}
+        found.update({f"{part}.{name}": value for name, value in values.items()})
+    for index, values in state["optimizer"]["state"].items():
+        found.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
+    return found
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    assert first["step"] == second["step"]
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    torch.testing.assert_close(flat(first), flat(second), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model": "unet", "norm_groups": 4, "flips": True, "class_conditional": True, "clip": 0.5},
+        {"accumulate": 2, "stratified": True, "antithetic": True},
+        {"dropout": 0.2, "weighting": "learned", "sigma_rel": (0.05, 0.1)},
+        {"levels": "second_moment", "levels_every": 1, "schedule": "cosine"},
+        {"process": "flow", "precision": "bf16", "optimizer": "adamw", "weight_decay": 0.01},
+    ],
+    ids=str,
+)
+def test_captured_steps_are_the_eager_ones_to_the_bit(
+    options: dict[str, Any],
+    tmp_path: Path,
+    captures: Captures,  # noqa: F811
+) -> None:
+    if options.get("model") == "unet":
+        pytest.importorskip("diffusers", reason="the model unet is diffusers' U-Net: pip install diffusers")
+    config = dataclasses.replace(CONFIG, **options)
+    eager = train(config, out=tmp_path / "eager", progress=False)
+    assert captures.captured == 0
+    replayed = train(dataclasses.replace(config, graph=True, compile=False), out=tmp_path / "graph", progress=False)
+    assert (captures.captured, captures.replayed) == (1, STEPS - captured.WARM_UP)
+    assert_same_runs(tmp_path / "eager", tmp_path / "graph")
+    volatile = {"images_per_second", "seconds", "memory_bytes"}
+    for one, other in zip(eager.metrics, replayed.metrics, strict=True):
+        assert {k: v for k, v in one.items() if k not in volatile} == {
+            k: v for k, v in other.items() if k not in volatile
+        }
+
+
+@pytest.mark.parametrize("graph_first", [True, False])
+def test_a_run_of_one_mode_resumes_in_the_other(graph_first: bool, tmp_path: Path, captures: Captures) -> None:  # noqa: F811
+    config = dataclasses.replace(CONFIG, schedule="constant", levels="second_moment")
+    half = captured.WARM_UP + 2
+    train(dataclasses.replace(config, steps=2 * half), out=tmp_path / "whole", progress=False)
+    train(dataclasses.replace(config, steps=half, graph=graph_first), out=tmp_path / "parts", progress=False)
+    other = dataclasses.replace(config, steps=2 * half, graph=not graph_first)
+    train(other, out=tmp_path / "parts", resume=True, progress=False)
+    assert captures.captured == 1
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_capture_ends_where_the_host_reads_or_draws_unknown_numbers() -> None:
+    """The stand-in's own check: it refuses what a CUDA graph cannot hold."""
+    value = torch.ones(3)
+    for work in (lambda: value.sum().item(), lambda: bool(value.any()), lambda: value + torch.tensor(2.0)):
+        with pytest.raises(RuntimeError, match="cannot be captured"), Tape([]):
+            work()
+    with pytest.raises(RuntimeError, match="generator that the graph does not know"), Tape([]):
+        torch.rand(3, generator=torch.Generator())
+
+
+def test_a_replay_reads_new_inputs_and_seeds() -> None:
+    generator, inputs, total = torch.Generator(), torch.ones(4), torch.zeros(4)
+    tape = Tape([generator])
+    generator.manual_seed(1)
+    with tape:
+        total += (inputs.view(2, 2) * 2).flatten() + torch.rand(4, generator=generator)
+    inputs.fill_(3.0)
+    generator.manual_seed(2)
+    tape.replay()
+    expected = 8.0 + sum(torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_step_that_cannot_be_captured_says_what_to_do(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """An objective that reads a number, for example."""
+
+    def reading(*arguments: Any) -> torch.Tensor:
+        loss = edm_objective(*arguments)
+        return loss / max(1.0, loss.item())
+
+    with pytest.raises(TrainingError, match=r"could not be captured in a CUDA graph: _local_scalar.* with --no-graph"):
+        train(dataclasses.replace(CONFIG, graph=True), reading, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "device", "reason"),
+    [
+        ({}, 1, "cuda", None),
+        ({"dropout": 0.1}, 1, "cuda", None),
+        ({"accumulate": 2}, 1, "cuda", None),
+        ({"dropout": 0.1, "accumulate": 2}, 1, "cuda", "dropout is seeded by the host"),
+        ({"precision": "fp16"}, 1, "cuda", "precision is fp16"),
+        ({}, 2, "cuda", "2 processes"),
+        ({}, 1, "cpu", "the device is cpu"),
+    ],
+)
+def test_what_does_not_fit_in_a_graph_is_said(
+    options: dict[str, Any], ranks: int, device: str, reason: str | None
+) -> None:
+    found = captured.why_not_captured(dataclasses.replace(CONFIG, **options), torch.device(device), ranks)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_presets_for_cifar_ask_for_graphs_and_run_eagerly_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU neither a graph nor, unless it is asked for, a compiler."""
+    for name, preset in PRESETS.items():
+        assert preset.graph == name.startswith(("cifar", "images")), name
+    compiled: list[object] = []
+
+    def not_compiled(network: torch.nn.Module, **_: object) -> torch.nn.Module:
+        compiled.append(network)
+        return network
+
+    monkeypatch.setattr(torch, "compile", not_compiled)
+    monkeypatch.setattr(captured, "capture", lambda *_: pytest.fail("captured on a CPU"))
+    config = dataclasses.replace(CONFIG, graph=True)
+    train(config, progress=False)
+    assert not compiled
+    train(dataclasses.replace(config, steps=1, compile=True), progress=False)
+    assert len(compiled) == 1
