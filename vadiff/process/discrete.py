@@ -27,7 +27,7 @@ class DiscreteVP(NoiseProcess):
 
     Example:
         >>> DiscreteVP.linear(1000).log_snr(torch.tensor([0.0, 999.0]))
-        tensor([  9.2102, -10.1180])
+        tensor([  9.2102, -10.1177])
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
