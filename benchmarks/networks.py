@@ -56,7 +56,7 @@ def measured(config: TrainConfig, steps: int, rounds: int, peak: float) -> dict[
     training_loop.load_images = random_images
     try:
         with tempfile.TemporaryDirectory() as folder:
-            objective = training_loop.OBJECTIVES[config.process]
+            objective = training_loop.objective_of(config)
             trainer = training_loop._Trainer(config, objective, Path(folder), device, Ranks())
             trainer.open_log()
             trainer.since = trainer.resumed = time.monotonic()

@@ -70,7 +70,7 @@ def speeds_of_modes(config: TrainConfig, modes: Sequence[str], steps: int, round
     for mode in modes:
         moded = dataclasses.replace(config, tensorboard=False, **MODES[mode])
         for criterion in (True, False):
-            objective = training_loop.OBJECTIVES[config.process] if criterion else mse_objective
+            objective = training_loop.objective_of(config) if criterion else mse_objective
             trainer = training_loop._Trainer(moded, objective, None, device, Ranks())
             trainer.open_log()
             trainer.since = trainer.resumed = time.monotonic()
@@ -233,9 +233,7 @@ def main() -> None:
     device = config.torch_device()
     modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["eager"])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = training_loop._Trainer(
-            config, training_loop.OBJECTIVES[config.process], Path(folder), device, Ranks()
-        )
+        trainer = training_loop._Trainer(config, training_loop.objective_of(config), Path(folder), device, Ranks())
         trainer.open_log()
         trainer.since = trainer.resumed = time.monotonic()
         steps = config.log_every if arguments.steps is None else arguments.steps

@@ -36,7 +36,7 @@ LIBRARY = {
     "summary": {"extras", "ops", "process", "statistics", "weighting"},
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {"_validation", "extras", "ops", "process_defaults", "statistics", "summary", "weighting"},
-    "models": {"extras", "process"},
+    "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
     "optimal_loss": {"_validation", "files", "process"},
     "levels": {"_validation", "loss", "ops", "process", "statistics", "weighting"},

@@ -46,6 +46,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
         {},
         {"model": "unet", "norm_groups": 4, "flips": True, "class_conditional": True, "clip": 0.5},
         {"accumulate": 2, "stratified": True, "antithetic": True},
+        {"process": "vp_linear", "prediction": "v_prediction", "zero_terminal_snr": True, "ema_rampup": 0.05},
         {"dropout": 0.2, "weighting": "learned", "sigma_rel": (0.05, 0.1)},
         {"levels": "second_moment", "levels_every": 1, "schedule": "cosine"},
         {"process": "flow", "precision": "bf16", "optimizer": "adamw", "weight_decay": 0.01},

@@ -92,7 +92,7 @@ def test_config_file_stands_in_for_a_preset(tmp_path: Path) -> None:
     TINY.save(tmp_path / "mine.yaml")
     out = tmp_path / "run"
     assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--steps", "1", "--out", str(out)]) == 0
-    assert open_run(out).config == dataclasses.replace(TINY, steps=1)
+    assert open_run(out).config == dataclasses.replace(TINY, steps=1).resolved()
 
 
 def test_signal_ends_training_with_its_exit_code(

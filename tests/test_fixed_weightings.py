@@ -52,6 +52,7 @@ X0_WEIGHTS: dict[str, tuple[Callable[..., SNRWeighting], Callable[[float], float
     "constant_x0": (weighting.ConstantX0, lambda s: 1.0),
     "snr": (weighting.SNR, lambda s: s),
     "min_snr": (weighting.MinSNR, lambda s: min(s, 5.0)),
+    "inv_snr": (weighting.InverseSNR, lambda s: 1.0 / s),
     "soft_min_snr": (weighting.SoftMinSNR, lambda s: 4.0 * s / (s + 4.0)),
     "truncated_snr": (weighting.TruncatedSNR, lambda s: max(s, 1.0)),
     "edm": (weighting.EDM, lambda s: s + 1.0 / SIGMA_DATA**2),

@@ -223,7 +223,7 @@ def test_loss_of_a_line_is_the_mean_since_the_last() -> None:
 
 def test_opened_run_gives_what_was_trained(run: TrainedRun, folder: Path) -> None:
     opened = open_run(folder)
-    assert opened.config == TINY
+    assert opened.config == TINY.resolved()
     assert opened.checkpoints() == [TINY.steps]
     assert opened.metrics() == run.metrics
     averaged = opened.denoiser()
@@ -443,14 +443,16 @@ def test_flips_mirror_about_half_of_the_images_and_nothing_else(recorded) -> Non
 
 def test_network_is_told_the_class_but_for_the_share_withheld(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    plain = Denoiser.network_output
+    plain = Denoiser.training_output
 
-    def watched(self: Denoiser, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+    def watched(
+        self: Denoiser, x0: Tensor, eps: Tensor, sigma: Tensor, labels: Tensor | None = None, **rest: Any
+    ) -> Tensor:
         if self.training and labels is not None:
             seen.append(labels)
-        return plain(self, noisy, sigma, labels, **rest)
+        return plain(self, x0, eps, sigma, labels, **rest)
 
-    monkeypatch.setattr(Denoiser, "network_output", watched)
+    monkeypatch.setattr(Denoiser, "training_output", watched)
     config = dataclasses.replace(TINY, class_conditional=True, label_dropout=0.5, batch_size=64)
     denoiser = train(config, progress=False).denoiser
     labels = torch.cat(seen)

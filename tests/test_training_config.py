@@ -10,7 +10,7 @@ import torch
 import vadiff
 from vadiff.errors import RunError
 from vadiff.trainer.training.assembly import build_criterion, build_denoiser, build_levels
-from vadiff.trainer.training.optimisation import learning_rate_at
+from vadiff.trainer.training.optimisation import RunningAverage, decay_at, learning_rate_at
 from vadiff.training import PRESETS, TrainConfig
 
 TINY = TrainConfig(steps=5, batch_size=8, channels=(8, 16), device="cpu", backend="reference")
@@ -49,7 +49,7 @@ def test_device_that_is_not_here_is_named_when_it_is_needed() -> None:
 def test_config_survives_yaml(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, weighting_options={"strength": 0.5}, clip=math.inf, learning_rate=1e-4)
     config.save(tmp_path / "config.yaml")
-    assert TrainConfig.load(tmp_path / "config.yaml") == config
+    assert TrainConfig.load(tmp_path / "config.yaml") == config.resolved()
     (tmp_path / "config.yaml").write_text("learning_rate: 1e-4\nchannels: [8, 16]\n")  # text, as YAML reads 1e-4
     assert TrainConfig.load(tmp_path / "config.yaml").learning_rate == 1e-4
     (tmp_path / "config.yaml").write_text("stepz: 4")
@@ -78,6 +78,36 @@ def test_options_of_a_weighting_reach_it_or_are_refused() -> None:
 def test_learning_rate_schedules(schedule: str, expected: list[float]) -> None:
     config = dataclasses.replace(TINY, steps=4, warmup=2, schedule=schedule, learning_rate=1.0, schedule_steps=2)
     assert [learning_rate_at(config, step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_warm_up_may_start_from_zero_as_edms() -> None:
+    config = dataclasses.replace(TINY, steps=4, warmup=2, schedule="constant", learning_rate=1.0, warmup_from_zero=True)
+    assert [learning_rate_at(config, step) for step in range(4)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_ramp_up_limits_the_half_life_of_the_running_average() -> None:
+    """EDM: to a share of the images so far; at first the average is the network itself."""
+    config = dataclasses.replace(TINY, ema_decay=0.5 ** (1 / 10), ema_rampup=0.05)
+    decays = [decay_at(config, step) for step in (0, 20, 100, 200, 1000)]
+    assert decays == pytest.approx([0.0, 0.5, 0.5 ** (1 / 5), 0.5 ** (1 / 10), 0.5 ** (1 / 10)])
+    average, network = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    running, expected = RunningAverage(average, network, config), average.weight.detach().clone()
+    for step in (0, 5, 30):
+        with torch.no_grad():
+            network.weight += 1.0
+        running.prepare(step)
+        running.update()
+        expected = torch.lerp(network.weight.detach(), expected, decay_at(config, step))
+        torch.testing.assert_close(average.weight.detach(), expected)
+
+
+def test_ddpm_preset_is_the_papers() -> None:
+    config = PRESETS["cifar10-ddpm"]
+    assert (config.process, config.form().prediction, config.timesteps) == ("vp_linear", "epsilon", 1000)
+    assert (config.ema_decay, config.learning_rate, config.dropout, config.flips) == (0.9999, 2e-4, 0.1, True)
+    with torch.device("meta"):  # without memory
+        network = build_denoiser(config, (3, 32, 32), 10)
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(35.7e6, rel=0.02)
 
 
 def test_every_field_has_help_text() -> None:

@@ -140,7 +140,7 @@ def test_remedies_against_non_finite_steps_can_be_changed_on_resume(tmp_path: Pa
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
     changed = dataclasses.replace(CONFIG, learning_rate=1e-4, clip=0.5, precision="bf16")
     assert train(changed, out=tmp_path, resume=True, progress=False).metrics[-1]["learning_rate"] < 1e-4
-    assert open_run(tmp_path).config == changed
+    assert open_run(tmp_path).config == changed.resolved()
 
 
 def nothing_finite_after(calls: int) -> Objective:

@@ -8,7 +8,7 @@ levels.log_snr, levels.sigma, levels.sample_weight
 from typing import Any
 
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
-from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime
+from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
 from .sampler import LevelSampler, NoiseLevels, uniforms
 from .table import Table
@@ -29,6 +29,7 @@ __all__ = [
     "SecondMoment",
     "Table",
     "UniformTime",
+    "UniformTimesteps",
     "available",
     "from_name",
     "uniforms",

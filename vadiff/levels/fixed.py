@@ -7,19 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from ..process import Flow, NoiseProcess, VPCosine, VPLinear
+from ..process import DiscreteVP, Flow, NoiseProcess, VPCosine, VPLinear, VPScaledLinear
 from .sampler import LevelSampler, require_number
 
 EVERYWHERE = (-math.inf, math.inf)
 
-_PROCESSES = {"flow": Flow, "vp_cosine": VPCosine, "vp_linear": VPLinear}
+_PROCESSES = {"flow": Flow, "vp_cosine": VPCosine, "vp_linear": VPLinear, "vp_scaled_linear": VPScaledLinear}
 
 
 class UniformTime(LevelSampler):
     """t uniform on [t_min, t_max] of a process: the choice of DDPM and flow matching.
 
     Args:
-        process: an object from `vadiff.process`, or "flow", "vp_cosine", "vp_linear".
+        process: an object from `vadiff.process`, or "flow", "vp_cosine", "vp_linear", "vp_scaled_linear". For a
+            `process.DiscreteVP` see `UniformTimesteps`.
         t_min, t_max: ends of the interval, inside the process; for `process.EDM` these are noise levels sigma.
         log_snr_range: (low, high) to which the distribution is truncated.
 
@@ -70,6 +71,42 @@ class UniformTime(LevelSampler):
 
     def extra_repr(self) -> str:
         return f"{self.process}, t_min={self.t_min:g}, t_max={self.t_max:g}"
+
+
+class UniformTimesteps(LevelSampler):
+    """Every timestep of a discrete process with the same probability: DDPM (arXiv 2006.11239, algorithm 1).
+
+    For densities, as adaptive levels need them, each timestep is spread evenly over the times around it.
+
+    Args:
+        process: with a table of timesteps, for example `process.DiscreteVP.linear(1000)`.
+
+    Raises:
+        TypeError: another process.
+    """
+
+    def __init__(self, process: DiscreteVP) -> None:
+        super().__init__()
+        if not isinstance(process, DiscreteVP):
+            raise TypeError(f"process is {process!r}, expected a vadiff.process.DiscreteVP; see UniformTime for others")
+        self.process = process
+        self._restrict(EVERYWHERE)
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        last = self.process.timesteps - 1
+        return self.process.log_snr((u * self.process.timesteps).floor().clamp(0, last))
+
+    def _cdf(self, log_snr: Tensor) -> Tensor:
+        return ((self.process.time(log_snr) + 0.5) / self.process.timesteps).clamp(0.0, 1.0)
+
+    def _log_density(self, log_snr: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            at = log_snr.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.process.time(at).sum(), at)
+        return slope.abs().log() - math.log(self.process.timesteps)
+
+    def extra_repr(self) -> str:
+        return str(self.process)
 
 
 class LogNormal(LevelSampler):

@@ -16,10 +16,12 @@ from .. import levels, weighting
 from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
-from ..models import PROCESSES, check_attention, check_halvings
+from ..models import PREDICTIONS, PROCESSES, Parameterisation, check_attention, check_halvings, parameterisation
+from ..models.parameterisation import VP
 from ..ops import backends
 
 TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
+AUTO = "auto"  # levels or prediction: those that are usual for the process
 GAP = "gap"  # weighting or levels from the optimal loss J*
 CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # need J*
 
@@ -63,7 +65,22 @@ class TrainConfig:
     flips: bool = _setting(False, "mirror each training image with probability 1/2")
     sigma_data: float = _setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
 
-    process: str = _setting("edm", "what the network predicts: edm (EDM's F) or flow (velocity)", choices=PROCESSES)
+    process: str = _setting(
+        "edm",
+        "noise process: edm, flow, or variance preserving with the betas of DDPM (vp_linear), Stable Diffusion "
+        "(vp_scaled_linear) or Improved DDPM (vp_cosine)",
+        choices=PROCESSES,
+    )
+    prediction: str = _setting(
+        AUTO,
+        "what the network predicts; auto: edm (EDM's F), flow (velocity), or epsilon of a vp process, for which it can "
+        "also be v_prediction or sample (x0)",
+        choices=(AUTO, *sorted({name for names in PREDICTIONS.values() for name in names})),
+    )
+    timesteps: int = _setting(1000, "number of discrete timesteps of a vp process; 0: continuous time", at_least=0)
+    zero_terminal_snr: bool = _setting(
+        False, "make the last of these timesteps pure noise, for v_prediction and sample (arXiv 2305.08891)"
+    )
     weighting: str = _setting(
         "variance_aware",
         "of noise levels; table: final weights of the run in --table; gap, inverse_optimal_loss: see --optimal-loss",
@@ -73,8 +90,9 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "arguments of the weighting, e.g. strength=0.5"}
     )
     levels: str = _setting(
-        "log_normal",
-        "distribution of noise levels; table: density times the final weights of --table; gap: see --optimal-loss",
+        AUTO,
+        "distribution of noise levels; auto: log_normal, of a vp process uniform_time; table: density times the final "
+        "weights of --table; gap: see --optimal-loss",
         choices="levels",
     )
     levels_options: dict[str, float] = dataclasses.field(
@@ -118,12 +136,16 @@ class TrainConfig:
     betas: tuple[float, float] = _setting((0.9, 0.99), "beta1 and beta2 of the optimiser", at_least=0, below=1)
     weight_decay: float = _setting(0.0, "weight decay of adamw", at_least=0, below=math.inf)
     warmup: int = _setting(50, "steps of linear learning-rate warm-up; 0 for none", at_least=0)
+    warmup_from_zero: bool = _setting(False, "start the warm-up with a rate of 0, as EDM does, and not with 1/warmup")
     schedule: str = _setting(
         "linear", "learning rate after the warm-up; linear and cosine decay to 0", choices=SCHEDULES
     )
     schedule_steps: int = _setting(1000, "inverse_sqrt: steps before the learning rate decays", at_least=1)
     clip: float = _setting(math.inf, "maximum gradient norm; inf for no clipping", above=0)
     ema_decay: float = _setting(0.99, "decay of the exponential moving average of the weights", at_least=0, below=1)
+    ema_rampup: float = _setting(
+        0.0, "EDM's ramp-up: the average's half-life is at most this share of the images so far; 0: none", at_least=0
+    )
     sigma_rel: tuple[float, ...] = _setting(
         (), "relative widths of power-function EMAs to track, e.g. 0.05 0.1; `vadiff ema` makes other widths from them",
         above=0, below=12**-0.5,
@@ -185,11 +207,33 @@ class TrainConfig:
             raise ValueError(
                 "table is None, but weighting or levels is 'table': give the run directory to take it from"
             )
+        if self.timesteps == 1:
+            raise ValueError("timesteps is 1, expected 0 for continuous time, or at least 2")
+        self.form()
         if self.device != "auto":
             try:
                 torch.device(self.device)
             except RuntimeError:
                 raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
+
+    def form(self) -> Parameterisation:
+        """What the network predicts, of which process.
+
+        Raises:
+            ValueError: prediction, process, timesteps and zero_terminal_snr do not belong together.
+        """
+        discrete = self.timesteps if self.timesteps and self.process in VP else None
+        return parameterisation(
+            self.process, None if self.prediction == AUTO else self.prediction, sigma_data=self.sigma_data,
+            timesteps=discrete, zero_terminal_snr=self.zero_terminal_snr,
+        )  # fmt: skip
+
+    def resolved(self) -> "TrainConfig":
+        """The config with the levels and the prediction that `auto` stands for."""
+        levels = self.levels
+        if levels == AUTO:
+            levels = "uniform_time" if self.process in VP else "log_normal"
+        return dataclasses.replace(self, levels=levels, prediction=self.form().prediction)
 
     @property
     def name(self) -> str:
@@ -218,12 +262,12 @@ class TrainConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def save(self, path: Path) -> None:
-        """Write the fields as YAML.
+        """Write the fields as YAML, `auto` replaced by what it stands for.
 
         Raises:
             MissingExtraError: PyYAML is not installed.
         """
-        path.write_text(import_extra("yaml", "train").safe_dump(self.as_dict(), sort_keys=False))
+        path.write_text(import_extra("yaml", "train").safe_dump(self.resolved().as_dict(), sort_keys=False))
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
@@ -264,7 +308,7 @@ def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     if allowed == "weightings":
         return (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
     if allowed == "levels":
-        return (*levels.available(), GAP)  # TABLE among them
+        return (AUTO, *levels.available(), GAP)  # TABLE among them
     return allowed
 
 

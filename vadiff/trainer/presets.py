@@ -87,8 +87,10 @@ _EDM = dataclasses.replace(
     learning_rate=1e-3,
     betas=(0.9, 0.999),
     warmup=19_531,
+    warmup_from_zero=True,
     clip=math.inf,
     ema_decay=0.5 ** (512 / 500_000),
+    ema_rampup=0.05,
     held_out_every=20_000,
     checkpoint_every=5000,
     samples_every=20_000,
@@ -113,6 +115,36 @@ _EDM2 = dataclasses.replace(
     snapshot_every=1500,
 )
 
+# DDPM on CIFAR-10 (arXiv 2006.11239, appendix B): linear betas, uniform timesteps, the simple objective of eps, 35.7
+# million parameters, attention at 16 × 16.
+_DDPM = dataclasses.replace(
+    _PAPER,
+    process="vp_linear",
+    weighting="constant",
+    flips=True,
+    channels=(128, 256, 256, 256),
+    layers_per_block=2,
+    attention_resolutions=(16,),
+    dropout=0.1,
+    steps=800_000,
+    batch_size=128,
+    optimizer="adam",
+    learning_rate=2e-4,
+    warmup=5000,
+    clip=1.0,
+    ema_decay=0.9999,
+    held_out_every=20_000,
+    checkpoint_every=5000,
+    samples_every=20_000,
+)
+
+# Min-SNR-gamma (arXiv 2303.09556) as its paper states it, on the cosine schedule, for x0; --prediction epsilon and
+# v_prediction are its other two. Its networks are vision transformers on ImageNet and U-Nets on CelebA: here it is
+# DDPM's for CIFAR-10.
+_MIN_SNR = dataclasses.replace(
+    _DDPM, process="vp_cosine", prediction="sample", weighting="min_snr", weighting_options={"gamma": 5.0}
+)
+
 PRESETS = {
     "digits": TrainConfig(),
     "digits-edm2": TrainConfig(
@@ -129,6 +161,8 @@ PRESETS = {
     "cifar10-mini": _CIFAR10_MINI,
     "cifar10-paper": _PAPER,
     "cifar100-paper": dataclasses.replace(_PAPER, dataset="cifar100"),
+    "cifar10-ddpm": _DDPM,
+    "cifar10-min-snr": _MIN_SNR,
     "cifar10-edm": _EDM,
     "cifar10-edm2": _EDM2,
     # Attention at 16 only: images of 32 and of 64 pixels both have this resolution.
@@ -142,6 +176,8 @@ ABOUT = {
     "cifar10-mini": "a small U-Net on CIFAR-10, half a minute on a data-centre GPU",
     "cifar10-paper": "CIFAR-10 by the protocol of arXiv 2603.10391, with its weighting",
     "cifar100-paper": "CIFAR-100 by the same protocol",
+    "cifar10-ddpm": "DDPM on CIFAR-10: epsilon, linear betas, uniform timesteps",
+    "cifar10-min-snr": "Min-SNR on the cosine schedule, x0; or --prediction epsilon, v_prediction",
     "cifar10-edm": "class-conditional CIFAR-10 as EDM v1 trained it, with flips for augmentation",
     "cifar10-edm2": "EDM2's network, schedule, learned weighting and averages, at the size of cifar10-edm",
     "images": "a folder of your own images: --data FOLDER",

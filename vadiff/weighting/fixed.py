@@ -117,10 +117,12 @@ class MinSNR(SNRWeighting):
     """Min-SNR-gamma (arXiv 2303.09556): min(S, gamma) on the x0 loss.
 
     For another prediction type it is divided by that type's k(S): epsilon min(S, gamma)/S, v min(S, gamma)/(S + 1), ...
-    At zero SNR the weight is 1 for epsilon and 0 for v. For EDM, S = 1/sigma**2, without sigma_data.
+    At zero SNR the weight is 1 for epsilon and 0 for v and x0. For EDM, S = 1/sigma**2, without sigma_data.
 
     Args:
         gamma: SNR at which the weight is capped.
+        terminal: weight at zero SNR, the last timestep of a process with zero terminal SNR; None: the formula's. The
+            paper's code gives 1.
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
@@ -128,11 +130,33 @@ class MinSNR(SNRWeighting):
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
     max_weight: float = MAX_WEIGHT
+    terminal: float | None = None
 
     _positive: ClassVar[tuple[str, ...]] = ("gamma",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.terminal is not None and not (is_number(self.terminal) and 0 <= self.terminal < math.inf):
+            raise ValueError(f"terminal is {self.terminal!r}, expected None, 0 or a positive finite number")
+
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return log_snr.clamp(max=math.log(self.gamma))
+
+    def __call__(self, log_snr: Tensor) -> Tensor:
+        weight = super().__call__(log_snr)
+        return weight if self.terminal is None else weight.masked_fill(log_snr == -math.inf, self.terminal)
+
+
+@dataclass(frozen=True)
+class InverseSNR(SNRWeighting):
+    """1/S on the x0 loss, `inv_snr` of the code of Min-SNR (arXiv 2303.09556): high noise counts most."""
+
+    prediction_type: str = "epsilon"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
+
+    def log_x0_weight(self, log_snr: Tensor) -> Tensor:
+        return -log_snr
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def add_config_flags(parser: argparse._ArgumentGroup) -> None:
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif allowed is not None:
-            keywords["choices"] = allowed
+            keywords |= {"choices": allowed, "type": _name}
         elif typing.get_origin(kind) is tuple:
             keywords |= {"nargs": "*", "type": typing.get_args(kind)[0], "metavar": "N"}
         elif typing.get_origin(kind) is dict:
@@ -39,6 +39,11 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
         if name in given:
             given[name] = dict(given[name])
     return given
+
+
+def _name(text: str) -> str:
+    """A name with hyphens in place of underscores is the same name."""
+    return text.replace("-", "_")
 
 
 def _option(text: str) -> tuple[str, float]:

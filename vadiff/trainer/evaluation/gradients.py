@@ -94,7 +94,7 @@ def level_gradients(
 
     def gradient(level: float, places: range) -> Tensor:
         """Gradient of the mean base loss of the images at `places`, [P]."""
-        base_weight = loss_ratio(denoiser.process, torch.tensor(level), sigma_data=denoiser.sigma_data).item()
+        base_weight = loss_ratio(denoiser.prediction, torch.tensor(level), sigma_data=denoiser.sigma_data).item()
         total = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(places.start, places.stop, batch_size):
             part = slice(start, min(start + batch_size, places.stop))

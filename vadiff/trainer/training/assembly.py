@@ -11,7 +11,9 @@ from ...errors import DataError, RunError
 from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser, EDM2UNet, unet
+from ...models.parameterisation import VPForm
 from ...optimal_loss import OptimalLoss
+from ...process import DiscreteVP
 from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 from ..data import Images, cifar, digits, folder
@@ -59,7 +61,7 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
         network = EDM2UNet(image_shape, config.channels, **sizes)
     else:
         network = unet(image_shape, config.channels, norm_groups=config.norm_groups, **sizes)
-    return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.process)
+    return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.form())
 
 
 def build_criterion(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> DiffusionLoss:
@@ -95,11 +97,23 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
         ValueError: an option is unknown to the sampler or out of bounds, or `optimal` is missing.
         RunError: there is no such table.
     """
-    base = levels.LogNormal(config.p_mean, config.p_std)
+    config = config.resolved()
+    form = config.form()
+    process = form.process if isinstance(form, VPForm) else None
+    uniform: LevelSampler | None = None  # of a variance-preserving process
+    if isinstance(process, DiscreteVP):
+        uniform = levels.UniformTimesteps(process)
+    elif process is not None:
+        uniform = levels.UniformTime(process)
+    base = uniform or levels.LogNormal(config.p_mean, config.p_std)
     if config.levels == TABLE:
         table = read_table(config, run)
         return levels.Table(table.weights, table.log_snr_range, base)
     options: dict[str, Any] = dict(config.levels_options)
+    if config.levels == "uniform_time" and uniform is not None:
+        if not options:
+            return uniform
+        options = {"process": process, **options}
     if config.levels == "log_normal":
         options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
     if config.levels in _ADAPTIVE_LEVELS:
@@ -148,7 +162,7 @@ def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | Non
     made_of_curve = CURVE_WEIGHTINGS.get(config.weighting)
     if made_of_curve or weighting.takes_prediction_type(config.weighting):
         # By default these are weights for a loss of eps; the trainer's loss is that of F.
-        options = {"prediction_type": config.process, "sigma_data": config.sigma_data, **options}
+        options = {"prediction_type": config.form().prediction, "sigma_data": config.sigma_data, **options}
     try:
         if made_of_curve:
             return made_of_curve(_required(optimal, "weighting"), **options)
@@ -167,7 +181,8 @@ def _gap_levels(config: TrainConfig, run: Path | None, optimal: OptimalLoss, opt
             "bins": config.bins,
             "log_snr_range": config.log_snr_range,
             "half_life": config.half_life,
-            "prediction_type": "sample" if config.process == "edm" else config.process,  # EDM's residual is D - x0
+            # EDM's residual is D - x0.
+            "prediction_type": "sample" if config.process == "edm" else config.form().prediction,
             "sigma_data": config.sigma_data,
             **options,
         },

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ...levels import LevelSampler, uniforms
+from ...models.parameterisation import VPForm
 from ...pixels import normalised
+from ...process import DiscreteVP
 from ..config import TrainConfig
 from ..data import Images
 from .distributed import Ranks
@@ -18,7 +20,7 @@ class Batch(NamedTuple):
 
     x0: Tensor  # [B, C, H, W] float32 in [-1, 1]
     eps: Tensor  # [B, C, H, W] float32
-    sigma: Tensor  # [B] float32, of the variance-exploding process
+    sigma: Tensor  # [B] float32, of the variance-exploding process; infinite at zero terminal SNR
     labels: Tensor | None  # [B] int64, `classes` where withheld; None for a network without classes
     sample_weight: Tensor | None  # [B] float32
 
@@ -68,6 +70,9 @@ class Batches:
         self.device, self.streams = device, streams
         self._config = config
         self._levels = levels
+        form = config.form()
+        process = form.process if isinstance(form, VPForm) else None
+        self._timesteps = process if isinstance(process, DiscreteVP) else None
         self._ranks = ranks
         self._pixels = images.train.to(device)
         self._labels = None
@@ -132,6 +137,8 @@ class Batches:
         # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
         eps = eps.contiguous(memory_format=self.memory_format)
         levels = self._levels(u)
+        if self._timesteps is not None:  # the noise levels of a discrete process
+            levels = levels._replace(log_snr=self._timesteps.log_snr(self._timesteps.timestep(levels.log_snr)).float())
         return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
 
     def _coins(self, stream: str, probability: float) -> Tensor:

@@ -29,7 +29,7 @@ from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_sav
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .metrics import MetricsLog, memory_bytes, statistics_of
-from .objective import OBJECTIVES, Objective
+from .objective import Objective, objective_of
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import Optimisation, RunningAverage, learning_rate_at
 from .rms import rms_per_layer, weights_of_layers
@@ -65,7 +65,7 @@ def train(
 
     Args:
         config: of the run.
-        objective: how a step calls the criterion; by default that of `config.process`.
+        objective: how a step calls the criterion; by default that of what the network predicts.
         out: the run directory; None writes nothing.
         resume: go on from the latest checkpoint in `out`, or start if there is none.
         overwrite: replace a run in `out`.
@@ -83,6 +83,7 @@ def train(
         TrainingError: too many non-finite steps in a row.
         Stopped: SIGTERM or SIGINT; a checkpoint was written, unless the last steps were non-finite.
     """
+    config = config.resolved()
     path = None if out is None else Path(out)
     device = local_device(config.torch_device())
     with (
@@ -96,7 +97,7 @@ def train(
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
         trainer = _Trainer(
-            config, objective or OBJECTIVES[config.process], path, device, group, resume=resume, progress=progress
+            config, objective or objective_of(config), path, device, group, resume=resume, progress=progress
         )
         group.wait()
         if path is not None and group.is_main:  # after all parts are made: an invalid config writes nothing
@@ -126,6 +127,7 @@ class _Trainer:
         resume: bool = False,
         progress: bool = False,
     ) -> None:
+        config = config.resolved()
         self.config, self.device, self.group = config, device, group
         self.out = out if group.is_main else None  # only the main process writes
         self.bar_type = import_extra("tqdm", "train").tqdm
@@ -137,7 +139,7 @@ class _Trainer:
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.running_average = RunningAverage(self.average, self.denoiser, config.ema_decay)
+        self.running_average = RunningAverage(self.average, self.denoiser, config)
         self.power_averages = None  # on the main process only: identical on all ranks
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)

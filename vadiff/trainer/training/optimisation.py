@@ -23,7 +23,8 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
         factor = 1.0 / math.sqrt(max(step / config.schedule_steps, 1.0))
     else:
         factor = 1.0
-    warm = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
+    done_warm = step if config.warmup_from_zero else step + 1
+    warm = min(done_warm / config.warmup, 1.0) if config.warmup else 1.0
     return config.learning_rate * warm * factor
 
 
@@ -129,13 +130,38 @@ class Optimisation:
         torch.maximum(longest, in_a_row, out=longest)
 
 
+def decay_at(config: TrainConfig, step: int) -> float:
+    """The decay of the running average after step 0, 1, ...: `ema_decay`, or less while it ramps up.
+
+    With the ramp-up the average's half-life is at most `ema_rampup` times the images so far, as in the code of EDM.
+    """
+    if not config.ema_rampup or not config.ema_decay:
+        return config.ema_decay
+    half_life = min(math.log(0.5) / math.log(config.ema_decay), config.ema_rampup * step)  # in steps
+    return 0.5 ** (1.0 / half_life) if half_life > 0.0 else 0.0
+
+
 class RunningAverage:
     """Exponential moving average of a network's parameters, ema ← decay·ema + (1 - decay)·parameter."""
 
-    def __init__(self, average: nn.Module, network: nn.Module, decay: float) -> None:
-        self._average = list(average.parameters())
-        self._network = list(network.parameters())
-        self._update = get_ema_multi_avg_fn(decay)
+    def __init__(self, average: nn.Module, network: nn.Module, config: TrainConfig) -> None:
+        self._config = config
+        self._average: list[Tensor] = list(average.parameters())
+        self._network: list[Tensor] = list(network.parameters())
+        self._update = get_ema_multi_avg_fn(config.ema_decay)
+        # On the device, so that a captured step reads the one of its step.
+        self._new_share = torch.zeros((), device=self._network[0].device) if config.ema_rampup else None
 
+    def prepare(self, step: int) -> None:
+        """What the host does before step 0, 1, ...: set the decay, if it changes."""
+        if self._new_share is not None:
+            self._new_share.fill_(1.0 - decay_at(self._config, step))
+
+    @torch.no_grad()
     def update(self) -> None:
-        self._update(self._average, self._network, 0)
+        if self._new_share is None:
+            self._update(self._average, self._network, 0)
+            return
+        differences = torch._foreach_sub(self._network, self._average)
+        torch._foreach_mul_(differences, self._new_share)
+        torch._foreach_add_(self._average, differences)

@@ -44,8 +44,7 @@ def rms_per_layer(
 
     hooks = [layer.register_forward_hook(recording(name)) for name, (layer, _) in layers.items()]
     try:
-        noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
-        denoiser.network_output(noisy, batch.sigma, batch.labels)
+        denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels)
     finally:
         for hook in hooks:
             hook.remove()

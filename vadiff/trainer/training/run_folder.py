@@ -59,6 +59,7 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
 
 def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
     """The fields, except `ignored` ones, in which two configs differ; `steps` only if the schedule depends on it."""
+    saved, config = saved.resolved(), config.resolved()
     names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in ignored]
     if "steps" not in names and saved.schedule not in _OPEN_ENDED:
         names.append("steps")

@@ -54,6 +54,7 @@ class TrainingStep:
         self._step = step
         self.batches.prepare(step)
         self.optimisation.prepare(step)
+        self.running_average.prepare(step)
         self._seed_dropout(0)
         self._on_device()
         if self.power_averages is not None:
@@ -82,9 +83,8 @@ class TrainingStep:
 
     def _loss(self, batch: Batch) -> Tensor:
         dtype = AUTOCAST[self.config.precision]
-        noisy = batch.x0 + batch.sigma.view(-1, 1, 1, 1) * batch.eps
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.denoiser.network_output(noisy, batch.sigma, batch.labels, network=self.network)
+            output = self.denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels, network=self.network)
         self.batches.memory_format = memory_format_of(output)
         # Copies at the first step only: later batches are made in this format.
         x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
