@@ -1,5 +1,6 @@
 """Lists of seeds, as text and as data."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"{part!r} in {text!r}, expected a range that rises, as {last}-{first}")
         seeds += range(int(first), int(last or first) + 1)
     if len(set(seeds)) < len(seeds):
-        twice = next(seed for place, seed in enumerate(seeds) if seed in seeds[:place])
+        twice = next(seed for seed, times in Counter(seeds).items() if times > 1)
         raise ValueError(f"seed {twice} is twice in {text!r}, expected every seed once")
     return seeds
 
