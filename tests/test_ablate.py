@@ -23,6 +23,7 @@ from scipy import stats
 from vadiff.errors import RunError
 from vadiff.trainer.ablation import Evaluation, collect, evaluate_all, read_grid, train_all, write_results
 from vadiff.trainer.ablation.collect import interval
+from vadiff.trainer.ablation.evaluation import drawn_with, first_difference
 from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.trainer.cli import main
 from vadiff.trainer.training import run_folder
@@ -296,7 +297,7 @@ def evaluated(run: PlannedRun, **settings: Any) -> None:
         ({"images": 7}, "arm other, seed 1 was evaluated with images 7, arm constant, seed 0 with 6: their metrics"),
         ({"layer": "768"}, "arm other, seed 1 was evaluated with layer '768', arm constant, seed 0 with '64'"),
         ({"inception_weights": "abc"}, "seed 1 was evaluated with inception_weights 'abc', .* with 'published'"),
-        ({"generation": {"sampler": "euler", "weights": "ema"}}, r"evaluated with generation\.sampler 'euler'"),
+        ({"generation": {"sampler": "euler", "weights": "ema"}}, r"evaluated with generation\.solver 'euler'"),
     ],
 )
 def test_runs_that_were_evaluated_differently_are_named_and_not_averaged(
@@ -310,6 +311,32 @@ def test_runs_that_were_evaluated_differently_are_named_and_not_averaged(
     evaluated(runs["other", 1], **settings)
     with pytest.raises(GridError, match=message):
         collect(grid, tmp_path)
+
+
+@pytest.mark.parametrize("process", ["edm", "flow"])
+def test_evaluation_of_version_0_1_counts_as_done_and_equals_one_of_now(tmp_path: Path, process: str) -> None:
+    euler = process == "flow"
+    then = {
+        "sampler": "euler" if euler else "heun", "steps": 50 if euler else 18, "sigma_min": 0.002,
+        "sigma_max": 1000.0 if euler else 80.0, "label": None, "guidance": 1.0, "weights": "ema", "churn": None,
+    }  # fmt: skip
+    evaluation = Evaluation(metrics=("fid",), layer="64", images=6)
+    _, runs = two_arms(tmp_path, 1)
+    old, new = runs["constant", 0], runs["other", 0]
+    evaluated(old, generation=then)
+    evaluated(new, generation=evaluation.generation(process).recorded())
+    steps = old.config.steps
+    assert first_difference(drawn_with(old.path, steps), drawn_with(new.path, steps)) is None
+    assert evaluation.was_done(old.path, steps, process, "published")
+    assert not dataclasses.replace(evaluation, solver="dpmpp_2m").was_done(old.path, steps, process, "published")
+    evaluated(new, generation=then, seeds="0-4,7")
+    assert not evaluation.was_done(new.path, steps, process, "published")
+
+
+def test_evaluation_passes_the_solver_on() -> None:
+    options = Evaluation(solver="dpmpp_2m", spacing="edm", steps=16).arguments()
+    assert options[-6:] == ["--solver", "dpmpp_2m", "--spacing", "edm", "--steps", "16"]
+    assert "--solver" not in Evaluation().arguments()
 
 
 def test_evaluate_measures_each_run_once_from_the_same_seeds(
@@ -377,6 +404,9 @@ def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
         ('metrics = ["fidd"]', r"evaluate: metrics is \['fidd'\], expected some of fid"),
         ('metrics = "fid"', "evaluate: metrics is 'fid', expected a list"),
         ("images = 2", "evaluate: images is 2, expected a whole number from 5"),
+        ("steps = 1", "evaluate: steps is 1, expected a whole number from 2"),
+        ('solver = "ddim"', "evaluate: solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m in quotes"),
+        ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow in quotes"),
         ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, layer"),
     ],
 )

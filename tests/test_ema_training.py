@@ -152,7 +152,7 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     found = {name: values["fid-64"] for name, values in content["metrics"].items()}
     assert list(found) == ["ema-0.05", "ema-0.2", "ema", "raw"]
     run = open_run(copied)
-    generation = with_options(default_generation(run), weights="ema-0.2")
+    generation = with_options(default_generation(run.config.process), weights="ema-0.2")
     (batch,) = generate(run, range(2, 7), generation)
     by_hand = image_metrics(
         batch.images, real, metrics=["fid"], layer="64", inception_weights=inception_weights,

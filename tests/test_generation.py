@@ -1,7 +1,8 @@
-"""vadiff.sampling.generation, vadiff.trainer.pictures and `vadiff sample`: images of a run, as files."""
+"""vadiff.sampling.generation and vadiff.trainer.pictures: images of a run, and their files."""
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from vadiff.errors import RunError
-from vadiff.sampling import Churn
-from vadiff.sampling.generation import Generation, default_generation, generate
-from vadiff.trainer.cli import main
+from vadiff.models import Denoiser
+from vadiff.sampling import Churn, noise_levels
+from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class
 from vadiff.trainer.pictures import PictureWriter, read_pictures
 from vadiff.training import Run, open_run
 
@@ -38,7 +39,14 @@ def difference(one: Tensor, other: Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    "how", [QUICK, Generation(steps=3, churn=Churn(2.0)), Generation("euler", steps=3, guidance=2.0)]
+    "how",
+    [
+        QUICK,
+        Generation(steps=3, churn=Churn(2.0), label="random"),
+        Generation("euler", steps=3, spacing="flow", guidance=2.0),
+        Generation("ddpm", steps=5),
+        Generation("dpmpp_2m", steps=5, clip=True),
+    ],
 )
 def test_image_of_a_seed_depends_on_neither_batch_size_nor_devices(run: Run, how: Generation) -> None:
     seeds = range(20, 33)
@@ -58,10 +66,61 @@ def test_classes_take_turns_unless_one_is_asked_for(run: Run) -> None:
     assert batch.labels.tolist() == [3, 3, 3, 3]
 
 
-def test_flows_are_sampled_by_euler_unless_told_otherwise(run: Run) -> None:
-    flow = dataclasses.replace(run, config=dataclasses.replace(run.config, process="flow"))
-    assert (default_generation(run).sampler, default_generation(flow).sampler) == ("heun", "euler")
-    assert default_generation(flow, "heun") == Generation("heun")
+def test_random_class_of_a_seed_is_uniform_and_leaves_its_noise_alone(run: Run) -> None:
+    [batch] = generate(run, [5, 3, 200], dataclasses.replace(QUICK, label="random"))
+    assert batch.labels.tolist() == [random_class(seed, 10) for seed in (5, 3, 200)] == [7, 8, 7]
+    for seed, label, image in zip((5, 3, 200), batch.labels.tolist(), batch.images, strict=True):
+        [alone] = generate(run, [seed], dataclasses.replace(QUICK, label=label))
+        assert difference(alone.images[0], image) <= 1
+    counts = torch.tensor([random_class(seed, 10) for seed in range(10_000)]).bincount(minlength=10)
+    assert len(counts) == 10
+    assert (counts - 1000).abs().max() < 4 * 30  # standard deviation 30
+
+
+def test_flows_are_sampled_by_euler_at_even_times_unless_told_otherwise() -> None:
+    assert default_generation("edm") == Generation("heun", steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+    assert default_generation("flow") == Generation("euler", spacing="flow", steps=50, sigma_max=1000.0)
+    assert default_generation("flow", "heun") == Generation("heun")
+    assert default_generation("flow", "dpmpp_2m") == Generation("dpmpp_2m", spacing="flow", steps=16)
+    assert default_generation("flow", "ddpm", "edm") == Generation("ddpm")
+    assert default_generation("edm", "euler").levels().tolist() == noise_levels(50).tolist()
+
+
+def test_guide_that_is_the_run_itself_changes_nothing_and_another_one_does(run: Run) -> None:
+    plain = images_of(run, range(4), QUICK)
+    itself = dataclasses.replace(QUICK, guidance=2.0, guide=Guide("itself", run))
+    assert torch.equal(images_of(run, range(4), itself), plain)
+    raw = dataclasses.replace(itself, guide=Guide("raw", run, "raw"), devices=(CPU, CPU), batch_size=3)
+    assert difference(images_of(run, range(4), raw), plain) > 0
+
+
+def test_guide_needs_no_label_dropout_but_the_same_images_and_classes(run: Run) -> None:
+    class Other:
+        config = run.config
+
+        def denoiser(self, weights: str, step: int | None, device: torch.device | str) -> Denoiser:
+            return Denoiser(torch.nn.Identity(), 0.5, labels=labels, image_shape=shape)
+
+    guided = dataclasses.replace(QUICK, guidance=2.0, guide=Guide("itself", run))
+    no_dropout = dataclasses.replace(run, config=dataclasses.replace(run.config, label_dropout=0.0))
+    assert len(images_of(no_dropout, [0], guided)) == 1
+    labels, shape = 10, (3, 8, 8)
+    with pytest.raises(ValueError, match=r"guide small has images of shape \(3, 8, 8\), expected \(1, 8, 8\)"):
+        list(generate(run, [0], dataclasses.replace(QUICK, guidance=2.0, guide=Guide("small", Other()))))
+    labels, shape = 0, (1, 8, 8)
+    with pytest.raises(ValueError, match="guide small has number of classes 0, expected 10"):
+        list(generate(run, [0], dataclasses.replace(QUICK, guidance=2.0, guide=Guide("small", Other()))))
+
+
+def test_options_are_recorded_as_json_has_them(run: Run) -> None:
+    how = Generation("heun", churn=Churn(3.0), guidance=1.5, guide=Guide("runs/small:raw", run), clip=True)
+    recorded = how.recorded()
+    assert json.loads(json.dumps(recorded)) == recorded
+    assert recorded == {
+        "solver": "heun", "steps": 18, "spacing": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
+        "churn": "Churn(amount=3.0, sigma_min=0.0, sigma_max=inf, noise=1.0)", "clip": True, "label": "cycle",
+        "guidance": 1.5, "guide": "runs/small:raw", "weights": "ema",
+    }  # fmt: skip
 
 
 def test_diverged_weights_are_named_with_the_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +140,13 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "ddim"}, "sampler is 'ddim', expected one of heun, euler"),
-        ({"sampler": "euler", "churn": Churn(1.0)}, "churn is for the sampler heun"),
+        ({"solver": "ddim"}, "solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m"),
+        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow"),
+        ({"solver": "euler", "churn": Churn(1.0)}, "churn is for the solver heun, not for euler"),
+        ({"spacing": "flow", "rho": 7.0}, "rho is for the spacing edm, not for flow"),
+        ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm, not for flow"),
+        ({"label": "cat"}, "label is 'cat', expected a class or one of cycle, random"),
+        ({"guide": Guide("small", None)}, "guide is small with guidance 1, which leaves it unused"),
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"guidance": float("nan")}, "guidance is nan, expected a number"),
@@ -102,58 +166,6 @@ def test_label_and_guidance_need_a_model_with_classes() -> None:
         Generation(guidance=2.0).labels([0], 0)
     with pytest.raises(ValueError, match="label is 10, expected 0 to 9"):
         Generation(label=10).labels([0], 10)
-
-
-def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["sample", str(trained_run), "--steps", "3", "--devices", "cpu", "--first-seed", "9", "--images", "5"]
-    assert main([*command, "--out", str(tmp_path / "png"), "--batch-size", "2"]) == 0
-    assert "5 images in" in capsys.readouterr().out
-    names = sorted(file.name for file in (tmp_path / "png").iterdir())
-    assert names == [f"{seed:06d}_class{seed % 10}.png" for seed in range(9, 14)]
-    assert main([*command, "--out", str(tmp_path / "all.npz"), "--batch-size", "2"]) == 0
-    with np.load(tmp_path / "all.npz") as archive:
-        assert archive["arr_0"].shape == (5, 8, 8, 1)
-        assert archive["arr_1"].tolist() == [9, 0, 1, 2, 3]
-    assert torch.equal(read_pictures(tmp_path / "png"), read_pictures(tmp_path / "all.npz"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "png"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--images", "0"], "argument --images: 0, expected at least 1"),
-        (["--first-seed", "-1"], "argument --first-seed: -1, expected 0 or more"),
-        (["--churn", "-3"], "churn amount is -3.0, expected"),
-        (["--label", "12"], "label is 12, expected 0 to 9"),
-        (["--devices", "toaster"], "argument --devices: 'toaster', expected auto, cpu or cuda:N"),
-        (["--devices", "cuda:99"], "argument --devices: 'cuda:99', but torch sees"),
-        (["--sampler", "euler", "--churn", "1"], "churn is for the sampler heun"),
-    ],
-)
-def test_sample_refuses_invalid_arguments_and_writes_nothing(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["sample", str(trained_run), "--out", str(tmp_path / "png"), *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_sample_never_replaces_what_is_there(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["sample", str(trained_run), "--out", str(tmp_path)])
-    assert f"{tmp_path} exists already" in capsys.readouterr().err
-
-
-def test_sample_of_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", str(tmp_path)]) == 1
-    assert "is not a run directory" in capsys.readouterr().err
-    assert main(["sample", str(tmp_path / "missing")]) == 1
 
 
 @pytest.mark.parametrize("name", ["png", "images.npz"])

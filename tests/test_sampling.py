@@ -1,6 +1,7 @@
-"""vadiff.sampling: EDM's samplers, Euler's method for flows, labels, guidance, several devices."""
+"""vadiff.sampling: the solvers, their noise levels, labels, guidance, clipping, several devices."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,9 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadiff.sampling import Churn, draw, euler, flow_times, heun, noise_levels
+from vadiff.sampling import (
+    Churn,
+    ddpm,
+    dpmpp_2m,
+    draw,
+    euler,
+    flow_levels,
+    heun,
+    network_calls,
+    noise_levels,
+    steps_for_calls,
+)
+from vadiff.sampling.solvers import SOLVERS
 
 SIGMA_DATA = 0.5
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
 def gaussian_denoiser(x: Tensor, sigma: Tensor) -> Tensor:
@@ -25,31 +39,84 @@ def exact_samples(seeds: range, shape: tuple[int, ...]) -> Tensor:
     return 80.0 * noise * SIGMA_DATA / math.sqrt(80.0**2 + SIGMA_DATA**2)
 
 
-def test_samples_follow_the_exact_flow_of_gaussian_data() -> None:
-    samples = heun(gaussian_denoiser, (2, 3), range(50), levels=noise_levels(steps=64))
+@pytest.mark.parametrize("solver", [heun, dpmpp_2m])
+def test_samples_follow_the_exact_flow_of_gaussian_data(solver: Callable[..., Tensor]) -> None:
+    samples = solver(gaussian_denoiser, (2, 3), range(50), levels=noise_levels(steps=64))
     assert torch.allclose(samples, exact_samples(range(50), (2, 3)), rtol=0.01)
 
 
-def test_error_falls_with_the_square_of_the_number_of_steps() -> None:
+@pytest.mark.parametrize(("solver", "order"), [(heun, 2), (euler, 1), (dpmpp_2m, 2)])
+def test_error_falls_with_the_order_of_the_solver(solver: Callable[..., Tensor], order: int) -> None:
     exact = exact_samples(range(10), (4,))
     errors = [
-        (heun(gaussian_denoiser, (4,), range(10), levels=noise_levels(steps)) - exact).abs().max().item()
-        for steps in (32, 64)
+        (solver(gaussian_denoiser, (4,), range(10), levels=noise_levels(steps)) - exact).abs().max().item()
+        for steps in (64, 128)
     ]
-    assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.25)
+    assert errors[0] / errors[1] == pytest.approx(2.0**order, rel=0.25)
 
 
-def test_sample_of_a_seed_does_not_depend_on_the_batch() -> None:
-    together = heun(gaussian_denoiser, (1, 8, 8), [3, 1, 4, 1, 5])
-    in_pairs = heun(gaussian_denoiser, (1, 8, 8), [3, 1, 4, 1, 5], batch_size=2)
-    alone = heun(gaussian_denoiser, (1, 8, 8), [4])
-    assert torch.equal(together, in_pairs)
-    assert torch.equal(together[2:3], alone)
-    assert torch.equal(together[1], together[3])
-    assert not torch.equal(together[0], together[1])
+@every_solver
+def test_samples_have_the_mean_and_spread_of_gaussian_data(solver: Callable[..., Tensor]) -> None:
+    mean = torch.tensor([0.3, -0.7]).repeat(2000)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return mean + gaussian_denoiser(x - mean, sigma)
+
+    samples = solver(denoise, (4000,), range(4), levels=noise_levels(steps=512)).view(-1, 2)
+    error = SIGMA_DATA / math.sqrt(len(samples))  # of the mean, one standard deviation
+    assert (samples.mean(0) - mean[:2]).abs().max() < 3 * error
+    assert samples.std(0).tolist() == pytest.approx([SIGMA_DATA, SIGMA_DATA], rel=0.03)
+    assert abs(torch.corrcoef(samples.T)[0, 1].item()) < 3 / math.sqrt(len(samples))
 
 
-def test_network_is_called_twice_per_step_but_once_in_the_last() -> None:
+def test_ancestral_sampling_forgets_the_noise_that_it_began_with() -> None:
+    samples = ddpm(gaussian_denoiser, (4000,), range(2), levels=noise_levels(steps=64))
+    start = euler(gaussian_denoiser, (4000,), range(2), levels=noise_levels(steps=64))
+    assert abs(torch.corrcoef(torch.stack([samples.flatten(), start.flatten()]))[0, 1].item()) < 0.1
+
+
+@every_solver
+def test_network_is_called_as_often_as_is_said(solver: Callable[..., Tensor]) -> None:
+    name = solver.__name__
+    seen: list[float] = []
+
+    def record(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(sigma[0].item())
+        return gaussian_denoiser(x, sigma)
+
+    solver(record, (1,), [0], levels=noise_levels(steps_for_calls(name, 15)))
+    assert len(seen) == network_calls(name, steps_for_calls(name, 15)) == 15
+    assert network_calls(name, steps_for_calls(name, 50)) in (49, 50)
+
+
+@every_solver
+def test_a_step_of_constant_estimates_ends_on_the_straight_line_to_them(solver: Callable[..., Tensor]) -> None:
+    samples = solver(lambda x, sigma: torch.full_like(x, 0.25), (3,), [1, 2])
+    assert torch.allclose(samples, torch.full((2, 3), 0.25), atol=1e-6)
+
+
+@every_solver
+def test_clipping_keeps_every_estimate_in_the_range_of_images(solver: Callable[..., Tensor]) -> None:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return 3.0 * x.sign()
+
+    seen = solver(denoise, (8,), range(4), clip=True)
+    assert torch.equal(seen.abs(), torch.ones(4, 8))
+    assert solver(denoise, (8,), range(4)).abs().max() > 2.0
+
+
+def test_euler_is_the_method_of_flow_matching_on_its_evenly_spaced_times() -> None:
+    times = torch.linspace(1000.0 / 1001.0, 0.0, 21, dtype=torch.float64)
+    x = times[0] * torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)])
+    for time, following in itertools.pairwise(times):  # dx_t/dt = (x_t - D) / t, x_t = (1 - t)·x
+        sigma = time / (1.0 - time)
+        x0 = gaussian_denoiser((x / (1.0 - time)).float(), sigma.float().expand(5)).double()
+        x = x + (following - time) * (x - x0) / time
+    samples = euler(gaussian_denoiser, (6,), range(5), levels=flow_levels(20))
+    assert torch.allclose(samples, x.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_network_is_called_twice_per_step_of_heun_but_once_in_the_last() -> None:
     seen: list[float] = []
 
     def record(x: Tensor, sigma: Tensor) -> Tensor:
@@ -110,7 +177,7 @@ def test_one_step_with_churn_is_the_papers_algorithm() -> None:
     assert torch.allclose(sample[0], (x + (0.0 - raised) * (x - 0.5 * x) / raised).float())
 
 
-@pytest.mark.parametrize("sampler", [heun, functools.partial(heun, churn=Churn(20.0)), euler])
+@pytest.mark.parametrize("sampler", [*SOLVERS.values(), functools.partial(heun, churn=Churn(20.0))])
 def test_sample_of_a_seed_depends_on_nothing_but_seed_and_label(sampler: Callable[..., Tensor]) -> None:
     def denoise(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         shift = 0.0 if labels is None else labels.view(-1, 1, 1).float() / 10
@@ -137,20 +204,30 @@ def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_denoise
     assert last(3.0) == pytest.approx(1.0 + 3.0 * (2.0 - 1.0))
 
 
-def test_euler_follows_the_exact_flow_with_an_error_of_first_order() -> None:
-    first = flow_times(10, sigma_max=50.0)[0].item()
-    noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in range(10)])
-    exact = noise * first * SIGMA_DATA / math.sqrt(((1 - first) * SIGMA_DATA) ** 2 + first**2)
-    errors = [
-        (euler(gaussian_denoiser, (4,), range(10), times=flow_times(steps, sigma_max=50.0)) - exact).abs().max().item()
-        for steps in (200, 400)
-    ]
-    assert errors[1] < 0.01
-    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1)
+def test_guide_takes_the_place_of_the_unconditional_denoiser_and_gets_the_labels() -> None:
+    def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        return torch.full_like(x, 2.0) + labels[:, None]
+
+    def guide(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        return torch.full_like(x, 1.5) + labels[:, None]
+
+    sample = heun(denoise, (1,), [0], labels=torch.tensor([4]), guide=guide, guidance=3.0)
+    assert sample.item() == pytest.approx(5.5 + 3.0 * (6.0 - 5.5))
 
 
-def test_flow_times_fall_evenly_from_the_highest_noise_level_to_zero() -> None:
-    assert flow_times(4, sigma_max=4.0).tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+@every_solver
+def test_guide_that_is_the_denoiser_itself_changes_nothing(solver: Callable[..., Tensor]) -> None:
+    plain = solver(gaussian_denoiser, (5,), range(3))
+    guided = solver(gaussian_denoiser, (5,), range(3), guide=gaussian_denoiser, guidance=2.5)
+    assert torch.equal(plain, guided)
+    weaker = solver(gaussian_denoiser, (5,), range(3), guide=lambda x, sigma: 0.9 * x, guidance=2.5)
+    assert not torch.allclose(plain, weaker, rtol=0.1)
+
+
+def test_flow_levels_are_at_evenly_spaced_times_from_the_highest_level_to_zero() -> None:
+    levels = flow_levels(4, sigma_max=4.0)
+    assert (levels / (1.0 + levels)).tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert levels[0] == pytest.approx(4.0)
 
 
 def test_several_devices_give_the_images_of_one() -> None:
@@ -182,9 +259,15 @@ def test_failure_on_one_device_is_raised_and_ends_the_others() -> None:
     [
         (lambda: Churn(-1.0), "churn amount is -1.0, expected 0 or a positive number"),
         (lambda: Churn(1.0, 2.0, 1.0), "churn sigma_min is 2.0 and sigma_max 1.0, expected"),
-        (lambda: flow_times(0), "steps is 0, expected at least 1"),
-        (lambda: flow_times(5, math.inf), "sigma_max is inf, expected a positive number"),
-        (lambda: euler(gaussian_denoiser, (1,), [0], times=torch.tensor([1.0, 0.0])), "times begin with 1.0, expected"),
+        (lambda: noise_levels(rho=0.0), "rho is 0.0, expected a positive number"),
+        (lambda: flow_levels(0), "steps is 0, expected at least 1"),
+        (lambda: flow_levels(5, math.inf), "sigma_max is inf, expected a positive number"),
+        (lambda: steps_for_calls("heun", 0), "calls is 0, expected at least 1"),
+        (
+            lambda: euler(gaussian_denoiser, (1,), [0], levels=torch.tensor([1.0, 2.0, 0.0])),
+            r"levels is \[1.0, 2.0, 0.0\], expected finite noise levels \[N \+ 1\] that fall and end in 0",
+        ),
+        (lambda: ddpm(gaussian_denoiser, (1,), [0], levels=torch.tensor([2.0, 1.0])), r"levels is \[2.0, 1.0\]"),
         (
             lambda: heun(gaussian_denoiser, (1,), [0], labels=torch.zeros(2)),
             r"labels has shape \(2,\), expected \(1,\)",

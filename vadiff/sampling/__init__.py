@@ -1,7 +1,18 @@
 """Sampling from a trained denoiser: solvers, their steps, and many images on several devices."""
 
 from .generation import draw
-from .solvers import euler, heun
-from .steps import Churn, flow_times, noise_levels
+from .solvers import ddpm, dpmpp_2m, euler, heun
+from .steps import Churn, flow_levels, network_calls, noise_levels, steps_for_calls
 
-__all__ = ["Churn", "draw", "euler", "flow_times", "heun", "noise_levels"]
+__all__ = [
+    "Churn",
+    "ddpm",
+    "dpmpp_2m",
+    "draw",
+    "euler",
+    "flow_levels",
+    "heun",
+    "network_calls",
+    "noise_levels",
+    "steps_for_calls",
+]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import queue
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,10 +16,16 @@ from torch import Tensor
 from ..errors import RunError
 from ..models import Denoiser
 from ..pixels import pixels
-from .solvers import euler, heun
-from .steps import Churn, flow_times, noise_levels
+from .solvers import SOLVERS
+from .steps import FLOW_SIGMA_MAX, RHO, SIGMA_MAX, SIGMA_MIN, Churn, flow_levels, noise_levels
 
-SAMPLERS = ("heun", "euler")
+DEFAULT_STEPS = {"heun": 18, "euler": 50, "ddpm": 50, "dpmpp_2m": 16}
+LABELS = ("cycle", "random")
+# Spacings of the noise levels: the function that makes them, and its options with their defaults.
+SPACINGS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "edm": (noise_levels, {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": RHO}),
+    "flow": (flow_levels, {"sigma_max": FLOW_SIGMA_MAX}),
+}
 
 
 class Generated(NamedTuple):
@@ -49,77 +56,135 @@ class TrainedModel(Protocol):
 
 
 @dataclass(frozen=True)
+class Guide:
+    """A weaker model that guides another one away from its own errors (autoguidance, arXiv 2406.02507).
+
+    Args:
+        name: names it in messages and files.
+        run: the guide, with images of the same shape and the same classes as the model it guides.
+        weights: as in `Generation`.
+        step: as in `Generation`.
+    """
+
+    name: str
+    run: TrainedModel
+    weights: str = "ema"
+    step: int | None = None
+
+
+@dataclass(frozen=True)
 class Generation:
     """Options for drawing images.
 
     Args:
-        sampler: "heun" (EDM, 2·steps - 1 evaluations) or "euler" (straight path of flow matching, `steps`).
-        steps: noise levels or times.
-        sigma_min: lowest noise level before 0 ("heun").
-        sigma_max: highest noise level.
+        solver: "heun" (2·steps - 1 network calls), "euler" (DDIM), "ddpm" (ancestral) or "dpmpp_2m"
+            (DPM-Solver++(2M)), `steps` calls each; see `vadiff.sampling.solvers`. Guidance doubles the calls.
+        steps: number of steps; None is 18 for "heun", 16 for "dpmpp_2m", else 50.
+        spacing: of the noise levels: "edm" (`noise_levels`) or "flow", evenly spaced times (`flow_levels`).
+        sigma_min: lowest noise level before 0, spacing "edm"; None is 0.002.
+        sigma_max: highest noise level; None is 80, with spacing "flow" 1000.
+        rho: spacing "edm": larger values put more of the steps at low noise; None is 7.
         churn: EDM's stochastic sampler ("heun"); None is deterministic.
-        label: the class of every image; None is class seed mod number of classes, for a conditional model.
-        guidance: guidance weight of a conditional model; 1 is no guidance.
+        clip: clamp every estimate of x0 to [-1, 1].
+        label: the class of every image, or for each image "cycle", its seed mod number of classes, or "random", drawn
+            by its seed from all classes. For a conditional model.
+        guidance: w of D_guide + w·(D - D_guide); 1 is no guidance.
+        guide: None guides by the model itself without a class.
         weights: "ema", "raw" or "ema-<width>", see `Run.denoiser`.
         step: of the checkpoint; None is the last.
         batch_size: images per batch on each device; does not affect the images.
         devices: devices to draw on; each draws its own batches.
 
     Raises:
-        ValueError: an argument out of bounds.
+        ValueError: an argument out of bounds, or one that the solver, the spacing or the guidance would not use.
     """
 
-    sampler: str = "heun"
-    steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    solver: str = "heun"
+    steps: int | None = None
+    spacing: str = "edm"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
     churn: Churn | None = None
-    label: int | None = None
+    clip: bool = False
+    label: int | str = "cycle"
     guidance: float = 1.0
+    guide: Guide | None = None
     weights: str = "ema"
     step: int | None = None
     batch_size: int = 256
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        if self.sampler == "euler" and self.churn is not None:
-            raise ValueError("churn is for the sampler heun: Euler's method on a flow is deterministic")
+        for name, known in (("solver", SOLVERS), ("spacing", SPACINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.solver != "heun" and self.churn is not None:
+            raise ValueError(f"churn is for the solver heun, not for {self.solver}")
+        if isinstance(self.label, str) and self.label not in LABELS:
+            raise ValueError(f"label is {self.label!r}, expected a class or one of {', '.join(LABELS)}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}, expected a number")
+        if self.guide is not None and self.guidance == 1.0:
+            raise ValueError(f"guide is {self.guide.name} with guidance 1, which leaves it unused: try guidance 2")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if not self.devices:
             raise ValueError("devices is empty, expected at least one")
-        self.schedule()
+        defaults = SPACINGS[self.spacing][1] | {"steps": DEFAULT_STEPS[self.solver]}
+        for name in ("steps", "sigma_min", "sigma_max", "rho"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, defaults.get(name))
+            elif name not in defaults:
+                raise ValueError(f"{name} is for the spacing edm, not for {self.spacing}")
+        self.levels()
 
-    def schedule(self) -> Tensor:
-        """Noise levels ("heun") or times ("euler"), [steps + 1] float64, falling to 0.
+    def levels(self) -> Tensor:
+        """The noise levels, [steps + 1] float64, falling to 0.
 
         Raises:
             ValueError: too few steps, or levels out of order.
         """
-        if self.sampler == "euler":
-            return flow_times(self.steps, self.sigma_max)
-        return noise_levels(self.steps, self.sigma_min, self.sigma_max)
+        make, defaults = SPACINGS[self.spacing]
+        return make(self.steps, **{name: getattr(self, name) for name in defaults})
 
     def labels(self, seeds: Sequence[int], classes: int) -> Tensor | None:
         """The class of each seed, [len(seeds)] int64, or None for a model without classes.
 
         Raises:
-            ValueError: a label out of range, or label or guidance for a model without classes.
+            ValueError: a label out of range, or for a model without classes a label, or guidance without a guide.
         """
         if classes == 0:
-            for name, unset in (("label", None), ("guidance", 1.0)):
-                if getattr(self, name) != unset:
-                    raise ValueError(f"{name} is {getattr(self, name)}, but this model was trained without classes")
+            if self.label != "cycle":
+                raise ValueError(f"label is {self.label}, but this model was trained without classes")
+            if self.guidance != 1.0 and self.guide is None:
+                raise ValueError(
+                    f"guidance is {self.guidance}, but this model was trained without classes: it needs a guide"
+                )
             return None
-        if self.label is None:
+        if self.label == "cycle":
             return torch.tensor([seed % classes for seed in seeds], dtype=torch.int64)
-        if not 0 <= self.label < classes:
+        if self.label == "random":
+            return torch.tensor([random_class(seed, classes) for seed in seeds], dtype=torch.int64)
+        if not 0 <= int(self.label) < classes:
             raise ValueError(f"label is {self.label}, expected 0 to {classes - 1}: the model's classes")
-        return torch.full((len(seeds),), self.label, dtype=torch.int64)
+        return torch.full((len(seeds),), int(self.label), dtype=torch.int64)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the images depend on apart from their seeds and the checkpoint's step, for a JSON file."""
+        left_out = ("batch_size", "devices", "step")
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        values = {name: getattr(self, name) for name in fields}
+        return values | {
+            "churn": None if self.churn is None else repr(self.churn),
+            "guide": None if self.guide is None else self.guide.name,
+        }
+
+
+def random_class(seed: int, classes: int) -> int:
+    """A class from 0 to classes - 1, uniform over seeds, and independent of the noise that the seed draws."""
+    # Not from the noise's generator: its first numbers are the noise, and drawing from it would change the image.
+    return int(random.Random(f"class of seed {seed}").random() * classes)
 
 
 def draw(
@@ -175,64 +240,86 @@ def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) ->
     Args:
         run: what `vadiff.training.open_run` returned.
         seeds: one per image; its image does not depend on batch_size or devices.
-        generation: sampler, guidance, weights and devices.
+        generation: solver, guidance, weights and devices.
 
     Yields:
         Batches in order of completion, which on several devices is not the order of seeds.
 
     Raises:
-        ValueError: options that the model does not support.
+        ValueError: options that the model does not support, or a guide of another shape or other classes.
         RunError: the denoiser returned non-finite values.
     """
-    denoisers = {
-        device: run.denoiser(generation.weights, generation.step, device)
-        for device in dict.fromkeys(generation.devices)
-    }
-    classes = next(iter(denoisers.values())).labels
+    devices = list(dict.fromkeys(generation.devices))
+    denoisers = {device: run.denoiser(generation.weights, generation.step, device) for device in devices}
+    first = denoisers[devices[0]]
+    classes = first.labels
     generation.labels(seeds[:1], classes)  # raise for invalid options before the first image
-    if generation.guidance != 1.0 and not run.config.label_dropout:
+    guides: dict[torch.device, Denoiser] = {}
+    if (guide := generation.guide) is not None:
+        guides = {device: guide.run.denoiser(guide.weights, guide.step, device) for device in devices}
+        _check_guide(guide.name, guides[devices[0]], first)
+    elif generation.guidance != 1.0 and not run.config.label_dropout:
         raise ValueError(
             f"guidance is {generation.guidance}, but the run had label_dropout 0: without it the model never learned "
-            "to denoise without a class. Use guidance 1, or train with label_dropout 0.1."
+            "to denoise without a class. Use guidance 1, give a guide, or train with label_dropout 0.1."
         )
 
     def sample(device: torch.device, part: Sequence[int]) -> Tensor:
-        return generate_batch(denoisers[device], part, generation, device)
+        images = solve(denoisers[device], part, generation, device, guides.get(device))
+        if not images.isfinite().all():
+            raise RunError(
+                f"the image of seed {part[int((~images.isfinite().flatten(1).all(1)).nonzero()[0])]} is not finite: "
+                "the checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
+            )
+        return pixels(images)
 
     for start, images in draw(sample, seeds, generation.devices, generation.batch_size):
         yield Generated(start, images, generation.labels(seeds[start : start + len(images)], classes))
 
 
-def generate_batch(denoiser: Denoiser, seeds: Sequence[int], generation: Generation, device: torch.device) -> Tensor:
-    """The images of a few seeds, [len(seeds), C, H, W] uint8 on the CPU.
+def solve(
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    generation: Generation,
+    device: torch.device,
+    guide: Denoiser | None = None,
+) -> Tensor:
+    """Draw one image per seed from a denoiser on one device, [len(seeds), C, H, W] float32 on the CPU.
 
-    Raises:
-        RunError: the denoiser returned non-finite values.
+    Args:
+        denoiser: on `device`, in eval mode, with its image_shape.
+        seeds: one per image.
+        generation: solver, its options and labels; weights, step and devices are not read.
+        device: where to draw.
+        guide: denoiser of `generation.guide`, on `device`.
     """
     assert denoiser.image_shape is not None  # every run's denoiser has one
-    options: dict[str, Any] = {
-        "labels": generation.labels(seeds, denoiser.labels),
-        "guidance": generation.guidance,
-        "batch_size": generation.batch_size,
-        "device": device,
-    }
-    if generation.sampler == "euler":
-        images = euler(denoiser, denoiser.image_shape, seeds, times=generation.schedule(), **options)
-    else:
-        levels = generation.schedule()
-        images = heun(denoiser, denoiser.image_shape, seeds, levels=levels, churn=generation.churn, **options)
-    if not images.isfinite().all():
-        raise RunError(
-            f"the image of seed {seeds[int((~images.isfinite().flatten(1).all(1)).nonzero()[0])]} is not finite: the "
-            "checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
-        )
-    return pixels(images)
+    options: dict[str, Any] = {} if generation.churn is None else {"churn": generation.churn}
+    return SOLVERS[generation.solver](
+        denoiser, denoiser.image_shape, seeds, levels=generation.levels(),
+        labels=generation.labels(seeds, denoiser.labels), guide=guide, guidance=generation.guidance,
+        clip=generation.clip, batch_size=generation.batch_size, device=device, **options,
+    )  # fmt: skip
 
 
-def default_generation(run: TrainedModel, sampler: str | None = None) -> Generation:
-    """Default options of a sampler; without `sampler`, of the one for the process of the run."""
-    sampler = sampler or ("euler" if run.config.process == "flow" else "heun")
-    return Generation(sampler, steps=50, sigma_max=1000.0) if sampler == "euler" else Generation(sampler)
+def _check_guide(name: str, guide: Denoiser, guided: Denoiser) -> None:
+    for what, mine, expected in (
+        ("images of shape", guide.image_shape, guided.image_shape),
+        ("number of classes", guide.labels, guided.labels),
+    ):
+        if mine != expected:
+            raise ValueError(f"guide {name} has {what} {mine}, expected {expected}: those of the model that it guides")
+
+
+def default_generation(process: str, solver: str | None = None, spacing: str | None = None) -> Generation:
+    """Default options for a run with the given process.
+
+    A flow is sampled by "euler", everything else by "heun". "heun" has EDM's noise levels; the other solvers have them
+    too, except for a flow, where their times are evenly spaced.
+    """
+    flow = process == "flow"
+    solver = solver or ("euler" if flow else "heun")
+    return Generation(solver, spacing=spacing or ("flow" if flow and solver != "heun" else "edm"))
 
 
 def with_options(generation: Generation, **options: object) -> Generation:

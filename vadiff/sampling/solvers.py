@@ -1,7 +1,14 @@
-"""Solvers that draw samples from a denoiser: EDM's second-order sampler, and Euler's method for flows.
+"""Solvers that draw samples from a denoiser D(x; σ), x = x0 + σ·eps, from pure noise to σ = 0.
 
-All noise of an image comes from its own generator with its own seed, so that the image does not depend on the batch
-size, on the other seeds, on the number of devices or (up to rounding) on the device.
+| solver | method | network calls for N steps |
+|---|---|---|
+| `heun` | EDM's second-order sampler, with `churn` its stochastic one | 2N - 1 |
+| `euler` | Euler's method: DDIM, and Euler on the straight path of a flow | N |
+| `ddpm` | ancestral sampling: a new draw from the posterior at each step | N |
+| `dpmpp_2m` | DPM-Solver++(2M): second order from the last two estimates of x0 | N |
+
+A variance-preserving process or a flow has x_t = alpha·x0 + sigma·eps; x = x_t/alpha and σ = sigma/alpha bring it to
+this form, in which each method is the one that was published for such a process. The state is kept in float64.
 """
 
 import math
@@ -11,14 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .steps import Churn, flow_times, noise_levels
-
-Denoise = Callable[..., Tensor]
-"""D(x, sigma) or D(x, sigma, labels) → estimate of x0; x [B, *shape] float32 = x0 + sigma·eps, sigma [B] float32,
-labels [B] int64."""
+from .per_seed import Denoise, Guided, Noise, solve_in_batches
+from .steps import Churn
 
 
-@torch.no_grad()
 def heun(
     denoise: Denoise,
     shape: Sequence[int],
@@ -27,43 +30,46 @@ def heun(
     levels: Tensor | None = None,
     churn: Churn | None = None,
     labels: Tensor | None = None,
+    guide: Denoise | None = None,
     guidance: float = 1.0,
+    clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw one sample per seed by Heun's method on dx/dσ = (x - D(x; σ)) / σ, from pure noise to σ = 0.
+    """Draw one sample per seed by Heun's method on dx/dσ = (x - D(x; σ)) / σ.
 
-    The state is kept in float64. Source: EDM (arXiv 2206.00364), algorithm 1; with `churn` algorithm 2.
+    Source: EDM (arXiv 2206.00364), algorithm 1; with `churn` algorithm 2.
 
     Args:
         denoise: D(x, sigma) or, with `labels`, D(x, sigma, labels). A module is used in the mode it is in; call
             `.eval()` first if it has dropout.
         shape: shape of one sample, as (1, 8, 8).
         seeds: one per sample.
-        levels: [N + 1] falling noise levels that end in 0; `noise_levels()` by default, 2·18 - 1 evaluations.
+        levels: [N + 1] falling noise levels that end in 0; `noise_levels()` by default, 18 steps.
         churn: the stochastic sampler; None is the deterministic one.
         labels: [len(seeds)] int64 classes, or None for an unconditional denoiser.
-        guidance: w of D = D(x) + w·(D(x, labels) - D(x)); 1 is the conditional denoiser, and costs half as much.
+        guide: a weaker denoiser, called as `denoise` is, labels included (autoguidance, arXiv 2406.02507). None:
+            `denoise` itself without labels (classifier-free guidance, arXiv 2207.12598).
+        guidance: w of D_guide + w·(D - D_guide); 1 is D alone, and costs half as much.
+        clip: clamp every estimate of x0 to [-1, 1], after guidance, as DDPM's `clip_denoised` does.
         batch_size: samples at a time.
         device: where `denoise` runs.
 
     Returns:
-        [len(seeds), *shape] float32, on the CPU, not clipped.
+        [len(seeds), *shape] float32, on the CPU.
 
     Raises:
-        ValueError: labels of another shape, or guidance without labels.
+        ValueError: levels that do not fall to 0, labels of another shape, or guidance without labels or guide.
     """
-    steps = (noise_levels() if levels is None else levels).tolist()
-    churn = churn or Churn(0.0)
 
-    def batch(denoised: "_Guided", noise: "_Noise") -> Tensor:
+    def solve(denoised: Guided, noise: Noise, sigmas: list[float]) -> Tensor:
         def slope(x: Tensor, sigma: float) -> Tensor:
             return (x - denoised(x, sigma)) / sigma
 
-        x = noise() * steps[0]
-        for sigma, following in pairwise(steps):
-            raised = churn.raised(sigma, len(steps) - 1)
-            if raised > sigma:
+        x = noise() * sigmas[0]
+        for sigma, following in pairwise(sigmas):
+            raised = sigma if churn is None else churn.raised(sigma, len(sigmas) - 1)
+            if churn is not None and raised > sigma:
                 x = x + math.sqrt(raised**2 - sigma**2) * churn.noise * noise()
             here = slope(x, raised)
             x = x + (following - raised) * here  # Euler's step
@@ -71,98 +77,143 @@ def heun(
                 x = x + (following - raised) * 0.5 * (slope(x, following) - here)
         return x
 
-    return _in_batches(batch, denoise, shape, seeds, labels, guidance, batch_size, torch.device(device))
+    return solve_in_batches(
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
+        batch_size=batch_size, device=device,
+    )  # fmt: skip
 
 
-@torch.no_grad()
 def euler(
     denoise: Denoise,
     shape: Sequence[int],
     seeds: Sequence[int],
     *,
-    times: Tensor | None = None,
+    levels: Tensor | None = None,
     labels: Tensor | None = None,
+    guide: Denoise | None = None,
     guidance: float = 1.0,
+    clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw one sample per seed by Euler's method on the straight path x_t = (1 - t)·x0 + t·eps of flow matching.
+    """Draw one sample per seed by Euler's method on dx/dσ = (x - D(x; σ)) / σ: x' = D + (σ'/σ)·(x - D).
 
-    dx_t/dt = eps - x0 = (x_t - D) / t, with D = D(x_t/(1-t); σ = t/(1-t)), where D takes alpha = 1 as everywhere here.
-    Source: Lipman et al., Flow matching (arXiv 2210.02747), section 4.1. The state is kept in float64.
+    The step is exact for constant D, and the same for every process: it is DDIM (arXiv 2010.02502, eq. 12 with η = 0),
+    and Euler's method in t on the straight path of flow matching (arXiv 2210.02747).
 
     Args:
-        times: [N + 1] falling times below 1 that end in 0; `flow_times()` by default, 50 evaluations.
-        denoise, shape, seeds, labels, guidance, batch_size, device: as for `heun`.
+        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
 
     Returns:
-        [len(seeds), *shape] float32, on the CPU, not clipped.
+        [len(seeds), *shape] float32, on the CPU.
 
     Raises:
-        ValueError: labels of another shape, guidance without labels, or a time of 1 or more.
+        ValueError: as for `heun`.
     """
-    steps = (flow_times() if times is None else times).tolist()
-    if steps[0] >= 1.0:
-        raise ValueError(f"times begin with {steps[0]}, expected less than 1, where sigma = t/(1 - t) is infinite.")
 
-    def batch(denoised: "_Guided", noise: "_Noise") -> Tensor:
-        x = noise() * steps[0]
-        for time, following in pairwise(steps):
-            x0 = denoised(x / (1.0 - time), time / (1.0 - time))
-            x = x + (following - time) * (x - x0) / time
+    def solve(denoised: Guided, noise: Noise, sigmas: list[float]) -> Tensor:
+        x = noise() * sigmas[0]
+        for sigma, following in pairwise(sigmas):
+            x0 = denoised(x, sigma)
+            x = x0 + following / sigma * (x - x0)
         return x
 
-    return _in_batches(batch, denoise, shape, seeds, labels, guidance, batch_size, torch.device(device))
+    return solve_in_batches(
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
+        batch_size=batch_size, device=device,
+    )  # fmt: skip
 
 
-class _Guided:
-    """D at one level for the whole batch, in float64, with labels and guidance."""
-
-    def __init__(self, denoise: Denoise, labels: Tensor | None, guidance: float) -> None:
-        self.denoise, self.labels, self.guidance = denoise, labels, guidance
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        sigmas = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
-        if self.labels is None:
-            return self.denoise(x.float(), sigmas).double()
-        conditional = self.denoise(x.float(), sigmas, self.labels).double()
-        if self.guidance == 1.0:
-            return conditional
-        unconditional = self.denoise(x.float(), sigmas).double()
-        return unconditional + self.guidance * (conditional - unconditional)
-
-
-class _Noise:
-    """The noise of a batch from one generator per image; every call returns the next [B, *shape] float64."""
-
-    def __init__(self, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> None:
-        self.shape, self.device = tuple(shape), device
-        # On the CPU, so that a seed means the same image on every device.
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self) -> Tensor:
-        noise = [torch.randn(self.shape, generator=stream) for stream in self.streams]
-        return torch.stack(noise).to(self.device).double()
-
-
-def _in_batches(
-    batch: Callable[[_Guided, _Noise], Tensor],
+def ddpm(
     denoise: Denoise,
     shape: Sequence[int],
     seeds: Sequence[int],
-    labels: Tensor | None,
-    guidance: float,
-    batch_size: int,
-    device: torch.device,
+    *,
+    levels: Tensor | None = None,
+    labels: Tensor | None = None,
+    guide: Denoise | None = None,
+    guidance: float = 1.0,
+    clip: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    if labels is not None and labels.shape != (len(seeds),):
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({len(seeds)},): one class per seed.")
-    if labels is None and guidance != 1.0:
-        raise ValueError(f"guidance is {guidance} without labels: there is no class to guide to. Pass labels.")
-    samples = []
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        classes = None if labels is None else labels[part].to(device)
-        noise = _Noise(shape, seeds[part], device)
-        samples.append(batch(_Guided(denoise, classes, guidance), noise).float().cpu())
-    return torch.cat(samples) if samples else torch.empty(0, *shape)
+    """Draw one sample per seed by ancestral sampling: each step draws x' from its posterior given x and x0 = D(x; σ).
+
+    x' ~ N(D + (σ'²/σ²)·(x - D), σ'²·(σ² - σ'²)/σ²). Source: DDPM (arXiv 2006.11239), eq. 6 and 7 divided by
+    sqrt(alpha-bar); the variance is the smaller of its two, the posterior's.
+
+    Args:
+        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
+
+    Returns:
+        [len(seeds), *shape] float32, on the CPU.
+
+    Raises:
+        ValueError: as for `heun`.
+    """
+
+    def solve(denoised: Guided, noise: Noise, sigmas: list[float]) -> Tensor:
+        x = noise() * sigmas[0]
+        for sigma, following in pairwise(sigmas):
+            x0 = denoised(x, sigma)
+            kept = (following / sigma) ** 2
+            x = x0 + kept * (x - x0)
+            if following > 0.0:
+                x = x + following * math.sqrt(1.0 - kept) * noise()
+        return x
+
+    return solve_in_batches(
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
+        batch_size=batch_size, device=device,
+    )  # fmt: skip
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    levels: Tensor | None = None,
+    labels: Tensor | None = None,
+    guide: Denoise | None = None,
+    guidance: float = 1.0,
+    clip: bool = False,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw one sample per seed by DPM-Solver++(2M), the multistep solver of second order.
+
+    x' = E + (σ'/σ)·(x - E), with E = D + (h/2h₋)·(D - D₋) extrapolated to the middle of the step; h = ln(σ/σ') and D₋,
+    h₋ are of the step before. The first and the last step are of first order, E = D: before the first there is no D₋,
+    and in the last h is infinite. Source: arXiv 2211.01095, algorithm 2.
+
+    Args:
+        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
+
+    Returns:
+        [len(seeds), *shape] float32, on the CPU.
+
+    Raises:
+        ValueError: as for `heun`.
+    """
+
+    def solve(denoised: Guided, noise: Noise, sigmas: list[float]) -> Tensor:
+        x = noise() * sigmas[0]
+        before: tuple[Tensor, float] | None = None  # D and h of the step before
+        for sigma, following in pairwise(sigmas):
+            x0 = estimate = denoised(x, sigma)
+            step = math.log(sigma / following) if following > 0.0 else math.inf
+            if before is not None and following > 0.0:
+                estimate = x0 + step / (2.0 * before[1]) * (x0 - before[0])
+            x = estimate + following / sigma * (x - estimate)
+            before = x0, step
+        return x
+
+    return solve_in_batches(
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
+        batch_size=batch_size, device=device,
+    )  # fmt: skip
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {"heun": heun, "euler": euler, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m}
+"""Solvers by name."""

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM's (arXiv 2206.00364, table 1)
+FLOW_SIGMA_MAX = 1000.0  # in place of pure noise: at t = 1 sigma is infinite, which a denoiser cannot take
 
-def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+
+def noise_levels(
+    steps: int = 18, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> Tensor:
     """Noise levels from sigma_max down to sigma_min, then 0.
 
     sigma_i = (sigma_max^(1/ρ) + i/(N-1)·(sigma_min^(1/ρ) - sigma_max^(1/ρ)))^ρ for i < N, and sigma_N = 0.
@@ -23,22 +28,27 @@ def noise_levels(steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 8
         [N + 1] float64, falling.
 
     Raises:
-        ValueError: fewer than 2 steps, or not 0 < sigma_min < sigma_max.
+        ValueError: fewer than 2 steps, not 0 < sigma_min < sigma_max, or rho not a positive number.
     """
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2.")
     if not 0.0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}, expected 0 < sigma_min < sigma_max.")
+    if not 0.0 < rho < math.inf:
+        raise ValueError(f"rho is {rho}, expected a positive number.")
     roots = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64)
     return torch.cat([roots**rho, roots.new_zeros(1)])
 
 
-def flow_times(steps: int = 50, sigma_max: float = 1000.0) -> Tensor:
-    """Times t = sigma/(1 + sigma) of the straight path x_t = (1 - t)·x0 + t·eps, evenly spaced down to 0.
+def flow_levels(steps: int = 50, sigma_max: float = FLOW_SIGMA_MAX) -> Tensor:
+    """Noise levels at evenly spaced times of a flow, down to 0.
+
+    sigma = t/(1 - t) for N + 1 times t from sigma_max/(1 + sigma_max) to 0: on the straight path
+    x_t = (1 - t)·x0 + t·eps of flow matching (arXiv 2210.02747), x_t/(1 - t) = x0 + sigma·eps.
 
     Args:
         steps: N, at least 1.
-        sigma_max: the highest level, in place of pure noise: at t = 1 sigma is infinite, which a denoiser cannot take.
+        sigma_max: highest level.
 
     Returns:
         [N + 1] float64, falling, the last 0.
@@ -50,7 +60,24 @@ def flow_times(steps: int = 50, sigma_max: float = 1000.0) -> Tensor:
         raise ValueError(f"steps is {steps}, expected at least 1.")
     if not 0.0 < sigma_max < math.inf:
         raise ValueError(f"sigma_max is {sigma_max}, expected a positive number.")
-    return torch.linspace(sigma_max / (1.0 + sigma_max), 0.0, steps + 1, dtype=torch.float64)
+    times = torch.linspace(sigma_max / (1.0 + sigma_max), 0.0, steps + 1, dtype=torch.float64)
+    return times / (1.0 - times)
+
+
+def network_calls(solver: str, steps: int) -> int:
+    """Evaluations of D for one image: 2·steps - 1 for "heun", steps for every other solver; guidance doubles them."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
+def steps_for_calls(solver: str, calls: int) -> int:
+    """The most steps that a solver takes with at most `calls` evaluations of D: 25 for "heun" and 50 calls.
+
+    Raises:
+        ValueError: calls is not positive.
+    """
+    if calls < 1:
+        raise ValueError(f"calls is {calls}, expected at least 1.")
+    return (calls + 1) // 2 if solver == "heun" else calls
 
 
 @dataclass(frozen=True)

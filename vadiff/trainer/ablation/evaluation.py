@@ -5,6 +5,9 @@ metrics = ["fid", "kid"]     # of fid, kid, isc, prc
 layer = "2048"               # of the Inception network
 images = 5000                # drawn from the same seeds for every run
 first_seed = 0
+# solver = "dpmpp_2m"        # as for `vadiff sample`, and so are spacing and steps; default: by the process of each run
+# spacing = "edm"
+# steps = 16
 """
 
 import dataclasses
@@ -15,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
+from ...sampling.generation import SPACINGS, Generation, default_generation, with_options
+from ...sampling.solvers import SOLVERS
+from ...sampling.steps import RHO
 from ..evaluation.fidelity import LAYERS, METRICS
 
 _FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # in metrics.json
@@ -32,15 +38,21 @@ class Evaluation:
     layer: str = "2048"
     images: int = 5000
     first_seed: int = 0
+    solver: str | None = None
+    spacing: str | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not self.metrics or set(self.metrics) - set(METRICS):
             raise ValueError(f"metrics is {list(self.metrics)}, expected some of {', '.join(METRICS)}")
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
-        for name, least in (("images", 5), ("first_seed", 0)):
+        for name, known in (("solver", list(SOLVERS)), ("spacing", list(SPACINGS))):
+            if (value := getattr(self, name)) is not None and value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)} in quotes")
+        for name, least in (("images", 5), ("first_seed", 0), ("steps", 2)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if (name, value) != ("steps", None) and (type(value) is not int or value < least):
                 raise ValueError(f"{name} is {value!r}, expected a whole number from {least}")
 
     @classmethod
@@ -63,14 +75,22 @@ class Evaluation:
         return [
             "--metrics", *self.metrics, "--layer", self.layer, "--images", str(self.images),
             "--first-seed", str(self.first_seed), "--no-held-out",
+            *(["--solver", self.solver] if self.solver else []),
+            *(["--spacing", self.spacing] if self.spacing else []),
+            *(["--steps", str(self.steps)] if self.steps else []),
         ]  # fmt: skip
 
-    def was_done(self, run: Path, step: int, inception_weights: str) -> bool:
+    def generation(self, process: str) -> Generation:
+        """What `arguments` make of a run with that process."""
+        return with_options(default_generation(process, self.solver, self.spacing), steps=self.steps)
+
+    def was_done(self, run: Path, step: int, process: str, inception_weights: str) -> bool:
         """Whether `vadiff evaluate` has measured exactly this on a run.
 
         Args:
             run: its folder.
             step: of the checkpoint.
+            process: of the run.
             inception_weights: what `weights_key` makes of the weights file.
         """
         found = drawn_with(run, step)
@@ -81,8 +101,8 @@ class Evaluation:
             "images": self.images,
             "first_seed": self.first_seed,
             "inception_weights": inception_weights,
-            "generation.weights": "ema",
-        }
+            "seeds": None,  # consecutive
+        } | {f"generation.{name}": value for name, value in self.generation(process).recorded().items()}
         measured = json.loads(_file(run, step).read_text())["metrics"]
         names = {
             _FIRST_VALUE[name] for name in self.metrics if name != "isc"
@@ -103,7 +123,8 @@ def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
         return None
     try:
         content = dict(json.loads(file.read_text()))
-        generation = {f"generation.{name}": value for name, value in content.pop("generation", {}).items()}
+        options = _as_now(content.pop("generation", {}))
+        generation = {f"generation.{name}": value for name, value in options.items()}
         return {
             name: value
             for name, value in (content | generation).items()
@@ -113,9 +134,21 @@ def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
         raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
 
 
+def _as_now(generation: dict[str, Any]) -> dict[str, Any]:
+    """The options of a `generation` that version 0.1 wrote, as `Generation.recorded` has them now."""
+    if "sampler" not in generation:
+        return generation
+    euler = generation["sampler"] == "euler"  # on evenly spaced times, without a lowest level
+    now = {name: value for name, value in generation.items() if name != "sampler"}
+    now |= {"solver": generation["sampler"], "spacing": "flow" if euler else "edm", "clip": False, "guide": None}
+    now |= {"sigma_min": None, "rho": None} if euler else {"rho": RHO}
+    return now | {"label": "cycle" if generation.get("label") is None else generation["label"]}
+
+
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Name of the first option in which two evaluations differ, or None."""
-    return next((name for name in sorted({*one, *other}) if one.get(name) != other.get(name)), None)
+    """Name of the first option in which two evaluations differ, or None. The solver comes first: others follow it."""
+    names = sorted({*one, *other}, key=lambda name: (name != "generation.solver", name))
+    return next((name for name in names if one.get(name) != other.get(name)), None)
 
 
 def _file(run: Path, step: int) -> Path:

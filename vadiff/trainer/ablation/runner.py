@@ -103,7 +103,11 @@ def evaluate_all(
     for run in runs:
         run.check()
     key = weights_key(inception_weights)
-    waiting = [run for run in runs if run.is_done and not grid.evaluation.was_done(run.path, run.steps_done(), key)]
+    waiting = [
+        run
+        for run in runs
+        if run.is_done and not grid.evaluation.was_done(run.path, run.steps_done(), run.config.process, key)
+    ]
     options = grid.evaluation.arguments()
     for flag, path in (("--inception-weights", inception_weights), ("--cache", cache)):
         options += [] if path is None else [flag, str(path)]

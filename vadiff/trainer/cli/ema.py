@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.fidelity import METRICS
+from .drawing import add_seed_options, add_solver_options, seeds_of, solver_options_of
 from .evaluate import add_comparison_options, comparison_of
-from .sample import seeds_of
 
 if TYPE_CHECKING:
-    import torch
-
+    from ...sampling.generation import Generation
     from ..report.evaluate import Comparison
     from ..training import Run
 
@@ -40,15 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="*", choices=METRICS, default=[],
         help="with --sweep: also measure images; prc: precision and recall; isc: Inception score",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", default=5000, help="number of images to draw for --metrics")
-    parser.add_argument(
-        "--first-seed", type=int, metavar="N", default=0, help="seed of the first image; the others follow"
-    )
+    add_seed_options(parser, images=5000)
     add_comparison_options(parser)
     parser.add_argument("--device", default="auto", help="where to measure: auto (a GPU if there is one), cpu, cuda:N")
+    add_solver_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
+    from ...sampling.generation import with_options
     from ..training import TrainConfig, open_run
     from ..training.post_hoc import write_averages
 
@@ -62,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         options.parser.error(f"argument --device: {error}")
     run = open_run(options.run_directory)
+    generation = with_options(solver_options_of(options, run), devices=(device,))
     try:
         files = write_averages(run, getattr(options, "sigma_rel", _SWEEP), options.step)
     except ValueError as error:
@@ -70,20 +69,21 @@ def run(options: argparse.Namespace) -> None:
         print(f"ema-{width:g}: {file}")
     if options.sweep:
         try:
-            _sweep(run, files, device, seeds, comparison)
+            _sweep(run, files, generation, seeds, comparison)
         except ValueError as error:
             options.parser.error(str(error))
 
 
 def _sweep(
-    run: "Run", files: dict[float, Path], device: "torch.device", seeds: Sequence[int], comparison: "Comparison"
+    run: "Run", files: dict[float, Path], generation: "Generation", seeds: Sequence[int], comparison: "Comparison"
 ) -> None:
+    from ...sampling.seeds import recorded_seeds
     from ..report.ema_sweep import sweep_figure, sweep_metrics, sweep_scores
     from ..training.post_hoc import held_out_of_averages
 
     folder = next(iter(files.values())).parent
     step = int(folder.name.removeprefix("step-"))
-    losses, others = held_out_of_averages(run, list(files), step, device)
+    losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
     scores, other_scores = sweep_scores(losses), sweep_scores(others)
     best = min(scores, key=lambda width: scores[width])
     print("\nEDM's loss on held-out images, geometric mean over noise levels:")
@@ -98,9 +98,10 @@ def _sweep(
     }
     metrics = {}
     if comparison.metrics:
-        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, comparison, device)
+        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, comparison, generation)
         content["metrics"] = {name if isinstance(name, str) else f"ema-{name:g}": v for name, v in metrics.items()}
-        content["images"], content["first_seed"] = len(seeds), seeds[0]
+        content |= recorded_seeds(seeds)
+        content["generation"] = {name: value for name, value in generation.recorded().items() if name != "weights"}
     (folder / "sweep.json").write_text(json.dumps(content) + "\n")
     sweep_figure(losses, others, run.config.sigma_rel, metrics).savefig(folder / "sweep.png")
     print(f"Written to {folder / 'sweep'}.json and .png")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.fidelity import LAYERS, METRICS
-from .sample import add_generation_options, devices_of, generation_of, seeds_of
+from .drawing import add_drawing_options, add_seed_options, devices_of, generation_of, seeds_of
 
 if TYPE_CHECKING:
     from ..report.evaluate import Comparison
@@ -28,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="*", choices=METRICS, default=["fid", "kid", "prc"],
         help="prc: precision and recall; isc: Inception score; --metrics alone: none",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", default=5000, help="number of images to draw from a run")
-    parser.add_argument(
-        "--first-seed", type=int, metavar="N", default=0, help="seed of the first image; the others follow"
-    )
+    add_seed_options(parser, images=5000)
     add_comparison_options(parser)
     levels = parser.add_argument_group("per noise level (runs only)")
     levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
@@ -40,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
     levels.add_argument("--gap", action="store_true", help="gap to J*, the lowest loss any network can have")
     levels.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per level")
-    add_generation_options(parser)
+    add_drawing_options(parser)
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...extras import import_extra
-from ...sampling.generation import default_generation, with_options
+from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
 from .evaluate import Comparison, compare, comparison_within_reach, draw_images, reference_images
@@ -27,7 +26,7 @@ def sweep_metrics(
     step: int,
     seeds: Sequence[int],
     comparison: Comparison,
-    device: torch.device,
+    generation: Generation,
 ) -> dict[float | str, dict[str, float]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
 
@@ -37,7 +36,7 @@ def sweep_metrics(
         step: of these weights.
         seeds: one per image.
         comparison: with real images, see `Comparison`.
-        device: where images are drawn and compared.
+        generation: how images are drawn; its weights and step are not read. They are compared on its first device.
 
     Returns:
         For each of the weights, metric → value.
@@ -51,9 +50,9 @@ def sweep_metrics(
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
-        generation = with_options(default_generation(run), weights=name, step=step, devices=(device,))
+        images = draw_images(run, seeds, with_options(generation, weights=name, step=step))
         print(f"\n{name}: ", end="")
-        found[each] = compare(draw_images(run, seeds, generation), reference, comparison, device)
+        found[each] = compare(images, reference, comparison, generation.devices[0])
     return found
 
 

@@ -19,6 +19,7 @@ from ...files import replacing
 from ...optimal_loss import ModelGap
 from ...pixels import normalised
 from ...sampling.generation import Generation, generate
+from ...sampling.seeds import recorded_seeds
 from ..data import Images
 from ..evaluation import LevelGradients, image_metrics, level_gradients
 from ..evaluation.fidelity import content_key, weights_key, within_reach
@@ -217,18 +218,12 @@ def _metrics_json(
     run: Run, step: int | None, generation: Generation, seeds: Sequence[int], comparison: Comparison,
     reference: Tensor, values: dict[str, float],
 ) -> str:  # fmt: skip
-    how = {
-        field.name: getattr(generation, field.name)
-        for field in dataclasses.fields(generation)
-        if field.name not in ("batch_size", "devices", "step", "churn")
-    }
     content = {
         "step": step,
         "images_seen": (step or 0) * run.config.batch_size,
         "metrics": values,
-        "images": len(seeds),
-        "first_seed": seeds[0],
-        "generation": how | {"churn": repr(generation.churn) if generation.churn else None},
+        **recorded_seeds(seeds),
+        "generation": generation.recorded(),
         "layer": comparison.layer,
         "inception_weights": weights_key(comparison.inception_weights),
         "reference_images": len(reference),

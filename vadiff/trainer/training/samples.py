@@ -3,19 +3,18 @@
 import math
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ...extras import import_extra
 from ...files import replacing
 from ...models import Denoiser
 from ...pixels import pixels
-from ...sampling import heun
+from ...sampling.generation import default_generation, solve, with_options
 from ..pictures import image_grid
 
 
 def save_grid(run: Path, step: int, denoiser: Denoiser, count: int) -> None:
-    """Draw `count` samples (seeds 0, 1, ...; classes in turn) and write samples/step-<step>.png.
+    """Draw `count` samples and write samples/step-<step>.png.
+
+    They have the seeds 0, 1, ..., classes in turn, and the default solver of the process, as in `vadiff sample`.
 
     Args:
         run: the run directory.
@@ -27,13 +26,8 @@ def save_grid(run: Path, step: int, denoiser: Denoiser, count: int) -> None:
         MissingExtraError: Pillow is not installed.
     """
     device = next(denoiser.parameters()).device
-    assert denoiser.image_shape is not None
-    classes = torch.arange(count, device=device) % max(denoiser.labels, 1)
-
-    def denoise(noisy: Tensor, sigma: Tensor) -> Tensor:
-        return denoiser(noisy, sigma, classes if denoiser.labels else None)
-
-    images = heun(denoise, denoiser.image_shape, range(count), batch_size=count, device=device)
+    generation = with_options(default_generation(denoiser.process), batch_size=count)
+    images = solve(denoiser, range(count), generation, device)  # not finite if the weights have diverged: no error
     picture = pixels(image_grid(images, columns=math.ceil(math.sqrt(count))))
     picture = picture.squeeze(2) if picture.shape[2] == 1 else picture  # grey
     with replacing(run / "samples" / f"step-{step}.png") as partial:

@@ -1,0 +1,171 @@
+"""vadiff.trainer.cli.drawing: options of how images are drawn, as `vadiff sample` and `vadiff evaluate` take them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vadiff.models import Denoiser
+from vadiff.pixels import pixels
+from vadiff.sampling.generation import Generation, default_generation, generate, random_class, solve
+from vadiff.sampling.seeds import recorded_seeds
+from vadiff.sampling.solvers import SOLVERS
+from vadiff.trainer.cli import main
+from vadiff.trainer.pictures import read_pictures
+from vadiff.trainer.training.samples import save_grid
+from vadiff.training import open_run
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sample_draws_with_every_solver(trained_run: Path, tmp_path: Path, solver: str) -> None:
+    command = [
+        "sample",
+        str(trained_run),
+        "--solver",
+        solver,
+        "--steps",
+        "5",
+        "--sigma-min",
+        "0.01",
+        "--sigma-max",
+        "50",
+    ]
+    command += ["--rho", "5", "--clip-x0", "--seeds", "7,2-3", "--labels", "random", "--devices", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "drawn.npz")]) == 0
+    how = Generation(solver, steps=5, sigma_min=0.01, sigma_max=50.0, rho=5.0, clip=True, label="random")
+    [batch] = generate(open_run(trained_run), [7, 2, 3], how)
+    with np.load(tmp_path / "drawn.npz") as archive:
+        assert archive["arr_1"].tolist() == [random_class(seed, 10) for seed in (7, 2, 3)]
+    assert torch.equal(read_pictures(tmp_path / "drawn.npz"), batch.images)
+
+
+def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_run: Path, tmp_path: Path) -> None:
+    def drawn(name: str, *options: str) -> torch.Tensor:
+        command = ["sample", str(trained_run), "--steps", "3", "--images", "4", "--devices", "cpu", *options]
+        assert main([*command, "--out", str(tmp_path / f"{name}.npz")]) == 0
+        return read_pictures(tmp_path / f"{name}.npz")
+
+    plain = drawn("plain")
+    assert torch.equal(drawn("itself", "--guidance", "3", "--guide", str(trained_run)), plain)
+    assert torch.equal(drawn("ema", "--guidance", "3", "--guide", f"{trained_run}:ema/4"), plain)
+    assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
+
+
+def test_evaluate_records_how_images_were_drawn(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", lambda *arguments: {"fid": 1.0})
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.comparison_within_reach", lambda comparison: comparison)
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    command = ["evaluate", str(run), "--no-held-out", "--devices", "cpu", "--solver", "dpmpp_2m", "--steps", "4"]
+    assert main([*command, "--seeds", "3-4,9", "--guidance", "2", "--guide", f"{run}:raw"]) == 0
+    content = json.loads((run / "evaluation" / "step-4" / "metrics.json").read_text())
+    assert {name: content[name] for name in ("images", "first_seed", "seeds")} == recorded_seeds([3, 4, 9])
+    assert content["generation"] == {
+        "solver": "dpmpp_2m", "steps": 4, "spacing": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
+        "churn": None, "clip": False, "label": "cycle", "guidance": 2.0, "guide": f"{run}:raw", "weights": "ema",
+    }  # fmt: skip
+
+
+class Velocity(torch.nn.Module):
+    """A network of one weight, for a flow of grey images with two classes."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.weight * x + 0.1 * labels.view(-1, 1, 1, 1)
+
+
+def test_grid_of_a_flow_shows_what_sample_would_draw(tmp_path: Path) -> None:
+    denoiser = Denoiser(Velocity(0.5), 0.5, labels=2, image_shape=(1, 4, 4), process="flow")
+    save_grid(tmp_path, 7, denoiser, 4)
+    images = pixels(solve(denoiser, [0, 1, 2, 3], default_generation("flow"), torch.device("cpu")))
+    with Image.open(tmp_path / "samples" / "step-7.png") as picture:
+        drawn = torch.from_numpy(np.array(picture))
+    cells = [drawn[:4, :4], drawn[:4, 5:], drawn[5:, :4], drawn[5:, 5:]]
+    assert torch.equal(torch.stack(cells), images.squeeze(1))
+
+
+def test_grid_of_diverged_weights_is_drawn_all_the_same(tmp_path: Path) -> None:
+    denoiser = Denoiser(Velocity(float("nan")), 0.5, labels=2, image_shape=(1, 4, 4))
+    save_grid(tmp_path, 7, denoiser, 4)
+    assert (tmp_path / "samples" / "step-7.png").exists()
+
+
+def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(trained_run), "--steps", "3", "--devices", "cpu", "--first-seed", "9", "--images", "5"]
+    assert main([*command, "--out", str(tmp_path / "png"), "--batch-size", "2"]) == 0
+    assert "5 images in" in capsys.readouterr().out
+    names = sorted(file.name for file in (tmp_path / "png").iterdir())
+    assert names == [f"{seed:06d}_class{seed % 10}.png" for seed in range(9, 14)]
+    assert main([*command, "--out", str(tmp_path / "all.npz"), "--batch-size", "2"]) == 0
+    with np.load(tmp_path / "all.npz") as archive:
+        assert archive["arr_0"].shape == (5, 8, 8, 1)
+        assert archive["arr_1"].tolist() == [9, 0, 1, 2, 3]
+    assert torch.equal(read_pictures(tmp_path / "png"), read_pictures(tmp_path / "all.npz"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "5-3"], "argument --seeds: '5-3' in '5-3', expected a range that rises, as 3-5"),
+        (["--seeds", "1,2", "--images", "2"], "argument --images: not allowed with argument --seeds"),
+        (["--seeds", "1,2", "--first-seed", "2"], "argument --first-seed: not allowed with argument --seeds"),
+        (["--labels", "random", "--label", "3"], "argument --label: not allowed with argument --labels"),
+        (["--solver", "ddim"], "argument --solver: invalid choice: 'ddim'"),
+        (["--rho", "0"], "rho is 0.0, expected a positive number"),
+        (["--spacing", "flow", "--rho", "7"], "rho is for the spacing edm, not for flow"),
+        (["--images", "0"], "argument --images: 0, expected at least 1"),
+        (["--first-seed", "-1"], "argument --first-seed: -1, expected 0 or more"),
+        (["--churn", "-3"], "churn amount is -3.0, expected"),
+        (["--label", "12"], "label is 12, expected 0 to 9"),
+        (["--devices", "toaster"], "argument --devices: 'toaster', expected auto, cpu or cuda:N"),
+        (["--devices", "cuda:99"], "argument --devices: 'cuda:99', but torch sees"),
+        (["--solver", "euler", "--churn", "1"], "churn is for the solver heun, not for euler"),
+        (["--guide", "{run}"], "with guidance 1, which leaves it unused"),
+        (
+            ["--guide", "{run}:best", "--guidance", "2"],
+            "argument --guide: 'best', expected ema, raw or ema- and a width",
+        ),
+        (["--guide", "{run}:ema/last", "--guidance", "2"], "argument --guide: step 'last' in "),
+    ],
+)
+def test_sample_refuses_invalid_arguments_and_writes_nothing(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "sample",
+                str(trained_run),
+                "--out",
+                str(tmp_path / "png"),
+                *(text.format(run=trained_run) for text in options),
+            ]
+        )
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_never_replaces_what_is_there(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", str(trained_run), "--out", str(tmp_path)])
+    assert f"{tmp_path} exists already" in capsys.readouterr().err
+
+
+def test_sample_of_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(tmp_path)]) == 1
+    assert "is not a run directory" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "missing")]) == 1
