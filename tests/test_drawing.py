@@ -84,7 +84,7 @@ class Velocity(torch.nn.Module):
 
 def test_grid_of_a_flow_shows_what_sample_would_draw(tmp_path: Path) -> None:
     denoiser = Denoiser(Velocity(0.5), 0.5, labels=2, image_shape=(1, 4, 4), process="flow")
-    save_grid(tmp_path, 7, denoiser, 4)
+    save_grid(tmp_path, 7, denoiser, "flow", 4)
     images = pixels(solve(denoiser, [0, 1, 2, 3], default_generation("flow"), torch.device("cpu")))
     with Image.open(tmp_path / "samples" / "step-7.png") as picture:
         drawn = torch.from_numpy(np.array(picture))
@@ -94,7 +94,7 @@ def test_grid_of_a_flow_shows_what_sample_would_draw(tmp_path: Path) -> None:
 
 def test_grid_of_diverged_weights_is_drawn_all_the_same(tmp_path: Path) -> None:
     denoiser = Denoiser(Velocity(float("nan")), 0.5, labels=2, image_shape=(1, 4, 4))
-    save_grid(tmp_path, 7, denoiser, 4)
+    save_grid(tmp_path, 7, denoiser, "edm", 4)
     assert (tmp_path / "samples" / "step-7.png").exists()
 
 

@@ -40,7 +40,7 @@ class TrainedConfig(Protocol):
     """The fields of a training configuration that generation reads."""
 
     @property
-    def process(self) -> str: ...  # "edm" or "flow"
+    def process(self) -> str: ...  # "edm", "flow", ...
 
     @property
     def label_dropout(self) -> float: ...

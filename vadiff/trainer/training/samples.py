@@ -11,7 +11,7 @@ from ...sampling.generation import default_generation, solve, with_options
 from ..pictures import image_grid
 
 
-def save_grid(run: Path, step: int, denoiser: Denoiser, count: int) -> None:
+def save_grid(run: Path, step: int, denoiser: Denoiser, process: str, count: int) -> None:
     """Draw `count` samples and write samples/step-<step>.png.
 
     They have the seeds 0, 1, ..., classes in turn, and the default solver of the process, as in `vadiff sample`.
@@ -20,13 +20,14 @@ def save_grid(run: Path, step: int, denoiser: Denoiser, count: int) -> None:
         run: the run directory.
         step: for the file's name.
         denoiser: in eval mode, with its image_shape.
+        process: of the run, for the solver.
         count: number of samples.
 
     Raises:
         MissingExtraError: Pillow is not installed.
     """
     device = next(denoiser.parameters()).device
-    generation = with_options(default_generation(denoiser.process), batch_size=count)
+    generation = with_options(default_generation(process), batch_size=count)
     images = solve(denoiser, range(count), generation, device)  # not finite if the weights have diverged: no error
     picture = pixels(image_grid(images, columns=math.ceil(math.sqrt(count))))
     picture = picture.squeeze(2) if picture.shape[2] == 1 else picture  # grey
