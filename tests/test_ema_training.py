@@ -162,8 +162,8 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
 
 
 def test_sweep_draws_a_curve_for_every_metric() -> None:
-    loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3))
-    other = {"kid-768": 0.1, "kid-768_std": 0.1}
+    loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3), 0.5)
+    other = {"kid-768": 0.1, "kid_std-768": 0.1}
     values: dict[float | str, dict[str, float]] = {
         0.05: {"fid-768": 3.0, **other}, 0.1: {"fid-768": 4.0, **other}, "raw": {"fid-768": 5.0, **other}
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from .evaluate import Comparison, compare, comparison_within_reach, draw_images,
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
-    """Geometric mean over the noise levels of each held-out loss."""
-    return {name: math.exp(float(loss.mean.double().log().mean())) for name, loss in losses.items()}
+    """Mean over noise levels of each held-out loss, see `level_mean`."""
+    return {name: loss.level_mean for name, loss in losses.items()}
 
 
 def sweep_metrics(
@@ -63,7 +62,7 @@ def sweep_figure(
     kept: tuple[float, ...] = (),
     metrics: Mapping[float | str, Mapping[str, float]] | None = None,
 ) -> Any:
-    """Held-out loss over σ_rel: mean over noise levels, each level relative to its lowest loss, then each metric.
+    """Held-out loss over σ_rel: geometric mean over noise levels, each level relative to its lowest loss, then each metric.
 
     Args:
         losses: held-out loss of each width, on the same images, levels and noise.
@@ -78,14 +77,14 @@ def sweep_figure(
         MissingExtraError: matplotlib is not installed.
     """
     matplotlib = import_extra("matplotlib", "report")
-    names = [name for name in next(iter(metrics.values()), {}) if not name.endswith("_std")] if metrics else []
+    names = [name for name in next(iter(metrics.values()), {}) if name.split("-")[0] in METRICS] if metrics else []
     figure = import_extra("matplotlib.figure", "report").Figure(
         figsize=(6.25 * (2 + len(names)), 4.6), dpi=120, facecolor="white", layout="constrained"
     )
     overall, by_level, *panels = figure.subplots(1, 2 + len(names))
     widths = sorted(losses)
     _curve(overall, sweep_scores(losses) | sweep_scores(others), widths, kept)
-    overall.set_ylabel("held-out EDM loss, geometric mean over noise levels")
+    overall.set_ylabel("held-out x0 loss, geometric mean over noise levels")
     per_level = np.stack([losses[width].mean.double().numpy() for width in widths])  # [W, L]
     ratio = per_level / per_level.min(0)
     sigmas = np.exp(-0.5 * losses[widths[0]].log_snr.double().numpy())

@@ -21,11 +21,17 @@ class HeldOutLoss(NamedTuple):
 
     log_snr: Tensor  # [L] float32
     per_image: Tensor  # [L, N] float32, on the CPU
+    sigma_data: float  # of EDM's weight λ(σ) = 1/σ² + 1/sigma_data²
 
     @property
     def mean(self) -> Tensor:
         """Mean over images, [L]."""
         return self.per_image.mean(1)
+
+    @property
+    def level_mean(self) -> float:
+        """One number for all noise levels: the geometric mean of the x0 losses, see `level_mean`."""
+        return float(level_mean(self.mean, self.log_snr, sigma_data=self.sigma_data))
 
     def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
         """Ratio of this mean loss to `other`'s, and its standard error, [L] each.
@@ -35,6 +41,24 @@ class HeldOutLoss(NamedTuple):
         ratio = self.mean / other.mean
         difference = self.per_image - ratio[:, None] * other.per_image
         return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
+
+
+def level_mean(loss: Tensor, log_snr: Tensor, *, sigma_data: float) -> Tensor:
+    """Geometric mean over noise levels of the x0 loss, exp(mean of ln(loss / λ(σ))).
+
+    The mean that every report, table and comparison of runs uses: each level counts alike, whatever its scale, and the
+    ratio of two means is exp(mean of ln ratio), the same in every form of the loss.
+
+    Args:
+        loss: EDM's loss λ(σ)·mean((D - x0)²) per noise level, [..., L].
+        log_snr: the levels, [L].
+        sigma_data: of λ(σ) = 1/σ² + 1/sigma_data².
+
+    Returns:
+        [...] float64; NaN where a level has no positive loss.
+    """
+    weight = loss_ratio("edm", log_snr.double(), sigma_data=sigma_data)
+    return (loss.double() / weight).log().mean(-1).exp()
 
 
 def held_out_log_snr(config: TrainConfig) -> Tensor:
@@ -105,7 +129,7 @@ def held_out_loss(
                 sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
                 error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
                 errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
-    return HeldOutLoss(levels, errors.cpu())
+    return HeldOutLoss(levels, errors.cpu(), denoiser.sigma_data)
 
 
 def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
