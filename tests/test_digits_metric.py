@@ -13,14 +13,6 @@ from vadiff.trainer.evaluation.digits_classifier import trained_classifier
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained classifier."""
-    folder = tmp_path_factory.mktemp("classifier")
-    trained_classifier(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def real() -> Tensor:
     """All digits in random order, [1797, 1, 8, 8] uint8."""
     images = digits()
@@ -28,8 +20,8 @@ def real() -> Tensor:
     return everything[torch.randperm(len(everything), generator=torch.Generator().manual_seed(3))]
 
 
-def distance(images: Tensor, reference: Tensor, cache: Path) -> float:
-    found = image_metrics(images, reference, metrics=["fid"], features="digits", cache=cache, progress=False)
+def distance(images: Tensor, reference: Tensor, digits_cache: Path) -> float:
+    found = image_metrics(images, reference, metrics=["fid"], features="digits", cache=digits_cache, progress=False)
     assert list(found) == ["fd-digits"]
     return found["fd-digits"]
 
@@ -45,29 +37,29 @@ def blurred(images: Tensor, share: float) -> Tensor:
     return ((1.0 - share) * images + share * means).round().to(torch.uint8)
 
 
-def test_classifier_knows_the_digits_that_it_was_not_trained_on(cache: Path) -> None:
-    assert trained_classifier(cache).accuracy > 0.97
+def test_classifier_knows_the_digits_that_it_was_not_trained_on(digits_cache: Path) -> None:
+    assert trained_classifier(digits_cache).accuracy > 0.97
 
 
-def test_two_halves_of_the_data_are_near_and_noise_is_far(real: Tensor, cache: Path) -> None:
-    halves = distance(real[:898], real[898:], cache)
+def test_two_halves_of_the_data_are_near_and_noise_is_far(real: Tensor, digits_cache: Path) -> None:
+    halves = distance(real[:898], real[898:], digits_cache)
     noise = torch.randint(0, 256, (898, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert 0.0 < halves < 1.0
-    assert distance(noise, real[898:], cache) > 50.0 * halves
+    assert distance(noise, real[898:], digits_cache) > 50.0 * halves
 
 
 @pytest.mark.parametrize("degraded", [(noised, (20.0, 40.0, 80.0)), (blurred, (0.3, 0.6, 1.0))], ids=["noise", "blur"])
-def test_order_of_degradations_is_kept(degraded: tuple, real: Tensor, cache: Path) -> None:
+def test_order_of_degradations_is_kept(degraded: tuple, real: Tensor, digits_cache: Path) -> None:
     degrade, amounts = degraded
-    distances = [distance(degrade(real[:898], amount), real[898:], cache) for amount in (0.0, *amounts)]
+    distances = [distance(degrade(real[:898], amount), real[898:], digits_cache) for amount in (0.0, *amounts)]
     assert distances == sorted(distances)
     assert distances[-1] > 10.0 * distances[0]
 
 
-def test_half_of_the_digits_missing_lowers_recall_and_not_precision(cache: Path) -> None:
+def test_half_of_the_digits_missing_lowers_recall_and_not_precision(digits_cache: Path) -> None:
     images = digits()
     few = images.train[images.train_labels < 5]
-    found = image_metrics(few[:500], images.train, features="digits", cache=cache, progress=False)
+    found = image_metrics(few[:500], images.train, features="digits", cache=digits_cache, progress=False)
     assert set(found) == {"fd-digits", "kid-digits", "kid_std-digits", "precision-digits", "recall-digits"}
     assert found["precision-digits"] > 0.95
     assert found["recall-digits"] < 0.7

@@ -144,7 +144,8 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     with PictureWriter(tmp_path / "real.npz", range(6), (1, 8, 8)) as writer:
         writer.write(0, real)
     command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid", "isc"]
-    command += ["--images", "5", "--first-seed", "2", "--layer", "64", "--reference", str(tmp_path / "real.npz")]
+    command += ["--images", "5", "--first-seed", "2", "--reference", str(tmp_path / "real.npz")]
+    command += ["--features", "inception", "--layer", "64"]
     assert main([*command, "--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]) == 0
     assert "isc (Inception score) is skipped" in capsys.readouterr().out
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())

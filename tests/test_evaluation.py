@@ -333,7 +333,8 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     real = tmp_path / "real.npz"
     with PictureWriter(real, range(6), (1, 8, 8)) as writer:
         writer.write(0, torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8))
-    command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--layer", "64", "--reference", str(real)]
+    command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--reference", str(real)]
+    command += ["--features", "inception", "--layer", "64"]
     command += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache"), "--devices", "cpu"]
     command += ["--metrics", "fid", "isc"]
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0

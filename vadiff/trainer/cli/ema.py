@@ -13,7 +13,7 @@ from .sample import seeds_of
 if TYPE_CHECKING:
     import torch
 
-    from ..report.evaluate import Comparison
+    from ..report.comparison import Comparison
     from ..training import Run
 
 NAME = "ema"

@@ -147,7 +147,7 @@ def image_metrics(
         UserError: the weights could not be downloaded.
     """
     check_metrics(metrics, features, layer)
-    _check(images, reference, metrics, features)
+    check_images(images, reference, metrics, features)
     network = find_network(features, inception_weights=inception_weights, cache=cache, progress=progress)
     possible = within_reach(metrics, layer, inception_weights)
     if len(possible) < len(metrics):
@@ -199,7 +199,9 @@ def check_metrics(metrics: Sequence[str], features: str, layer: str) -> None:
         if "isc" in metrics:
             raise ValueError("metrics has isc, the Inception score, but features is digits: leave it out")
         if layer != "2048":
-            raise ValueError(f"layer is {layer!r}, but features is digits, which has one layer: leave it out")
+            raise ValueError(
+                f"layer is {layer!r}, but features is digits, which has one layer: leave it out, or take inception"
+            )
 
 
 def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tuple[str, ...]:
@@ -239,7 +241,10 @@ def content_key(images: Tensor) -> str:
 
 
 def cache_folder() -> Path:
-    """Folder for features of real images and the digits classifier: vadiff/features in the user's cache folder ($XDG_CACHE_HOME)."""
+    """Folder for features of real images and the digits classifier.
+
+    vadiff/features in the user's cache folder ($XDG_CACHE_HOME).
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vadiff" / "features"
 
 
@@ -262,7 +267,7 @@ def _register_digits_extractor() -> None:
     """Tell torch-fidelity of the digits classifier, once per process."""
     module = import_extra("torch_fidelity.feature_extractor_base", "eval")
 
-    class Extractor(module.FeatureExtractorBase):  # type: ignore[misc, name-defined]
+    class Extractor(module.FeatureExtractorBase):  # type: ignore[name-defined]
         """torch-fidelity's protocol: [B, 3, 8, 8] uint8 → a tuple of features."""
 
         def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
@@ -284,7 +289,12 @@ def _register_digits_extractor() -> None:
     registry(_EXTRACTORS["digits"], Extractor)
 
 
-def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], features: str) -> None:
+def check_images(images: Tensor, reference: Tensor | None, metrics: Sequence[str], features: str) -> None:
+    """Raise unless these images can be compared.
+
+    Raises:
+        ValueError: wrong shape or dtype, too few, or images and reference of different sizes.
+    """
     if reference is None and set(metrics) != {"isc"}:
         raise ValueError("reference is None, expected real images: only isc needs none")
     for name, pixels in (("images", images), ("reference", reference)):
@@ -306,7 +316,7 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], fea
 
 
 def _download_weights(progress: bool) -> None:
-    """Download torch-fidelity's Inception weights to torch's hub folder, where it looks for them, unless they are there.
+    """Download the Inception weights to torch's hub folder, where torch-fidelity looks for them, unless they are there.
 
     Raises:
         UserError: that failed.

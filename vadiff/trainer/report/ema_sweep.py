@@ -12,7 +12,7 @@ from ...extras import import_extra
 from ...sampling.generation import default_generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .evaluate import Comparison, compare, comparison_within_reach, draw_images, reference_images
+from .comparison import Comparison, check_drawn, compare, draw_images, prepared, reference_images
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
@@ -45,8 +45,9 @@ def sweep_metrics(
         ValueError: invalid options of the comparison.
         MissingExtraError: torch-fidelity is not installed.
     """
-    comparison = comparison_within_reach(comparison)
+    comparison, _ = prepared(comparison, run.config.dataset)
     reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
+    check_drawn(run.images().shape, len(seeds), reference, comparison)
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
@@ -62,7 +63,7 @@ def sweep_figure(
     kept: tuple[float, ...] = (),
     metrics: Mapping[float | str, Mapping[str, float]] | None = None,
 ) -> Any:
-    """Held-out loss over σ_rel: geometric mean over noise levels, each level relative to its lowest loss, then each metric.
+    """Held-out loss over σ_rel: mean over noise levels, each level relative to its lowest loss, then each metric.
 
     Args:
         losses: held-out loss of each width, on the same images, levels and noise.
