@@ -117,7 +117,10 @@ def measured(jobs: Sequence[Job], pool: ProcessPoolExecutor) -> dict[Job, Measur
     for job, parts in zip(jobs, pool.map(measure, jobs), strict=True):
         sigma_data = job.config.sigma_data
         losses = [
-            {name: HeldOutLoss(*map(torch.from_numpy, pair), sigma_data) for name, pair in part.items()}
+            {
+                name: HeldOutLoss(torch.from_numpy(log_snr), torch.from_numpy(per_image), sigma_data)
+                for name, (log_snr, per_image) in part.items()
+            }
             for part in parts
         ]
         found[job] = Measured(*losses)

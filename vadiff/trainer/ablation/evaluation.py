@@ -2,9 +2,11 @@
 
 [evaluate]                   # what `vadiff ablate --evaluate` does with each run that is done; these are the defaults
 metrics = ["fid", "kid"]     # of fid, kid, isc, prc
+features = "inception"       # or "digits"; the default for the data set digits is "digits"
 layer = "2048"               # of the Inception network
 images = 5000                # drawn from the same seeds for every run
 first_seed = 0
+repeats = 1                  # sets of images, each from seeds of its own: the metrics are means over them
 """
 
 import dataclasses
@@ -15,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
-from ..evaluation.fidelity import LAYERS, METRICS
-
-_FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # in metrics.json
+from ..evaluation.fidelity import FEATURES, LAYERS, METRICS, check_metrics, features_for, result_name
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,20 @@ class Evaluation:
     """
 
     metrics: tuple[str, ...] = ("fid", "kid")
+    features: str | None = None  # chosen by the data set
     layer: str = "2048"
     images: int = 5000
     first_seed: int = 0
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not self.metrics or set(self.metrics) - set(METRICS):
             raise ValueError(f"metrics is {list(self.metrics)}, expected some of {', '.join(METRICS)}")
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
-        for name, least in (("images", 5), ("first_seed", 0)):
+        if self.features not in (None, *FEATURES):
+            raise ValueError(f"features is {self.features!r}, expected one of {', '.join(FEATURES)}")
+        for name, least in (("images", 5), ("first_seed", 0), ("repeats", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from {least}")
@@ -58,38 +62,50 @@ class Evaluation:
             raise ValueError(f"metrics is {metrics!r}, expected a list of {', '.join(METRICS)}")
         return cls(**{**table, "metrics": tuple(metrics)})
 
-    def arguments(self) -> list[str]:
+    def features_of(self, dataset: str) -> str:
+        """The features that runs on a data set are compared by.
+
+        Raises:
+            ValueError: metrics or layer do not go with them.
+        """
+        features = self.features or features_for(dataset)
+        check_metrics(self.metrics, features, self.layer)
+        return features
+
+    def arguments(self, dataset: str) -> list[str]:
         """Arguments that follow `vadiff evaluate RUN`."""
         return [
-            "--metrics", *self.metrics, "--layer", self.layer, "--images", str(self.images),
-            "--first-seed", str(self.first_seed), "--no-held-out",
+            "--metrics", *self.metrics, "--features", self.features_of(dataset), "--layer", self.layer,
+            "--images", str(self.images), "--first-seed", str(self.first_seed), "--repeats", str(self.repeats),
+            "--no-held-out",
         ]  # fmt: skip
 
-    def was_done(self, run: Path, step: int, inception_weights: str) -> bool:
+    def was_done(self, run: Path, dataset: str, step: int, inception_weights: str) -> bool:
         """Whether `vadiff evaluate` has measured exactly this on a run.
 
         Args:
             run: its folder.
+            dataset: it is trained on.
             step: of the checkpoint.
             inception_weights: what `weights_key` makes of the weights file.
         """
         found = drawn_with(run, step)
         if found is None:
             return False
-        wanted = {
-            "layer": self.layer,
+        features = self.features_of(dataset)
+        wanted: dict[str, Any] = {
+            "features": features,
             "images": self.images,
             "first_seed": self.first_seed,
-            "inception_weights": inception_weights,
+            "repeats": self.repeats,
             "generation.weights": "ema",
         }
+        if features == "inception":
+            wanted |= {"layer": self.layer, "inception_weights": inception_weights}
         measured = json.loads(_file(run, step).read_text())["metrics"]
-        names = {
-            _FIRST_VALUE[name] for name in self.metrics if name != "isc"
-        }  # isc: not every weights file can give it
-        return names <= {name.split("-")[0] for name in measured} and all(
-            found.get(name) == value for name, value in wanted.items()
-        )
+        needed = [name for name in self.metrics if name != "isc"]  # isc: not every weights file can give it
+        names = {result_name(name, features, self.layer) for name in needed}
+        return names <= set(measured) and all(found.get(name) == value for name, value in wanted.items())
 
 
 def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
@@ -102,12 +118,12 @@ def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = dict(json.loads(file.read_text()))
+        content = {"features": "inception", "repeats": 1, **json.loads(file.read_text())}  # of files without
         generation = {f"generation.{name}": value for name, value in content.pop("generation", {}).items()}
         return {
             name: value
             for name, value in (content | generation).items()
-            if name not in ("step", "images_seen", "metrics")
+            if name not in ("step", "images_seen", "metrics", "each")
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error

@@ -60,7 +60,9 @@ def features_for(dataset: str) -> str:
 
 
 def result_name(metric: str, features: str, layer: str) -> str:
-    """Name of a value in results: "fid" of Inception's layer 2048, "fid-768" of another layer, "fd-digits"."""
+    """Name of a value in results: "fid" of Inception's layer 2048, "fid-768" of another layer, "fd-digits"; of "prc",
+    which has two values, the first."""
+    metric = "precision" if metric == "prc" else metric
     if features == "digits":
         return f"{'fd' if metric == 'fid' else metric}-digits"
     return metric if layer == "2048" or metric.startswith("isc") else f"{metric}-{layer}"

@@ -28,8 +28,6 @@ from ..pictures import PictureWriter, read_note, read_pictures
 from ..training import Run, open_run
 from ..training.progress import progress_bar
 
-_FIRST_RESULT = {"prc": "precision"}  # of a metric that has several
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -202,11 +200,8 @@ class Record:
     def missing(self, metrics: Sequence[str], first_seed: int, comparison: Comparison) -> tuple[str, ...]:
         """Those of the metrics that the set of images with this first seed still lacks."""
         known = self._known.get(first_seed, {})
-        names = {
-            metric: result_name(_FIRST_RESULT.get(metric, metric), str(comparison.features), comparison.layer)
-            for metric in metrics
-        }
-        return tuple(metric for metric in metrics if names[metric] not in known)
+        features, layer = str(comparison.features), comparison.layer
+        return tuple(metric for metric in metrics if result_name(metric, features, layer) not in known)
 
     def add(self, first_seed: int, values: Mapping[str, float]) -> None:
         """Add values of a set of images to those that are known of it, and write the file."""
