@@ -127,6 +127,17 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with the trained digits classifier, which takes seconds."""
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")
+    from vadiff.trainer.evaluation.digits_classifier import trained_classifier
+
+    folder = tmp_path_factory.mktemp("digits-cache")
+    trained_classifier(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights file of torch-fidelity's Inception network with random numbers in it; NaN from Mixed_7 on."""
     pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")

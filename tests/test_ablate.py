@@ -20,9 +20,8 @@ import pytest
 import torch
 from scipy import stats
 
-from vadiff.errors import RunError
-from vadiff.trainer.ablation import Evaluation, collect, evaluate_all, read_grid, train_all, write_results
-from vadiff.trainer.ablation.collect import interval
+from vadiff.errors import RunError, UserError
+from vadiff.trainer.ablation import Evaluation, collect, read_grid, results_table, train_all, write_results
 from vadiff.trainer.ablation.evaluation import drawn_with, first_difference
 from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.trainer.cli import main
@@ -129,7 +128,7 @@ def test_committed_experiments_are_the_arms_that_were_fixed(name: str) -> None:
     assert (config.held_out_levels, config.held_out_sigma, config.data_seed) == (12, (0.02, 20.0), None)
     assert all(run.config.steps == config.steps for run in grid.runs(Path("out")))
     if name == "cifar10_mini":
-        assert grid.evaluation == Evaluation(("fid", "kid"), "768", 5000, 0)
+        assert grid.evaluation == Evaluation(("fid", "kid"), layer="768", images=5000, first_seed=0)
 
 
 @pytest.fixture
@@ -165,7 +164,10 @@ def test_grid_is_trained_collected_and_not_trained_again(tmp_path: Path, in_proc
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines()))
     assert {row["metric"] for row in rows} >= {"held_out_log_ratio", "images_to_reach"}
-    assert "2 seeds say nothing about the spread" in (tmp_path / "out" / "results.txt").read_text()
+    assert (
+        "fewer than 5 seeds (here 2): they say nothing about the spread"
+        in (tmp_path / "out" / "results.txt").read_text()
+    )
 
 
 def test_index_trains_one_run_and_what_it_needs(tmp_path: Path, in_process: list[Path]) -> None:
@@ -226,8 +228,8 @@ def two_arms(tmp_path: Path, seeds: int) -> tuple[Grid, dict[tuple[str, int], Pl
 
 
 def test_primary_figure_is_the_paired_mean_of_log_ratios(tmp_path: Path) -> None:
-    grid, runs = two_arms(tmp_path, 3)
-    ratios = [(1.1, 0.9), (1.3, 1.0), (0.8, 1.05)]
+    grid, runs = two_arms(tmp_path, 5)
+    ratios = [(1.1, 0.9), (1.3, 1.0), (0.8, 1.05), (0.9, 0.95), (1.0, 1.2)]
     for seed, (low, high) in enumerate(ratios):
         level = 1.0 + seed  # pairs share what the seed does
         write_run(runs["constant", seed], [[level, level]], evaluation={"fid": 10.0 + seed})
@@ -235,11 +237,14 @@ def test_primary_figure_is_the_paired_mean_of_log_ratios(tmp_path: Path) -> None
     (arm,) = collect(grid, tmp_path).arms
     expected = [(math.log(low) + math.log(high)) / 2 for low, high in ratios]
     assert list(arm.per_seed.values()) == pytest.approx(expected)
-    assert arm.held_out.mean == pytest.approx(np.mean(expected))
-    bounds = stats.t.interval(0.95, 2, loc=np.mean(expected), scale=stats.sem(expected))
-    assert arm.held_out[1:3] == pytest.approx(bounds)
+    assert arm.held_out.ratio.mean == pytest.approx(np.mean(expected))
+    bounds = stats.t.interval(0.95, 4, loc=np.mean(expected), scale=stats.sem(expected))
+    assert arm.held_out.ratio[1:3] == pytest.approx(bounds)
+    assert arm.held_out.p == pytest.approx(stats.ttest_1samp(expected, 0.0).pvalue)
     assert arm.per_level[0].mean == pytest.approx(np.mean([math.log(low) for low, _ in ratios]))
     assert arm.evaluation["fid"][:3] == pytest.approx((2.0, 2.0, 2.0))
+    assert arm.distance is not None
+    assert arm.distance.ratio.mean == pytest.approx(np.mean([math.log((12 + seed) / (10 + seed)) for seed in range(5)]))
 
 
 def test_images_to_reach_the_baselines_final_loss(tmp_path: Path) -> None:
@@ -252,13 +257,12 @@ def test_images_to_reach_the_baselines_final_loss(tmp_path: Path) -> None:
     (arm,) = collect(grid, tmp_path).arms
     assert arm.reached == 1
     assert math.isnan(arm.images_to_reach.mean)  # of the fast ones alone it would flatter
-    assert "1 of 2 reached" in collect(grid, tmp_path).as_text()
+    assert "1 of 2 reached" in results_table(collect(grid, tmp_path))
     shutil.rmtree(runs["other", 1].path)
     write_run(runs["other", 1], [[2.0, 2.0], [1.0, 1.0]])
     results = collect(grid, tmp_path)
-    assert results.arms[0].images_to_reach.mean == pytest.approx((150 / 200 + 1.0) / 2)
-    low, high = results.arms[0].images_to_reach[1:3]
-    assert f"0.88 × [{low:.2f}, {high:.2f}]" in results.as_text()
+    assert results.arms[0].images_to_reach.mean == pytest.approx(math.sqrt(150 / 200 * 1.0))
+    assert " 0.87 × " in results_table(results)
 
 
 def test_metrics_are_those_that_evaluate_left_for_the_last_step(tmp_path: Path) -> None:
@@ -320,30 +324,34 @@ def test_evaluation_of_version_0_1_counts_as_done_and_equals_one_of_now(tmp_path
         "sampler": "euler" if euler else "heun", "steps": 50 if euler else 18, "sigma_min": 0.002,
         "sigma_max": 1000.0 if euler else 80.0, "label": None, "guidance": 1.0, "weights": "ema", "churn": None,
     }  # fmt: skip
-    evaluation = Evaluation(metrics=("fid",), layer="64", images=6)
+    evaluation = Evaluation(metrics=("fid",), features="inception", layer="64", images=6)
     _, runs = two_arms(tmp_path, 1)
     old, new = runs["constant", 0], runs["other", 0]
     evaluated(old, generation=then)
     evaluated(new, generation=evaluation.generation(process).recorded())
     steps = old.config.steps
     assert first_difference(drawn_with(old.path, steps), drawn_with(new.path, steps)) is None
-    assert evaluation.was_done(old.path, steps, process, "published")
-    assert not dataclasses.replace(evaluation, solver="dpmpp_2m").was_done(old.path, steps, process, "published")
+    config = dataclasses.replace(old.config, process=process)
+    assert evaluation.was_done(old.path, config, steps, "published")
+    assert not dataclasses.replace(evaluation, solver="dpmpp_2m").was_done(old.path, config, steps, "published")
     evaluated(new, generation=then, seeds="0-4,7")
-    assert not evaluation.was_done(new.path, steps, process, "published")
+    assert not evaluation.was_done(new.path, config, steps, "published")
 
 
 def test_evaluation_passes_the_solver_on() -> None:
-    options = Evaluation(solver="dpmpp_2m", spacing="edm", steps=16).arguments()
+    options = Evaluation(solver="dpmpp_2m", spacing="edm", steps=16).arguments("digits")
     assert options[-6:] == ["--solver", "dpmpp_2m", "--spacing", "edm", "--steps", "16"]
-    assert "--solver" not in Evaluation().arguments()
+    assert "--solver" not in Evaluation().arguments("cifar10")
 
 
 def test_evaluate_measures_each_run_once_from_the_same_seeds(
     tmp_path: Path, in_process: list[Path], inception_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = GRID[: GRID.index("[arms.twin]")] + '[arms.constant]\nweighting = "constant"\n[arms.other]\n'
-    path = grid_file(tmp_path, text + '[evaluate]\nmetrics = ["fid"]\nlayer = "64"\nimages = 6\nfirst_seed = 3\n')
+    path = grid_file(
+        tmp_path,
+        text + '[evaluate]\nmetrics = ["fid"]\nfeatures = "inception"\nlayer = "64"\nimages = 6\nfirst_seed = 3\n',
+    )
     commands: list[list[str]] = []
 
     def call(self: object, command: list[str], log: Path) -> int:
@@ -379,7 +387,7 @@ def few_images(run: Any) -> Any:
 
 
 def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid, runs = two_arms(tmp_path, 2)
     for run in runs.values():
@@ -391,10 +399,55 @@ def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
         return run.path != runs["other", 0].path
 
     monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.evaluate", evaluate)
-    assert evaluate_all(grid, tmp_path, jobs=2) == [runs["other", 0].path]
+    assert train_all(grid, tmp_path, jobs=2, evaluate=True, cache=digits_cache) == [runs["other", 0].path]
     assert len(seen) == 4
-    assert evaluate_all(grid, tmp_path, index=1) == [runs["other", 0].path]
+    assert train_all(grid, tmp_path, index=1, evaluate=True, cache=digits_cache) == [runs["other", 0].path]
     assert seen[4:] == [runs["other", 0].path]
+
+
+def test_run_is_trained_and_measured_in_one_job_and_neither_is_done_again(
+    tmp_path: Path, in_process: list[Path], digits_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = read_grid(grid_file(tmp_path), seeds=1)
+    done: list[tuple[str, str]] = []
+    killed = ["fast"]
+
+    def evaluate(self: object, run: PlannedRun, options: list[str]) -> bool:
+        assert run.is_done
+        done.append((run.arm, options[options.index("--features") + 1]))
+        if run.arm in killed:
+            raise KeyboardInterrupt
+        generation = grid.evaluation.generation(run.config.process).recorded()
+        metrics = {"fd-digits": 3.0, "kid-digits": 0.1}
+        evaluated(run, features="digits", images=5000, metrics=metrics, generation=generation)
+        return True
+
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        train_all(grid, tmp_path, evaluate=True, cache=digits_cache)
+    assert [path.parent.name for path in in_process] == ["constant", "fast"]  # "fast" was trained before the others
+    killed.clear()
+    assert train_all(grid, tmp_path, evaluate=True, cache=digits_cache) == []
+    assert [path.parent.name for path in in_process] == ["constant", "fast", "variance_aware", "twin"]
+    assert done == [(arm, "digits") for arm in ("constant", "fast", "fast", "variance_aware", "twin")]
+
+
+def test_network_that_images_are_compared_by_is_looked_for_before_training(
+    tmp_path: Path, in_process: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for table, error, message in (
+        ('features = "inception"', UserError, "Inception weights could not be downloaded"),
+        ('layer = "768"', GridError, "evaluate: layer is '768', but features is digits"),
+    ):
+        grid = read_grid(grid_file(tmp_path, f"{GRID}[evaluate]\n{table}\n"), seeds=1)
+        with pytest.raises(error, match=message):
+            train_all(grid, tmp_path, evaluate=True)
+    assert in_process == []
 
 
 @pytest.mark.parametrize(
@@ -407,7 +460,9 @@ def test_run_that_cannot_be_evaluated_is_named_and_the_others_are(
         ("steps = 1", "evaluate: steps is 1, expected a whole number from 2"),
         ('solver = "ddim"', "evaluate: solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m in quotes"),
         ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow in quotes"),
-        ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, layer"),
+        ("repeats = 0", "evaluate: repeats is 0, expected a whole number from 1"),
+        ('features = "vgg"', "evaluate: features is 'vgg', expected one of inception, digits"),
+        ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, features"),
     ],
 )
 def test_evaluation_that_makes_no_sense_is_named(table: str, message: str, tmp_path: Path) -> None:
@@ -525,17 +580,11 @@ def test_unfinished_and_unpaired_runs_are_excluded_and_named(tmp_path: Path) -> 
     write_run(runs["other", 1], [[2.0, 2.0]])
     write_run(runs["constant", 1], [[1.0, 1.0]], step=1)
     results = collect(grid, tmp_path)
-    assert results.arms[0].held_out.number == 1
-    assert math.isnan(results.arms[0].held_out.low)
+    assert results.arms[0].held_out.ratio.number == 1
+    assert math.isnan(results.arms[0].held_out.ratio.low)
     assert set(results.missing) == {"constant/seed-1", "other/seed-1"}
-    assert "Not finished: " in results.as_text()
+    assert "Not finished: " in results_table(results)
     assert json.loads(json.dumps(results.as_dict(), allow_nan=False))["arms"]["other"]["held_out"]["low"] is None
-
-
-def test_interval_covers_the_mean_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    covered = [low <= 1.0 <= high for _, low, high, _ in (interval(rng.normal(1, 2, 4)) for _ in range(2000))]
-    assert 0.935 < np.mean(covered) < 0.965
 
 
 def test_interrupted_ablation_tells_its_processes_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

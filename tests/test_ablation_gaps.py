@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ GRID = """
 name = "tiny"
 preset = "digits"
 baseline = "constant"
-seeds = [0, 1]
+seeds = [0, 1, 2, 3, 4]
 [config]
 steps = 3
 batch_size = 8
@@ -51,7 +52,8 @@ def test_gaps_are_those_of_the_runs_in_edms_unit(tmp_path: Path, capsys: pytest.
     with pytest.raises(GridError, match=r"no run in .* is done"):
         collect_gaps(grid, out)
     runs = {(run.arm, run.seed): run for run in grid.runs(out)}
-    del runs["fast", 1]  # not trained
+    for seed in (1, 2, 3, 4):
+        del runs["fast", seed]  # not trained
     for run in runs.values():
         train(run.config, out=run.path, progress=False)
     assert (
@@ -59,7 +61,7 @@ def test_gaps_are_those_of_the_runs_in_edms_unit(tmp_path: Path, capsys: pytest.
         == 0
     )
     rows = list(csv.DictReader((out / "gaps.csv").read_text().splitlines()))
-    assert [(row["arm"], row["seeds"]) for row in rows] == [("constant", "2")] * 3 + [("fast", "1")] * 3
+    assert [(row["arm"], row["seeds"]) for row in rows] == [("constant", "5")] * 3 + [("fast", "1")] * 3
     assert [float(row["sigma"]) for row in rows[:3]] == pytest.approx([0.3, math.sqrt(1.5), 5.0])
 
     opened = open_run(runs["fast", 0].path)
@@ -81,6 +83,10 @@ def test_gaps_are_those_of_the_runs_in_edms_unit(tmp_path: Path, capsys: pytest.
     assert float(rows[0]["gap_low"]) < float(rows[0]["gap"]) < float(rows[0]["gap_high"])
     printed = capsys.readouterr().out
     assert printed.count(f"{float(rows[4]['gap']):9.5f}") >= 1
+    weights = [float(level) + 1 / 0.75**2 for level in (-2.0 * torch.tensor(sigmas).log()).exp()]
+    x0 = math.prod(loss / weight for loss, weight in zip(held_out, weights, strict=True)) ** (1 / 3)
+    (held_out_line, _) = (line for line in printed.splitlines() if re.match(r"fast( +0\.\d+)+$|fast( +1\.\d+)+", line))
+    assert float(held_out_line.split()[-1]) == pytest.approx(x0, abs=1e-5)
     assert (out / "gaps.txt").read_text().strip() in printed
     assert (out / "gaps.png").read_bytes().startswith(b"\x89PNG")
 

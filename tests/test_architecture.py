@@ -50,7 +50,7 @@ TRAINER = {
     "trainer.presets": {"trainer.config"},
     "trainer.data": set(),
     "trainer.doctor": set(),
-    "trainer.evaluation": set(),
+    "trainer.evaluation": {"trainer.data"},
     "trainer.pictures": set(),
     "trainer.training": {"trainer.config", "trainer.data", "trainer.pictures", "trainer.presets"},
     "trainer.ablation": {

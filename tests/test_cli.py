@@ -115,7 +115,7 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
 ) -> None:
     assert main(["demo", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "mean over levels"))
+    assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "x0, all levels"))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert all(name in page for name in ("constant", "loss level", "variance aware"))

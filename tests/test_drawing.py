@@ -56,12 +56,13 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
 
 
 def test_evaluate_records_how_images_were_drawn(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_run: Path, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", lambda *arguments: {"fid": 1.0})
-    monkeypatch.setattr("vadiff.trainer.report.evaluate.comparison_within_reach", lambda comparison: comparison)
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", lambda *arguments: {"fd-digits": 1.0})
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.check_drawn", lambda *arguments: None)
     run = shutil.copytree(trained_run, tmp_path / "run")
     command = ["evaluate", str(run), "--no-held-out", "--devices", "cpu", "--solver", "dpmpp_2m", "--steps", "4"]
+    command += ["--metrics", "fid", "--cache", str(digits_cache)]
     assert main([*command, "--seeds", "3-4,9", "--guidance", "2", "--guide", f"{run}:raw"]) == 0
     content = json.loads((run / "evaluation" / "step-4" / "metrics.json").read_text())
     assert {name: content[name] for name in ("images", "first_seed", "seeds")} == recorded_seeds([3, 4, 9])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vadiff.trainer.data.digits import SIGMA_DATA
 from vadiff.trainer.training.assembly import build_denoiser, load_images
 from vadiff.trainer.training.held_out import held_out_loss_of_run
 from vadiff.training import HeldOutLoss
@@ -22,7 +23,7 @@ def job(network: str = "edm2", rate: float = 0.04, seed: int = 0) -> edm2.Job:
 
 
 def losses(value: float) -> dict[object, HeldOutLoss]:
-    found = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.tensor([[value / 2, value / 2], [value * 2, value * 2]]))
+    found = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.tensor([[value / 2, value / 2], [value * 2, value * 2]]), 1.0)
     return {**dict.fromkeys(edm2.WIDTHS, found), "ema": found, "raw": found}
 
 
@@ -55,7 +56,8 @@ def test_rate_is_chosen_on_the_validation_images_and_the_end_of_the_range_is_sai
             tried[job(network, rate)] = edm2.Measured(losses(1.0 + abs(place - best)), losses(9.0 - place))
     rates, scores = edm2.chosen_rates(tried)
     assert rates == {"classic": 2.0, "edm2": 3.0}
-    assert scores["edm2"] == pytest.approx({1.0: 3.0, 2.0: 2.0, 3.0: 1.0})
+    unit = math.sqrt((1 + math.e**0.0) * (1 + math.e**2.0))  # EDM's weight, geometric mean over the two levels
+    assert scores["edm2"] == pytest.approx({1.0: 3.0 / unit, 2.0: 2.0 / unit, 3.0: 1.0 / unit})
     printed = capsys.readouterr().out
     assert "edm2 is best at 3, the end of the rates tried" in printed
     assert "classic is best" not in printed
@@ -63,8 +65,8 @@ def test_rate_is_chosen_on_the_validation_images_and_the_end_of_the_range_is_sai
 
 def test_ratio_is_paired_by_seed() -> None:
     figures = {
-        "classic": {"held_out_by_seed": [{"0.1": 1.0}, {"0.1": 2.0}]},
-        "edm2": {"held_out_by_seed": [{"0.2": 1.1}, {"0.2": 2.2}]},
+        "classic": {"held_out_by_seed": [{"0.1": 1.0 + seed} for seed in range(5)]},
+        "edm2": {"held_out_by_seed": [{"0.2": 1.1 * (1.0 + seed)} for seed in range(5)]},
     }
     found = edm2.ratio_of(figures, {"classic": "0.1", "edm2": "0.2"})
     assert found == pytest.approx(dict.fromkeys(("ratio", "low_95", "high_95"), 1.1))
@@ -75,13 +77,15 @@ def test_ratio_is_paired_by_seed() -> None:
 def test_learning_curves_have_a_line_and_a_band_for_each_network(tmp_path: Path) -> None:
     lines = {
         name: [
-            [{"images": 64 * n, "held_out": {"loss_ema": [level * n, level]}} for n in (1, 2)] for level in (1.0, 3.0)
+            [{"images": 64 * n, "held_out": {"log_snr": [0.0, 2.0], "loss_ema": [level * n, level]}} for n in (1, 2)]
+            for level in (1.0, 3.0)
         ]
         for name in edm2.NETWORKS
     }
     figure = edm2_figures.curves_figure(lines)
     (panel,) = figure.axes
-    assert list(panel.lines[0].get_ydata()) == pytest.approx([2.0, 2.0 * math.sqrt(2)])
+    unit = math.sqrt((1 + 1 / SIGMA_DATA**2) * (math.e**2 + 1 / SIGMA_DATA**2))
+    assert list(panel.lines[0].get_ydata()) == pytest.approx([2.0 / unit, 2.0 * math.sqrt(2) / unit])
     assert len(panel.lines) == len(panel.collections) == 2
     edm2_figures.save(figure, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size < 150_000

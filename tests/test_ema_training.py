@@ -144,7 +144,8 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     with PictureWriter(tmp_path / "real.npz", range(6), (1, 8, 8)) as writer:
         writer.write(0, real)
     command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid", "isc"]
-    command += ["--images", "5", "--first-seed", "2", "--layer", "64", "--reference", str(tmp_path / "real.npz")]
+    command += ["--images", "5", "--first-seed", "2", "--reference", str(tmp_path / "real.npz")]
+    command += ["--features", "inception", "--layer", "64"]
     assert main([*command, "--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]) == 0
     assert "isc (Inception score) is skipped" in capsys.readouterr().out
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
@@ -162,8 +163,8 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
 
 
 def test_sweep_draws_a_curve_for_every_metric() -> None:
-    loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3))
-    other = {"kid-768": 0.1, "kid-768_std": 0.1}
+    loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3), 0.5)
+    other = {"kid-768": 0.1, "kid_std-768": 0.1}
     values: dict[float | str, dict[str, float]] = {
         0.05: {"fid-768": 3.0, **other}, 0.1: {"fid-768": 4.0, **other}, "raw": {"fid-768": 5.0, **other}
     }  # fmt: skip

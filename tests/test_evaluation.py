@@ -170,12 +170,16 @@ def test_weights_file_runs_no_code(
 
 
 def test_download_that_fails_says_which_file_to_bring(
-    images: tuple[Tensor, Tensor], measure: Callable[..., dict[str, float]], monkeypatch: pytest.MonkeyPatch
+    images: tuple[Tensor, Tensor],
+    measure: Callable[..., dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def unreachable(*args: object, **options: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"no route to host.*--inception-weights PATH"):
         measure(*images, inception_weights=None)
 
@@ -186,6 +190,10 @@ def test_download_that_fails_says_which_file_to_bring(
         ({"metrics": ["fidd"]}, "metrics has 'fidd', expected of fid, kid, isc, prc"),
         ({"metrics": []}, "metrics is empty, expected some of fid"),
         ({"layer": "1024"}, "layer is '1024', expected one of 64, 192, 768, 2048"),
+        ({"features": "vgg"}, "features is 'vgg', expected one of inception, digits"),
+        ({"features": "digits"}, "layer is '64', but features is digits, which has one layer"),
+        ({"features": "digits", "layer": "2048", "metrics": ["isc"]}, "metrics has isc, .* but features is digits"),
+        ({"features": "digits", "layer": "2048"}, r"images is \(12, 3, 8, 8\), expected \[N, 1, 8, 8\] with features"),
         ({"inception_weights": Path("missing.pth")}, "inception_weights is missing.pth, but there is no such file"),
         ({"real": None}, "reference is None, expected real images"),
         ({"real": torch.zeros(12, 3, 8, 9, dtype=torch.uint8)}, "images have 8 x 8 pixels, the reference 9 x 8"),
@@ -325,7 +333,8 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     real = tmp_path / "real.npz"
     with PictureWriter(real, range(6), (1, 8, 8)) as writer:
         writer.write(0, torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8))
-    command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--layer", "64", "--reference", str(real)]
+    command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--reference", str(real)]
+    command += ["--features", "inception", "--layer", "64"]
     command += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache"), "--devices", "cpu"]
     command += ["--metrics", "fid", "isc"]
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0

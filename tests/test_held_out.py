@@ -8,7 +8,9 @@ from torch import Tensor
 
 from vadiff.models import Denoiser
 from vadiff.trainer.data.digits import SIGMA_DATA
-from vadiff.training import held_out_loss
+from vadiff.trainer.report import held_out_table
+from vadiff.trainer.training.held_out import level_mean
+from vadiff.training import HeldOutLoss, held_out_loss
 
 
 class Unhelpful(Denoiser):
@@ -36,6 +38,34 @@ def test_ratio_of_held_out_losses_carries_the_error_of_the_paired_difference() -
     ratio, error = twice.ratio_to(loss)
     assert torch.allclose(ratio, torch.full_like(ratio, 2.0))
     assert torch.allclose(error, torch.zeros_like(error), atol=1e-6)
+
+
+def test_mean_over_levels_counts_every_level_alike_in_x0_form() -> None:
+    x0_loss, log_snr = torch.tensor([1.0, 100.0]), torch.tensor([-3.0, 5.0])
+    edm_loss = x0_loss * (log_snr.exp() + 1 / 0.5**2)
+    assert level_mean(edm_loss, log_snr, sigma_data=0.5).item() == pytest.approx(10.0)
+    several = HeldOutLoss(log_snr, edm_loss[:, None].expand(2, 4), 0.5)
+    assert several.level_mean == pytest.approx(10.0)
+
+
+def test_ratio_of_means_over_levels_is_that_of_every_form() -> None:
+    log_snr = torch.tensor([-3.0, 1.0, 5.0])
+    one, other = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 1.0, 4.0])
+    ratios = [
+        level_mean(one, log_snr, sigma_data=sigma_data) / level_mean(other, log_snr, sigma_data=sigma_data)
+        for sigma_data in (0.5, 2.0)
+    ]
+    assert ratios[0].item() == pytest.approx(ratios[1].item())
+    assert ratios[0].item() == pytest.approx((one / other).log().mean().exp().item())
+
+
+def test_table_has_the_mean_over_levels_and_its_ratio() -> None:
+    log_snr = torch.tensor([-3.0, 5.0])
+    weight = log_snr.exp() + 1 / 0.5**2
+    first = HeldOutLoss(log_snr, (torch.tensor([1.0, 100.0]) * weight)[:, None].expand(2, 4), 0.5)
+    second = first._replace(per_image=first.per_image * torch.tensor([[2.0], [0.125]]))
+    last = held_out_table({"first": first, "second": second}).splitlines()[-1]
+    assert last.split() == ["x0,", "all", "levels", "10.00000", "5.00000", "0.500"]
 
 
 def test_held_out_loss_does_not_depend_on_the_batch_size() -> None:

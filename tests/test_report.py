@@ -194,10 +194,6 @@ def test_ratio_of_held_out_losses_is_paired_by_seed(groups: list[Group]) -> None
     assert np.allclose(rows[0], by_hand)
 
 
-def test_mean_over_levels_counts_every_level_alike() -> None:
-    assert held_out_charts.level_mean(np.array([1.0, 100.0])) == pytest.approx(10.0)
-
-
 def test_twenty_eight_groups_can_be_told_apart() -> None:
     assert len({line(index) for index in range(28)}) == 28
 

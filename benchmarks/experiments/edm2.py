@@ -115,15 +115,22 @@ def measure(job: Job) -> list[dict[Any, tuple[np.ndarray, np.ndarray]]]:
 def measured(jobs: Sequence[Job], pool: ProcessPoolExecutor) -> dict[Job, Measured]:
     found = {}
     for job, parts in zip(jobs, pool.map(measure, jobs), strict=True):
-        losses = [{name: HeldOutLoss(*map(torch.from_numpy, pair)) for name, pair in part.items()} for part in parts]
+        sigma_data = job.config.sigma_data
+        losses = [
+            {
+                name: HeldOutLoss(torch.from_numpy(log_snr), torch.from_numpy(per_image), sigma_data)
+                for name, (log_snr, per_image) in part.items()
+            }
+            for part in parts
+        ]
         found[job] = Measured(*losses)
-        print(f"{job.path.name}: {score(found[job].validation[FIXED]):.4f} to choose by", flush=True)
+        print(f"{job.path.name}: {score(found[job].validation[FIXED]):.5f} to choose by", flush=True)
     return found
 
 
 def score(loss: HeldOutLoss) -> float:
-    """Geometric mean over noise levels."""
-    return sweep_scores({"": loss})[""]
+    """Geometric mean over noise levels of the x0 loss."""
+    return loss.level_mean
 
 
 def chosen_rates(tried: dict[Job, Measured]) -> tuple[dict[str, float], dict[str, dict[float, float]]]:

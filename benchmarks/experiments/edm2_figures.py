@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vadiff.trainer.data.digits import SIGMA_DATA
+from vadiff.trainer.training.held_out import level_mean
 from vadiff.trainer.training.metrics import stacked
 from vadiff.training import HeldOutLoss
 
@@ -19,16 +22,22 @@ LABELS = {"classic": "classic U-Net", "edm2": "EDM2, config G"}
 
 
 def curves_figure(lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Held-out loss over training, geometric mean over noise levels: mean and range of the seeds.
+    """Held-out x0 loss over training, geometric mean over noise levels: mean and range of the seeds.
 
     Args:
         lines: network → seed → lines of metrics.jsonl.
     """
-    figure, panel = _panel("images seen", "held-out EDM loss, geometric mean over noise levels")
+    figure, panel = _panel("images seen", "held-out x0 loss, geometric mean over noise levels")
     for network, seeds in lines.items():
         measured = [[line for line in run if "held_out" in line] for run in seeds]
         images = [line["images"] for line in measured[0]]
-        losses = np.stack([stacked(run, "held_out", "loss_ema").log().mean(1).exp().numpy() for run in measured])
+        log_snr = torch.tensor(measured[0][0]["held_out"]["log_snr"])
+        losses = np.stack(
+            [
+                level_mean(stacked(run, "held_out", "loss_ema"), log_snr, sigma_data=SIGMA_DATA).numpy()
+                for run in measured
+            ]
+        )
         color = COLORS[network]
         panel.plot(images, losses.mean(0), color=color, linewidth=2, label=f"{LABELS[network]}: mean of {len(seeds)}")
         panel.fill_between(

@@ -29,13 +29,16 @@ class PictureWriter:
         seeds: of all images.
         shape: (C, H, W), C 1 or 3.
         labels: whether `write` gets class labels.
+        note: kept in an archive, for `read_note`.
 
     Raises:
         FileExistsError: `path` exists already.
         ValueError: images that are neither grey nor RGB.
     """
 
-    def __init__(self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False) -> None:
+    def __init__(
+        self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False, note: str = ""
+    ) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists already: give another name, or remove it first")
         if shape[0] not in (1, 3):
@@ -43,6 +46,7 @@ class PictureWriter:
         self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
+        self.note = note
         self._pillow = import_extra("PIL.Image", "eval")
 
     def __enter__(self) -> "PictureWriter":
@@ -77,6 +81,8 @@ class PictureWriter:
                 arrays: dict[str, Any] = {"arr_0": self.images}
                 if self.labels is not None:
                     arrays["arr_1"] = self.labels
+                if self.note:
+                    arrays["note"] = np.array(self.note)
                 with self._partial.open("wb") as file:
                     np.savez(file, **arrays)
 
@@ -94,6 +100,15 @@ def read_pictures(path: Path) -> Tensor:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, expected a folder of images or an .npz archive")
     return _read_archive(path) if path.is_file() else _read_folder(path)
+
+
+def read_note(path: Path) -> str | None:
+    """The note that `PictureWriter` left in an archive; None without a note, a file, or if it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return str(archive["note"])
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:

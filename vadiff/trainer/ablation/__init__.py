@@ -4,8 +4,8 @@ from .collect import Results, collect
 from .evaluation import Evaluation
 from .gaps import Gaps, collect_gaps, write_gaps
 from .grid import Grid, PlannedRun, read_grid
-from .output import write_results
-from .runner import evaluate_all, train_all
+from .output import results_table, write_results
+from .runner import train_all
 
 __all__ = [
     "Evaluation",
@@ -15,8 +15,8 @@ __all__ = [
     "Results",
     "collect",
     "collect_gaps",
-    "evaluate_all",
     "read_grid",
+    "results_table",
     "train_all",
     "write_gaps",
     "write_results",

@@ -1,49 +1,56 @@
-"""Results of a grid: every arm compared with the baseline, paired by seed.
+"""Results of a grid: every arm compared with the baseline of the same objective, paired by seed.
 
-The primary figure of a pair is the mean over the held-out noise levels of ln(loss of the arm / loss of the baseline),
-with averaged weights on the same images and noise. The ratio is the same for the x0 loss and for EDM's loss if both
-runs have the same sigma_data.
-Below 0 the arm is better; -0.01 is 1 % less loss.
+Two primary figures of a pair, both logarithms of ratios; below 0 the arm is better, -0.01 is 1 % less.
+
+- A, held-out loss: the mean over the held-out noise levels of ln(x0 loss of the arm / of the baseline), with averaged
+  weights on the same images and noise. It is the same in every form of the loss: the weights of a form cancel.
+- B, images: ln(Fréchet distance of the arm / of the baseline), each averaged over the sets of images drawn.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...extras import import_extra
+from ..training.held_out import level_mean
 from ..training.metrics import stacked
 from ..training.run import open_run
 from .evaluation import drawn_with, first_difference
-from .grid import Grid, GridError, PlannedRun
-
-
-class Interval(NamedTuple):
-    """Mean of paired values, with a 95 % confidence interval by Student's t; NaN bounds from fewer than two."""
-
-    mean: float
-    low: float
-    high: float
-    number: int
+from .grid import Grid, GridError, PlannedRun, arm_label
+from .statistics import Effect, Interval, holm, interval, p_value, verdict
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm."""
+    """One arm of one objective."""
 
+    objective: str  # "" in a grid without objectives
     arm: str
-    held_out: Interval  # ln ratio to the baseline, mean over noise levels
-    per_level: tuple[Interval, ...]  # ln ratio, by noise level
+    held_out: Effect  # primary figure A
+    distance: Effect | None  # primary figure B; None unless all runs of the arm and their baselines were measured
+    distance_name: str | None  # of the metric, such as fid or fd-digits
+    per_level: tuple[Interval, ...]  # ln ratio of the held-out loss, by noise level
     images_to_reach: Interval  # the baseline's final held-out loss ÷ the baseline's images; NaN unless all seeds do
     reached: int  # seeds that reach this loss
     evaluation: Mapping[str, Interval]  # difference to the baseline in each metric of `vadiff evaluate`
     seconds: float  # of training, mean over seeds
-    per_seed: Mapping[int, float]  # seed → primary figure
+    per_seed: Mapping[int, float]  # seed → figure A
+
+    @property
+    def label(self) -> str:
+        """objective/arm, or the arm in a grid without objectives."""
+        return arm_label(self.objective, self.arm)
+
+    @property
+    def verdict(self) -> str:
+        """What may be claimed, see `statistics.verdict`."""
+        return verdict(self.held_out, self.distance)
 
 
 @dataclass(frozen=True)
@@ -57,44 +64,16 @@ class Results:
     arms: tuple[ArmResult, ...]
     missing: tuple[str, ...]  # arm/seed of runs that are unfinished, or whose baseline run is
 
-    def as_text(self) -> str:
-        """The results as a text table, without a trailing newline."""
-        width = max([len(arm.arm) for arm in self.arms] + [len(self.baseline), 8])
-        metrics = sorted({metric for arm in self.arms for metric in arm.evaluation})
-        header = f"{'arm':<{width}}  {'seeds':>5}  {'held-out loss':>24}  {'images to reach':>22}  {'seconds':>7}"
-        lines = [
-            f"{self.name}: compared with {self.baseline}, paired by seed; mean [95 % interval]",
-            "",
-            header + "".join(f"  {metric:>24}" for metric in metrics),
-        ]
-        for arm in self.arms:
-            change = [f"{100 * math.expm1(value):+.2f}" for value in arm.held_out[:3]]
-            reach = f"{arm.reached} of {arm.held_out.number} reached"
-            if arm.reached == arm.held_out.number:
-                reach = "{:.2f} × [{:.2f}, {:.2f}]".format(*arm.images_to_reach)
-            line = f"{arm.arm:<{width}}  {arm.held_out.number:>5}  "
-            line += f"{f'{change[0]} % [{change[1]}, {change[2]}]':>24}  {reach:>22}  {arm.seconds:>7.0f}"
-            for metric in metrics:
-                value = arm.evaluation.get(metric)
-                text = "" if value is None else f"{value.mean:+.3g} [{value.low:+.3g}, {value.high:+.3g}]"
-                line += f"  {text:>24}"
-            lines.append(line)
-        lines += [
-            "",
-            "Held-out loss: mean over noise levels of ln(loss / loss of the baseline), in percent; below 0 is better.",
-            "Images to reach the baseline's final held-out loss ÷ images the baseline saw; below 1 is faster.",
-        ]
-        if len(self.seeds) < 10:
-            lines.append(f"{len(self.seeds)} seeds say nothing about the spread over seeds.")
-        if self.missing:
-            lines.append(f"Not finished: {', '.join(self.missing)}")
-        return "\n".join(lines)
-
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; NaN is None."""
         arms = {
-            arm.arm: {
-                "held_out": _plain(arm.held_out),
+            arm.label: {
+                "objective": arm.objective or None,
+                "held_out": _plain_effect(arm.held_out),
+                "distance": None
+                if arm.distance is None
+                else {"metric": arm.distance_name, **_plain_effect(arm.distance)},
+                "verdict": arm.verdict,
                 "per_level": [_plain(level) for level in arm.per_level],
                 "images_to_reach": _plain(arm.images_to_reach),
                 "reached": arm.reached,
@@ -111,24 +90,33 @@ class Results:
 def collect(grid: Grid, out: Path) -> Results:
     """Read the runs of a grid that are done.
 
+    p-values are corrected, figure by figure, for the number of arms of an objective.
+
     Raises:
         GridError: a run was trained with other settings than the grid has, a pair cannot be compared, or runs were
             evaluated differently; the message names them.
         MissingExtraError: SciPy is not installed.
     """
-    runs = {(run.arm, run.seed): run for run in grid.runs(out)}
+    runs = {(run.objective, run.arm, run.seed): run for run in grid.runs(out)}
     for run in runs.values():
         run.check()
     done = {key: _Outcome.of(run) for key, run in runs.items() if run.is_done}
-    paired = {key: outcome for key, outcome in done.items() if (grid.baseline, key[1]) in done}
-    _check_evaluated_alike(paired)
-    arms = []
-    for arm in grid.arms:
-        pairs = {s: (paired[arm, s], paired[grid.baseline, s]) for s in grid.seeds if (arm, s) in paired}
-        if arm != grid.baseline and pairs:
-            arms.append(_arm_result(arm, pairs))
+    paired = {key: outcome for key, outcome in done.items() if (key[0], grid.baseline, key[2]) in done}
+    arms: list[ArmResult] = []
+    for objective in grid.objectives:
+        _check_evaluated_alike({key[1:]: outcome for key, outcome in paired.items() if key[0] == objective})
+        pairs = {
+            arm: {
+                seed: (paired[objective, arm, seed], paired[objective, grid.baseline, seed])
+                for seed in grid.seeds
+                if (objective, arm, seed) in paired
+            }
+            for arm in grid.arms_of(objective)
+            if arm != grid.baseline
+        }
+        arms += _corrected([_arm_result(objective, arm, found) for arm, found in pairs.items() if found])
     log_snr = next((tuple(outcome.log_snr) for outcome in done.values()), ())
-    missing = tuple(f"{arm}/seed-{seed}" for arm, seed in runs if (arm, seed) not in paired)
+    missing = tuple(f"{runs[key].label}/seed-{key[2]}" for key in runs if key not in paired)
     return Results(grid.name, grid.baseline, grid.seeds, log_snr, tuple(arms), missing)
 
 
@@ -140,6 +128,7 @@ class _Outcome:
     sigma_data: float
     images: Tensor  # [R], at each measurement of the held-out loss
     log_loss: Tensor  # [R, L] float64, ln of the held-out loss, averaged weights
+    means: list[float]  # [R], its mean over levels
     evaluation: dict[str, float]
     evaluated: dict[str, Any] | None  # options of `vadiff evaluate`; None if it was not run
     seconds: float
@@ -149,51 +138,78 @@ class _Outcome:
         opened = open_run(run.path)
         entries = opened.metrics()
         measured = [entry for entry in entries if "held_out" in entry]
+        log_snr, loss = measured[-1]["held_out"]["log_snr"], stacked(measured, "held_out", "loss_ema")
         evaluations = dict(opened.evaluations()).get(entries[-1]["images"], {})  # of the last step only
         return cls(
-            measured[-1]["held_out"]["log_snr"],
+            log_snr,
             run.config.sigma_data,
             stacked(measured, "images"),
-            stacked(measured, "held_out", "loss_ema").log(),
+            loss.log(),
+            level_mean(loss, torch.tensor(log_snr), sigma_data=run.config.sigma_data).tolist(),
             {name: value for name, value in evaluations.items() if isinstance(value, (int, float))},
             drawn_with(run.path, entries[-1]["step"]),
             max(entry["seconds"] for entry in entries if "seconds" in entry),
         )
 
-    def images_to(self, log_loss: float) -> float:
-        """Images until the mean ln loss over levels first reached `log_loss`, interpolated; NaN if it never did."""
-        means = self.log_loss.mean(1).tolist()
+    def images_to(self, loss: float) -> float:
+        """Images until the mean loss over levels first reached `loss`, interpolated in its logarithm; NaN if it never
+        did."""
         images = self.images.tolist()
-        for index, mean in enumerate(means):
-            if mean <= log_loss:
-                if index == 0 or mean == log_loss:
+        for index, mean in enumerate(self.means):
+            if mean <= loss:
+                if index == 0 or mean == loss:
                     return float(images[index])
-                part = (means[index - 1] - log_loss) / (means[index - 1] - mean)
+                before = self.means[index - 1]
+                part = math.log(before / loss) / math.log(before / mean)
                 return float(images[index - 1] + part * (images[index] - images[index - 1]))
         return math.nan
 
 
-def _arm_result(arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> ArmResult:
+def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _Outcome]]) -> ArmResult:
+    """The result of an arm, with p-values not yet corrected."""
     for seed, (mine, other) in pairs.items():
-        _check_comparable(arm, seed, mine, other)
+        _check_comparable(arm_label(objective, arm), seed, mine, other)
     ratios = torch.stack([mine.log_loss[-1] - other.log_loss[-1] for mine, other in pairs.values()])  # [S, L]
-    reach = [m.images_to(float(o.log_loss[-1].mean())) / float(o.images[-1]) for m, o in pairs.values()]
-    reached = [share for share in reach if not math.isnan(share)]
+    figure_a = [math.log(mine.means[-1] / other.means[-1]) for mine, other in pairs.values()]
+    reach = [mine.images_to(other.means[-1]) / float(other.images[-1]) for mine, other in pairs.values()]
+    reached = [math.log(share) for share in reach if not math.isnan(share)]
     shared = set.intersection(*({*mine.evaluation} & {*other.evaluation} for mine, other in pairs.values()))
+    name = next((name for name in sorted(shared) if name.split("-")[0] in ("fid", "fd")), None)
+    distance = None
+    if name is not None:
+        figure_b = [math.log(mine.evaluation[name] / other.evaluation[name]) for mine, other in pairs.values()]
+        distance = Effect(interval(figure_b), p_value(figure_b))
     return ArmResult(
+        objective,
         arm,
-        interval(ratios.mean(1).tolist()),
+        Effect(interval(figure_a), p_value(figure_a)),
+        distance,
+        name,
         tuple(interval(level.tolist()) for level in ratios.T),
         # NaN unless all seeds reached the loss: without the slow seeds the mean would be too low.
-        interval(reached) if len(reached) == len(reach) else Interval(math.nan, math.nan, math.nan, len(reach)),
+        interval(reached).exp() if len(reached) == len(reach) else Interval(math.nan, math.nan, math.nan, len(reach)),
         len(reached),
         {
             name: interval([m.evaluation[name] - o.evaluation[name] for m, o in pairs.values()])
             for name in sorted(shared)
         },
         float(np.mean([mine.seconds for mine, _ in pairs.values()])),
-        dict(zip(pairs, ratios.mean(1).tolist(), strict=True)),
+        dict(zip(pairs, figure_a, strict=True)),
     )
+
+
+def _corrected(arms: Sequence[ArmResult]) -> list[ArmResult]:
+    """The arms of an objective with p-values that are corrected for their number, figure by figure."""
+    held_out = holm([arm.held_out.p for arm in arms])
+    distance = holm([math.nan if arm.distance is None else arm.distance.p for arm in arms])
+    return [
+        dataclasses.replace(
+            arm,
+            held_out=arm.held_out._replace(p=p_held_out),
+            distance=None if arm.distance is None else arm.distance._replace(p=p_distance),
+        )
+        for arm, p_held_out, p_distance in zip(arms, held_out, distance, strict=True)
+    ]
 
 
 def _check_comparable(arm: str, seed: int, mine: _Outcome, other: _Outcome) -> None:
@@ -224,17 +240,9 @@ def _check_evaluated_alike(outcomes: Mapping[tuple[str, int], _Outcome]) -> None
             )
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % confidence interval of paired differences, mean ± t·s/√n with n - 1 degrees of freedom."""
-    number = len(values)
-    if number == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = float(np.mean(values))
-    if number == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    t = float(import_extra("scipy.stats", "train").t.ppf(0.975, number - 1))
-    reach = t * float(np.std(values, ddof=1)) / math.sqrt(number)
-    return Interval(mean, mean - reach, mean + reach, number)
+def _plain_effect(effect: Effect) -> dict[str, float | int | None]:
+    """With the p-value, which is corrected for the number of arms."""
+    return {**_plain(effect.ratio), "p": None if math.isnan(effect.p) else effect.p}
 
 
 def _plain(value: Interval) -> dict[str, float | int | None]:

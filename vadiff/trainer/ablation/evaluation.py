@@ -2,9 +2,11 @@
 
 [evaluate]                   # what `vadiff ablate --evaluate` does with each run that is done; these are the defaults
 metrics = ["fid", "kid"]     # of fid, kid, isc, prc
+features = "inception"       # or "digits"; the default for the data set digits is "digits"
 layer = "2048"               # of the Inception network
 images = 5000                # drawn from the same seeds for every run
 first_seed = 0
+repeats = 1                  # sets of images, each from seeds of its own: the metrics are means over them
 # solver = "dpmpp_2m"        # as for `vadiff sample`, and so are spacing and steps; default: by the process of each run
 # spacing = "edm"
 # steps = 16
@@ -21,9 +23,8 @@ from ...errors import RunError
 from ...sampling.generation import SPACINGS, Generation, default_generation, with_options
 from ...sampling.solvers import SOLVERS
 from ...sampling.steps import RHO
-from ..evaluation.fidelity import LAYERS, METRICS
-
-_FIRST_VALUE = {"fid": "fid", "kid": "kid", "isc": "isc", "prc": "precision"}  # in metrics.json
+from ..config import TrainConfig
+from ..evaluation.fidelity import FEATURES, LAYERS, METRICS, check_metrics, features_for, result_name
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class Evaluation:
     """
 
     metrics: tuple[str, ...] = ("fid", "kid")
+    features: str | None = None  # chosen by the data set
     layer: str = "2048"
     images: int = 5000
     first_seed: int = 0
+    repeats: int = 1
     solver: str | None = None
     spacing: str | None = None
     steps: int | None = None
@@ -47,10 +50,12 @@ class Evaluation:
             raise ValueError(f"metrics is {list(self.metrics)}, expected some of {', '.join(METRICS)}")
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
+        if self.features not in (None, *FEATURES):
+            raise ValueError(f"features is {self.features!r}, expected one of {', '.join(FEATURES)}")
         for name, known in (("solver", list(SOLVERS)), ("spacing", list(SPACINGS))):
             if (value := getattr(self, name)) is not None and value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)} in quotes")
-        for name, least in (("images", 5), ("first_seed", 0), ("steps", 2)):
+        for name, least in (("images", 5), ("first_seed", 0), ("repeats", 1), ("steps", 2)):
             value = getattr(self, name)
             if (name, value) != ("steps", None) and (type(value) is not int or value < least):
                 raise ValueError(f"{name} is {value!r}, expected a whole number from {least}")
@@ -70,11 +75,22 @@ class Evaluation:
             raise ValueError(f"metrics is {metrics!r}, expected a list of {', '.join(METRICS)}")
         return cls(**{**table, "metrics": tuple(metrics)})
 
-    def arguments(self) -> list[str]:
+    def features_of(self, dataset: str) -> str:
+        """The features that runs on a data set are compared by.
+
+        Raises:
+            ValueError: metrics or layer do not go with them.
+        """
+        features = self.features or features_for(dataset)
+        check_metrics(self.metrics, features, self.layer)
+        return features
+
+    def arguments(self, dataset: str) -> list[str]:
         """Arguments that follow `vadiff evaluate RUN`."""
         return [
-            "--metrics", *self.metrics, "--layer", self.layer, "--images", str(self.images),
-            "--first-seed", str(self.first_seed), "--no-held-out",
+            "--metrics", *self.metrics, "--features", self.features_of(dataset), "--layer", self.layer,
+            "--images", str(self.images), "--first-seed", str(self.first_seed), "--repeats", str(self.repeats),
+            "--no-held-out",
             *(["--solver", self.solver] if self.solver else []),
             *(["--spacing", self.spacing] if self.spacing else []),
             *(["--steps", str(self.steps)] if self.steps else []),
@@ -84,32 +100,32 @@ class Evaluation:
         """What `arguments` make of a run with that process."""
         return with_options(default_generation(process, self.solver, self.spacing), steps=self.steps)
 
-    def was_done(self, run: Path, step: int, process: str, inception_weights: str) -> bool:
+    def was_done(self, run: Path, config: TrainConfig, step: int, inception_weights: str) -> bool:
         """Whether `vadiff evaluate` has measured exactly this on a run.
 
         Args:
             run: its folder.
+            config: of the run.
             step: of the checkpoint.
-            process: of the run.
             inception_weights: what `weights_key` makes of the weights file.
         """
         found = drawn_with(run, step)
         if found is None:
             return False
-        wanted = {
-            "layer": self.layer,
+        features = self.features_of(config.dataset)
+        wanted: dict[str, Any] = {
+            "features": features,
             "images": self.images,
             "first_seed": self.first_seed,
-            "inception_weights": inception_weights,
+            "repeats": self.repeats,
             "seeds": None,  # consecutive
-        } | {f"generation.{name}": value for name, value in self.generation(process).recorded().items()}
+        } | {f"generation.{name}": value for name, value in self.generation(config.process).recorded().items()}
+        if features == "inception":
+            wanted |= {"layer": self.layer, "inception_weights": inception_weights}
         measured = json.loads(_file(run, step).read_text())["metrics"]
-        names = {
-            _FIRST_VALUE[name] for name in self.metrics if name != "isc"
-        }  # isc: not every weights file can give it
-        return names <= {name.split("-")[0] for name in measured} and all(
-            found.get(name) == value for name, value in wanted.items()
-        )
+        needed = [name for name in self.metrics if name != "isc"]  # isc: not every weights file can give it
+        names = {result_name(name, features, self.layer) for name in needed}
+        return names <= set(measured) and all(found.get(name) == value for name, value in wanted.items())
 
 
 def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
@@ -122,13 +138,13 @@ def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = dict(json.loads(file.read_text()))
+        content = {"features": "inception", "repeats": 1, **json.loads(file.read_text())}  # of files without
         options = _as_now(content.pop("generation", {}))
         generation = {f"generation.{name}": value for name, value in options.items()}
         return {
             name: value
             for name, value in (content | generation).items()
-            if name not in ("step", "images_seen", "metrics")
+            if name not in ("step", "images_seen", "metrics", "each")
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error

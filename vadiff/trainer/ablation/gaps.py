@@ -19,14 +19,14 @@ from ...optimal_loss import OptimalLoss
 from ...process import loss_ratio
 from ..data import Images
 from ..training.assembly import load_images
-from ..training.held_out import held_out_log_snr
+from ..training.held_out import held_out_log_snr, level_mean
 from ..training.metrics import stacked
 from ..training.optimal_curve import estimate_curve
 from ..training.run import Run, open_run
 from ..training.run_gap import gap_of_run
-from .collect import Interval, interval
-from .grid import Grid, GridError
+from .grid import Grid, GridError, arm_label
 from .output import arm_style, plain_axes
+from .statistics import Interval, interval
 
 _COLUMNS = ("arm", "sigma", "log_snr", "seeds", "held_out", "held_out_low", "held_out_high", "training", "optimal",
             "optimal_stderr", "gap", "gap_low", "gap_high")  # fmt: skip
@@ -41,6 +41,7 @@ class LevelGap(NamedTuple):
     optimal: float  # J*/D
     optimal_stderr: float
     gap: Interval  # training - optimal; the interval is over seeds, which share the error of J*
+    sigma_data: float  # of EDM's unit
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,24 @@ class Gaps:
     arms: dict[str, tuple[LevelGap, ...]]
 
     def as_text(self) -> str:
-        """Two text tables, arms by noise levels, without a trailing newline."""
+        """Two text tables, arms by noise levels, without a trailing newline.
+
+        The held-out losses end with their geometric mean over levels in x0 form, see `level_mean`. Gaps have none: at
+        memorised levels they are 0 or, within their error, below.
+        """
         width = max(len(arm) for arm in self.arms)
         sigmas = [level.sigma for level in next(iter(self.arms.values()))]
-        header = f"{'arm':<{width}}" + "".join(f"  σ {sigma:<7.3g}" for sigma in sigmas) + f"  {'mean':>9}"
-        lines = [f"{self.name}: EDM's loss per noise level, mean over seeds"]
-        for title, value in (
-            ("Held-out images", lambda level: level.held_out.mean),
-            ("Gap to the optimal loss on training images", lambda level: level.gap.mean),
-        ):
-            lines += ["", title, header]
-            for arm, levels in self.arms.items():
-                values = [value(level) for level in levels]
-                lines.append(
-                    f"{arm:<{width}}" + "".join(f"  {number:9.5f}" for number in [*values, sum(values) / len(values)])
-                )
-        return "\n".join(lines)
+        header = f"{'arm':<{width}}" + "".join(f"  {f'σ {sigma:.3g}':<9}" for sigma in sigmas)
+        held_out, gaps = [f"{header}  {'x0, all':>9}"], [header.rstrip()]
+        for arm, levels in self.arms.items():
+            losses = torch.tensor([level.held_out.mean for level in levels])
+            log_snr = -2.0 * torch.tensor([level.sigma for level in levels]).log()
+            mean = float(level_mean(losses, log_snr, sigma_data=levels[0].sigma_data))
+            held_out.append(f"{arm:<{width}}" + "".join(f"  {number:9.5f}" for number in [*losses.tolist(), mean]))
+            gaps.append(f"{arm:<{width}}" + "".join(f"  {level.gap.mean:9.5f}" for level in levels))
+        lines = [f"{self.name}: EDM's loss per noise level, mean over seeds", ""]
+        lines += ["Held-out images; at the end the geometric mean over levels of the x0 loss", *held_out, ""]
+        return "\n".join([*lines, "Gap to the optimal loss on training images", *gaps])
 
     def as_csv(self) -> str:
         """One line per arm and noise level."""
@@ -134,9 +137,13 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         raise GridError(f"no run in {out} is done, expected one at least: train them first")
     for run in done:
         run.check()
+    sigma_data: dict[str, float] = {}  # of each arm
     known: dict[tuple[object, ...], tuple[Images, OptimalLoss]] = {}
-    order = sorted(grid.arms, key=lambda arm: arm != grid.baseline)  # the baseline first, the others in their order
-    found: dict[str, list[dict[str, Tensor]]] = {arm: [] for arm in order}
+    found: dict[str, list[dict[str, Tensor]]] = {
+        arm_label(objective, arm): []
+        for objective in grid.objectives
+        for arm in sorted(grid.arms_of(objective), key=lambda arm: arm != grid.baseline)  # the baseline first
+    }
     bar_type = import_extra("tqdm", "train").tqdm
     for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
         opened = open_run(run.path)
@@ -154,7 +161,8 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         data, optimal = known[key]
         gap = gap_of_run(opened, optimal, images=data, number=images, device=device)
         unit = loss_ratio("edm", -2.0 * gap.sigma.log(), sigma_data=config.sigma_data)
-        found[run.arm].append(
+        sigma_data[run.label] = config.sigma_data
+        found[run.label].append(
             {
                 "sigma": gap.sigma,
                 "held_out": _held_out(opened),
@@ -164,7 +172,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
                 "gap": unit * gap.gap,
             }
         )
-    arms = {arm: _levels(seeds) for arm, seeds in found.items() if seeds}
+    arms = {label: _levels(seeds, sigma_data[label]) for label, seeds in found.items() if seeds}
     return Gaps(grid.name, grid.seeds, arms)
 
 
@@ -188,7 +196,7 @@ def _held_out(run: Run) -> Tensor:
     return stacked([last], "held_out", "loss_ema")[0]
 
 
-def _levels(seeds: list[dict[str, Tensor]]) -> tuple[LevelGap, ...]:
+def _levels(seeds: list[dict[str, Tensor]], sigma_data: float) -> tuple[LevelGap, ...]:
     """Aggregate over seeds, level by level."""
     values = {name: torch.stack([seed[name] for seed in seeds]) for name in seeds[0]}  # [S, L]
     return tuple(
@@ -199,6 +207,7 @@ def _levels(seeds: list[dict[str, Tensor]]) -> tuple[LevelGap, ...]:
             float(values["optimal"][0, level]),
             float(values["optimal_stderr"][0, level]),
             interval(values["gap"][:, level].tolist()),
+            sigma_data,
         )
         for level in range(values["sigma"].shape[1])
     )

@@ -17,6 +17,11 @@ learning_rate = { times = 2.0 }              # a multiple of the preset's or [co
 weighting = "table"
 table = { arm = "variance_aware" }           # the run of that arm with the same seed; it is trained first
 
+[objectives.edm]             # optional: every arm is trained with the fields of each objective, and compared with the
+process = "edm"              # baseline of the same objective; an arm may name some: objectives = ["edm"]
+[objectives.flow]
+process = "flow"
+
 [grid]                       # instead of arms, or in addition: every combination is an arm
 weighting = ["constant", "variance_aware"]
 learning_rate = [1e-3, 2e-3]
@@ -44,7 +49,7 @@ from ..training.optimal_curve import CURVE_FILE, read_curve
 from ..training.run import open_run
 from .evaluation import Evaluation
 
-_KEYS = {"name", "preset", "baseline", "seeds", "config", "arms", "grid", "evaluate"}
+_KEYS = {"name", "preset", "baseline", "seeds", "config", "objectives", "arms", "grid", "evaluate"}
 
 
 class GridError(UserError):
@@ -55,11 +60,17 @@ class GridError(UserError):
 class PlannedRun:
     """One run of the grid, trained or not."""
 
+    objective: str  # "" in a grid without objectives
     arm: str
     seed: int
     path: Path
     config: TrainConfig
     needs: Path | None  # the run whose final weights it uses
+
+    @property
+    def label(self) -> str:
+        """objective/arm, or the arm in a grid without objectives."""
+        return arm_label(self.objective, self.arm)
 
     def steps_done(self) -> int:
         """The last step in the run's metrics, 0 if it has not started."""
@@ -122,10 +133,13 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """An experiment: arms times seeds.
+    """An experiment: objectives times arms times seeds.
 
     Attributes:
-        arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run.
+        objectives: name → fields of the config that its arms have in common; {"": {}} for a grid without objectives.
+        arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run of
+            the same objective.
+        limits: name → the objectives of an arm that is not for all.
         evaluation: options of `evaluate_all`.
     """
 
@@ -135,6 +149,12 @@ class Grid:
     seeds: tuple[int, ...]
     arms: Mapping[str, Mapping[str, Any]]
     evaluation: Evaluation
+    objectives: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=lambda: {"": {}})
+    limits: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def arms_of(self, objective: str) -> list[str]:
+        """The arms of an objective, in their order."""
+        return [arm for arm in self.arms if objective in self.limits.get(arm, self.objectives)]
 
     def runs(self, out: Path) -> list[PlannedRun]:
         """All runs, seed by seed; within a seed, runs that need another run come last.
@@ -142,23 +162,26 @@ class Grid:
         Raises:
             GridError: an invalid field; the message names the arm.
         """
-        order = sorted(self.arms, key=lambda arm: self._needed_by(arm) is not None)
-        return [self._run(arm, seed, out) for seed in self.seeds for arm in order]
+        return [
+            self._run(objective, arm, seed, out)
+            for seed in self.seeds
+            for objective in self.objectives
+            for arm in sorted(self.arms_of(objective), key=lambda arm: self._needed_by(arm) is not None)
+        ]
 
-    def _run(self, arm: str, seed: int, out: Path) -> PlannedRun:
-        fields = dict(self.arms[arm])
+    def _run(self, objective: str, arm: str, seed: int, out: Path) -> PlannedRun:
         needed = self._needed_by(arm)
-        needs = None if needed is None else _run_path(out, needed, seed)
-        for name, value in fields.items():
-            if isinstance(value, Mapping) and set(value) == {"times"}:
-                fields[name] = getattr(self.base, name, 0) * value["times"]
+        needs = None if needed is None else _run_path(out, objective, needed, seed)
+        fields = _multiplied(self.base.as_dict(), self.objectives[objective])
+        fields = _multiplied(fields, self.arms[arm])
         if needs is not None:
             fields["table"] = str(needs)
         try:
-            config = TrainConfig.from_dict({**self.base.as_dict(), **fields, "seed": seed})
+            config = TrainConfig.from_dict({**fields, "seed": seed})
         except (TypeError, ValueError) as error:
-            raise GridError(f"arm {arm}: {error}") from error
-        return PlannedRun(arm, seed, _run_path(out, arm, seed), config, needs)
+            where = f"objective {objective}, arm {arm}" if objective else f"arm {arm}"
+            raise GridError(f"{where}: {error}") from error
+        return PlannedRun(objective, arm, seed, _run_path(out, objective, arm, seed), config, needs)
 
     def _needed_by(self, arm: str) -> str | None:
         table = self.arms[arm].get("table")
@@ -191,20 +214,26 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
         base = TrainConfig.from_dict(fields)
     except ValueError as error:
         raise GridError(f"{path}: {error}") from error
-    arms = {**content.get("arms", {}), **_combinations(content.get("grid", {}))}
+    objectives = content.get("objectives", {"": {}})
+    arms, limits = _limits(path, {**content.get("arms", {}), **_combinations(content.get("grid", {}))}, objectives)
     grid_seeds = content.get("seeds", [0])
     if not (isinstance(grid_seeds, list) and grid_seeds and all(type(seed) is int for seed in grid_seeds)):
         raise GridError(f"{path}: seeds is {grid_seeds!r}, expected a list of whole numbers")
     name, baseline = content.get("name", path.stem), content.get("baseline")
     if baseline not in arms:
         raise GridError(f"{path}: baseline is {baseline!r}, expected one of the arms: {', '.join(arms) or 'none'}")
+    for objective, settings in objectives.items():
+        _check_fields(path, "objective", objective, settings)
+        if objective not in limits.get(baseline, objectives):
+            raise GridError(f"{path}: objective {objective} lacks the arm {baseline}, the baseline of all others")
     for arm, settings in arms.items():
-        _check_arm(path, arm, settings, arms)
+        _check_fields(path, "arm", arm, settings)
+        _check_table(path, arm, arms, {name: limits.get(name, tuple(objectives)) for name in arms})
     try:
         evaluation = Evaluation.from_table(content.get("evaluate", {}))
     except (TypeError, ValueError) as error:
         raise GridError(f"{path}: evaluate: {error}") from error
-    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms, evaluation)
+    return Grid(name, base, baseline, tuple(grid_seeds[:seeds]), arms, evaluation, objectives, limits)
 
 
 def _combinations(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -217,24 +246,64 @@ def _combinations(axes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def _check_arm(path: Path, arm: str, settings: Any, arms: Mapping[str, Any]) -> None:
-    if not re.fullmatch(r"[\w=,.+-]+", arm):
-        raise GridError(f"{path}: arm {arm!r} names a folder: letters, digits and _ = , . + - only")
+def _limits(path: Path, arms: Mapping[str, Any], objectives: Any) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Separate the field `objectives` of arms from those of the config."""
+    if not isinstance(objectives, Mapping) or not objectives:
+        raise GridError(f"{path}: objectives is {objectives!r}, expected tables such as [objectives.edm]")
+    fields, limits = {}, {}
+    for arm, settings in arms.items():
+        fields[arm] = settings
+        if isinstance(settings, Mapping) and "objectives" in settings:
+            names = settings["objectives"]
+            if not isinstance(names, list) or not names or not all(name in objectives for name in names):
+                known = ", ".join(filter(None, objectives)) or "the tables [objectives.NAME], of which there are none"
+                raise GridError(f"{path}: arm {arm} has objectives {names!r}, expected a list of some of {known}")
+            fields[arm] = {name: value for name, value in settings.items() if name != "objectives"}
+            limits[arm] = tuple(names)
+    return fields, limits
+
+
+def _multiplied(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with `changes`, of which {"times": x} multiplies."""
+    values = {
+        name: fields.get(name, 0) * value["times"] if isinstance(value, Mapping) and set(value) == {"times"} else value
+        for name, value in changes.items()
+    }
+    return {**fields, **values}
+
+
+def _check_fields(path: Path, kind: str, name: str, settings: Any) -> None:
+    """Raise unless these are fields that a table of this kind, "arm" or "objective", can set."""
+    what = f"{kind} {name}"
+    if name and not re.fullmatch(r"[\w=,.+-]+", name):
+        raise GridError(f"{path}: {kind} {name!r} names a folder: letters, digits and _ = , . + - only")
     if not isinstance(settings, Mapping):
-        raise GridError(f"{path}: arm {arm} is {settings!r}, expected fields of the training config")
+        raise GridError(f"{path}: {what} is {settings!r}, expected fields of the training config")
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    for name, value in settings.items():
-        if name not in fields or name == "seed":
-            raise GridError(f"{path}: arm {arm} has {name}, which is not a field that an arm can set")
+    for field, value in settings.items():
+        if field not in fields or field == "seed":
+            raise GridError(f"{path}: {what} has {field}, which is not a field that an arm can set")
         if isinstance(value, Mapping) and "times" in value and not isinstance(value["times"], (int, float)):
-            raise GridError(f"{path}: arm {arm} has {name} times {value['times']!r}, expected a number")
-    table = settings.get("table")
-    if isinstance(table, Mapping):
-        if set(table) != {"arm"} or table["arm"] not in arms:
-            raise GridError(f"{path}: arm {arm} has table = {dict(table)}, expected {{ arm = NAME }} of another arm")
-        if isinstance(arms[table["arm"]].get("table"), Mapping):
-            raise GridError(f"{path}: arm {arm} needs {table['arm']}, which itself needs another arm")
+            raise GridError(f"{path}: {what} has {field} times {value['times']!r}, expected a number")
 
 
-def _run_path(out: Path, arm: str, seed: int) -> Path:
-    return out / arm / f"seed-{seed}"
+def _check_table(path: Path, arm: str, arms: Mapping[str, Any], objectives: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise unless the arm that another arm takes its table from exists wherever the other does."""
+    table = arms[arm].get("table")
+    if not isinstance(table, Mapping):
+        return
+    if set(table) != {"arm"} or table["arm"] not in arms:
+        raise GridError(f"{path}: arm {arm} has table = {dict(table)}, expected {{ arm = NAME }} of another arm")
+    if isinstance(arms[table["arm"]].get("table"), Mapping):
+        raise GridError(f"{path}: arm {arm} needs {table['arm']}, which itself needs another arm")
+    if lacking := [name for name in objectives[arm] if name not in objectives[table["arm"]]]:
+        raise GridError(f"{path}: arm {arm} needs {table['arm']}, which objective {lacking[0]} does not have")
+
+
+def arm_label(objective: str, arm: str) -> str:
+    """objective/arm, or the arm in a grid without objectives."""
+    return f"{objective}/{arm}" if objective else arm
+
+
+def _run_path(out: Path, objective: str, arm: str, seed: int) -> Path:
+    return out / objective / arm / f"seed-{seed}"

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...extras import import_extra
-from .collect import Results
+from .collect import ArmResult, Results
+from .statistics import LEAST_SEEDS, Effect, Interval
 
 # Okabe & Ito's colour-blind-safe colours; markers for black-and-white prints, dashes for every further seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
@@ -29,22 +31,79 @@ def write_results(results: Results, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results.as_dict(), indent=1) + "\n")
     (out / "results.csv").write_text(table.getvalue())
-    (out / "results.txt").write_text(results.as_text() + "\n")
+    (out / "results.txt").write_text(results_table(results) + "\n")
     (out / "results.png").write_bytes(picture.getvalue())
+
+
+def results_table(results: Results) -> str:
+    """The results as a text table, without a trailing newline."""
+    lines = [f"{results.name}: compared with {results.baseline}, paired by seed; mean [95 % interval]"]
+    for objective in dict.fromkeys(arm.objective for arm in results.arms):
+        arms = [arm for arm in results.arms if arm.objective == objective]
+        lines += ["", *([f"Objective {objective}"] if objective else []), *_rows(arms)]
+    lines += [
+        "",
+        "Held-out loss: geometric mean over noise levels of x0 loss / x0 loss of the baseline, as change in percent.",
+        "fid, fd: change of the Fréchet distance in percent; other metrics: differences.",
+        "p: t-test over seeds, corrected for the number of arms (Holm).",
+        "Verdict: better needs one of held-out loss and Fréchet distance better (p < 0.05) and the other not worse "
+        "(interval not above 0).",
+        "Images to reach the baseline's final held-out loss ÷ images the baseline saw; below 1 is faster.",
+    ]
+    fewest = min((arm.held_out.ratio.number for arm in results.arms), default=LEAST_SEEDS)
+    if fewest < LEAST_SEEDS:
+        lines.append(
+            f"No intervals from fewer than {LEAST_SEEDS} seeds (here {fewest}): they say nothing about the spread over "
+            "seeds."
+        )
+    if results.missing:
+        lines.append(f"Not finished: {', '.join(results.missing)}")
+    return "\n".join(lines)
+
+
+def _rows(arms: Sequence[ArmResult]) -> list[str]:
+    """Header and rows of the arms of one objective."""
+    distances = sorted({arm.distance_name for arm in arms if arm.distance_name is not None})
+    others = sorted({name for arm in arms for name in arm.evaluation if name not in distances and "_std" not in name})
+    table = [["arm", "seeds", "held-out loss", *distances, "verdict", "images to reach", "seconds", *others]]
+    for arm in arms:
+        reach = f"{arm.reached} of {arm.held_out.ratio.number} reached"
+        if arm.reached == arm.held_out.ratio.number:
+            reach = _bounded(arm.images_to_reach, "{:.2f}", " ×")
+        row = [arm.arm, str(arm.held_out.ratio.number), _percentages(arm.held_out)]
+        row += [_percentages(arm.distance) if arm.distance and name == arm.distance_name else "" for name in distances]
+        row += [arm.verdict, reach, f"{arm.seconds:.0f}"]
+        table.append(row + [_bounded(arm.evaluation[n], "{:+.3g}") if n in arm.evaluation else "" for n in others])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
+
+
+def _percentages(effect: Effect) -> str:
+    """-1.20 % [-1.90, -0.50] p 0.012"""
+    ratio = effect.ratio
+    change = Interval(_percent(ratio.mean), _percent(ratio.low), _percent(ratio.high), ratio.number)
+    return _bounded(change, "{:+.2f}", " %") + ("" if math.isnan(effect.p) else f" p {effect.p:.2g}")
+
+
+def _bounded(value: Interval, form: str, unit: str = "") -> str:
+    """Mean and, where there are any, bounds."""
+    mean, low, high = map(form.format, value[:3])
+    return f"{mean}{unit}" + ("" if math.isnan(value.low) else f" [{low}, {high}]")
 
 
 def _write_csv(results: Results, file: io.StringIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["arm", "baseline", "metric", "mean", "low_95", "high_95", "seeds"])
+    writer.writerow(["objective", "arm", "baseline", "metric", "mean", "low_95", "high_95", "seeds", "p", "verdict"])
     for arm in results.arms:
-        rows = {"held_out_log_ratio": arm.held_out, "images_to_reach": arm.images_to_reach}
-        rows |= {
-            f"held_out_log_ratio_at_log_snr_{level:.2f}": value
-            for level, value in zip(results.log_snr, arm.per_level, strict=True)
-        }
-        rows |= {f"{metric}_difference": value for metric, value in arm.evaluation.items()}
-        for metric, value in rows.items():
-            writer.writerow([arm.arm, results.baseline, metric, *value])
+        rows: dict[str, tuple[Interval, float | str]] = {"held_out_log_ratio": (arm.held_out.ratio, arm.held_out.p)}
+        if arm.distance is not None:
+            rows[f"{arm.distance_name}_log_ratio"] = (arm.distance.ratio, arm.distance.p)
+        rows["images_to_reach"] = (arm.images_to_reach, "")
+        for level, value in zip(results.log_snr, arm.per_level, strict=True):
+            rows[f"held_out_log_ratio_at_log_snr_{level:.2f}"] = (value, "")
+        rows |= {f"{metric}_difference": (value, "") for metric, value in arm.evaluation.items()}
+        for metric, (value, p) in rows.items():
+            writer.writerow([arm.objective, arm.arm, results.baseline, metric, *value, p, arm.verdict])
 
 
 def _picture(results: Results) -> Any:
@@ -54,14 +113,14 @@ def _picture(results: Results) -> Any:
     figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
     for row, arm in enumerate(results.arms):
         style = arm_style(row + 1)  # style 0 is the baseline's, as in gaps.png
-        mean, low, high = (_percent(value) for value in arm.held_out[:3])
+        mean, low, high = (_percent(value) for value in arm.held_out.ratio[:3])
         overall.plot(
             [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"
         )
         overall.plot([low, high], [row, row], color=style["color"], linewidth=3)
         overall.plot([mean], [row], markersize=9, **style)
         means = [_percent(level.mean) for level in arm.per_level]
-        by_level.plot(results.log_snr, means, label=arm.arm, markersize=5, **style)
+        by_level.plot(results.log_snr, means, label=arm.label, markersize=5, **style)
         by_level.fill_between(
             results.log_snr,
             [_percent(level.low) for level in arm.per_level],
@@ -70,12 +129,13 @@ def _picture(results: Results) -> Any:
             alpha=0.12,
             linewidth=0,
         )
-    overall.set_yticks(range(len(results.arms)), [arm.arm for arm in results.arms])
+    overall.set_yticks(range(len(results.arms)), [arm.label for arm in results.arms])
     overall.invert_yaxis()
     overall.axvline(0.0, color="black", linewidth=1)
     overall.set_xlabel(f"held-out loss against {results.baseline} (%)   ← better")
     overall.set_title(
-        "Mean over noise levels. Bar: 95 % interval over seeds;\ngrey: each seed. Left of the line is better.",
+        "Geometric mean over noise levels. Bar: 95 % interval over seeds\n"
+        f"(from {LEAST_SEEDS}); grey: each seed. Left of the line is better.",
         loc="left",
     )
     by_level.axhline(0.0, color="black", linewidth=1)

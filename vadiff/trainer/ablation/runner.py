@@ -6,35 +6,49 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ...extras import import_extra
-from ..evaluation.fidelity import weights_key
+from ..evaluation.fidelity import find_network, weights_key
 from ..training.run_folder import is_in_use
+from .evaluation import Evaluation
 from .grid import Grid, GridError, PlannedRun
 
 _POLL_SECONDS = 1.0  # between checks of a run that another process trains
 
 
-def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None) -> list[Path]:
-    """Train the missing runs and resume the interrupted ones.
+def train_all(
+    grid: Grid,
+    out: Path,
+    *,
+    jobs: int = 1,
+    index: int | None = None,
+    evaluate: bool = False,
+    inception_weights: Path | None = None,
+    cache: Path | None = None,
+) -> list[Path]:
+    """Train the missing runs and resume the interrupted ones; then, in the same job, measure the images of each.
 
-    A run's output goes to `train.log` in its folder. A run that needs another run's weight table waits for that run,
-    also if another process trains it, for example one of a job array.
+    A run's output goes to `train.log` and `evaluate.log` in its folder. A run that needs another run's weight table
+    waits for that run, also if another process trains it, for example one of a job array. Runs that are finished, and
+    measurements that are there, are kept: after a kill, a further call goes on with what was in work.
 
     Args:
         grid: what to train.
         out: folder of the experiment.
         jobs: processes at a time.
-        index: train only this run and the run it needs.
+        index: train only this run and the run it needs, and measure only this run.
+        evaluate: measure images of each run by `vadiff evaluate`, as `grid.evaluation` says, from the same seeds.
+        inception_weights, cache: as in `vadiff evaluate`.
 
     Returns:
-        The folders of the runs that failed, or whose required run failed.
+        The folders of the runs that failed, whose required run failed, or that could not be measured.
 
     Raises:
-        GridError: no such run, or a run was trained with other settings; raised before anything is trained.
+        GridError: no such run, or a run was trained with other settings; raised before anything is trained, as are the
+            errors of missing weights of the network that images are compared by.
         KeyboardInterrupt: raised again after all processes were told to stop and to write a checkpoint.
     """
     runs = grid.runs(out)
@@ -43,27 +57,37 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
         runs = [run for run in runs if run.path in (chosen.path, chosen.needs)]
     for run in runs:
         run.check()
-    waiting = [run for run in runs if not run.is_done]
-    done = {run.path for run in runs} - {run.path for run in waiting}
-    failed: list[Path] = []
+    measured = [run for run in runs if index is None or run == chosen] if evaluate else []
     children = _Children()
-    bar = import_extra("tqdm", "train").tqdm(total=len(runs), initial=len(done), unit="run", disable=None)
+    work = _Work(grid.evaluation, [run.path for run in measured], inception_weights, cache, children)
+    if evaluate:
+        work.prepare({run.config.dataset for run in measured})
+    waiting = [run for run in runs if not work.is_complete(run)]
+    trained = {run.path for run in runs if run.is_done}
+    failed: list[Path] = []
+    bar = import_extra("tqdm", "train").tqdm(
+        total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None
+    )
     with bar, ThreadPoolExecutor(jobs) as pool:
-        running: dict[Future[bool], PlannedRun] = {}
+        running: dict[Future[tuple[bool, bool]], PlannedRun] = {}
         try:
             while waiting or running:
                 for run in list(waiting):
-                    if run.needs in failed:
+                    if run.needs in failed and run.needs not in trained:
                         waiting.remove(run)
                         failed.append(run.path)
-                    elif len(running) < jobs and (run.needs is None or run.needs in done):
+                    elif len(running) < jobs and (run.needs is None or run.needs in trained):
                         waiting.remove(run)
-                        running[pool.submit(children.train, run)] = run
+                        running[pool.submit(work.do, run)] = run
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
-                    (done.add if future.result() else failed.append)(run.path)
+                    is_trained, is_complete = future.result()
+                    if is_trained:
+                        trained.add(run.path)
+                    if not is_complete:
+                        failed.append(run.path)
                     bar.update()
         except BaseException:
             children.stop()
@@ -71,67 +95,65 @@ def train_all(grid: Grid, out: Path, *, jobs: int = 1, index: int | None = None)
     return failed
 
 
-def evaluate_all(
-    grid: Grid,
-    out: Path,
-    *,
-    jobs: int = 1,
-    index: int | None = None,
-    inception_weights: Path | None = None,
-    cache: Path | None = None,
-) -> list[Path]:
-    """Measure the images of every finished run not yet measured as `grid.evaluation` says, with the same seeds for all.
-
-    Each is measured by `vadiff evaluate`, whose output goes to `evaluate.log` in the run's folder.
+class _Work:
+    """What is done with one run: training, then measuring.
 
     Args:
-        grid: what was trained.
-        out: folder of the experiment.
-        jobs: processes at a time; the first run is measured alone, as it caches the features of the real images.
-        index: measure this run only.
+        evaluation: how runs are measured.
+        measured: folders of the runs to measure.
         inception_weights, cache: as in `vadiff evaluate`.
-
-    Returns:
-        The folders of the runs that could not be measured.
-
-    Raises:
-        GridError: no such run, or a run was trained with other settings; raised before anything is measured.
-        KeyboardInterrupt: raised again after all processes were told to stop.
+        children: the processes that do it.
     """
-    runs = grid.runs(out)
-    runs = runs if index is None else [_chosen(runs, index)]
-    for run in runs:
-        run.check()
-    key = weights_key(inception_weights)
-    waiting = [
-        run
-        for run in runs
-        if run.is_done and not grid.evaluation.was_done(run.path, run.steps_done(), run.config.process, key)
-    ]
-    options = grid.evaluation.arguments()
-    for flag, path in (("--inception-weights", inception_weights), ("--cache", cache)):
-        options += [] if path is None else [flag, str(path)]
-    children = _Children()
-    failed = []
-    bar = import_extra("tqdm", "train").tqdm(
-        total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None
-    )
-    with bar, ThreadPoolExecutor(jobs) as pool:
 
-        def measure(run: PlannedRun) -> None:
-            if not children.evaluate(run, options):
-                failed.append(run.path)
-            bar.update()
+    def __init__(
+        self, evaluation: Evaluation, measured: Sequence[Path], inception_weights: Path | None, cache: Path | None,
+        children: "_Children",
+    ) -> None:  # fmt: skip
+        self.evaluation, self.measured, self.children = evaluation, measured, children
+        self.weights, self.cache = inception_weights, cache
+        self._key = weights_key(inception_weights)
+        self._first, self._cached = threading.Lock(), threading.Event()
 
+    def prepare(self, datasets: Iterable[str]) -> None:
+        """Find, download or train the networks that images are compared by.
+
+        Raises:
+            GridError: the options [evaluate] do not go with a data set.
+            UserError: weights are missing and cannot be downloaded.
+        """
         try:
-            for part in (waiting[:1], waiting[1:]):
-                for future in [pool.submit(measure, run) for run in part]:
-                    future.result()
-        except BaseException:
-            children.stop()
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [run.path for run in runs if run.path in failed]
+            for features in {self.evaluation.features_of(dataset) for dataset in datasets}:
+                find_network(features, inception_weights=self.weights, cache=self.cache)
+        except ValueError as error:
+            raise GridError(f"evaluate: {error}") from error
+
+    def is_complete(self, run: PlannedRun) -> bool:
+        """Whether the run is trained and, if it is to be, measured."""
+        if not run.is_done:
+            return False
+        return run.path not in self.measured or self.evaluation.was_done(
+            run.path, run.config, run.steps_done(), self._key
+        )
+
+    def do(self, run: PlannedRun) -> tuple[bool, bool]:
+        """Do what is missing. Returns whether the run is trained, and whether it is complete."""
+        if not run.is_done and not self.children.train(run):
+            return False, False
+        if run.path not in self.measured or self.is_complete(run):
+            return True, True
+        if self._cached.is_set():
+            return True, self._measure(run)
+        with self._first:  # the first measurement is alone: it caches the features of the real images
+            complete = self._measure(run)
+            if complete:
+                self._cached.set()
+        return True, complete
+
+    def _measure(self, run: PlannedRun) -> bool:
+        options = self.evaluation.arguments(run.config.dataset)
+        for flag, path in (("--inception-weights", self.weights), ("--cache", self.cache)):
+            options += [] if path is None else [flag, str(path)]
+        return self.children.evaluate(run, options)
 
 
 def _chosen(runs: Sequence[PlannedRun], index: int) -> PlannedRun:

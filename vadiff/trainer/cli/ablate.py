@@ -7,12 +7,14 @@ from pathlib import Path
 NAME = "ablate"
 HELP = "train a grid of configs over seeds, and compare them paired by seed"
 DESCRIPTION = (
-    "Train what a TOML file describes: arms (sets of fields of the config) times seeds. Finished runs are kept, "
-    "interrupted ones resumed. Then collect, for each arm against the baseline with the same seed, the mean difference "
-    "and its 95 percent confidence interval: results.json, results.csv, results.txt and results.png; with --gap also "
-    "each arm's held-out loss and gap to the optimal loss per noise level: gaps.csv, .txt and .png. With --evaluate, "
-    "images of every run are first drawn from the same seeds and compared with real ones, as [evaluate] in the file "
-    "says (default: FID and KID of 5,000 images). Exit status 1 if a run failed; the others are collected."
+    "Train what a TOML file describes: arms (sets of fields of the config) times seeds, for one or more objectives. "
+    "Finished runs are kept, interrupted ones resumed. With --evaluate each job also draws images of its run, from the "
+    "same seeds for every run, and compares them with real ones, as [evaluate] in the file says (default: Fréchet "
+    "distance and KID of 5,000 images). Then collect, for each arm against the baseline with the same objective and "
+    "seed, the mean log ratio of held-out loss and of Fréchet distance with 95 percent confidence intervals, p-values "
+    "corrected for the number of arms, and what may be claimed (nothing from fewer than five seeds): results.json, "
+    "results.csv, results.txt and results.png; with --gap also each arm's held-out loss and gap to the optimal loss "
+    "per noise level: gaps.csv, .txt and .png. Exit status 1 if a run failed; the others are collected."
 )
 
 
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..ablation import collect, collect_gaps, evaluate_all, read_grid, train_all, write_gaps, write_results
+    from ..ablation import collect, collect_gaps, read_grid, results_table, train_all, write_gaps, write_results
 
     if options.gap_images < 2:
         options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
@@ -73,15 +75,21 @@ def run(options: argparse.Namespace) -> None:
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the runs write checkpoints
-    chosen = {"jobs": options.jobs, "index": getattr(options, "index", None)}
-    failed = [] if options.collect else train_all(grid, out, **chosen)
-    if options.evaluate:
-        weights, cache = options.inception_weights, options.cache
-        failed += evaluate_all(grid, out, **chosen, inception_weights=weights, cache=cache)
+    failed = []
+    if not options.collect:
+        failed = train_all(
+            grid,
+            out,
+            jobs=options.jobs,
+            index=getattr(options, "index", None),
+            evaluate=options.evaluate,
+            inception_weights=options.inception_weights,
+            cache=options.cache,
+        )
     if "index" not in options:
         results = collect(grid, out)
         write_results(results, out)
-        print(results.as_text())
+        print(results_table(results))
         print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
         if options.gap:
             gaps = collect_gaps(grid, out, images=options.gap_images)

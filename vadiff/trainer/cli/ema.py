@@ -12,7 +12,7 @@ from .evaluate import add_comparison_options, comparison_of
 
 if TYPE_CHECKING:
     from ...sampling.generation import Generation
-    from ..report.evaluate import Comparison
+    from ..report.comparison import Comparison
     from ..training import Run
 
 NAME = "ema"
@@ -86,11 +86,11 @@ def _sweep(
     losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
     scores, other_scores = sweep_scores(losses), sweep_scores(others)
     best = min(scores, key=lambda width: scores[width])
-    print("\nEDM's loss on held-out images, geometric mean over noise levels:")
+    print("\nx0 loss on held-out images, geometric mean over noise levels:")
     for width in sorted(scores):
-        print(f"  {f'ema-{width:g}':>9} {scores[width]:.4f}{'  lowest' if width == best else ''}")
+        print(f"  {f'ema-{width:g}':>9} {scores[width]:.5f}{'  lowest' if width == best else ''}")
     for name, score in other_scores.items():
-        print(f"  {name:>9} {score:.4f}")
+        print(f"  {name:>9} {score:.5f}")
     content: dict[str, Any] = {
         "log_snr": losses[best].log_snr.tolist(),
         "held_out": {f"ema-{width:g}": losses[width].mean.tolist() for width in sorted(losses)}

@@ -4,19 +4,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.fidelity import LAYERS, METRICS
+from ..evaluation.fidelity import FEATURES, LAYERS, METRICS
 from .drawing import add_drawing_options, add_seed_options, devices_of, generation_of, seeds_of
 
 if TYPE_CHECKING:
-    from ..report.evaluate import Comparison
+    from ..report.comparison import Comparison
 
 NAME = "evaluate"
 HELP = "FID and other image metrics; held-out loss, gradients and gap to the optimal loss per noise level"
 DESCRIPTION = (
     "For a run directory: draw images, compare them with the training images, and measure the loss on held-out images "
-    "per noise level with averaged and raw weights. Writes metrics.json, held-out.csv and pictures to "
-    "RUN/evaluation/step-<n>, where `vadiff report` finds them. For a folder of images or an .npz archive: compare it "
-    "with the images of --reference."
+    "per noise level with averaged and raw weights. Writes metrics.json, the images, held-out.csv and pictures to "
+    "RUN/evaluation/step-<n>, where `vadiff report` finds them; each as soon as it is measured, so that a further call "
+    "with the same options goes on from there. Digits are compared by a small classifier of theirs, which the first "
+    "call trains in seconds, all other images by Inception, whose weights the first call downloads. For a folder of "
+    "images or an .npz archive: compare it with the images of --reference."
 )
 
 
@@ -29,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prc: precision and recall; isc: Inception score; --metrics alone: none",
     )  # fmt: skip
     add_seed_options(parser, images=5000)
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", default=1,
+        help="sets of --images to draw, each from seeds of its own; metrics are means over the sets",
+    )  # fmt: skip
+    parser.add_argument("--no-keep-images", action="store_true", help="do not write the images to the folder")
     add_comparison_options(parser)
     levels = parser.add_argument_group("per noise level (runs only)")
     levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
@@ -41,10 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Options shared by `evaluate` and `ema`: real images, Inception layer and weights, cache."""
+    """Options shared by `evaluate` and `ema`: real images, features, Inception layer and weights, cache."""
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", default=None,
         help="real images: folder, .npz or run directory; default: the run's training images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", choices=FEATURES, default=None,
+        help="network whose features are compared; default: digits for the data set digits, else inception",
     )  # fmt: skip
     parser.add_argument(
         "--layer", choices=LAYERS, default="2048", help="Inception layer of fid, kid and prc; 2048 is the usual one"
@@ -58,26 +69,30 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         default=None,
-        help="cache of the real images' features; default: the user's cache",
+        help="cache of the real images' features and the digits classifier; default: the user's cache",
     )
 
 
 def comparison_of(options: argparse.Namespace) -> "Comparison":
     """The comparison options; a missing weights file is a usage error."""
-    from ..report.evaluate import Comparison
+    from ..report.comparison import Comparison
 
     if options.inception_weights is not None and not options.inception_weights.is_file():
         options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
-    return Comparison(options.metrics, options.reference, options.layer, options.inception_weights, options.cache)
+    names = ("metrics", "reference", "features", "layer", "inception_weights", "cache")
+    return Comparison(**{name: getattr(options, name) for name in names})
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..report.evaluate import evaluate_pictures, evaluate_run
+    from ..report.comparison import evaluate_pictures
+    from ..report.evaluate import evaluate_run
     from ..training import open_run
 
     comparison = comparison_of(options)
     if options.gradient_images < 2:
         options.parser.error(f"argument --gradient-images: {options.gradient_images}, expected at least 2")
+    if options.repeats < 1:
+        options.parser.error(f"argument --repeats: {options.repeats}, expected at least 1")
     if options.gap_images < 2:
         options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if not options.target.exists():
@@ -94,6 +109,8 @@ def run(options: argparse.Namespace) -> None:
                 generation_of(options, opened),
                 seeds_of(options),
                 comparison,
+                repeats=options.repeats,
+                keep_images=not options.no_keep_images,
                 held_out_images=0 if options.no_held_out else options.held_out_images,
                 gradient_images=options.gradient_images if options.gradients else 0,
                 gap_images=options.gap_images if options.gap else 0,

@@ -1,25 +1,34 @@
-"""FID, KID, Inception score, precision and recall, all through torch-fidelity."""
+"""Fréchet distance, KID, Inception score, precision and recall, all through torch-fidelity.
 
+Images are compared by features of a network: Inception, which published figures are of, or for scikit-learn's digits a
+small classifier of theirs.
+"""
+
+import functools
 import hashlib
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from ...extras import import_extra
+from ...pixels import normalised
+from . import digits_classifier
 
 METRICS = ("fid", "kid", "isc", "prc")
 LAYERS = ("64", "192", "768", "2048")
-EXTRACTOR = "inception-v3-compat"
+FEATURES = ("inception", "digits")
 PUBLISHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
+_EXTRACTORS = {"inception": "inception-v3-compat", "digits": "vadiff-digits"}
 # Blocks that a feature layer needs in addition to those of earlier layers; the Inception score needs all, and fc.
 _BLOCKS = {
     "64": ("Conv2d_1", "Conv2d_2"),
@@ -38,11 +47,70 @@ _KEYS = {
 }
 
 
+class FeatureNetwork(NamedTuple):
+    """A network that is ready to compute features."""
+
+    weights: Path | None  # its file; None for the Inception weights that torch-fidelity downloads
+    key: str  # of its weights: figures of different keys cannot be compared
+
+
+def features_for(dataset: str) -> str:
+    """The features that images of a data set are compared by: "digits" for the digits, else "inception"."""
+    return "digits" if dataset == "digits" else "inception"
+
+
+def result_name(metric: str, features: str, layer: str) -> str:
+    """Name of a value in results: "fid" of Inception's layer 2048, "fid-768" of another layer, "fd-digits"; of "prc",
+    which has two values, the first."""
+    metric = "precision" if metric == "prc" else metric
+    if features == "digits":
+        return f"{'fd' if metric == 'fid' else metric}-digits"
+    return metric if layer == "2048" or metric.startswith("isc") else f"{metric}-{layer}"
+
+
+def find_network(
+    features: str,
+    *,
+    inception_weights: Path | None = None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> FeatureNetwork:
+    """Find the network's weights; download Inception's, or train the digits classifier, if this machine has none yet.
+
+    Commands call it before they draw images, so that a missing file costs no hours.
+
+    Args:
+        features: "inception" or "digits".
+        inception_weights: file of torch-fidelity's Inception weights; None is that in torch's hub folder.
+        cache: folder of the digits classifier; None is `cache_folder()`.
+        progress: show a bar while downloading.
+
+    Raises:
+        ValueError: unknown features, or weights that are given but missing or not of this network.
+        MissingExtraError: torch-fidelity (or scikit-learn, for the digits) is not installed.
+        UserError: the weights could not be downloaded.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"features is {features!r}, expected one of {', '.join(FEATURES)}")
+    import_extra("torch_fidelity", "eval")
+    if features == "digits":
+        if inception_weights is not None:
+            raise ValueError(f"inception_weights is {inception_weights}, but features is digits: give one of the two")
+        found = digits_classifier.trained_classifier(cache_folder() if cache is None else cache)
+        return FeatureNetwork(found.path, found.key)
+    if inception_weights is not None:
+        _read_weights(inception_weights)
+    else:
+        _download_weights(progress)
+    return FeatureNetwork(inception_weights, weights_key(inception_weights))
+
+
 def image_metrics(
     images: Tensor,
     reference: Tensor | None,
     *,
     metrics: Sequence[str] = ("fid", "kid", "prc"),
+    features: str = "inception",
     layer: str = "2048",
     inception_weights: Path | None = None,
     cache: Path | None = None,
@@ -50,34 +118,39 @@ def image_metrics(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Compare generated images with real ones by the features of an Inception network.
+    """Compare generated images with real ones by the features of a network.
 
     The features of the reference are cached on disk under the SHA-256 of its pixels and of the network's weights, so
     that replaced, renamed or copied files never get another file's features.
 
     Args:
-        images: generated, [N, C, H, W] uint8, C 1 or 3; grey becomes RGB.
+        images: generated, [N, C, H, W] uint8, C 1 or 3; grey becomes RGB for Inception.
         reference: real images, [M, C, H, W] uint8; may be None for "isc" alone.
-        metrics: of "fid", "kid", "isc" (Inception score) and "prc" (precision and recall).
+        metrics: of "fid" (Fréchet distance of the features), "kid", "isc" (Inception score) and "prc" (precision and
+            recall).
+        features: "inception"; or "digits", the 32 features of a small classifier of scikit-learn's digits, for images
+            [N, 1, 8, 8], without "isc".
         layer: Inception features for FID, KID, precision and recall: "64", "192", "768" or "2048" (the usual one).
         inception_weights: file of torch-fidelity's Inception weights; None lets torch-fidelity download them.
-        cache: folder for the features of references; None is `cache_folder()`.
+        cache: folder for the features of references and for the digits classifier; None is `cache_folder()`.
         device: "cpu" or a CUDA device.
-        batch_size: images at a time in the Inception network.
+        batch_size: images at a time in the network.
         progress: show torch-fidelity's progress bars.
 
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
-        layer is not the usual 2048 it is part of the name, as in fid-768: such numbers are not comparable with
-        published ones. isc is skipped, with a warning, if the last layers of the weights file are non-finite.
+        layer is not the usual 2048 it is part of the name, as in fid-768, and so are the digits, as in fd-digits: such
+        numbers are not comparable with published ones. isc is skipped, with a warning, if the last layers of the
+        weights file are non-finite.
 
     Raises:
-        ValueError: invalid images, metric, layer or weights, or too few images.
+        ValueError: invalid images, metric, features, layer or weights, or too few images.
         MissingExtraError: torch-fidelity is not installed.
         UserError: the weights could not be downloaded.
     """
-    _check(images, reference, metrics, layer)
-    torch_fidelity = import_extra("torch_fidelity", "eval")
+    check_metrics(metrics, features, layer)
+    check_images(images, reference, metrics, features)
+    network = find_network(features, inception_weights=inception_weights, cache=cache, progress=progress)
     possible = within_reach(metrics, layer, inception_weights)
     if len(possible) < len(metrics):
         warnings.warn(f"isc is skipped: {inception_weights} is not finite up to the last layer", stacklevel=2)
@@ -86,9 +159,9 @@ def image_metrics(
     number = len(images) if reference is None else min(len(images), len(reference))
     options = {
         "input1": _Pixels(images),
-        "feature_extractor": EXTRACTOR,
-        "feature_extractor_weights_path": None if inception_weights is None else str(inception_weights),
-        **{f"feature_layer_{name}": layer for name in ("fid", "kid", "prc")},
+        "feature_extractor": _EXTRACTORS[features],
+        "feature_extractor_weights_path": None if network.weights is None else str(network.weights),
+        **{f"feature_layer_{name}": "hidden" if features == "digits" else layer for name in ("fid", "kid", "prc")},
         **{name: name in metrics for name in METRICS},
         "kid_subset_size": min(1000, number),
         "cuda": device.type == "cuda",
@@ -98,26 +171,39 @@ def image_metrics(
     }
     if reference is not None and set(metrics) != {"isc"}:
         options["input2"] = _Pixels(reference)
-        options["input2_cache_name"] = f"{content_key(reference)}-{weights_key(inception_weights)}"
+        options["input2_cache_name"] = f"{content_key(reference)}-{network.key}"
         options["cache_root"] = str(cache_folder() if cache is None else cache)
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            found = torch_fidelity.calculate_metrics(**options)
-    except OSError as error:  # URLError is one
-        if inception_weights is not None:
-            raise
-        raise UserError(
-            f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
-            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub"
-        ) from error
-    suffix = "" if layer == "2048" else f"-{layer}"
-    values = {
-        name + ("" if name.startswith("isc") else suffix): float(found[key])
-        for key, name in _KEYS.items()
-        if key in found
-    }
-    _check_finite(values, layer, inception_weights)
+    if features == "digits":
+        _register_digits_extractor()
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        found = import_extra("torch_fidelity", "eval").calculate_metrics(**options)
+    values = {result_name(name, features, layer): float(found[key]) for key, name in _KEYS.items() if key in found}
+    _check_finite(values)
     return values
+
+
+def check_metrics(metrics: Sequence[str], features: str, layer: str) -> None:
+    """Raise unless these metrics exist for these features.
+
+    Raises:
+        ValueError: an unknown or impossible option; the message names it.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics has {name!r}, expected of {', '.join(METRICS)}")
+    if not metrics:
+        raise ValueError(f"metrics is empty, expected some of {', '.join(METRICS)}")
+    if features not in FEATURES:
+        raise ValueError(f"features is {features!r}, expected one of {', '.join(FEATURES)}")
+    if layer not in LAYERS:
+        raise ValueError(f"layer is {layer!r}, expected one of {', '.join(LAYERS)}")
+    if features == "digits":
+        if "isc" in metrics:
+            raise ValueError("metrics has isc, the Inception score, but features is digits: leave it out")
+        if layer != "2048":
+            raise ValueError(
+                f"layer is {layer!r}, but features is digits, which has one layer: leave it out, or take inception"
+            )
 
 
 def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tuple[str, ...]:
@@ -157,7 +243,10 @@ def content_key(images: Tensor) -> str:
 
 
 def cache_folder() -> Path:
-    """Folder for features of reference images: vadiff/features in the user's cache folder ($XDG_CACHE_HOME)."""
+    """Folder for features of real images and the digits classifier.
+
+    vadiff/features in the user's cache folder ($XDG_CACHE_HOME).
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vadiff" / "features"
 
 
@@ -175,14 +264,39 @@ class _Pixels(torch.utils.data.Dataset[Tensor]):
         return image.expand(3, -1, -1)
 
 
-def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], layer: str) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f"metrics has {name!r}, expected of {', '.join(METRICS)}")
-    if not metrics:
-        raise ValueError(f"metrics is empty, expected some of {', '.join(METRICS)}")
-    if layer not in LAYERS:
-        raise ValueError(f"layer is {layer!r}, expected one of {', '.join(LAYERS)}")
+@functools.cache
+def _register_digits_extractor() -> None:
+    """Tell torch-fidelity of the digits classifier, once per process."""
+    module = import_extra("torch_fidelity.feature_extractor_base", "eval")
+
+    class Extractor(module.FeatureExtractorBase):  # type: ignore[name-defined]
+        """torch-fidelity's protocol: [B, 3, 8, 8] uint8 → a tuple of features."""
+
+        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
+            super().__init__(name, features_list)
+            self.network = digits_classifier.read(Path(options["feature_extractor_weights_path"]))
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("hidden",)
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            return (self.network.features(normalised(images[:, :1])).double(),)
+
+    registry = import_extra("torch_fidelity", "eval").register_feature_extractor
+    registry(_EXTRACTORS["digits"], Extractor)
+
+
+def check_images(images: Tensor, reference: Tensor | None, metrics: Sequence[str], features: str) -> None:
+    """Raise unless these images can be compared.
+
+    Raises:
+        ValueError: wrong shape or dtype, too few, or images and reference of different sizes.
+    """
     if reference is None and set(metrics) != {"isc"}:
         raise ValueError("reference is None, expected real images: only isc needs none")
     for name, pixels in (("images", images), ("reference", reference)):
@@ -192,11 +306,36 @@ def _check(images: Tensor, reference: Tensor | None, metrics: Sequence[str], lay
             raise ValueError(f"{name} is {tuple(pixels.shape)} {pixels.dtype}, expected [N, 1 or 3, H, W] uint8")
         if len(pixels) < 5:
             raise ValueError(f"{name} has {len(pixels)} images, expected at least 5 (thousands for meaningful figures)")
+        if features == "digits" and tuple(pixels.shape[1:]) != digits_classifier.SHAPE:
+            raise ValueError(
+                f"{name} is {tuple(pixels.shape)}, expected [N, 1, 8, 8] with features digits: grey images of 8 x 8"
+            )
     if reference is not None and images.shape[2:] != reference.shape[2:]:
         raise ValueError(
             f"images have {images.shape[3]} x {images.shape[2]} pixels, the reference {reference.shape[3]} x "
             f"{reference.shape[2]}: resize neither by hand, compare images of one size"
         )
+
+
+def _download_weights(progress: bool) -> None:
+    """Download the Inception weights to torch's hub folder, where torch-fidelity looks for them, unless they are there.
+
+    Raises:
+        UserError: that failed.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS
+    if file.is_file():
+        return
+    url = import_extra("torch_fidelity.feature_extractor_inceptionv3", "eval").URL_INCEPTION_V3
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Downloading Inception weights to {file}", file=sys.stderr)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix="6726825d", progress=progress)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        raise UserError(
+            f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
+            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub"
+        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -215,10 +354,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _check_finite(values: Mapping[str, float], layer: str, weights: Path | None) -> None:
+def _check_finite(values: Mapping[str, float]) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
-        raise ValueError(
-            f"{', '.join(broken)} came out not finite at layer {layer} with {weights or 'the published weights'}: "
-            "there are too few images"
-        )
+        raise ValueError(f"{', '.join(broken)} came out not finite: there are too few images")

@@ -14,6 +14,7 @@ Styles = Mapping[str, Line]
 
 METRICS = {
     "fid": ("FID", "lower is better"),
+    "fd": ("Fréchet distance", "lower is better"),
     "kid": ("KID", "lower is better"),
     "isc": ("Inception score", "higher is better"),
     "precision": ("Precision", "higher is better: more of the samples look like data"),
@@ -30,9 +31,10 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
 
 
 def metric_title(name: str) -> str:
-    """fid-768 → FID-768."""
-    base, _, layer = name.partition("-")
-    return METRICS[base][0] + (f"-{layer}" if layer else "")
+    """fid-768 → FID-768, kid-digits → KID (digits)."""
+    base, _, features = name.partition("-")
+    suffix = f"-{features}" if features.isdigit() else f" ({features})"
+    return METRICS[base][0] + (suffix if features else "")
 
 
 def styles_of(groups: Sequence[Group]) -> dict[str, Line]:

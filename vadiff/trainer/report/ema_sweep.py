@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .evaluate import Comparison, compare, comparison_within_reach, draw_images, reference_images
+from .comparison import Comparison, check_drawn, compare, draw_images, prepared, reference_images
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
-    """Geometric mean over the noise levels of each held-out loss."""
-    return {name: math.exp(float(loss.mean.double().log().mean())) for name, loss in losses.items()}
+    """Mean over noise levels of each held-out loss, see `level_mean`."""
+    return {name: loss.level_mean for name, loss in losses.items()}
 
 
 def sweep_metrics(
@@ -45,8 +44,9 @@ def sweep_metrics(
         ValueError: invalid options of the comparison.
         MissingExtraError: torch-fidelity is not installed.
     """
-    comparison = comparison_within_reach(comparison)
+    comparison, _ = prepared(comparison, run.config.dataset)
     reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
+    check_drawn(run.images().shape, len(seeds), reference, comparison)
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
@@ -77,14 +77,14 @@ def sweep_figure(
         MissingExtraError: matplotlib is not installed.
     """
     matplotlib = import_extra("matplotlib", "report")
-    names = [name for name in next(iter(metrics.values()), {}) if not name.endswith("_std")] if metrics else []
+    names = [name for name in next(iter(metrics.values()), {}) if name.split("-")[0] in METRICS] if metrics else []
     figure = import_extra("matplotlib.figure", "report").Figure(
         figsize=(6.25 * (2 + len(names)), 4.6), dpi=120, facecolor="white", layout="constrained"
     )
     overall, by_level, *panels = figure.subplots(1, 2 + len(names))
     widths = sorted(losses)
     _curve(overall, sweep_scores(losses) | sweep_scores(others), widths, kept)
-    overall.set_ylabel("held-out EDM loss, geometric mean over noise levels")
+    overall.set_ylabel("held-out x0 loss, geometric mean over noise levels")
     per_level = np.stack([losses[width].mean.double().numpy() for width in widths])  # [W, L]
     ratio = per_level / per_level.min(0)
     sigmas = np.exp(-0.5 * losses[widths[0]].log_snr.double().numpy())

@@ -3,11 +3,8 @@
 import csv
 import dataclasses
 import io
-import json
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +15,31 @@ from ...extras import import_extra
 from ...files import replacing
 from ...optimal_loss import ModelGap
 from ...pixels import normalised
-from ...sampling.generation import Generation, generate
+from ...sampling.generation import Generation
 from ...sampling.seeds import recorded_seeds
 from ..data import Images
-from ..evaluation import LevelGradients, image_metrics, level_gradients
-from ..evaluation.fidelity import content_key, weights_key, within_reach
-from ..pictures import read_pictures
-from ..training import HeldOutLoss, Run, open_run
+from ..evaluation import LevelGradients, level_gradients
+from ..evaluation.fidelity import FeatureNetwork, content_key
+from ..training import HeldOutLoss, Run
 from ..training.held_out import held_out_log_snr, held_out_loss_of_run
 from ..training.optimal_curve import estimate_curve
 from ..training.run_gap import gap_of_run
+from .comparison import (
+    Comparison,
+    Record,
+    check_drawn,
+    compare,
+    draw_images,
+    kept_images,
+    prepared,
+    print_metrics,
+    reference_images,
+    seed_sets,
+)
 from .gap import gap_chart, gap_rows, gap_table
 from .gradient_charts import gradient_charts
 from .held_out_charts import held_out_levels
 from .style import Chart
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Options of the comparison with real images; see `evaluation.image_metrics`.
-
-    Args:
-        metrics: of "fid", "kid", "isc", "prc"; empty for no comparison.
-        reference: real images: a folder, an .npz archive or a run directory; None is the run's training images.
-        layer: of the Inception network.
-        inception_weights: file of the network's weights; None downloads them.
-        cache: folder for the features of references; None is the user's cache.
-    """
-
-    metrics: Sequence[str] = ("fid", "kid", "prc")
-    reference: Path | None = None
-    layer: str = "2048"
-    inception_weights: Path | None = None
-    cache: Path | None = None
 
 
 def evaluate_run(
@@ -59,17 +48,24 @@ def evaluate_run(
     seeds: Sequence[int],
     comparison: Comparison,
     *,
+    repeats: int = 1,
+    keep_images: bool = True,
     held_out_images: int | None = 0,
     gradient_images: int = 0,
     gap_images: int = 0,
 ) -> Path:
     """Measure a checkpoint of a run; print the results and write them to `evaluation/step-<n>` in the run.
 
+    Each file is written as soon as its part is measured. A further call with the same options, for example after a
+    kill, takes the images and metrics that are there.
+
     Args:
         run: the run.
         generation: how images are drawn; its `step` and first device apply to all measurements.
         seeds: of the images that are drawn.
         comparison: with real images, see `Comparison`.
+        repeats: sets of images to compare, each from seeds of its own; the metrics are means over the sets.
+        keep_images: write the images to images-<first seed>.npz in the folder.
         held_out_images: maximum number of held-out images; None takes all, 0 skips the held-out loss.
         gradient_images: training images for the gradients per level; 0 skips them.
         gap_images: training images for the gap to the optimal loss of the weights that `generation` names; 0 skips it.
@@ -78,7 +74,7 @@ def evaluate_run(
         The folder.
 
     Raises:
-        UserError: the checkpoint or the data set is missing or corrupt.
+        UserError: the checkpoint or the data set is missing or corrupt, or the Inception weights cannot be downloaded.
         ValueError: invalid options of the comparison.
         MissingExtraError: a package of the extra `eval` or `report` is not installed.
     """
@@ -90,97 +86,60 @@ def evaluate_run(
     folder = run.path / "evaluation" / f"step-{step}"
     if generation.weights not in ("ema", "raw"):  # post-hoc averages are not part of the run's history
         folder = run.path / "evaluation" / generation.weights / f"step-{step}"
-    files: dict[str, str | bytes] = {}
+    written: list[str] = []
     data = run.images()
     if comparison.metrics:
-        comparison = comparison_within_reach(comparison)
-        reference = data.train if comparison.reference is None else reference_images(comparison.reference)
-        images = draw_images(run, seeds, generation)
-        values = compare(images, reference, comparison, device)
-        files["metrics.json"] = _metrics_json(run, step, generation, seeds, comparison, reference, values)
+        _compare(run, data, generation, seed_sets(seeds, repeats), comparison, folder, keep_images)
+        written.append("metrics.json")
     if held_out_images != 0:
         limit = len(data.held_out) if held_out_images is None else held_out_images
         losses = {
-            name: held_out_loss_of_run(run.config, data, run.denoiser(name, step, device), limit=limit)
+            name: held_out_loss_of_run(run.config, data, run.denoiser(name, step, device), limit=limit, progress=True)
             for name in ("ema", "raw")
         }
         number = losses["ema"].per_image.shape[1]
         print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
-        files["held-out.csv"] = _csv(_held_out_rows(losses))
         ema, raw = losses["ema"], losses["raw"]
-        files |= _pictures([held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())])
+        charts = [held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())]
+        written += _write(folder, {"held-out.csv": _csv(_held_out_rows(losses)), **_pictures(charts)})
     if gradient_images:
         gradients = _gradients(run, data, step, device, gradient_images, generation.batch_size)
         print(f"\nGradients per noise level, from {gradient_images} training images, trained (raw) weights:")
         print(_gradients_table(gradients))
-        files["gradients.csv"] = _csv(_gradients_rows(gradients))
-        files |= _pictures(gradient_charts(gradients))
+        charts = gradient_charts(gradients)
+        written += _write(folder, {"gradients.csv": _csv(_gradients_rows(gradients)), **_pictures(charts)})
     if gap_images:
         gap = _gap(run, data, generation, device, gap_images)
         number = min(gap_images, len(data.train))
         print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
         print(gap_table(gap, run.config.sigma_data))
-        files["gap.csv"] = _csv(gap_rows(gap, run.config.sigma_data))
-        files |= _pictures([gap_chart(gap, run.config.sigma_data)])
-    _write(folder, files)
-    print(f"\nWritten to {folder}: {', '.join(sorted(files))}")
+        charts = [gap_chart(gap, run.config.sigma_data)]
+        written += _write(folder, {"gap.csv": _csv(gap_rows(gap, run.config.sigma_data)), **_pictures(charts)})
+    print(f"\nWritten to {folder}: {', '.join(sorted(written))}")
     return folder
 
 
-def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) -> dict[str, float]:
-    """Compare a folder of images or an .npz archive with real images, and print the metrics.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: no readable images, or invalid options of the comparison.
-        UserError: the reference is a run whose data set is missing.
-    """
-    reference = None if comparison.reference is None else reference_images(comparison.reference)
-    return compare(read_pictures(path), reference, comparison_within_reach(comparison), device)
-
-
-def comparison_within_reach(comparison: Comparison) -> Comparison:
-    """Drop, with a message, the metrics that the Inception weights cannot give: before images are drawn."""
-    possible = within_reach(comparison.metrics, comparison.layer, comparison.inception_weights)
-    if len(possible) < len(comparison.metrics):
-        print(f"isc (Inception score) is skipped: {comparison.inception_weights} is not finite up to the last layer")
-    return dataclasses.replace(comparison, metrics=possible)
-
-
-def compare(images: Tensor, reference: Tensor | None, comparison: Comparison, device: torch.device) -> dict[str, float]:
-    """The metrics by name, which includes the layer unless it is the usual one; also printed."""
-    values = image_metrics(
-        images,
-        reference,
-        metrics=comparison.metrics,
-        layer=comparison.layer,
-        inception_weights=comparison.inception_weights,
-        cache=comparison.cache,
-        device=device,
-        progress=sys.stderr.isatty(),
-    )
-    against = "" if reference is None else f" against {len(reference):,} real ones"
-    print(f"{len(images):,} images{against}, Inception layer {comparison.layer}:")
-    for name, value in values.items():
-        print(f"{name:>16} {value:.6g}")
-    return values
-
-
-def reference_images(path: Path) -> Tensor:
-    """Real images [N, C, H, W] uint8: the training images of a run directory, or all of a folder or an archive."""
-    return open_run(path).images().train if (path / "config.yaml").exists() else read_pictures(path)
-
-
-def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
-    """One image per seed, in their order, with a progress bar. [len(seeds), C, H, W] uint8"""
-    tqdm = import_extra("tqdm", "train").tqdm
-    batches = {}
-    with tqdm(total=len(seeds), unit="image", desc="drawing", disable=None) as bar:
-        for batch in generate(run, seeds, generation):
-            batches[batch.start] = batch.images
-            bar.update(len(batch.images))
-    return torch.cat([batches[start] for start in sorted(batches)])
+def _compare(
+    run: Run, data: Images, generation: Generation, sets: Sequence[Sequence[int]], comparison: Comparison,
+    folder: Path, keep_images: bool,
+) -> None:  # fmt: skip
+    """Measure each set of images that metrics.json does not have yet, and write it there."""
+    comparison, network = prepared(comparison, run.config.dataset)
+    reference = data.train if comparison.reference is None else reference_images(comparison.reference)
+    check_drawn(data.shape, len(sets[0]), reference, comparison)
+    record = Record(folder / "metrics.json", _settings(run, generation, sets[0], comparison, network, reference))
+    for seeds in sets:
+        values: dict[str, float] = {}
+        if missing := record.missing(comparison.metrics, seeds[0], comparison):
+            if keep_images:
+                images = kept_images(run, seeds, generation, folder)
+            else:
+                images = draw_images(run, seeds, generation)
+            values = compare(images, reference, dataclasses.replace(comparison, metrics=missing), generation.devices[0])
+        record.add(seeds[0], values)
+    print(f"metrics of {len(sets[0]):,} images" + (f", means over {len(sets)} sets:" if len(sets) > 1 else ":"))
+    print_metrics(record.means())
 
 
 def _gradients(
@@ -214,22 +173,24 @@ def _bin_of(log_snr: Tensor, centers: Tensor) -> Tensor:
     return (log_snr[:, None] - centers).abs().argmin(1)
 
 
-def _metrics_json(
-    run: Run, step: int | None, generation: Generation, seeds: Sequence[int], comparison: Comparison,
-    reference: Tensor, values: dict[str, float],
-) -> str:  # fmt: skip
-    content = {
-        "step": step,
-        "images_seen": (step or 0) * run.config.batch_size,
-        "metrics": values,
+def _settings(
+    run: Run, generation: Generation, seeds: Sequence[int], comparison: Comparison, network: FeatureNetwork,
+    reference: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """All that the metrics depend on."""
+    inception = comparison.features == "inception"
+    return {
+        "step": generation.step,
+        "images_seen": (generation.step or 0) * run.config.batch_size,
         **recorded_seeds(seeds),
         "generation": generation.recorded(),
-        "layer": comparison.layer,
-        "inception_weights": weights_key(comparison.inception_weights),
+        "features": comparison.features,
+        "layer": comparison.layer if inception else None,
+        "inception_weights": network.key if inception else None,
+        "digits_classifier": None if inception else network.key,
         "reference_images": len(reference),
         "reference_sha256": content_key(reference),
     }
-    return json.dumps(content, indent=1) + "\n"
 
 
 def _held_out_rows(losses: dict[str, HeldOutLoss]) -> list[dict[str, float]]:
@@ -300,7 +261,9 @@ def _pictures(charts: Sequence[Chart]) -> dict[str, bytes]:
     return {f"{chart.name}.{kind}": chart.picture(kind, described=True) for chart in charts for kind in ("png", "svg")}
 
 
-def _write(folder: Path, files: dict[str, Any]) -> None:
+def _write(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
+    """Write files atomically; returns their names."""
     for name, content in files.items():
         with replacing(folder / name) as partial:
             partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [*files]

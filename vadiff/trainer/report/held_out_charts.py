@@ -1,12 +1,14 @@
 """Charts of the held-out loss: per noise level, against another run, and over training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..training.held_out import level_mean
 from .charts import aligned, band, draw_spread, images_axis, plain_log_ticks, slug, styles_of
-from .runs import Array, Group
+from .runs import Array, Group, History
 from .style import LOG_SNR, Chart
 
 LOSS = "held-out EDM loss, per pixel"
@@ -76,36 +78,38 @@ def ratio_to_first(groups: Sequence[Group]) -> Chart:
 
 
 def over_training(groups: Sequence[Group]) -> Chart:
-    """Geometric mean over the noise levels of the held-out loss, averaged weights, against images seen."""
+    """Mean over the noise levels of the held-out loss (`level_mean`), averaged weights, against images seen."""
 
     def draw(panel: Any) -> None:
         for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
             images, rows = aligned(
-                [[(at, level_mean(found["loss_ema"])) for at, found in run.held_out] for run in group.runs]
+                [[(at, mean_of(run, found, "ema")) for at, found in run.held_out] for run in group.runs]
             )
             draw_spread(
                 panel, images, rows, color, dash, group.label if len(groups) > 1 else "averaged weights (EMA)", "o"
             )
             if len(groups) == 1:
                 images, rows = aligned(
-                    [[(at, level_mean(found["loss_raw"])) for at, found in run.held_out] for run in group.runs]
+                    [[(at, mean_of(run, found, "raw")) for at, found in run.held_out] for run in group.runs]
                 )
                 draw_spread(panel, images, rows, "#D55E00", "--", "raw weights", "o")
         images_axis(panel)
-        panel.set_ylabel(LOSS)
+        panel.set_ylabel("held-out x0 loss, per pixel")
         panel.set_yscale("log")
         plain_log_ticks(panel.yaxis)
 
     caption = (
-        "Loss on images never trained on: geometric mean over noise levels, so that every level counts alike. Look for "
+        "Squared error of the estimated image on images never trained on: geometric mean over noise levels, so that "
+        "every level counts alike. Look for "
         "a curve that turns upwards (overfitting), or one that still falls (train longer)." + band(groups)
     )
     return Chart("held-out-over-training", "Held-out loss over training", caption, draw)
 
 
-def level_mean(losses: Array) -> float:
-    """exp of the mean over noise levels of ln loss."""
-    return float(np.exp(np.mean(np.log(losses))))
+def mean_of(run: History, measured: Mapping[str, Array], weights: str) -> float:
+    """`level_mean` of one measurement of a run's held-out loss, with "ema" or "raw" weights."""
+    loss, log_snr = (torch.from_numpy(measured[name]) for name in (f"loss_{weights}", "log_snr"))
+    return float(level_mean(loss, log_snr, sigma_data=run.config["sigma_data"]))
 
 
 def has_held_out(groups: Sequence[Group]) -> bool:

@@ -26,7 +26,7 @@ def overview_table(groups: Sequence[Group]) -> Table:
         ("steps", lambda run: run.step[-1], _whole),
         ("images seen", lambda run: run.images[-1], _whole),
         ("training base loss", lambda run: _scalar(run, "base_loss"), number),
-        ("held-out loss (EMA)", _final_held_out, number),
+        ("held-out x0 loss (EMA)", _final_held_out, number),
         *[(charts.metric_title(name), _final_metric(name), number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
@@ -66,7 +66,7 @@ def settings_table(groups: Sequence[Group]) -> Table:
 
 
 def _final_held_out(run: History) -> float | None:
-    return held_out_charts.level_mean(run.held_out[-1][1]["loss_ema"]) if run.held_out else None
+    return held_out_charts.mean_of(run, run.held_out[-1][1], "ema") if run.held_out else None
 
 
 def _final_metric(name: str) -> Callable[[History], float | None]:

@@ -13,7 +13,8 @@ def held_out_table(runs: Mapping[str, HeldOutLoss]) -> str:
         runs: name → held-out loss, on the same images, levels and noise.
 
     Returns:
-        The table, without a trailing newline. ± is the standard error over images of the paired ratio.
+        The table, without a trailing newline. ± is the standard error over images of the paired ratio. The last line
+        is the geometric mean over levels of the x0 loss, see `level_mean`.
     """
     first_name, first = next(iter(runs.items()))
     header = f"{'sigma':>8} {'log-SNR':>8}  {first_name:>10}"
@@ -26,8 +27,8 @@ def held_out_table(runs: Mapping[str, HeldOutLoss]) -> str:
             ratio, error = run.ratio_to(first)
             line += f"  {run.mean[row]:{max(14, len(name))}.4f} {ratio[row]:9.3f} ± {error[row]:.3f}"
         lines.append(line)
-    means = {name: run.mean.mean().item() for name, run in runs.items()}
-    line = f"{'mean over levels':>17}  {means[first_name]:10.4f}"
+    means = {name: run.level_mean for name, run in runs.items()}
+    line = f"{'x0, all levels':>17}  {means[first_name]:10.5f}"
     for name in list(runs)[1:]:
-        line += f"  {means[name]:{max(14, len(name))}.4f} {means[name] / means[first_name]:9.3f}"
+        line += f"  {means[name]:{max(14, len(name))}.5f} {means[name] / means[first_name]:9.3f}"
     return "\n".join([*lines, line])

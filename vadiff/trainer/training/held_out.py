@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ...pixels import normalised
 from ...process import loss_ratio
 from ..config import TrainConfig
 from ..data import Images
+from .progress import progress_bar
 
 LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 
@@ -21,11 +23,17 @@ class HeldOutLoss(NamedTuple):
 
     log_snr: Tensor  # [L] float32
     per_image: Tensor  # [L, N] float32, on the CPU
+    sigma_data: float  # of EDM's weight λ(σ) = 1/σ² + 1/sigma_data²
 
     @property
     def mean(self) -> Tensor:
         """Mean over images, [L]."""
         return self.per_image.mean(1)
+
+    @property
+    def level_mean(self) -> float:
+        """One number for all noise levels: the geometric mean of the x0 losses, see `level_mean`."""
+        return float(level_mean(self.mean, self.log_snr, sigma_data=self.sigma_data))
 
     def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
         """Ratio of this mean loss to `other`'s, and its standard error, [L] each.
@@ -37,6 +45,24 @@ class HeldOutLoss(NamedTuple):
         return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
 
 
+def level_mean(loss: Tensor, log_snr: Tensor, *, sigma_data: float) -> Tensor:
+    """Geometric mean over noise levels of the x0 loss, exp(mean of ln(loss / λ(σ))).
+
+    The mean that every report, table and comparison of runs uses: each level counts alike, whatever its scale, and the
+    ratio of two means is exp(mean of ln ratio), the same in every form of the loss.
+
+    Args:
+        loss: EDM's loss λ(σ)·mean((D - x0)²) per noise level, [..., L].
+        log_snr: the levels, [L].
+        sigma_data: of λ(σ) = 1/σ² + 1/sigma_data².
+
+    Returns:
+        [...] float64; NaN where a level has no positive loss.
+    """
+    weight = loss_ratio("edm", log_snr.double(), sigma_data=sigma_data)
+    return (loss.double() / weight).log().mean(-1).exp()
+
+
 def held_out_log_snr(config: TrainConfig) -> Tensor:
     """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, descending. [L] float64."""
     low, high = (math.log(sigma) for sigma in config.held_out_sigma)
@@ -44,7 +70,7 @@ def held_out_log_snr(config: TrainConfig) -> Tensor:
 
 
 def held_out_loss_of_run(
-    config: TrainConfig, images: Images, denoiser: Denoiser, *, limit: int | None = None
+    config: TrainConfig, images: Images, denoiser: Denoiser, *, limit: int | None = None, progress: bool = False
 ) -> HeldOutLoss:
     """The loss on the held-out images, at the levels and with the draws of a config.
 
@@ -53,6 +79,7 @@ def held_out_loss_of_run(
         images: its data set.
         denoiser: see `held_out_loss`.
         limit: maximum number of images; `config.held_out_images` by default.
+        progress: show a progress bar.
     """
     number = config.held_out_images if limit is None else limit
     labels = images.held_out_labels
@@ -62,6 +89,7 @@ def held_out_loss_of_run(
         None if labels is None else labels[:number],
         log_snr_levels=held_out_log_snr(config).tolist(),
         draws=config.held_out_draws,
+        progress=progress,
     )
 
 
@@ -75,6 +103,7 @@ def held_out_loss(
     draws: int = 2,
     seed: int = 0,
     batch_size: int = 500,
+    progress: bool = False,
 ) -> HeldOutLoss:
     """EDM's loss of a denoiser with `draws` fixed noise samples per image and level.
 
@@ -89,23 +118,28 @@ def held_out_loss(
         draws: noise samples per image and level.
         seed: of the noise.
         batch_size: images at a time.
+        progress: show a progress bar.
     """
     device = next(denoiser.parameters()).device
     levels = torch.tensor(log_snr_levels)
     weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
     errors = torch.zeros(len(levels), len(images), device=device)
-    for draw in range(draws):
-        noise = _noise(images.shape, seed, draw)
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            clean = images[part].to(device)
-            eps = noise[part].to(device)
-            classes = labels[part].to(device) if labels is not None and denoiser.labels else None
-            for row, level in enumerate(log_snr_levels):
-                sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
-                error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
-                errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
-    return HeldOutLoss(levels, errors.cpu())
+    total = draws * len(images) * len(levels)
+    with progress_bar(total, "held-out loss", "image") if progress else nullcontext() as bar:
+        for draw in range(draws):
+            noise = _noise(images.shape, seed, draw)
+            for start in range(0, len(images), batch_size):
+                part = slice(start, start + batch_size)
+                clean = images[part].to(device)
+                eps = noise[part].to(device)
+                classes = labels[part].to(device) if labels is not None and denoiser.labels else None
+                for row, level in enumerate(log_snr_levels):
+                    sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
+                    error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
+                    errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
+                    if bar is not None:
+                        bar.update(len(clean))
+    return HeldOutLoss(levels, errors.cpu(), denoiser.sigma_data)
 
 
 def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:

@@ -179,7 +179,7 @@ def _clear(path: Path) -> None:
 
 def _drop_later(path: Path, step: int) -> None:
     """Remove sample grids, evaluations and averages of later steps, which will be trained again."""
-    for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/step-*"), *path.glob(_AVERAGES)):
+    for entry in (*path.glob("samples/step-*.png"), *path.glob("evaluation/**/step-*"), *path.glob(_AVERAGES)):
         number = entry.stem.removeprefix("step-")
         if number.isdigit() and int(number) > step:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
