@@ -111,11 +111,15 @@ def test_signal_ends_training_with_its_exit_code(
 
 
 def test_demo_writes_its_report_and_prints_all_three_weightings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], digits_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vadiff.trainer.report.demo.COMPARED", 100)
+    monkeypatch.setattr("vadiff.trainer.evaluation.fidelity.cache_folder", lambda: digits_cache)
     assert main(["demo", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "x0, all levels"))
+    assert "spread of the loss" in printed
+    assert "Fréchet distance of samples" in printed
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert all(name in page for name in ("constant", "loss level", "variance aware"))

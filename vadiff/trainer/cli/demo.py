@@ -12,9 +12,10 @@ from ..presets import PRESETS
 NAME = "demo"
 HELP = "compare three weightings on handwritten digits: pictures and a table"
 DESCRIPTION = (
-    "Train the same small model with constant, loss_level and variance_aware weighting (same seed, same noise), draw "
-    "samples, write report.html (the page of `vadiff report`) and report.png to the folder --out, and print the loss "
-    "on held-out images per noise level. Takes minutes."
+    "Train the same small model to predict the noise of DDPM with constant, loss_level and variance_aware weighting "
+    "(same seed, same noise), draw samples, write report.html (the page of `vadiff report`) and report.png to the "
+    "folder --out, and print how far the loss spreads over noise levels, the Fréchet distance of the samples and the "
+    "loss on held-out images per noise level. Takes minutes."
 )
 
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out.exists() and not options.out.is_dir():
         options.parser.error(f"argument --out: {options.out} is a file, expected a folder")
     try:
-        config = dataclasses.replace(PRESETS["digits"], **fields)
+        config = dataclasses.replace(PRESETS["digits"], process="vp_linear", **fields)
         backends.select(config.backend, torch.empty(0, device=config.torch_device()))
     except (ValueError, RuntimeError) as error:
         options.parser.error(str(error))

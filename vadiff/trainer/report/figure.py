@@ -51,9 +51,9 @@ def _heading(area: Any, runs: Mapping[str, TrainedRun], styles: Styles) -> None:
     text = (
         f"A small U-Net learned to remove noise from 8 × 8 handwritten digits, {len(runs)} times: {config.steps:,} "
         f"steps of {config.batch_size} images, starting from the same network, with the same images and noise. Only "
-        "the weight w of each noise level differs. “Base loss” is the loss of one image before that weight (EDM's "
-        "objective). Constant: w = 1. Loss level: w ∝ 1 / mean of the base loss at that noise level. Variance aware: "
-        "w ∝ 1 / standard deviation of the base loss at that noise level. The last two scale w such that the "
+        "the weight w of each noise level differs. “Base loss” is the loss of one image before that weight. Constant: "
+        "w = 1. Loss level: w ∝ 1 / mean of the base loss at that noise level. Variance aware: w ∝ 1 / standard "
+        "deviation of the base loss at that noise level. The last two scale w such that the "
         "total loss stays as it is."
     )
     area.text(0.05, 0.56, textwrap.fill(text, 178), fontsize=11, va="top", linespacing=1.4)
@@ -87,6 +87,12 @@ def _base_losses(area: Any, runs: Mapping[str, TrainedRun], styles: Styles) -> N
     panels[0].set_ylabel("base loss, per pixel  (1 ≈ untrained)")
 
 
+def spread_of(run: TrainedRun) -> float:
+    """Highest ÷ lowest standard deviation of the weighted loss, over the bins with enough samples."""
+    _, _, std, weights = _final(run)
+    return float((weights * std).max() / (weights * std).min())
+
+
 def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles: Styles) -> None:
     weight, balance, held_out = _panels(area, 3, sharey=False)
     first = next(iter(runs.values())).held_out
@@ -96,7 +102,7 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
         centers, _, std, weights = _final(run)
         weight.plot(centers, weights, color=color, linestyle=dash, linewidth=2)
         balance.plot(centers, weights * std, color=color, linestyle=dash, linewidth=2)
-        spread.append(f"{_title_of(name)} {(weights * std).max() / (weights * std).min():.1f}")
+        spread.append(f"{_title_of(name)} {spread_of(run):.1f}")
         ratio, error = (values.numpy() for values in run.held_out.ratio_to(first))
         levels = run.held_out.log_snr.numpy()
         held_out.set_xlim(levels.min() - 0.5, levels.max() + 0.5)
@@ -106,7 +112,7 @@ def _weights_and_their_effect(area: Any, runs: Mapping[str, TrainedRun], styles:
         weight,
         "Weight of each noise level",
         "Factor of the base loss at the end of training. Look for values above 1: these noise levels now count for "
-        "more than in EDM's own objective.",
+        "more than without weights.",
     )
     weight.set_ylabel("weight w")
     weight.set_ylim(bottom=0)
