@@ -143,7 +143,7 @@ def _picture(results: Results) -> Any:
         panel.set_title("Images. Bar: 95 % interval.\nLeft is better.", loc="left")
     for panel in (overall, *images):
         panel.set_yticks(range(len(results.arms)), [arm.label if panel is overall else "" for arm in results.arms])
-        panel.set_ylim(len(results.arms) - 0.5, -0.5)
+        panel.set_ylim(max(1, len(results.arms)) - 0.5, -0.5)
         panel.axvline(0.0, color="black", linewidth=1)
         panel.locator_params(axis="x", nbins=6)
     by_level.axhline(0.0, color="black", linewidth=1)
