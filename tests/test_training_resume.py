@@ -199,12 +199,12 @@ def test_files_from_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoints" / "step-6")
     (tmp_path / "samples").mkdir()
     for step in (4, 6):
-        for folder in ("evaluation", "ema"):
+        for folder in ("evaluation", "evaluation/ema-0.1", "ema"):
             (tmp_path / folder / f"step-{step}").mkdir(parents=True)
         (tmp_path / "samples" / f"step-{step}.png").touch()
     train(CONFIG, out=tmp_path, resume=True, progress=False)
-    for folder in ("evaluation", "ema"):
-        assert [entry.name for entry in (tmp_path / folder).iterdir()] == ["step-4"]
+    for folder in ("evaluation", "evaluation/ema-0.1", "ema"):
+        assert [entry.name for entry in (tmp_path / folder).glob("step-*")] == ["step-4"]
     assert [entry.name for entry in (tmp_path / "samples").iterdir()] == ["step-4.png"]
 
 

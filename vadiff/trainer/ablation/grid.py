@@ -140,7 +140,7 @@ class Grid:
         arms: name → fields of the config, in which {"times": x} multiplies and {"arm": name} names another arm's run of
             the same objective.
         limits: name → the objectives of an arm that is not for all.
-        evaluation: options of `evaluate_all`.
+        evaluation: how `train_all` measures the images of runs, if asked to.
     """
 
     name: str

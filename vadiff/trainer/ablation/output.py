@@ -107,18 +107,22 @@ def _write_csv(results: Results, file: io.StringIO) -> None:
 
 
 def _picture(results: Results) -> Any:
-    """Left: the primary figure with its interval, and each seed. Right: the same by noise level."""
-    figure = import_extra("matplotlib.figure", "report").Figure(figsize=(15, 7), dpi=100, facecolor="white")
-    overall, by_level = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    """Held-out loss with its interval, and each seed; Fréchet distance, if it was measured; held-out loss by level."""
+    measured = any(arm.distance is not None for arm in results.arms)
+    matplotlib = import_extra("matplotlib.figure", "report")
+    figure = matplotlib.Figure(figsize=(20 if measured else 15, 7), dpi=100, facecolor="white")
+    overall, *images, by_level = figure.subplots(1, 2 + measured, width_ratios=(1, *[1] * measured, 1.2))
     figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
     for row, arm in enumerate(results.arms):
         style = arm_style(row + 1)  # style 0 is the baseline's, as in gaps.png
-        mean, low, high = (_percent(value) for value in arm.held_out.ratio[:3])
         overall.plot(
             [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"
         )
-        overall.plot([low, high], [row, row], color=style["color"], linewidth=3)
-        overall.plot([mean], [row], markersize=9, **style)
+        for panel, effect in zip((overall, *images), (arm.held_out, arm.distance), strict=False):
+            if effect is not None:
+                mean, low, high = (_percent(value) for value in effect.ratio[:3])
+                panel.plot([low, high], [row, row], color=style["color"], linewidth=3)
+                panel.plot([mean], [row], markersize=9, **style)
         means = [_percent(level.mean) for level in arm.per_level]
         by_level.plot(results.log_snr, means, label=arm.label, markersize=5, **style)
         by_level.fill_between(
@@ -129,15 +133,19 @@ def _picture(results: Results) -> Any:
             alpha=0.12,
             linewidth=0,
         )
-    overall.set_yticks(range(len(results.arms)), [arm.label for arm in results.arms])
-    overall.invert_yaxis()
-    overall.axvline(0.0, color="black", linewidth=1)
     overall.set_xlabel(f"held-out loss against {results.baseline} (%)   ← better")
     overall.set_title(
-        "Geometric mean over noise levels. Bar: 95 % interval over seeds\n"
-        f"(from {LEAST_SEEDS}); grey: each seed. Left of the line is better.",
+        f"Mean over noise levels. Bar: 95 % interval\n(from {LEAST_SEEDS} seeds); grey: each seed. Left is better.",
         loc="left",
     )
+    for panel in images:
+        panel.set_xlabel(f"Fréchet distance against {results.baseline} (%)   ← better")
+        panel.set_title("Images. Bar: 95 % interval.\nLeft is better.", loc="left")
+    for panel in (overall, *images):
+        panel.set_yticks(range(len(results.arms)), [arm.label if panel is overall else "" for arm in results.arms])
+        panel.set_ylim(max(1, len(results.arms)) - 0.5, -0.5)
+        panel.axvline(0.0, color="black", linewidth=1)
+        panel.locator_params(axis="x", nbins=6)
     by_level.axhline(0.0, color="black", linewidth=1)
     by_level.set_xlabel("log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →")
     by_level.set_ylabel(f"held-out loss against {results.baseline} (%)")
@@ -146,7 +154,7 @@ def _picture(results: Results) -> Any:
     )
     if results.arms:
         by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-    for panel in (overall, by_level):
+    for panel in (overall, *images, by_level):
         plain_axes(panel)
     figure.suptitle(
         f"{results.name}: {len(results.seeds)} seeds, paired", x=0.02, ha="left", fontsize=16, weight="bold"
