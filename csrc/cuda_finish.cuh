@@ -56,18 +56,6 @@ union alignas(16) Shared {
   } table;
 };
 
-// Sum over the block, the same in every thread. Has two barriers.
-__device__ inline double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
-  __syncthreads();  // `warps` may be written again
-  return total;
-}
-
 // Sum of a sample's partials by a group of `lanes` threads (a power of two, at most a warp), in all of them.
 __device__ inline double sum_of_partials(const double* partial, int64_t splits, int lane, int lanes) {
   double sum = 0;
