@@ -138,8 +138,9 @@ void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, i
   const int64_t rounds = (4 * blocks + samples - 1) / samples;
   // 2. No run is so short that more than a quarter of a block's threads has nothing to load: CIFAR's 3,072 elements are two.
   const int64_t most = std::max<int64_t>(elements / (kStep * 3 / 4), 1);
-  // 3. None is longer than 16 steps: of a huge batch, too, the last runs are a small part.
-  const int64_t fewest = (elements + kLongestRun - 1) / kLongestRun;
+  // 3. None is longer than 32 steps, so that of a huge batch (2 GiB: 20 rounds), too, the last runs are a small part. But one
+  //    warp adds the partials of a sample, 32 at a time: rather long runs than more than 1,024 of them for this.
+  const int64_t longest = 32 * kStep, fewest = std::min<int64_t>((elements + longest - 1) / longest, 1024);
   *splits = std::max(std::min(rounds, most), fewest);
   // 4. Runs are whole steps where they are longer than one, and whole vectors in any case.
   *chunk = (elements + *splits - 1) / *splits;

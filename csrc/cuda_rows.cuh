@@ -10,8 +10,6 @@
 namespace vadiff {
 namespace cuda {
 
-constexpr int64_t kLongestRun = 16 * kStep;  // `chunk` is no more: counted from the start of an item, elements need 32 bits
-
 template <int kDtype>
 using Arithmetic = std::conditional_t<kDtype == kFloat64, double, float>;
 
@@ -154,7 +152,7 @@ __device__ __forceinline__ void run_rows(const RowsTask<C>& task, const Samples<
                        is_aligned(task.noise.data) && is_aligned(task.gradient);
   const int64_t items = samples.count * task.splits;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {  // once, unless no grid has so many blocks
-    // 1. The item's elements.
+    // 1. The item's elements. Counted from its start they need 32 bits, as `split` cuts what is long.
     const int64_t sample = item / task.splits, start = (item - sample * task.splits) * task.chunk;
     const unsigned size = unsigned(min(task.chunk, task.elements - start));
     const RowsTask<C> rows = from_element<kDtype, kSame>(task, sample * task.elements + start);
