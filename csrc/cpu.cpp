@@ -210,7 +210,9 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
     // 1. Settle a tile of samples.
     for (int j = 0; j < count; ++j) {
       const int64_t i = first + j;
-      const Sample<C> sample = settle(samples, i, C(ell_of(i)), update.bins);
+      const Given<C> given = given_of(samples, i);
+      const C weight = weight_of(samples, i, given.log_snr, update.bins);
+      const Sample<C> sample = settle(samples, i, given, C(ell_of(i)), weight);
       total += double(sample.weighted);
       skipped += sample.skipped;
       if (!update.update) continue;

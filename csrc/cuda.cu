@@ -1,5 +1,4 @@
-// Kernels and launches. Grids of fixed size stride over work items: an item is one of `splits` runs of `chunk` elements of a
-// sample. In a step of one launch, the block that takes the last ticket finishes the step.
+// Kernels and launches: a block per work item. In a step of one launch, the block that takes the last ticket finishes the step.
 
 #include "kernels.h"
 
@@ -12,6 +11,7 @@
 
 #include "cuda_elements.cuh"
 #include "cuda_finish.cuh"
+#include "cuda_rows.cuh"
 
 namespace vadiff {
 namespace cuda {
@@ -21,96 +21,11 @@ namespace {
 template <class C>
 constexpr int kBlocksPerSM = sizeof(C) == 8 ? 2 : 3;
 
-// What the slope of each sample is multiplied by, besides w*u*v and a.
-template <class C>
-struct Multiplier {
-  const C* upstream;  // null: the forward pass
-  int64_t stride;
-  C scale;
-};
-
-// Sum of the losses of the elements [begin, end) in this thread; writes their gradient, if any. Which element is added where
-// depends on its place in the sample only, so that a sample's loss does not depend on its neighbours: samples that are not
-// whole vectors long, whose alignment changes from row to row, are read element by element.
-template <class C>
-__device__ double run_item(const RowsTask<C>& task, int64_t begin, int64_t end, C a, C b, C c, C factor, bool masked) {
-  double total = 0;
-  // 1. Eight elements at a time, all loads before any arithmetic.
-  const bool vectors = task.elements % kVector == 0 && is_aligned(task.prediction.data) && is_aligned(task.target.data) &&
-                       is_aligned(task.noise.data) && is_aligned(task.gradient);
-  for (int64_t at = begin + int64_t(threadIdx.x) * kVector; vectors && at < end; at += kStep) {
-    Raw<C> raw_f, raw_x, raw_e;
-    load_raw<C>(raw_f, task.prediction.data, task.prediction.dtype, at);
-    if (task.target.data) load_raw<C>(raw_x, task.target.data, task.target.dtype, at);
-    if (task.noise.data) load_raw<C>(raw_e, task.noise.data, task.noise.dtype, at);
-    C r[kVector], term[kVector];
-    convert<C>(raw_f, task.prediction.data, task.prediction.dtype, at, r);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) r[i] *= a;
-    if (task.target.data) {
-      convert<C>(raw_x, task.target.data, task.target.dtype, at, term);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) r[i] += b * term[i];
-    }
-    if (task.noise.data) {
-      convert<C>(raw_e, task.noise.data, task.noise.dtype, at, term);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) r[i] += c * term[i];
-    }
-    C sum = 0;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) sum += element_loss(r[i], task.huber_delta);
-    total += double(sum);
-    if (task.gradient) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) r[i] = masked ? C(0) : factor * residual_slope(r[i], task.huber_delta);
-      store_eight<C>(task.gradient, task.prediction.dtype, at, r);
-    }
-  }
-  // 2. Or one at a time.
-  for (int64_t at = begin + threadIdx.x; !vectors && at < end; at += kThreads) {
-    C r = a * load_one<C>(task.prediction.data, task.prediction.dtype, at);
-    if (task.target.data) r += b * load_one<C>(task.target.data, task.target.dtype, at);
-    if (task.noise.data) r += c * load_one<C>(task.noise.data, task.noise.dtype, at);
-    total += double(element_loss(r, task.huber_delta));
-    const C slope = masked ? C(0) : factor * residual_slope(r, task.huber_delta);
-    if (task.gradient) store_one<C>(task.gradient, task.prediction.dtype, at, slope);
-  }
-  return total;
-}
-
-template <class C>
-__device__ void run_rows(const RowsTask<C>& task, const Samples<C>& samples, const Bins& bins, const Multiplier<C>& by) {
-  const int64_t items = samples.count * task.splits;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    // 1. The item's elements, and what its sample multiplies them by.
-    const int64_t sample = item / task.splits, start = (item - sample * task.splits) * task.chunk;
-    const int64_t end = min(start + task.chunk, task.elements), row = sample * task.elements;
-    const C a = task.a_each ? task.a_each[sample] : task.a;
-    const C b = task.b_each ? task.b_each[sample] : task.b;
-    const C c = task.c_each ? task.c_each[sample] : task.c;
-    C factor = 0;
-    bool masked = false;
-    if (by.upstream) {
-      factor = samples.factor[sample] * by.upstream[sample * by.stride] * a * by.scale;
-      masked = samples.masked[sample] != 0;
-    } else if (task.gradient) {
-      factor = factor_of(samples, sample, bins) * a * by.scale;
-      masked = is_masked(samples, sample);
-    }
-    // 2. One pass over them.
-    const double total = run_item(task, row + start, row + end, a, b, c, factor, masked);
-    // 3. The sum of their losses.
-    if (task.partial == nullptr) continue;
-    const double sum = block_sum(total);
-    if (threadIdx.x == 0) task.partial[item] = sum;
-  }
-}
-
-template <class C>
+// kSame: the target and the noise that are read have the prediction's dtype.
+template <int kDtype, bool kSame, class C = Arithmetic<kDtype>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     forward_kernel(RowsTask<C> task, Samples<C> samples, Update update, Multiplier<C> by, Scratch scratch, unsigned* ticket) {
-  run_rows(task, samples, update.bins, by);
+  run_rows<kDtype, kSame, false>(task, samples, update.bins, by);
   if (ticket && comes_last(ticket, gridDim.x))
     finish({nullptr, task.partial, task.elements, task.splits}, samples, update, scratch, 1, nullptr);
 }
@@ -121,10 +36,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
   finish(losses, samples, update, scratch, gridDim.x, ticket);
 }
 
-template <class C>
+template <int kDtype, bool kSame, class C = Arithmetic<kDtype>>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     backward_kernel(RowsTask<C> task, Samples<C> samples, Multiplier<C> by) {
-  run_rows(task, samples, Bins{}, by);
+  run_rows<kDtype, kSame, true>(task, samples, Bins{}, by);
 }
 
 template <class C>
@@ -208,25 +123,29 @@ void launch(void (*kernel)(Parameters...), int64_t grid, const Call& call, Argum
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
+// A block for each work item, so that the device hands the next one to whichever multiprocessor is free.
+int64_t blocks_for(int64_t items) { return std::min<int64_t>(items, INT32_MAX); }
+
 // Blocks for so many work items: as many as fit on the device at once.
 template <class C>
 int64_t resident(int64_t items, const Call& call) {
   return std::min(items, multiprocessors(int(call.device)) * kBlocksPerSM<C>);
 }
 
-// Into how many runs each sample is cut. Blocks take items in rounds; a round of one item would leave nearly all blocks idle,
-// so this takes the fewest rounds that are 95 % full, or else the fullest of eight.
+// Into how many runs each sample is cut. `blocks`: as many as the device holds at once.
 void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, int64_t* chunk) {
-  const int64_t finest = std::max<int64_t>(elements / (kStep / 2), 1), fewest = (samples + blocks - 1) / blocks;
-  double fullest = 0;
-  *splits = 1;
-  for (int64_t rounds = fewest; rounds < fewest + 8; ++rounds) {
-    const int64_t candidate = std::max<int64_t>(std::min(rounds * blocks / samples, finest), 1), items = samples * candidate;
-    const double full = double(items) / double((items + blocks - 1) / blocks * blocks);
-    if (full > fullest) fullest = full, *splits = candidate;
-    if (full >= 0.95 || candidate == finest) break;
-  }
-  *chunk = ((elements + *splits - 1) / *splits + kVector - 1) / kVector * kVector;
+  // 1. Four rounds of blocks: they end at different times, and the last ones are a small part of all.
+  const int64_t rounds = (4 * blocks + samples - 1) / samples;
+  // 2. No run is so short that more than a quarter of a block's threads has nothing to load: CIFAR's 3,072 elements are two.
+  const int64_t most = std::max<int64_t>(elements / (kStep * 3 / 4), 1);
+  // 3. None is longer than 32 steps, so that of a huge batch (2 GiB: 20 rounds), too, the last runs are a small part. But one
+  //    warp adds the partials of a sample, 32 at a time: rather long runs than more than 1,024 of them for this.
+  const int64_t longest = 32 * kStep, fewest = std::min<int64_t>((elements + longest - 1) / longest, 1024);
+  *splits = std::max(std::min(rounds, most), fewest);
+  // 4. Runs are whole steps where they are longer than one, and whole vectors in any case.
+  *chunk = (elements + *splits - 1) / *splits;
+  const int64_t unit = *chunk > kStep ? kStep : kVector;
+  *chunk = (*chunk + unit - 1) / unit * unit;
   *splits = (elements + *chunk - 1) / *chunk;
 }
 
@@ -235,8 +154,23 @@ void split(RowsTask<C>& rows, const Call& call) {
   split(call.samples, rows.elements, multiprocessors(int(call.device)) * kBlocksPerSM<C>, &rows.splits, &rows.chunk);
 }
 
-template <class C>
+// Run `run` with two constants: the prediction's dtype, and whether the other tensors that are read have the same.
+template <class Run>
+void in_dtypes_of(const Call& call, Run run) {
+  const bool same = (!call.target || call.target_dtype == call.prediction_dtype) &&
+                    (!call.noise || call.noise_dtype == call.prediction_dtype);
+  auto with = [&](auto dtype) { same ? run(dtype, std::true_type()) : run(dtype, std::false_type()); };
+  switch (call.prediction_dtype) {
+    case kFloat32: return with(std::integral_constant<int, kFloat32>());
+    case kBfloat16: return with(std::integral_constant<int, kBfloat16>());
+    case kFloat16: return with(std::integral_constant<int, kFloat16>());
+    default: return with(std::integral_constant<int, kFloat64>());
+  }
+}
+
+template <int kDtype, bool kSame>
 void step_in(const Call& call) {
+  using C = Arithmetic<kDtype>;
   RowsTask<C> rows = rows_of<C>(call);
   const Samples<C> samples = samples_of<C>(call);
   const Update update = update_of(call);
@@ -247,20 +181,21 @@ void step_in(const Call& call) {
   unsigned* ticket = ticket_of(update);
   const int blocks = settling_blocks(samples.count, update.update);
   const bool at_once = ticket && blocks == 1;
-  launch(forward_kernel<C>, resident<C>(samples.count * rows.splits, call), call, rows, samples, update, by, scratch,
+  launch(forward_kernel<kDtype, kSame>, blocks_for(samples.count * rows.splits), call, rows, samples, update, by, scratch,
          at_once ? ticket : nullptr);
   const Losses<C> losses = {nullptr, rows.partial, rows.elements, rows.splits};
   if (!at_once) launch(finish_kernel<C>, blocks, call, losses, samples, update, scratch, ticket);
 }
 
-template <class C>
+template <int kDtype, bool kSame>
 void backward_in(const Call& call) {
+  using C = Arithmetic<kDtype>;
   RowsTask<C> rows = rows_of<C>(call);
   split(rows, call);
   const double samples = call.mean ? double(call.samples) : 1;
   const Multiplier<C> by = {static_cast<const C*>(call.upstream), call.upstream_stride,
                             C(1 / (samples * double(rows.elements)))};
-  launch(backward_kernel<C>, resident<C>(call.samples * rows.splits, call), call, rows, samples_of<C>(call), by);
+  launch(backward_kernel<kDtype, kSame>, blocks_for(call.samples * rows.splits), call, rows, samples_of<C>(call), by);
 }
 
 template <class C>
@@ -294,12 +229,12 @@ int64_t workspace_size(const Call& call) {
 
 void step(const Call& call) {
   OnDevice guard(int(call.device));
-  in_arithmetic_of(call, [&](auto zero) { step_in<decltype(zero)>(call); });
+  in_dtypes_of(call, [&](auto dtype, auto same) { step_in<dtype(), same()>(call); });
 }
 
 void backward(const Call& call) {
   OnDevice guard(int(call.device));
-  in_arithmetic_of(call, [&](auto zero) { backward_in<decltype(zero)>(call); });
+  in_dtypes_of(call, [&](auto dtype, auto same) { backward_in<dtype(), same()>(call); });
 }
 
 void scale(const Call& call) {

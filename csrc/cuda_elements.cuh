@@ -11,8 +11,8 @@ namespace vadiff {
 namespace cuda {
 
 constexpr int kThreads = 256;
-constexpr int kVector = 8;                             // elements per thread and step: one 128-bit access at 16 bits each
-constexpr int64_t kStep = int64_t(kThreads) * kVector;  // elements per block and step
+constexpr int kVector = 8;                    // elements per thread and step: one 128-bit access at 16 bits each
+constexpr unsigned kStep = kThreads * kVector;  // elements per block and step
 
 __device__ __forceinline__ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
@@ -101,6 +101,18 @@ __device__ __forceinline__ void store_eight(void* data, int dtype, int64_t first
     for (int i = 0; i < 4; ++i) words[i] = narrow(values[2 * i], dtype) | narrow(values[2 * i + 1], dtype) << 16;
     to[0] = make_uint4(words[0], words[1], words[2], words[3]);
   }
+}
+
+// Sum over the block, the same in every thread. Has two barriers.
+__device__ inline double block_sum(double value) {
+  __shared__ double warps[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
+  __syncthreads();  // `warps` may be written again
+  return total;
 }
 
 }  // namespace cuda

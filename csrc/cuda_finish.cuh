@@ -56,26 +56,6 @@ union alignas(16) Shared {
   } table;
 };
 
-// Sum over the block, the same in every thread. Has two barriers.
-__device__ inline double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
-  __syncthreads();  // `warps` may be written again
-  return total;
-}
-
-// Sum of a sample's partials by a group of `lanes` threads (a power of two, at most a warp), in all of them.
-__device__ inline double sum_of_partials(const double* partial, int64_t splits, int lane, int lanes) {
-  double sum = 0;
-  for (int64_t split = lane; split < splits; split += lanes) sum += __ldcg(partial + split);  // other blocks wrote them
-  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
-}
-
 // Where the losses of the samples come from: sums of the forward pass, or the caller of `reweight`.
 template <class C>
 struct Losses {
@@ -84,30 +64,68 @@ struct Losses {
   int64_t elements, splits;
 };
 
+// The sums of the losses of the samples of the tile that starts at `first`, into shared memory. A group of threads, a power of
+// two and at most a warp, takes a sample; it has loads of four samples under way.
+template <class C>
+__device__ void sum_partials(int64_t first, int64_t samples, const Losses<C>& losses, double* sums) {
+  constexpr int kAhead = 4;
+  int lanes = 1;
+  while (lanes < 32 && lanes < losses.splits) lanes *= 2;
+  const int lane = threadIdx.x % lanes, at_once = kThreads / lanes;
+  // Whole warps together, as the sums are shuffled.
+  for (int start = 0; start < kSamples && first + start < samples; start += kAhead * at_once) {
+    const int j = start + threadIdx.x / lanes;
+    double sum[kAhead] = {};
+    for (int64_t split = lane; split < losses.splits; split += lanes) {
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n)
+        if (j + n * at_once < kSamples && first + j + n * at_once < samples)
+          sum[n] += __ldcg(losses.partial + (first + j + n * at_once) * losses.splits + split);  // other blocks wrote them
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) sum[n] += __shfl_xor_sync(~0u, sum[n], offset);
+    }
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n)
+      if (lane == 0 && j + n * at_once < kSamples) sums[j + n * at_once] = sum[n];
+  }
+}
+
 // Settle the samples of the tile that starts at `first`. Adds to this thread's sum of weighted losses and count of skipped.
 template <class C>
 __device__ void settle_tile(int64_t first, const Losses<C>& losses, const Samples<C>& samples, const Bins& bins, Shared& shared,
                             double& total, double& skipped) {
-  const int64_t splits = losses.given ? 0 : losses.splits;
-  int lanes = 1;
-  while (lanes < 32 && lanes < splits) lanes *= 2;
-  const int lane = threadIdx.x % lanes, at_once = kThreads / lanes;
-  for (int start = 0; start < kSamples; start += at_once) {  // whole warps together: the sum shuffles
-    const int j = start + threadIdx.x / lanes;
-    const int64_t i = first + j;
-    const bool here = i < samples.count;
-    C ell = 0;
-    if (!losses.given)
-      ell = C(sum_of_partials(losses.partial + (here ? i : 0) * splits, here ? splits : 0, lane, lanes) /
-              double(losses.elements));
-    else if (here)
-      ell = losses.given[i];
-    if (lane > 0) continue;
+  constexpr int kEach = kSamples / kThreads;
+  Given<C> given[kEach];
+  C ell[kEach], weight[kEach];
+  // 1. What is given of this thread's samples. It arrives while the losses are summed.
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int64_t i = first + threadIdx.x + n * kThreads;
+    if (i >= samples.count) continue;
+    given[n] = given_of(samples, i);
+    if (losses.given) ell[n] = losses.given[i];
+  }
+  // 2. The losses; until step 4 their sums stand in the place of the base losses.
+  if (!losses.given) sum_partials(first, samples.count, losses, shared.tile.base_loss);
+  __syncthreads();
+  // 3. The weights, of all samples before results are written: a load cannot pass a write that may go to the same place.
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int64_t i = first + threadIdx.x + n * kThreads;
+    if (i < samples.count) weight[n] = weight_of(samples, i, given[n].log_snr, bins);
+  }
+  // 4. The results.
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int j = threadIdx.x + n * kThreads;
     shared.tile.bin_of[j] = -1;
-    if (!here) continue;
-    const Sample<C> sample = settle(samples, i, ell, bins);
+    if (first + j >= samples.count) continue;
+    if (!losses.given) ell[n] = C(shared.tile.base_loss[j] / double(losses.elements));
+    const Sample<C> sample = settle(samples, first + j, given[n], ell[n], weight[n]);
     shared.tile.base_loss[j] = double(sample.base_loss);
-    if (!sample.masked && !sample.skipped) shared.tile.bin_of[j] = bin_index(samples.log_snr[i], bins);
+    if (!sample.masked && !sample.skipped) shared.tile.bin_of[j] = bin_index(given[n].log_snr, bins);
     total += double(sample.weighted);
     skipped += sample.skipped;
   }
@@ -270,8 +288,8 @@ __device__ void finish(const Losses<C>& losses, const Samples<C>& samples, const
   // 1. Tile by tile: settle the samples, add them to the statistics of this block.
   for (int64_t first = begin; first < end; first += kSamples) {
     settle_tile(first, losses, samples, update.bins, shared, total, skipped);
-    if (!update.update) continue;
     __syncthreads();
+    if (!update.update) continue;
     add_tile(first, first == begin, samples.sample_weight, size, groups, shared);
     __syncthreads();
   }

@@ -86,26 +86,40 @@ VADIFF_FN bool is_masked(const Samples<C>& samples, int64_t i) {
   return is_masked(value_or_one(samples.base_weight, i), value_or_one(samples.sample_weight, i));
 }
 
+// What is given of a sample, apart from its loss and weight.
 template <class C>
-VADIFF_FN C weight_of(const Samples<C>& samples, int64_t i, const Bins& bins) {
-  const float log_snr = samples.log_snr[i];
-  if (log_snr != log_snr) return C(NAN);
-  if (samples.weight) return samples.weight[i];
-  if (samples.log_weights) return C(expf(log_weight_at(samples.log_weights, log_snr, bins)));
-  return C(1);
+struct Given {
+  float log_snr;
+  C u, v;
+};
+
+template <class C>
+VADIFF_FN Given<C> given_of(const Samples<C>& samples, int64_t i) {
+  return {samples.log_snr[i], value_or_one(samples.base_weight, i), value_or_one(samples.sample_weight, i)};
+}
+
+// A log-SNR of NaN reads the table at its first bin, so that on a GPU nothing branches on what is just being loaded.
+template <class C>
+VADIFF_FN C weight_of(const Samples<C>& samples, int64_t i, float log_snr, const Bins& bins) {
+  C weight = 1;
+  if (samples.weight)
+    weight = samples.weight[i];
+  else if (samples.log_weights)
+    weight = C(expf(log_weight_at(samples.log_weights, log_snr, bins)));
+  return log_snr != log_snr ? C(NAN) : weight;
 }
 
 // w*u*v, which the gradient is multiplied by; known before ell.
 template <class C>
 VADIFF_FN C factor_of(const Samples<C>& samples, int64_t i, const Bins& bins) {
-  return weight_of(samples, i, bins) * value_or_one(samples.base_weight, i) * value_or_one(samples.sample_weight, i);
+  const Given<C> given = given_of(samples, i);
+  return weight_of(samples, i, given.log_snr, bins) * given.u * given.v;
 }
 
-// Classify sample i of loss ell and write its results.
+// Classify sample i of loss ell and weight w, and write its results.
 template <class C>
-VADIFF_FN Sample<C> settle(const Samples<C>& samples, int64_t i, C ell, const Bins& bins) {
-  const Sample<C> s = classify(ell, samples.log_snr[i], value_or_one(samples.base_weight, i),
-                               value_or_one(samples.sample_weight, i), weight_of(samples, i, bins));
+VADIFF_FN Sample<C> settle(const Samples<C>& samples, int64_t i, const Given<C>& given, C ell, C w) {
+  const Sample<C> s = classify(ell, given.log_snr, given.u, given.v, w);
   if (!samples.ell) {  // `reweight`: the caller's own loss is not finite, so that its weighted loss is not either
     samples.factor[i] = is_finite(ell) || s.masked ? s.factor : C(NAN);
     return s;
