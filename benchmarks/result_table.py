@@ -1,4 +1,5 @@
-"""A result file as text: the table, the design's figures, and the missing contests of a run that was stopped early.
+"""A result file as text: the table, the missing contests of a run that was stopped early, the design's figures, and on
+a GPU which backend a measured choice would be.
 
 python benchmarks/result_table.py benchmarks/results/<device>-<date>.json
 """
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import cases
+import choice
 import figures
 import table
 import training_step
@@ -38,6 +40,7 @@ def text_of(results: Results) -> str:
             "",
             *([f"left out: {len(missing)} contests: {', '.join(map(str, missing))}"] if missing else []),
             table.render_figures(figures.judge(results)),
+            *choice.lines(results),
         ]
     )
 

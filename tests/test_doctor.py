@@ -2,11 +2,13 @@
 
 import platform
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import vadiff
+from vadiff.ops import backends
 from vadiff.trainer import doctor
 
 
@@ -33,6 +35,19 @@ def test_report_has_versions_devices_backends_and_environment() -> None:
         assert part in report
     assert "reference yes" in report
     assert "triton" in report
+
+
+def test_report_says_what_auto_takes_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(name="A card", major=9, minor=index, total_memory=2**34),
+    )
+    monkeypatch.setattr(backends, "automatic", lambda device: f"what suits {device}")
+    report = doctor.report()
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        assert f"what suits {device} on {device}" in report
 
 
 def test_installed_extras_are_listed_with_versions(packages: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,44 @@ def test_an_explicit_backend_that_cannot_run_says_why_and_auto_falls_back(monkey
         vadiff.DiffusionLoss(backend="triton")(double.float(), double.float(), log_snr)
     assert backends.backend_report()["triton"][0] is False
     backends._chosen.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "triton_loads", "dtype", "expected"),
+    [
+        ("sm_80+sm_90", True, torch.float32, "native"),
+        ("sm_100", True, torch.float32, "triton"),  # built for newer cards only
+        ("", True, torch.float32, "triton"),
+        (None, True, torch.bfloat16, "triton"),
+        (None, True, torch.float64, "reference"),
+        (None, False, torch.float32, "reference"),
+    ],
+)
+def test_auto_takes_native_for_cuda_tensors_where_it_is_built_for_the_card_else_triton(
+    architectures: str | None,
+    triton_loads: bool,
+    dtype: torch.dtype,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    missing = backends.Obstacle("gone")
+    native = missing if architectures is None else SimpleNamespace(CUDA_ARCHITECTURES=architectures)
+    triton = SimpleNamespace(INTERPRETED=False) if triton_loads else missing
+    monkeypatch.setattr(backends, "load_native", lambda: native)
+    monkeypatch.setattr(backends, "_load_triton", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda", 0)
+    backends._chosen.cache_clear()
+    with caplog.at_level("DEBUG", logger="vadiff"):
+        for _ in range(2):
+            found = backends._chosen("auto", device, dtype)
+    backends._chosen.cache_clear()
+    assert found is {"native": native, "triton": triton, "reference": backends.reference}[expected]
+    if dtype == torch.float32:
+        assert backends.automatic(device) == expected
+    order = ["native", "triton", "reference"]
+    assert [record.args[0] for record in caplog.records] == order[: order.index(expected)]  # each said once
 
 
 def test_importing_vadiff_brings_in_torch_and_numpy_only_and_changes_nothing() -> None:

@@ -1,4 +1,5 @@
-"""What the Triton kernels compile to, without a GPU: wide accesses, no spills, no atomics, 64-bit offsets."""
+"""What the Triton kernels compile to, without a GPU: wide accesses, no spills, no atomics, 64-bit offsets; and which
+of them a launch takes."""
 
 from __future__ import annotations
 
@@ -25,12 +26,15 @@ WIDE = "v4.b32"
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Every launch of a forward, a backward and a reweight, compiled for one architecture; in a process of its own,
     because this one may be interpreting."""
+    return [json.loads(line) for line in run("compile_kernels.py", str(request.param)).splitlines()]
+
+
+def run(script: str, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "compile_kernels.py"
-    command = [sys.executable, str(script), str(request.param)]
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
-    return [json.loads(line) for line in output.stdout.splitlines()]
+    return output.stdout
 
 
 def test_kernels_compile_with_wide_accesses_no_spills_and_no_atomics(
@@ -57,6 +61,10 @@ def test_kernels_compile_with_wide_accesses_no_spills_and_no_atomics(
             assert per_element >= 4, kernel
             assert sum(hits for name, hits in kernel["stores"].items() if name.endswith(WIDE)) >= 4, kernel
             assert kernel["loads"].get("ld.global.b32", 0) <= 8, kernel
+
+
+def test_a_remembered_launch_is_of_the_kernel_that_triton_would_choose() -> None:
+    run("launch_kinds.py")
 
 
 @triton.jit

@@ -20,12 +20,20 @@ from torch import Tensor
 from ..ops.problem import ELL, FACTOR, MASKED, SLOPE, Gather, Inputs, Problem, State, Step
 from . import rows as _rows
 from . import statistics as _statistics
+from .launch import Launcher
 from .rows import BLOCK, backward_kernel, rows_kernel, scale_kernel
 from .statistics import TILE, fold_kernel, statistics_kernel
 
 INTERPRETED = not isinstance(rows_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when this module was imported
 PROGRAMS_PER_SM = 8
 MIN_BLOCKS_PER_ITEM = 2  # a sample is not split finer than this
+
+_launch_rows = Launcher(rows_kernel, num_warps=_rows.NUM_WARPS)
+_launch_backward = Launcher(backward_kernel, num_warps=_rows.NUM_WARPS)
+_launch_scale = Launcher(scale_kernel, num_warps=_rows.NUM_WARPS)
+# maxnreg: one program is alone on its multiprocessor, where spilling a few bytes for occupancy gains nothing.
+_launch_statistics = Launcher(statistics_kernel, num_warps=_statistics.NUM_WARPS, maxnreg=255)
+_launch_fold = Launcher(fold_kernel, num_warps=_statistics.NUM_WARPS, maxnreg=255)
 
 
 @functools.cache
@@ -90,8 +98,6 @@ def _update_arguments(problem: Problem) -> dict[str, Any]:
         "STATISTIC": rule.statistic,
         "SMOOTH": rule.smoothing > 0,
         "K": _power_of_2(bins.size),
-        "num_warps": _statistics.NUM_WARPS,
-        "maxnreg": 255,  # one program is alone on its multiprocessor: spilling a few bytes for occupancy gains nothing
     }
 
 
@@ -100,7 +106,6 @@ def _residual_arguments(problem: Problem, inputs: Inputs) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "prediction_ptr": inputs.prediction, "target_ptr": inputs.target, "noise_ptr": inputs.noise,
         "huber_delta": problem.huber_delta, "HUBER": problem.huber_delta > 0, "BLOCK": BLOCK,
-        "num_warps": _rows.NUM_WARPS,
     }  # fmt: skip
     for name in "abc":
         value = getattr(inputs, name)
@@ -140,15 +145,15 @@ def _settle(
     loss_parts = workspace.new_empty(tiles) if tiles > 1 and mean_ptr is not None else None
     arguments = _update_arguments(problem)
     split_block = _power_of_2(min(splits, 128)) if splits else 0
-    statistics_kernel[(tiles,)](
-        loss_ptr=workspace if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
+    _launch_statistics(
+        tiles, loss_ptr=workspace if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
         parts_ptr=parts, loss_parts_ptr=loss_parts, samples=samples, elements=inputs.prediction.numel() // samples,
         splits=splits, tile=TILE, FOLD=fold_at_once, SPLITS=split_block,
         SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(problem.bins.size),
         **out, **_weight_arguments(problem, inputs, state), **arguments,
     )  # fmt: skip
     fold = functools.partial(
-        fold_kernel[(1,)], state_ptr=state.state, log_weights_ptr=state.log_weights.view(torch.float32),
+        _launch_fold, 1, state_ptr=state.state, log_weights_ptr=state.log_weights.view(torch.float32),
         workspace_ptr=workspace, samples=samples, **arguments,
     )  # fmt: skip
     if loss_parts is not None or (parts is not None and tiles > 1):
@@ -183,10 +188,10 @@ def step(
         "mean_ptr": loss if inputs.mean else None,
     }  # fmt: skip
     with _on(device):
-        rows_kernel[(min(samples * splits, _programs(device.index)),)](
-            partial_ptr=workspace, gradient_ptr=made if gradient else None, bins=problem.bins.size,
-            scale=1.0 / prediction.numel(), **residual,
-            **_weight_arguments(problem, inputs, state),
+        _launch_rows(
+            min(samples * splits, _programs(device.index)), partial_ptr=workspace,
+            gradient_ptr=made if gradient else None, bins=problem.bins.size, scale=1.0 / prediction.numel(),
+            **residual, **_weight_arguments(problem, inputs, state),
         )  # fmt: skip
         _settle(problem, inputs, state, workspace, out, splits, update, gather)
     return Step(loss, per_sample, made)
@@ -200,9 +205,9 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     mean = upstream.dim() == 0
     items = residual["samples"] * residual["splits"]
     with _on(prediction.device):
-        backward_kernel[(min(items, _programs(prediction.device.index)),)](
-            upstream_ptr=upstream, factor_ptr=per_sample[FACTOR], masked_ptr=per_sample[MASKED], gradient_ptr=gradient,
-            upstream_stride=0 if mean else upstream.stride(0),
+        _launch_backward(
+            min(items, _programs(prediction.device.index)), upstream_ptr=upstream, factor_ptr=per_sample[FACTOR],
+            masked_ptr=per_sample[MASKED], gradient_ptr=gradient, upstream_stride=0 if mean else upstream.stride(0),
             scale=1.0 / (prediction.numel() if mean else residual["elements"]), **residual,
         )  # fmt: skip
     return gradient
@@ -213,9 +218,10 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     total = gradient.numel()
     grid = min(-(-total // BLOCK), _programs(gradient.device.index))
     with _on(gradient.device):
-        scale_kernel[(grid,)](
-            gradient, out, upstream, total, INPLACE=out is gradient, BLOCK=BLOCK, num_warps=_rows.NUM_WARPS
-        )
+        _launch_scale(
+            grid, gradient_ptr=gradient, out_ptr=out, upstream_ptr=upstream, total=total, INPLACE=out is gradient,
+            BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:

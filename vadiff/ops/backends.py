@@ -1,9 +1,9 @@
 """Which implementation runs a call: "auto", "reference", "native" (csrc/) or "triton".
 
 An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". The
-choice is made at call time, inside the operators; a captured CUDA graph keeps its backend. "auto" takes the fused
-kernels where they can run and the reference elsewhere; a backend requested by name that cannot run raises, with the
-command that fixes it.
+choice is made at call time, inside the operators; a captured CUDA graph keeps its backend. "auto" takes native where it
+is built for the device, else, on CUDA devices, Triton, else the reference; a backend requested by name that cannot run
+raises, with the command that fixes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from . import reference
 BACKENDS = ("auto", "reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "VADIFF_BACKEND"
 
-_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}  # by device, best first; then the reference
+# What "auto" takes, by type of device, best first; then the reference. CUDA's order is an estimate, not measured yet:
+# forward, native has one launch, Triton two after more Python. The benchmarks print what a measured choice would be.
+_PREFERRED = {"cpu": ("native",), "cuda": ("native", "triton")}
 _BUILD = (
     "Build them, with a C++ compiler and in the folder of vadiff's source: pip install --force-reinstall --no-deps ."
 )
@@ -69,9 +71,17 @@ def backend_report() -> dict[str, tuple[bool, str]]:
     }
 
 
+def automatic(device: torch.device) -> str:
+    """The backend that "auto" takes for float32 tensors of a device."""
+    for name in _PREFERRED.get(device.type, ()):
+        if not isinstance(_usable(name, device, torch.float32), Obstacle):
+            return name
+    return "reference"
+
+
 @functools.lru_cache(maxsize=64)
 def _chosen(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | Obstacle:
-    """The module of a backend, or why it cannot run there; for "auto" the fastest that can run."""
+    """The module of a backend, or why it cannot run there; for "auto" the first preferred one that can run."""
     if backend == "reference":
         return reference
     if backend != "auto":

@@ -53,6 +53,8 @@ def _devices() -> Iterator[str]:
 def _backends() -> Iterator[str]:
     for name, (usable, remark) in backends.backend_report().items():
         yield f"{name:<9} {'yes' if usable else 'no '}  {remark}"
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    yield f"auto      takes {', '.join(f'{backends.automatic(device)} on {device}' for device in devices)}"
 
 
 def _environment() -> Iterator[str]:
