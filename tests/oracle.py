@@ -286,9 +286,9 @@ def variance_error(
     """[K] how far two variances of a bin may be apart when each of its losses has a relative error of ε.
 
     With errors |d_i| ≤ ε·|ℓ_i| and weights q_i (the forgetting), M2 = Σ q_i·(ℓ_i − mean)² changes by
-    2·Σ q_i·(ℓ_i − mean)·d_i + Σ q_i·(d_i − mean d)², as the shift of the mean itself cancels. By Cauchy-Schwarz this is at
-    most 2·sqrt(M2·E) + E with E = Σ q_i·d_i² ≤ ε²·Σ q_i·ℓ_i² = ε²·(M2 + n·mean²). Divided by max(n − 1, n/2), as the
-    variance is: 2·ε·sqrt(variance·S) + ε²·S with S = variance + mean²·n / max(n − 1, n/2).
+    2·Σ q_i·(ℓ_i − mean)·d_i + Σ q_i·(d_i − mean d)², as the shift of the mean itself cancels. By Cauchy-Schwarz this
+    is at most 2·sqrt(M2·E) + E with E = Σ q_i·d_i² ≤ ε²·Σ q_i·ℓ_i² = ε²·(M2 + n·mean²). Divided by max(n − 1, n/2), as
+    the variance is: 2·ε·sqrt(variance·S) + ε²·S with S = variance + mean²·n / max(n − 1, n/2).
 
     The relative error of a variance thus grows as mean / std: losses that are nearly equal lose digits, and no bound
     relative to the variance alone can hold.
