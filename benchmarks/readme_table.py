@@ -54,7 +54,7 @@ def markdown(found: list[Results], figures_in: str | None = None) -> str:
         figures_in: link to the page with the table of figures; None includes it here.
     """
     if not found:
-        return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh --part 2` on a GPU."
+        return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
     return "\n\n".join("\n".join(_device(results, figures_in)) for results in found)
 
 
