@@ -11,7 +11,7 @@ VADIFF_NATIVE ?= $(if $(shell command -v c++ 2>/dev/null),1,auto)
 COMPILING := VADIFF_NATIVE=$(VADIFF_NATIVE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize bench docs release-check lint clean
+.PHONY: help install demo test sanitize bench gpu-bundle docs release-check lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ sanitize: install  ## the native CPU kernels' tests under AddressSanitizer and U
 
 bench: install  ## speed of every provider on the CPU, with the design's figures, into benchmarks/results (6 minutes)
 	$(BIN)/pytest benchmarks -n 0 --benchmark-quiet --device cpu --results benchmarks/results
+
+PYTHON_VERSION ?= 3.12
+ARCHITECTURES ?= 90
+BUNDLE ?= build/gpu-bundle
+gpu-bundle:  ## wheels for benchmarks/gpu.sh --bundle, for a GPU machine without a network; PYTHON_VERSION, ARCHITECTURES, BUNDLE
+	$(PYTHON) benchmarks/gpu_bundle.py --python-version $(PYTHON_VERSION) --architectures "$(ARCHITECTURES)" --out $(BUNDLE)
 
 docs: install  ## the documentation as a web site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -30,6 +30,9 @@ BACKENDS = ["reference", "native", "triton"]
 def pytest_configure(config: pytest.Config) -> None:
     """Infinities and NaN are data to a kernel; only the interpreter's numpy remarks on them."""
     config.addinivalue_line("filterwarnings", r"ignore:.* encountered in:RuntimeWarning:triton\.runtime\.interpreter")
+    # Triton 3.6 reads a scalar from an array of one element; numpy < 2.4 warns, numpy 2.4 raises a TypeError instead.
+    scalar = r"ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton\.runtime\.interpreter"
+    config.addinivalue_line("filterwarnings", scalar)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

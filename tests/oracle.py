@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 EMPTY_BELOW = 2.0**-20  # effective count under which a bin is emptied
+LOSS_EPSILON = 2.0**-22  # between two float32 computations of one ℓ: each rounded once (2^-24), as much for its sum
 
 
 @dataclass
@@ -277,6 +278,37 @@ class Oracle:
         covariance = (q * (d - d_mean) * (a - a_mean)).sum() / total
         smoothed = a_mean - d_mean * covariance / (variance + 32 * h**2 / total)
         return min(max(smoothed, a.min()), a.max()), total
+
+
+def variance_error(
+    count: np.ndarray, mean: np.ndarray, variance: np.ndarray, epsilon: float = LOSS_EPSILON
+) -> np.ndarray:
+    """[K] how far two variances of a bin may be apart when each of its losses has a relative error of ε.
+
+    With errors |d_i| ≤ ε·|ℓ_i| and weights q_i (the forgetting), M2 = Σ q_i·(ℓ_i − mean)² changes by
+    2·Σ q_i·(ℓ_i − mean)·d_i + Σ q_i·(d_i − mean d)², as the shift of the mean itself cancels. By Cauchy-Schwarz this
+    is at most 2·sqrt(M2·E) + E with E = Σ q_i·d_i² ≤ ε²·Σ q_i·ℓ_i² = ε²·(M2 + n·mean²). Divided by max(n − 1, n/2), as
+    the variance is: 2·ε·sqrt(variance·S) + ε²·S with S = variance + mean²·n / max(n − 1, n/2).
+
+    The relative error of a variance thus grows as mean / std: losses that are nearly equal lose digits, and no bound
+    relative to the variance alone can hold.
+    """
+    with np.errstate(all="ignore"):
+        square = variance + mean**2 * count / np.maximum(count - 1, count / 2)
+        return 2 * epsilon * np.sqrt(variance * square) + epsilon**2 * square
+
+
+def assert_variance_close(
+    found: np.ndarray, count: np.ndarray, mean: np.ndarray, variance: np.ndarray, epsilon: float = LOSS_EPSILON
+) -> None:
+    """Every bin's variance is within `variance_error` of the expected one; NaN (an empty bin) where NaN is expected."""
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(variance))
+    allowed = variance_error(count, mean, variance, epsilon)
+    for k in np.flatnonzero(np.abs(found - variance) > allowed):
+        raise AssertionError(
+            f"the variance of bin {k} is {found[k]:.9g}, expected {variance[k]:.9g} within {allowed[k]:.1e} "
+            f"(n = {count[k]:.3g}, mean {mean[k]:.6g})"
+        )
 
 
 def _per_sample(value: float | np.ndarray | None, default: float, batch: int) -> np.ndarray:

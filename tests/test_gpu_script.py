@@ -1,166 +1,165 @@
-"""benchmarks/gpu.sh, with a stand-in for Python: its stages, their limits, and what it says of them."""
+"""benchmarks/gpu.sh: its stages and their options without a GPU, and what it makes of stages that fail or hang."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gpu_run
 import pytest
+from gpu_run import Run, Stage
 
 from vadiff.trainer.cli import _parser
 from vadiff.trainer.cli.train import training_config
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+GPU_SH = Path(gpu_run.__file__).with_name("gpu.sh")
 
 
-def program(path: Path, *lines: str) -> Path:
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return path
+def python(code: str, name: str = "stub", limit: float = 20.0) -> Stage:
+    return Stage(name, limit, (sys.executable, "-c", code))
 
 
-@pytest.fixture
-def stub_python(tmp_path: Path) -> Path:
-    """Stands in for Python in gpu.sh: installing fails, everything else succeeds at once."""
-    return program(tmp_path / "python", 'case "$*" in *"pip install"*) echo no compiler today; exit 3 ;; esac')
-
-
-@pytest.fixture
-def able_python(tmp_path: Path) -> Path:
-    """As `stub_python`, where all succeeds, the benchmarks leave a result file and its table is written."""
-    return program(
-        tmp_path / "python",
-        'for last; do :; done',
-        'case "$*" in',
-        '    *"-m vadiff doctor"*) echo "commit $VADIFF_COMMIT" ;;',
-        '    *"pytest -q benchmarks"*) echo {} >"$last/gpu.json" ;;',
-        "    *result_table*) printf 'left out: one\\nthe design\\n' >\"$last\" ;;",
-        'esac',
-    )  # fmt: skip
-
-
-def run_gpu_script(python: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def gpu_sh(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(BENCHMARKS / "gpu.sh"), *arguments], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "PYTHON": str(python), **environment},
+        [str(GPU_SH), *arguments], capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
     )  # fmt: skip
 
 
-def test_the_gpu_script_measures_networks_and_a_short_run_instead(stub_python: Path, tmp_path: Path) -> None:
-    weights = tmp_path / "weights.pth"
-    weights.touch()
-    out = tmp_path / "out"
-    arguments = ["--networks", "--data", str(tmp_path), "--inception-weights", str(weights)]
-    run_gpu_script(stub_python, *arguments, str(out))
-    stages = [line.split()[0] for line in (out / "summary.txt").read_text().splitlines()]
-    assert stages == ["build", "machine", "networks", "train", "sweep"]
-    found = run_gpu_script(stub_python, "--networks", str(out))
-    assert "NOT RUN: no --data" in found.stdout
-    assert run_gpu_script(stub_python, "--networks", "--data", str(tmp_path / "no")).returncode == 2
-    assert "are for --networks" in run_gpu_script(stub_python, "--data", str(tmp_path)).stderr
+def summary(out: Path) -> dict[str, str]:
+    """Stage → its line."""
+    return {line.split()[0]: line for line in (out / "summary.txt").read_text().splitlines()}
 
 
-def test_the_gpu_script_measures_one_network_where_the_other_cannot_be_made(tmp_path: Path) -> None:
-    python = program(tmp_path / "python", 'case "$*" in *diffusers*) exit 1 ;; *networks.py*) echo "with $*" ;; esac')
-    run_gpu_script(python, "--networks", str(tmp_path / "out"))
-    assert "classic             - s  NOT RUN" in (tmp_path / "out" / "summary.txt").read_text()
-    assert "networks.py --presets cifar10-edm2 --out" in (tmp_path / "out" / "log.txt").read_text()
+def test_the_files_and_options_of_every_stage_exist(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda part: gpu_sh("--part", part, "--dry", str(tmp_path / part)), "123"))
+    for run in found:
+        assert run.returncode == 0, run.stdout + run.stderr
+    assert [[*summary(tmp_path / part)][1:] for part in "123"] == [
+        ["build", "doctor", "smoke-native", "smoke-triton", "tests"],
+        ["benchmarks", "table", "roofline", "ncu"],
+        ["memcheck-native", "networks", "training-loop", "core"],
+    ]
 
 
-def test_the_commands_of_the_gpu_scripts_short_run_are_understood(tmp_path: Path) -> None:
-    """Those of `vadiff`, as they stand in the script, by its parser."""
-    script = (BENCHMARKS / "gpu.sh").read_text().replace("\\\n", " ")
-    commands = [line.split("-m vadiff ")[1] for line in script.splitlines() if "-m vadiff " in line and "stage" in line]
-    commands = [command for command in commands if command.startswith(("train", "ema"))]
-    assert [command.split()[0] for command in commands] == ["train", "ema"]
-    for command in commands:
-        plain = command.replace('"${metrics[@]}"', "--metrics fid --layer 768 --images 2000")
-        words = [word.strip('"').replace("$run", str(tmp_path)).replace("$data", "data") for word in plain.split()]
-        options = _parser().parse_args(words)
-        if words[0] == "train":
-            assert training_config(options).channels == (128, 128, 128)
-            assert training_config(options).steps // training_config(options).snapshot_every >= 60
+def test_the_commands_of_the_short_run_on_cifar_are_understood(tmp_path: Path) -> None:
+    assert Run(tmp_path, dry=True, data=tmp_path).run(gpu_run.TRAINING), (tmp_path / "summary.txt").read_text()
+    train = gpu_run.TRAINING[0].command[3:]
+    config = training_config(_parser().parse_args(train))
+    assert config.channels == (128, 128, 128)
+    assert config.steps // config.snapshot_every >= 60
+    assert gpu_run.TRAINING[0] in gpu_run.own_stages(3, tmp_path)
 
 
-def test_the_gpu_script_goes_on_after_a_failed_stage_and_says_so(stub_python: Path, tmp_path: Path) -> None:
-    found = run_gpu_script(stub_python, str(tmp_path / "out"))
-    assert found.returncode == 1
-    stages = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
-    assert "FAILED, exit status 3" in stages["build"]
-    assert stages["tests"].endswith("ok")
-    assert stages["core"].endswith("ok")
-    assert stages["benchmarks"].endswith("ok")
-    assert "NOT RUN: the benchmarks left no result file" in stages["roofline"]
-    assert "no compiler today" in (tmp_path / "out" / "log.txt").read_text()
-    assert "no compiler today" in found.stdout  # the end of a failed stage is shown at once
+def test_a_dry_run_sees_an_option_and_a_file_that_are_not_there(tmp_path: Path) -> None:
+    table = [
+        Stage("option", 30, gpu_run.script("gpu_run.py", "--of-old")),
+        Stage("file", 30, gpu_run.script("of_old.py")),
+    ]
+    assert not Run(tmp_path, dry=True).run(table)
+    assert "FAILED   unknown options: --of-old" in summary(tmp_path)["option"]
+    assert "FAILED" in summary(tmp_path)["file"]
 
 
-def test_the_gpu_script_refuses_a_folder_of_wheels_that_is_not_there(stub_python: Path, tmp_path: Path) -> None:
-    found = run_gpu_script(stub_python, "--wheels", str(tmp_path / "none"), str(tmp_path / "out"))
-    assert found.returncode == 2
-    assert "no such folder" in found.stderr
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_the_limits_leave_every_stage_half_its_time(part: int) -> None:
+    before = 0.0
+    for stage in [*gpu_run.first_stages(None), *gpu_run.own_stages(part)]:
+        assert before + stage.limit / 2 <= 9 * 60 - gpu_run.RESERVE or stage.name == "core"
+        before += stage.limit
 
 
-def test_the_gpu_script_runs_its_stages_dearest_first_and_their_limits_leave_time(
-    able_python: Path, tmp_path: Path
-) -> None:
-    tools, out = tmp_path / "tools", tmp_path / "out"
-    tools.mkdir()
-    program(tools / "compute-sanitizer")
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    found = run_gpu_script(able_python, str(out), PATH=path, VADIFF_COMMIT="0123456")
-    assert found.returncode == 0, found.stdout + found.stderr
-    limits = {name: int(seconds) for name, seconds in re.findall(r"== (\S+) \(at most (\d+) s\)", found.stdout)}
-    before = ["build", "machine", "tests", "benchmarks", "table", "roofline"]
-    sanitizers = ["memcheck-native", "racecheck-native", "compile-triton", "memcheck-triton", "racecheck-triton"]
-    assert [*limits] == [*before, "core", *sanitizers]
-    left = 570 - sum(limits[name] for name in before)
-    assert left >= 80 + 50  # for the sanitizers, and for the suite
-    lines = [line.split()[0] for line in (out / "summary.txt").read_text().splitlines()]
-    assert lines == [*before[:-1], "left", "roofline", "core", *sanitizers]
-    assert "the design\n== summary" in found.stdout
-    found = run_gpu_script(able_python, "--sanitize", str(out), PATH=path)
-    assert re.findall(r"== (\S+) \(at", found.stdout) == ["build", "machine", *sanitizers]
-    assert "the design" not in found.stdout  # of the run before
+def test_a_stage_that_fails_and_one_that_hangs_cost_their_own_limit(tmp_path: Path) -> None:
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {deaf!r}])"
+    begin = time.monotonic()
+    table = [
+        python("print('no compiler today'); raise SystemExit(3)", "failing"),
+        python(child, "hanging", limit=1.5),
+        Stage("missing", 5, ("/no/such/program",)),
+        python("print('42 images/s')", "good"),
+    ]
+    assert not Run(tmp_path, grace=0.5).run(table)
+    assert time.monotonic() - begin < 15
+    lines = summary(tmp_path)
+    assert "FAILED   no compiler today" in lines["failing"]
+    assert "STOPPED" in lines["hanging"]
+    assert "No such file" in lines["missing"]
+    assert "ok       42 images/s" in lines["good"]
 
 
-def test_stages_of_the_gpu_script_hear_an_interrupt_that_its_shell_ignores(tmp_path: Path) -> None:
-    asked = f'exec {sys.executable} -c "import signal; print(signal.getsignal(signal.SIGINT))"'
-    python = program(tmp_path / "python", f'case "$*" in *doctor*) {asked} ;; esac')
-    out = tmp_path / "out"
-    command = ["bash", "-c", "trap '' INT; exec \"$@\"", "bash", str(BENCHMARKS / "gpu.sh"), str(out)]
-    subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "PYTHON": str(python)})
-    log = (out / "log.txt").read_text()
-    assert "default_int_handler" in log, log
+def test_a_stage_hears_an_interrupt_first(tmp_path: Path) -> None:
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed, 1 failed in 2 s')"
+    Run(tmp_path).run([python(code, limit=1.5)])
+    assert "STOPPED  3 passed, 1 failed" in summary(tmp_path)["stub"]
 
 
-def test_the_gpu_script_hands_on_the_commit_and_refuses_what_is_none(able_python: Path, tmp_path: Path) -> None:
-    for told in ("0123456", "0123456789abcdef0123456789abcdef01234567-dirty"):
-        run_gpu_script(able_python, "--commit", told, str(tmp_path / "out"))
-        assert f"commit {told}\n" in (tmp_path / "out" / "log.txt").read_text()
-    for wrong in ("main", "0123456-"):
-        found = run_gpu_script(able_python, "--commit", wrong, str(tmp_path / "none"))
-        assert found.returncode == 2
-        assert f"--commit {wrong}: expected a hash" in found.stderr
-    assert not (tmp_path / "none").exists()
+def test_a_stage_that_does_not_fit_and_one_without_its_program_are_not_run(tmp_path: Path) -> None:
+    out = [tmp_path / "a", tmp_path / "b"]
+    for folder in out:
+        folder.mkdir()
+    run = Run(out[0], minutes=0.5)  # 15 s
+    assert not run.run([python("", limit=60), python("", "short", limit=5)])
+    assert "NOT RUN  15 s are left" in summary(out[0])["stub"] or "NOT RUN  14 s are left" in summary(out[0])["stub"]
+    assert "ok" in summary(out[0])["short"]
+    assert Run(out[1]).run([Stage("tool", 5, ("of-old", "x"), "of-old")])  # no failure
+    assert "NOT RUN  of-old is not on the PATH" in summary(out[1])["tool"]
 
 
-def test_the_gpu_script_takes_python3_where_there_is_no_python(able_python: Path, tmp_path: Path) -> None:
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    able_python.rename(tools / "python3")
-    needed = "bash cat dirname env find git head mkdir mktemp nproc rm sed sh tail tee timeout wc"
-    for name in needed.split():
-        (tools / name).symlink_to(shutil.which(name) or name)
-    run_gpu_script(Path(), str(tmp_path / "out"), PATH=str(tools), PYTHON="")
-    assert re.search(r"^benchmarks +\d+ s  ok$", (tmp_path / "out" / "summary.txt").read_text(), re.MULTILINE)
+def test_the_summary_names_failed_tests_and_missed_figures_in_at_most_twenty_lines(tmp_path: Path) -> None:
+    pytest_says = "FAILED tests/gpu/test_a.py::test_b[x] - AssertionError: 1\n= 1 failed, 2 passed in 3.00s ="
+    figures = "the design's figures\n" + "share of copy   90 %   MISSED   85 %\nloss   1 %  pass  0.5 %\n" * 30
+    Run(tmp_path).run([python(f"print({pytest_says!r}); raise SystemExit(1)"), python(f"print({figures!r})", "table")])
+    text = (tmp_path / "summary.txt").read_text()
+    assert "FAILED   1 failed, 2 passed in 3.00s; test_a.py::test_b[x]" in text
+    assert "30 of 60 figures missed" in text
+    assert "  share of copy  90 %  MISSED  85 %" in text
+    assert len(text.splitlines()) == gpu_run.MAX_LINES
 
 
-def test_the_usage_of_the_gpu_script_is_its_head(able_python: Path) -> None:
-    found = run_gpu_script(able_python, "--help")
-    assert found.stdout.startswith("Everything that needs an NVIDIA GPU")
-    assert found.stdout.endswith("from the wheels in DIR alone.\n")
+def test_at_most_so_many_files_of_so_many_bytes_are_left(tmp_path: Path) -> None:
+    for name in ("summary.txt", "h100.json", "table.txt", *(f"{i}.log" for i in range(9))):
+        (tmp_path / name).write_text("x" * 100)
+    (tmp_path / "tests.log").write_text("first" + "x" * 50_000 + "last")
+    (tmp_path / "huge.bin").write_bytes(os.urandom(30_000))
+    assert gpu_run.pack(tmp_path, 6, 20_000) == ["huge.bin (30000 bytes)"]
+    left = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert {"summary.txt", "h100.json", "table.txt", "tests.log", "rest.tar.gz"} <= left.keys()
+    assert len(left) == 6
+    assert max(left.values()) <= 20_000
+    log = (tmp_path / "tests.log").read_text()
+    assert log.startswith("first")
+    assert log.endswith("last")
+    with tarfile.open(tmp_path / "rest.tar.gz") as tar:
+        assert len(tar.getnames()) == 8
+
+
+def test_options_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for words, message in (
+        (["--commit", "main", "--part", "1"], "--commit is 'main', expected a hash"),
+        (["--data", str(tmp_path), "--part", "1"], "with --part 3"),
+        (["--bundle", str(tmp_path), "--part", "1"], "`make gpu-bundle`"),
+        (["--part", "1", str(tmp_path / "full")], "is not empty"),
+        (["--part", "1", "--minutes", "0"], "--minutes has to be positive"),
+    ):
+        run = gpu_sh(*words)
+        assert run.returncode == 2
+        assert message in run.stderr
+
+
+def test_a_bundle_is_installed_without_the_network_and_nothing_is_built(tmp_path: Path) -> None:
+    (tmp_path / "vadiff-0.1.0-cp312-cp312-linux_x86_64.whl").touch()
+    install = gpu_run.first_stages(tmp_path)[0]
+    assert install.name == "install"
+    assert {"--no-index", "--no-deps", "--target"} <= {*install.command}
+    assert install.command[-1].endswith("linux_x86_64.whl")
