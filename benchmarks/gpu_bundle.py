@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "pytest", "pytest-benchmark", "pytest-xdist", "execnet", "iniconfig", "packaging", "pluggy", "pygments",
     "py-cpuinfo", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
-    "safetensors", "pyyaml", "pillow", "httpx", "httpcore", "h11", "anyio", "idna", "certifi",
+    "safetensors", "pyyaml", "pillow", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi",
     "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug",
     "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
 )  # fmt: skip
