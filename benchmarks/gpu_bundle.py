@@ -20,11 +20,14 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# With what these need, except what comes with torch; importlib_metadata and the later ones are for diffusers.
+# With what these need, except what comes with torch; importlib_metadata to certifi are for diffusers, tensorboard for
+# the training loop, matplotlib for the roofline.
 PACKAGES = (
     "pytest", "pytest-benchmark", "pytest-xdist", "execnet", "iniconfig", "packaging", "pluggy", "pygments",
     "py-cpuinfo", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
-    "safetensors", "pyyaml", "pillow", "httpx", "httpcore", "h11", "anyio", "idna", "certifi",
+    "safetensors", "pyyaml", "pillow", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi",
+    "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug",
+    "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
 )  # fmt: skip
 WARN_ABOVE = 64 * 2**20
 

@@ -40,6 +40,7 @@ GRACE = 10.0  # seconds that a stage gets to print what it has, after an interru
 RESERVE = 15.0  # seconds for that, and for packing
 LOG_BYTES = 2**18  # of a log's head, and of its tail
 MAX_LINES = 20
+QUIET = ("build", "install", "doctor")  # nothing to tell where they succeed
 PYTHON = sys.executable
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 CORE = ("loss", "backward", "statistics", "weight_table", "determinism", "compile")
@@ -212,7 +213,12 @@ class Run:
             print("\n".join(text.splitlines()[-15:]), flush=True)
         if stage.name == "doctor" and not self.dry:
             self.head += doctor_lines(text)
-        self._line(stage.name, verdict, took, "" if self.dry and status == 0 else telling(text, status))
+        self._line(
+            stage.name,
+            verdict,
+            took,
+            "" if status == 0 and (self.dry or stage.name in QUIET) else telling(text, status),
+        )
         missed = [f"  {line.strip()}" for line in text.splitlines() if stage.name == "table" and "MISSED" in line]
         self.details += [re.sub(r" {3,}", "  ", line)[:160] for line in missed]
 
@@ -267,7 +273,7 @@ def telling(text: str, status: int | None) -> str:
 
 def doctor_lines(text: str) -> Iterator[str]:
     """Versions and devices of `vadiff doctor`, each on a line."""
-    found = re.findall(r"^  (python|torch|triton|cuda)\b *(.*)$", text.partition("environment")[0], re.MULTILINE)
+    found = re.findall(r"^  (python|torch|triton|cuda)\b *(.*)$", text.partition("backends")[0], re.MULTILINE)
     devices = [value for name, value in found if name == "cuda"]
     yield f"device {', '.join(devices) or 'unknown'}"
     yield ", ".join(f"{name} {value}" for name, value in dict(found).items() if name != "cuda")
