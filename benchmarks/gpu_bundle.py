@@ -26,6 +26,7 @@ PACKAGES = (
     "pytest", "pytest-benchmark", "pytest-xdist", "execnet", "iniconfig", "packaging", "pluggy", "pygments",
     "py-cpuinfo", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
     "safetensors", "pyyaml", "pillow", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi",
+    "urllib3", "charset-normalizer",
     "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug",
     "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
 )  # fmt: skip
