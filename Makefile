@@ -60,8 +60,9 @@ bench: install  ## speed of every provider on the CPU, with the design's figures
 PYTHON_VERSION ?= 3.12
 ARCHITECTURES ?= 90
 BUNDLE ?= build/gpu-bundle
-gpu-bundle:  ## wheels for benchmarks/gpu.sh --bundle, for a GPU machine without a network; PYTHON_VERSION, ARCHITECTURES, BUNDLE
-	$(PYTHON) benchmarks/gpu_bundle.py --python-version $(PYTHON_VERSION) --architectures "$(ARCHITECTURES)" --out $(BUNDLE)
+WITHOUT ?=
+gpu-bundle:  ## wheels for benchmarks/gpu.sh --bundle, for a GPU machine without a network; PYTHON_VERSION, ARCHITECTURES, BUNDLE, WITHOUT
+	$(PYTHON) benchmarks/gpu_bundle.py --python-version $(PYTHON_VERSION) --architectures "$(ARCHITECTURES)" --out $(BUNDLE) --without $(WITHOUT)
 
 docs: install  ## the documentation as a web site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

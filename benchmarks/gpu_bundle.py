@@ -1,10 +1,11 @@
 """A folder of wheels for `benchmarks/gpu.sh --bundle`, for a GPU machine without a network or without time to compile.
 
-    python benchmarks/gpu_bundle.py [--python-version 3.12] [--architectures "90"] [--out build/gpu-bundle]
+    python benchmarks/gpu_bundle.py [--python-version 3.12] [--architectures "90"] [--without NAME ...] [--out DIR]
 
 vadiff's wheel has its native kernels for the CPU and for these GPU architectures; it is built by the interpreter of
 that version on the PATH, whose build tools come from the package index. The rest are the packages that the stages of
-gpu.sh need beside torch and Triton, which the GPU machine has to have.
+gpu.sh need beside torch and Triton, which the GPU machine has to have, at the versions of constraints.txt; --without
+leaves out what that machine has already.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the training loop, matplotlib for the roofline.
 PACKAGES = (
     "pytest", "pytest-benchmark", "pytest-xdist", "execnet", "iniconfig", "packaging", "pluggy", "pygments",
-    "py-cpuinfo", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
+    "py-cpuinfo2", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
     "safetensors", "pyyaml", "pillow", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi",
     "urllib3", "charset-normalizer",
     "tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "protobuf", "werkzeug",
@@ -79,8 +81,8 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
-def build(version: str, architectures: str, folder: Path) -> None:
-    """Fill the folder.
+def build(version: str, architectures: str, folder: Path, packages: Sequence[str] = PACKAGES) -> None:
+    """Fill the folder with the wheels of vadiff and these packages.
 
     Raises:
         InterpreterNotFoundError: no Python of that version.
@@ -97,7 +99,9 @@ def build(version: str, architectures: str, folder: Path) -> None:
         for wheel in Path(scratch).glob("*.whl"):
             shutil.copy(wheel, folder)
     binary = ["--only-binary=:all:", "--python-version", version, "--no-deps", "--dest", str(folder)]
-    subprocess.run([*pip, "download", "--quiet", *binary, *PACKAGES], check=True)
+    if packages:
+        tested = ["--constraint", str(ROOT / "constraints.txt")]
+        subprocess.run([*pip, "download", "--quiet", *binary, *tested, *packages], check=True)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -105,11 +109,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--python-version", default="3.12", help="that of the GPU machine (default 3.12)")
     parser.add_argument("--architectures", default="90", help='GPU architectures, as "80 90" (default 90)')
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-bundle", help="default: build/gpu-bundle")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=PACKAGES, metavar="NAME", help=f"of {', '.join(PACKAGES)}"
+    )
     options = parser.parse_args(words)
     if re.fullmatch(r"3\.\d+", options.python_version) is None:
         parser.error(f"--python-version is {options.python_version!r}, expected major and minor, as 3.12")
     try:
-        build(options.python_version, options.architectures, options.out)
+        packages = [name for name in PACKAGES if name not in options.without]
+        build(options.python_version, options.architectures, options.out, packages)
     except InterpreterNotFoundError as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:

@@ -30,9 +30,6 @@ BACKENDS = ["reference", "native", "triton"]
 def pytest_configure(config: pytest.Config) -> None:
     """Infinities and NaN are data to a kernel; only the interpreter's numpy remarks on them."""
     config.addinivalue_line("filterwarnings", r"ignore:.* encountered in:RuntimeWarning:triton\.runtime\.interpreter")
-    # Triton 3.6 reads a scalar from an array of one element; numpy < 2.4 warns, numpy 2.4 raises a TypeError instead.
-    scalar = r"ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton\.runtime\.interpreter"
-    config.addinivalue_line("filterwarnings", scalar)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -167,6 +164,7 @@ def usable(backend: str) -> str:
         pytest.skip("triton is not installed")
     if backend == "triton" and device_of(backend).type == "cpu":
         _interpreter_rounds_like_a_gpu()
+        interpreter_reads_arrays_of_one_element()
     return backend
 
 
@@ -196,6 +194,20 @@ def _interpreter_rounds_like_a_gpu() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounding
+
+
+@functools.cache
+def interpreter_reads_arrays_of_one_element() -> None:
+    """Triton before 3.7 calls int() on arrays of shape (1,): numpy before 2.5 warns, numpy 2.5 raises a TypeError."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patched
 
 
 def device_of(kernels: str) -> torch.device:

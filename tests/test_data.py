@@ -117,6 +117,35 @@ def test_archive_of_the_right_checksum_is_read(tmp_path: Path, monkeypatch: pyte
     assert_right("cifar10", cifar.load("cifar10", archive))
 
 
+def split(archive: Path, folder: Path, parts: int = 12) -> list[Path]:
+    """As `split` cuts and names: aa, ab, ..."""
+    content, folder = archive.read_bytes(), unpacked(folder, {})
+    size = len(content) // parts + 1
+    found = [folder / f"{archive.name}.{'a' if i < 10 else 'b'}{i % 10}" for i in range(parts)]
+    for i, path in enumerate(found):
+        path.write_bytes(content[i * size : (i + 1) * size])
+    return found
+
+
+def test_archive_in_parts_is_joined_in_the_order_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = packed(tmp_path / "cifar-10-binary.tar.gz", files("cifar10", "binary"), monkeypatch)
+    parts = split(archive, tmp_path / "parts")
+    assert_right("cifar10", cifar.load("cifar10", tmp_path / "parts"))
+    parts[3].unlink()
+    with pytest.raises(DataError, match=r"parts, its 11 parts cifar-10-binary\.tar\.gz\.a0 to .*b1, has MD5"):
+        cifar.load("cifar10", tmp_path / "parts")
+
+
+def test_files_may_be_in_several_folders(tmp_path: Path) -> None:
+    """Where they came in several parts."""
+    contents = files("cifar10", "python")
+    for index, (name, content) in enumerate(contents.items()):
+        unpacked(tmp_path / f"part-{index % 2}", {name: content})
+    assert_right("cifar10", cifar.load("cifar10", tmp_path))
+
+
 def test_archive_of_another_checksum_is_refused(tmp_path: Path) -> None:
     archive = packed(tmp_path / "c.tar.gz", files("cifar10", "binary"))
     with pytest.raises(DataError, match=r"has MD5 [0-9a-f]{32}, expected c32a1d4ab5d03f1284b67883e8d87530"):

@@ -49,3 +49,17 @@ def test_a_version_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -
 def test_torch_and_triton_stay_out() -> None:
     assert not {"torch", "triton", "numpy"} & {*gpu_bundle.PACKAGES}
     assert {"pytest", "pytest-benchmark", "pytest-xdist", "diffusers", "importlib_metadata"} <= {*gpu_bundle.PACKAGES}
+
+
+def test_what_the_machine_has_is_left_out_and_a_name_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu_bundle, "interpreter", lambda version: sys.executable)
+    monkeypatch.setattr(gpu_bundle.subprocess, "run", lambda words, **options: asked.append(words))
+    assert gpu_bundle.main(["--out", str(tmp_path), "--without", "matplotlib", "tensorboard"]) == 0
+    assert {"diffusers", "pytest"} <= {*asked[-1]}
+    assert not {"matplotlib", "tensorboard"} & {*asked[-1]}
+    with pytest.raises(SystemExit):
+        gpu_bundle.main(["--without", "matplotlob"])
+    assert "invalid choice: 'matplotlob'" in capsys.readouterr().err

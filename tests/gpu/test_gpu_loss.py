@@ -17,6 +17,7 @@ from torch import Tensor
 from waits import waits_are_errors
 
 import vadiff
+from vadiff.ops.reference import moments_of, weight_table
 
 
 @pytest.fixture(params=["triton", "native"])
@@ -86,7 +87,10 @@ def test_fused_kernels_agree_with_the_reference_over_several_steps(
         np.testing.assert_allclose(one, other, rtol=2e-5, err_msg=name)
     count, mean, _, variance = theirs
     assert_variance_close(mine[3], count, mean, variance)
-    torch.testing.assert_close(fused.weights, truth.weights, rtol=2e-5, atol=0)
+    # The table of its own statistics: the reference's differs by the rounding of the losses, amplified by mean / std.
+    bins = fused.statistics.bins
+    table = weight_table(moments_of(fused.statistics.state, bins), bins, fused.weighting.rule)
+    torch.testing.assert_close(fused.weights, table.exp(), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("samples", [512, 5000, 40_000])

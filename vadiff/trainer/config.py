@@ -59,7 +59,8 @@ class TrainConfig:
     dataset: str = _setting("digits", "data set", choices=DATASETS)
     data: str | None = _setting(
         None,
-        "path of the data set: a folder, or CIFAR's official tar.gz; CIFAR is downloaded if not given",
+        "path of the data set: a folder, or CIFAR's official tar.gz, whole or a folder with it cut into parts by "
+        "`split`; CIFAR is downloaded if not given",
     )
     image_size: int = _setting(32, "height and width in pixels, for dataset images", at_least=4)
     flips: bool = _setting(False, "mirror each training image with probability 1/2")

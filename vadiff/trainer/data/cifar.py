@@ -1,10 +1,11 @@
-"""CIFAR-10 and CIFAR-100 in their official layouts, from a folder, from an archive, or downloaded.
+"""CIFAR-10 and CIFAR-100 in their official layouts, from a folder, an archive, an archive in parts, or downloaded.
 
 Source: Krizhevsky, Learning multiple layers of features from tiny images (2009); layouts and MD5 sums as on
 https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -83,8 +84,10 @@ def load(name: str, path: Path | None = None) -> Images:
 
     Args:
         name: "cifar10" or "cifar100".
-        path: an official tar.gz, or a folder with the files of one (or with the folder that it unpacks to), in the
-            binary or the python layout. None downloads the binary archive once, to the user's cache.
+        path: an official tar.gz, in the binary or the python layout; a folder with the files of one, or with folders
+            that hold them, as what it unpacks to; or a folder with an archive cut into parts, for machines that take
+            no file of its size: `split -b 48M cifar-10-python.tar.gz cifar-10-python.tar.gz.`, joined in the order of
+            their names. None downloads the binary archive once, to the user's cache.
 
     Returns:
         The 50,000 training images; held out are the 10,000 test images or, if their file is missing, the last 5,000
@@ -98,11 +101,13 @@ def load(name: str, path: Path | None = None) -> Images:
     if path is None:
         path = _downloaded(layout)
     if path.is_dir():
-        read, where = _folder_reader(path, layout), str(path)
+        archive = _archive_parts(path, layout)
+        read = _archive_reader(archive, path, layout) if archive else _folder_reader(path)
     elif path.is_file():
-        read, where = _archive_reader(path, layout), str(path)
+        read = _archive_reader([path], path, layout)
     else:
         raise DataError(f"data is {path}, which does not exist; expected a folder or an official tar.gz of {name}")
+    where = str(path)
     if read(layout.binary_train[0]) is not None:
         parts = [_binary(read, file, layout.train_per_file, layout, where) for file in layout.binary_train]
         test = _binary(read, layout.binary_test, layout.test_images, layout, where, required=False)
@@ -179,37 +184,47 @@ def _checked(pixels: np.ndarray, labels: np.ndarray, layout: Layout, name: str) 
     return torch.from_numpy(pixels.reshape(-1, *_SHAPE).copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def _folder_reader(path: Path, layout: Layout) -> Reader:
-    """Reader of files in `path`, or in a subfolder of it that holds the first training file."""
-    wanted = (layout.binary_train[0], layout.python_train[0])
+def _folder_reader(path: Path) -> Reader:
+    """Reader of files in `path` and its subfolders; the first that has a file counts."""
     folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())]
-    folder = next((folder for folder in folders if any((folder / file).is_file() for file in wanted)), path)
 
     def read(file: str) -> bytes | None:
+        found = next((folder / file for folder in folders if (folder / file).is_file()), None)
         try:
-            return (folder / file).read_bytes() if (folder / file).is_file() else None
+            return None if found is None else found.read_bytes()
         except OSError as error:
-            raise DataError(f"{folder / file} cannot be read: {error}") from error
+            raise DataError(f"{found} cannot be read: {error}") from error
 
     return read
 
 
-def _archive_reader(path: Path, layout: Layout) -> Reader:
-    """Reader of the members of a tar.gz; nothing is unpacked to the disk."""
-    with path.open("rb") as file:
-        digest = hashlib.md5(usedforsecurity=False)
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    if digest.hexdigest() not in layout.archives.values():
+def _archive_parts(folder: Path, layout: Layout) -> list[Path]:
+    """The parts of an official archive in `folder`, in their order: its name, a full stop and whatever sorts them."""
+    for archive in layout.archives:
+        if found := sorted(path for path in folder.glob(f"{archive}.?*") if path.is_file()):
+            return found
+    return []
+
+
+def _archive_reader(parts: list[Path], path: Path, layout: Layout) -> Reader:
+    """Reader of the members of a tar.gz, which may be in parts; nothing is written to the disk.
+
+    path: names the archive in errors."""
+    try:
+        content = b"".join(part.read_bytes() for part in parts)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    md5_sum = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5_sum not in layout.archives.values():
         expected = " or ".join(f"{md5} ({archive})" for archive, md5 in layout.archives.items())
+        what = str(path) if len(parts) == 1 else f"{path}, its {len(parts)} parts {parts[0].name} to {parts[-1].name},"
         raise DataError(
-            f"{path} has MD5 {digest.hexdigest()}, expected {expected}: it is truncated, corrupt or another file. "
-            "Download it again"
+            f"{what} has MD5 {md5_sum}, expected {expected}: it is truncated, corrupt or another file. Get it again"
         )
     members = {}
     wanted = {*layout.binary_train, layout.binary_test, *layout.python_train, layout.python_test}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 stream = archive.extractfile(member) if member.isfile() and name in wanted else None
