@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def results_table(results: Results) -> str:
             "seeds."
         )
     if results.missing:
-        lines.append(f"Not finished: {', '.join(results.missing)}")
+        unfinished = Counter(name.rpartition("/")[0] for name in results.missing)
+        runs = ", ".join(f"{arm} ({seeds})" for arm, seeds in unfinished.items())
+        lines.append(f"Not finished, arms and in brackets how many of their runs: {runs}")
     return "\n".join(lines)
 
 
