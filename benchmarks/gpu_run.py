@@ -336,11 +336,9 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="install the wheels in DIR, and compile nothing")
     parser.add_argument("--commit", metavar="REV", help="commit of this tree, where it is no git repository")
     parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
+        "--data", type=Path, metavar="PATH",
         help="part 3: train on this CIFAR-10 (folder, archive, or folder with its parts), time no networks",
-    )
+    )  # fmt: skip
     parser.add_argument("--max-files", type=int, default=8, help="files left in FOLDER (default 8)")
     parser.add_argument("--max-bytes", type=int, default=2**24, help="bytes of each (default 16 MiB)")
     parser.add_argument("--dry", action="store_true", help="without a GPU: check each stage's files and options only")

@@ -66,9 +66,9 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     print(f"{'spread of the loss, × ':28}" + "".join(f"{spreads[name]:16.1f}" for name in WEIGHTINGS))
     print(f"{'Fréchet distance of samples ':28}" + "".join(f"{distances[name]:16.2f}" for name in WEIGHTINGS))
     print(
-        "\nThe loss's standard deviation differs between noise levels by the factor in the first line; a weight makes "
-        "it level. The second line says how far generated digits are from real ones, in the features of a small "
-        "classifier; less is better. One seed: repeat it with other seeds before you believe a small difference."
+        "\nThe weighted loss's standard deviation differs between noise levels by the factor in the first line; "
+        "variance_aware aims at 1. The second line says how far generated digits are from real ones, in the features "
+        "of a small classifier; less is better. It is one seed: repeat it with others before you believe a difference."
     )
     print("\nLoss on held-out digits per noise level (the error of x0 with EDM's weight; same noise for all):")
     print(held_out_table({name: run.held_out for name, run in runs.items()}))
