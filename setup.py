@@ -157,7 +157,10 @@ def _build_file(target: Path, compiler: list[str], openmp: list[str], nvcc: str 
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     # GCC's own headers of intrinsics warn; vectors wider than a register never leave a function here
     warnings = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
-    cxx = [*compiler, *f"-std=c++17 -O3 -fPIC -fvisibility=hidden {warnings}".split(), *openmp, *_flags("CXXFLAGS")]
+    # nobody reads errno, nobody traps: loops with roots and divisions become vector code
+    optimise = "-O3 -fno-math-errno -fno-trapping-math"
+    options = f"-std=c++17 {optimise} -fPIC -fvisibility=hidden {warnings}"
+    cxx = [*compiler, *options.split(), *openmp, *_flags("CXXFLAGS")]
     to_object = " $defines -MMD -MF $out.d -c $in -o $out"
     rules = {
         "cxx": _literal(*cxx, *include) + to_object,

@@ -103,68 +103,63 @@ void split(RowsTask<C>& rows, int64_t samples) {
   rows.splits = (rows.elements + rows.chunk - 1) / rows.chunk;
 }
 
-std::vector<Moments> load_moments(const void* from, int size) {  // float64 [4, K]
-  std::vector<double> rows(4 * size);
-  memcpy(rows.data(), from, 4 * size * sizeof(double));
-  std::vector<Moments> bins(size);
-  for (int k = 0; k < size; ++k) bins[k] = {rows[k], rows[size + k], rows[2 * size + k], rows[3 * size + k]};
-  return bins;
-}
+// Statistics of all bins, a row per quantity: float64 [4, K].
+struct MomentRows {
+  double *n, *mean, *m2, *mass;
 
-void store_moments(const std::vector<Moments>& bins, void* to) {
-  const size_t size = bins.size();
-  std::vector<double> rows(4 * size);
-  for (size_t k = 0; k < size; ++k) {
-    rows[k] = bins[k].n;
-    rows[size + k] = bins[k].mean;
-    rows[2 * size + k] = bins[k].m2;
-    rows[3 * size + k] = bins[k].mass;
-  }
-  memcpy(to, rows.data(), 4 * size * sizeof(double));
-}
+  MomentRows(double* rows, int size) : n(rows), mean(rows + size), m2(rows + 2 * size), mass(rows + 3 * size) {}
+  Moments operator[](int k) const { return {n[k], mean[k], m2[k], mass[k]}; }
+  void set(int k, const Moments& bin) const { n[k] = bin.n, mean[k] = bin.mean, m2[k] = bin.m2, mass[k] = bin.mass; }
+};
 
 // The steps of reference.weight_table.
-void weight_table(const std::vector<Moments>& bins, const Update& update) {
+void weight_table(const MomentRows& bins, const Update& update) {
   const Rule& rule = update.rule;
   const int size = update.bins.size;
-  std::vector<double> a(size), n(size), smooth_a(size), smooth_n(size), taps(rule.radius + 1);
+  const bool smooths = rule.smoothing > 0;
+  const int radius = smooths ? rule.radius : 0, padded = radius + size + radius + kSmoothLanes;
+  std::vector<double> scratch(4 * padded + radius + 1);  // a, n, a smoothed, n smoothed: each with its margins; taps
+  double *a = scratch.data() + radius, *n = a + padded, *smooth_a = n + padded, *smooth_n = smooth_a + padded;
+  double* taps = scratch.data() + 4 * padded;
   // 1. ln w of each bin that has a value.
   double mass = 0;
   for (int k = 0; k < size; ++k) {
     const bool has_value = log_weight_of(bins[k], rule, &a[k]);
-    n[k] = has_value ? bins[k].n : 0;
-    if (has_value) mass += bins[k].mass;
+    n[k] = has_value ? bins.n[k] : 0;
+    if (has_value) mass += bins.mass[k];
   }
   // 2. Smooth, and find the centre of what has a value.
-  if (rule.smoothing > 0)
-    for (int offset = 0; offset <= rule.radius; ++offset) taps[offset] = tap_weight(offset, rule, update.bins);
-  double centre = 0;
-  for (int k = 0; k < size; ++k) {
-    smooth_a[k] = a[k];
-    smooth_n[k] = n[k];
-    if (rule.smoothing > 0) smooth_bin(k, a.data(), n.data(), taps.data(), rule, update.bins, &smooth_a[k], &smooth_n[k]);
-    if (n[k] > 0 && mass > 0) centre += bins[k].mass / mass * smooth_a[k];
+  if (smooths) {
+    for (int offset = 0; offset <= radius; ++offset) taps[offset] = tap_weight(offset, rule, update.bins);
+    kernels()->smooth({size, radius, update.bins.width, rule.smoothing, a, n, taps, smooth_a, smooth_n});
+  } else {
+    smooth_a = a, smooth_n = n;
   }
+  double centre = 0;
+  for (int k = 0; k < size; ++k)
+    if (n[k] > 0 && mass > 0) centre += bins.mass[k] / mass * smooth_a[k];
   // 3. Centre, clamp, shrink.
   double total = 0, weighted = 0;
   for (int k = 0; k < size; ++k) {
     a[k] = shrink(smooth_a[k], smooth_n[k], centre, rule);
-    total += bins[k].mass * bins[k].mean;
-    weighted += bins[k].mass * exp(a[k]) * bins[k].mean;
+    total += bins.mass[k] * bins.mean[k];
+    weighted += bins.mass[k] * exp(a[k]) * bins.mean[k];
   }
   // 4. Preserve the loss.
   const double log_c = log_scale(total, weighted);
   for (int k = 0; k < size; ++k) update.log_weights[k] = float(a[k] + log_c);
 }
 
-void fold_batch(const std::vector<Moments>& batch, double skipped, const Update& update) {
+void fold_batch(const MomentRows& batch, double skipped, const Update& update) {
   const int size = update.bins.size;
-  std::vector<Moments> bins = load_moments(update.state, size);
+  std::vector<double> rows(4 * size);
+  memcpy(rows.data(), update.state, rows.size() * sizeof(double));
+  const MomentRows bins(rows.data(), size);
   double entered = 0;
-  for (int k = 0; k < size; ++k) entered += batch[k].n;
+  for (int k = 0; k < size; ++k) entered += batch.n[k];
   const double rho = forgetting(entered, update.half_life, size);
-  for (int k = 0; k < size; ++k) bins[k] = fold(bins[k], batch[k], rho);
-  store_moments(bins, update.state);
+  for (int k = 0; k < size; ++k) bins.set(k, fold(bins[k], batch[k], rho));
+  memcpy(update.state, rows.data(), rows.size() * sizeof(double));
   update.state[4 * size] += int64_t(skipped);
   if (update.rule.statistic != kNone) weight_table(bins, update);
 }
@@ -175,34 +170,38 @@ struct Entry {
   double base_loss, mass;
 };
 
-// Merge a tile of samples into the moments of all before it.
-void add_tile(const std::vector<Entry>& tile, int count, std::vector<Moments>& all) {
-  std::vector<Moments> bins(all.size(), {0, 0, 0, 0});
+// Moments of a tile of samples, in bins that are empty.
+void collect_tile(const std::vector<Entry>& tile, int count, const MomentRows& bins, int size) {
   // 1. Means.
   for (int i = 0; i < count; ++i) {
-    if (tile[i].bin < 0) continue;
-    Moments& bin = bins[tile[i].bin];
-    bin.n += 1;
-    bin.mean += tile[i].base_loss;
-    bin.mass += tile[i].mass;
+    const int k = tile[i].bin;
+    if (k < 0) continue;
+    bins.n[k] += 1;
+    bins.mean[k] += tile[i].base_loss;
+    bins.mass[k] += tile[i].mass;
   }
-  for (Moments& bin : bins)
-    if (bin.n > 0) bin.mean /= bin.n;
+  for (int k = 0; k < size; ++k)
+    if (bins.n[k] > 0) bins.mean[k] /= bins.n[k];
   // 2. Squared deviations from them.
   for (int i = 0; i < count; ++i) {
-    if (tile[i].bin < 0) continue;
-    Moments& bin = bins[tile[i].bin];
-    const double deviation = tile[i].base_loss - bin.mean;
-    bin.m2 += deviation * deviation;
+    const int k = tile[i].bin;
+    if (k < 0) continue;
+    const double deviation = tile[i].base_loss - bins.mean[k];
+    bins.m2[k] += deviation * deviation;
   }
-  // 3. Chan's merge.
-  for (size_t k = 0; k < bins.size(); ++k) all[k] = merge(all[k], bins[k]);
+}
+
+// Chan's merge of each bin.
+void merge_into(const MomentRows& all, const MomentRows& part, int size) {
+  for (int k = 0; k < size; ++k) all.set(k, merge(all[k], part[k]));
 }
 
 // Everything after the elements; `ell_of(i)` is the loss of sample i.
 template <class C, class EllOf>
 void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
-  std::vector<Moments> moments(update.update ? update.bins.size : 0, {0, 0, 0, 0});
+  const int size = update.bins.size;
+  std::vector<double> rows(update.update ? 4 * size + 1 : 0), later;  // the batch's, and a later tile's
+  const MomentRows moments(rows.data(), size);
   std::vector<Entry> tile(update.update ? std::min<int64_t>(kTile, samples.count) : 0);
   double total = 0, skipped = 0;
   for (int64_t first = 0; first < samples.count; first += kTile) {
@@ -220,15 +219,22 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
       tile[j] = {bin, double(sample.base_loss), double(value_or_one(samples.sample_weight, i))};
     }
     // 2. Add it to the batch statistics.
-    if (update.update) add_tile(tile, count, moments);
+    if (!update.update) continue;
+    if (first == 0) {
+      collect_tile(tile, count, moments, size);
+    } else {
+      later.assign(4 * size, 0);
+      collect_tile(tile, count, {later.data(), size}, size);
+      merge_into(moments, {later.data(), size}, size);
+    }
   }
   // 3. The mean loss.
   if (samples.loss && samples.mean) *samples.loss = C(total / double(samples.count));
   if (!update.update) return;
   // 4. Fold the batch statistics, or return them for a gather.
   if (update.batch) {
-    store_moments(moments, update.batch);
-    update.batch[4 * update.bins.size] = skipped;
+    rows[4 * size] = skipped;
+    memcpy(update.batch, rows.data(), rows.size() * sizeof(double));
   } else {
     fold_batch(moments, skipped, update);
   }
@@ -334,12 +340,12 @@ void reweight(const Call& call) {
 
 void fold(const Call& call) {
   const int size = int(call.problem.bins);
-  std::vector<Moments> all = load_moments(call.gathered, size);
-  double skipped = call.gathered[4 * size];
+  std::vector<double> gathered(call.gathered, call.gathered + call.ranks * (4 * size + 1));
+  const MomentRows all(gathered.data(), size);
+  double skipped = gathered[4 * size];
   for (int64_t rank = 1; rank < call.ranks; ++rank) {
-    const double* row = call.gathered + rank * (4 * size + 1);
-    const std::vector<Moments> part = load_moments(row, size);
-    for (int k = 0; k < size; ++k) all[k] = merge(all[k], part[k]);
+    double* row = gathered.data() + rank * (4 * size + 1);
+    merge_into(all, {row, size}, size);
     skipped += row[4 * size];
   }
   fold_batch(all, skipped, update_of(call));

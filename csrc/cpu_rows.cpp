@@ -168,11 +168,14 @@ void scale(const ScaleTask<C>& task, int64_t item) {
   if (task.stream) stream_fence();
 }
 
+#include "cpu_smooth.h"
+
 }  // namespace
 
 #define VADIFF_NAME_(isa) #isa
 #define VADIFF_NAME(isa) VADIFF_NAME_(isa)
-extern const RowKernels kernels = {VADIFF_NAME(VADIFF_ISA), rows<float>, rows<double>, scale<float>, scale<double>};
+extern const RowKernels kernels = {VADIFF_NAME(VADIFF_ISA), rows<float>, rows<double>, scale<float>, scale<double>,
+                                   smooth};
 
 }  // namespace VADIFF_ISA
 }  // namespace vadiff

@@ -1,5 +1,5 @@
-// The row kernels of the CPU: one pass over the elements of some work items. Implemented in cpu_rows.cpp, which is compiled
-// once per instruction set.
+// The vectorised kernels of the CPU: one pass over the elements of some work items, and the smoothing of the weight table.
+// Implemented in cpu_rows.cpp, which is compiled once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -38,6 +38,17 @@ struct ScaleTask {
   bool stream;
 };
 
+constexpr int kSmoothLanes = 8;  // bins of the widest register
+
+// Smoothing of the weight table over bins. a and n are readable `radius` bins before bin 0 and radius + kSmoothLanes after the
+// last one, and 0 there; the results have room for size + kSmoothLanes.
+struct SmoothTask {
+  int size, radius;
+  double width, smoothing;     // of a bin, and h, in log-SNR
+  const double *a, *n, *taps;  // values and counts [size], n = 0 where there is no value; taps [radius + 1]
+  double *a_smooth, *n_smooth;
+};
+
 template <class C>
 using RowsKernel = void (*)(const RowsTask<C>&, int64_t item);
 template <class C>
@@ -49,6 +60,7 @@ struct RowKernels {
   RowsKernel<double> rows_double;
   ScaleKernel<float> scale_float;
   ScaleKernel<double> scale_double;
+  void (*smooth)(const SmoothTask&);
 };
 
 namespace generic {
