@@ -236,7 +236,7 @@ def test_primary_figure_is_the_paired_mean_of_log_ratios(tmp_path: Path) -> None
         write_run(runs["other", seed], [[level * low, level * high]], evaluation={"fid": 12.0 + seed})
     (arm,) = collect(grid, tmp_path).arms
     expected = [(math.log(low) + math.log(high)) / 2 for low, high in ratios]
-    assert list(arm.per_seed.values()) == pytest.approx(expected)
+    assert list(arm.held_out.per_seed.values()) == pytest.approx(expected)
     assert arm.held_out.ratio.mean == pytest.approx(np.mean(expected))
     bounds = stats.t.interval(0.95, 4, loc=np.mean(expected), scale=stats.sem(expected))
     assert arm.held_out.ratio[1:3] == pytest.approx(bounds)

@@ -23,7 +23,7 @@ from ..training.metrics import stacked
 from ..training.run import open_run
 from .evaluation import drawn_with, first_difference
 from .grid import Grid, GridError, PlannedRun, arm_label
-from .statistics import Effect, Interval, holm, interval, p_value, verdict
+from .statistics import Effect, Interval, holm, interval, verdict
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class ArmResult:
     reached: int  # seeds that reach this loss
     evaluation: Mapping[str, Interval]  # difference to the baseline in each metric of `vadiff evaluate`
     seconds: float  # of training, mean over seeds
-    per_seed: Mapping[int, float]  # seed → figure A
 
     @property
     def label(self) -> str:
@@ -79,7 +78,6 @@ class Results:
                 "reached": arm.reached,
                 "evaluation": {name: _plain(value) for name, value in arm.evaluation.items()},
                 "seconds": arm.seconds,
-                "per_seed": {str(seed): value for seed, value in arm.per_seed.items()},
             }
             for arm in self.arms
         }
@@ -170,19 +168,20 @@ def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _O
     for seed, (mine, other) in pairs.items():
         _check_comparable(arm_label(objective, arm), seed, mine, other)
     ratios = torch.stack([mine.log_loss[-1] - other.log_loss[-1] for mine, other in pairs.values()])  # [S, L]
-    figure_a = [math.log(mine.means[-1] / other.means[-1]) for mine, other in pairs.values()]
+    figure_a = {seed: math.log(mine.means[-1] / other.means[-1]) for seed, (mine, other) in pairs.items()}
     reach = [mine.images_to(other.means[-1]) / float(other.images[-1]) for mine, other in pairs.values()]
     reached = [math.log(share) for share in reach if not math.isnan(share)]
     shared = set.intersection(*({*mine.evaluation} & {*other.evaluation} for mine, other in pairs.values()))
     name = next((name for name in sorted(shared) if name.split("-")[0] in ("fid", "fd")), None)
     distance = None
     if name is not None:
-        figure_b = [math.log(mine.evaluation[name] / other.evaluation[name]) for mine, other in pairs.values()]
-        distance = Effect(interval(figure_b), p_value(figure_b))
+        distance = Effect.of(
+            {seed: math.log(m.evaluation[name] / o.evaluation[name]) for seed, (m, o) in pairs.items()}
+        )
     return ArmResult(
         objective,
         arm,
-        Effect(interval(figure_a), p_value(figure_a)),
+        Effect.of(figure_a),
         distance,
         name,
         tuple(interval(level.tolist()) for level in ratios.T),
@@ -194,7 +193,6 @@ def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _O
             for name in sorted(shared)
         },
         float(np.mean([mine.seconds for mine, _ in pairs.values()])),
-        dict(zip(pairs, figure_a, strict=True)),
     )
 
 
@@ -240,9 +238,10 @@ def _check_evaluated_alike(outcomes: Mapping[tuple[str, int], _Outcome]) -> None
             )
 
 
-def _plain_effect(effect: Effect) -> dict[str, float | int | None]:
-    """With the p-value, which is corrected for the number of arms."""
-    return {**_plain(effect.ratio), "p": None if math.isnan(effect.p) else effect.p}
+def _plain_effect(effect: Effect) -> dict[str, Any]:
+    """With the p-value, which is corrected for the number of arms, and each seed's ln ratio."""
+    per_seed = {str(seed): value for seed, value in effect.per_seed.items()}
+    return {**_plain(effect.ratio), "p": None if math.isnan(effect.p) else effect.p, "per_seed": per_seed}
 
 
 def _plain(value: Interval) -> dict[str, float | int | None]:

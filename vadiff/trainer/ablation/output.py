@@ -110,59 +110,105 @@ def _write_csv(results: Results, file: io.StringIO) -> None:
 
 
 def _picture(results: Results) -> Any:
-    """Held-out loss with its interval, and each seed; Fréchet distance, if it was measured; held-out loss by level."""
-    measured = any(arm.distance is not None for arm in results.arms)
+    """A row of panels per objective: held-out loss, Fréchet distance if it was measured, held-out loss by level."""
     matplotlib = import_extra("matplotlib.figure", "report")
-    figure = matplotlib.Figure(figsize=(20 if measured else 15, 7), dpi=100, facecolor="white")
-    overall, *images, by_level = figure.subplots(1, 2 + measured, width_ratios=(1, *[1] * measured, 1.2))
-    figure.subplots_adjust(left=0.13, right=0.82, top=0.82, bottom=0.1, wspace=0.2)
-    for row, arm in enumerate(results.arms):
-        style = arm_style(row + 1)  # style 0 is the baseline's, as in gaps.png
-        overall.plot(
-            [_percent(value) for value in arm.per_seed.values()], [row + 0.2] * len(arm.per_seed), ".", color="0.7"
-        )
-        for panel, effect in zip((overall, *images), (arm.held_out, arm.distance), strict=False):
-            if effect is not None:
-                mean, low, high = (_percent(value) for value in effect.ratio[:3])
-                panel.plot([low, high], [row, row], color=style["color"], linewidth=3)
-                panel.plot([mean], [row], markersize=9, **style)
-        means = [_percent(level.mean) for level in arm.per_level]
-        by_level.plot(results.log_snr, means, label=arm.label, markersize=5, **style)
-        by_level.fill_between(
-            results.log_snr,
-            [_percent(level.low) for level in arm.per_level],
-            [_percent(level.high) for level in arm.per_level],
-            color=style["color"],
-            alpha=0.12,
-            linewidth=0,
-        )
-    overall.set_xlabel(f"held-out loss against {results.baseline} (%)   ← better")
-    overall.set_title(
-        f"Mean over noise levels. Bar: 95 % interval\n(from {LEAST_SEEDS} seeds); grey: each seed. Left is better.",
-        loc="left",
+    names = list(dict.fromkeys(arm.objective for arm in results.arms)) or [""]
+    rows = [[arm for arm in results.arms if arm.objective == name] for name in names]
+    measured = any(arm.distance is not None for arm in results.arms)
+    heights = [max(2.2, 0.7 + 0.32 * len(arms)) for arms in rows]
+    figure = matplotlib.Figure(
+        figsize=(15 if measured else 12, 1.4 + sum(heights)), dpi=100, facecolor="white", layout="constrained"
     )
-    for panel in images:
-        panel.set_xlabel(f"Fréchet distance against {results.baseline} (%)   ← better")
-        panel.set_title("Images. Bar: 95 % interval.\nLeft is better.", loc="left")
-    for panel in (overall, *images):
-        panel.set_yticks(range(len(results.arms)), [arm.label if panel is overall else "" for arm in results.arms])
-        panel.set_ylim(max(1, len(results.arms)) - 0.5, -0.5)
-        panel.axvline(0.0, color="black", linewidth=1)
-        panel.locator_params(axis="x", nbins=6)
-    by_level.axhline(0.0, color="black", linewidth=1)
-    by_level.set_xlabel("log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →")
-    by_level.set_ylabel(f"held-out loss against {results.baseline} (%)")
-    by_level.set_title(
-        "By noise level. Look for gains at some levels\nand losses at others. Band: 95 % interval.", loc="left"
-    )
-    if results.arms:
-        by_level.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
-    for panel in (overall, *images, by_level):
+    panels = figure.subplots(
+        len(rows), 2 + measured, squeeze=False, height_ratios=heights, width_ratios=(1, *[1] * measured, 1.1),
+        sharex="col",
+    )  # fmt: skip
+    arms_of_all = list(dict.fromkeys(arm.arm for arm in results.arms))
+    # style 0 is the baseline's, as in gaps.png; an arm looks alike with every objective
+    styles = {arm: arm_style(row + 1) for row, arm in enumerate(arms_of_all)}
+    effects = [("held-out loss", lambda arm: arm.held_out), ("Fréchet distance", lambda arm: arm.distance)][
+        : 1 + measured
+    ]
+    for column, (_, effect_of) in enumerate(effects):
+        limits = _limits([effect_of(arm) for arm in results.arms])
+        for row, arms in enumerate(rows):
+            _draw_effects(panels[row, column], [(arm.arm, effect_of(arm)) for arm in arms], styles, limits)
+            panels[row, column].tick_params(labelleft=column == 0, labelbottom=True)
+    for row, arms in enumerate(rows):
+        _draw_levels(panels[row, -1], results, arms, styles)
+        if names[row]:
+            panels[row, 0].set_title(names[row], loc="left", weight="bold")
+    for column, (title, _) in enumerate(effects):
+        panels[-1, column].set_xlabel(f"{title} against {results.baseline} (%)   ← better")
+    panels[-1, -1].set_xlabel("log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →")
+    for panel in panels.flat:
         plain_axes(panel)
-    figure.suptitle(
-        f"{results.name}: {len(results.seeds)} seeds, paired", x=0.02, ha="left", fontsize=16, weight="bold"
+    title = (
+        f"{results.name}: {len(results.seeds)} seeds, paired\n"
+        f"Bars and bands: 95 % intervals (from {LEAST_SEEDS} seeds). Grey: each seed. "
+        "Right: the same arms by noise level."
     )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     return figure
+
+
+def _limits(effects: Sequence[Effect | None]) -> tuple[float, float]:
+    """Where an axis of changes in percent ends: beyond every interval, and 0. Single seeds may lie outside."""
+    values = [0.0]
+    for effect in effects:
+        if effect is not None:
+            values += [_percent(value) for value in effect.ratio[:3] if math.isfinite(value)]
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _draw_effects(
+    panel: Any,
+    effects: Sequence[tuple[str, Effect | None]],
+    styles: dict[str, dict[str, str]],
+    limits: tuple[float, float],
+) -> None:
+    """A line per arm: mean, interval, and each seed; a seed outside of the axis is an arrow with its number."""
+    low_end, high_end = limits
+    for row, (arm, effect) in enumerate(effects):
+        if effect is None:
+            continue
+        for ratio in effect.per_seed.values():
+            value = _percent(ratio)
+            inside = low_end <= value <= high_end
+            marker = "." if inside else ">" if value > high_end else "<"
+            shown = min(max(value, low_end), high_end)
+            panel.plot([shown], [row + 0.25], marker, color="0.65", clip_on=False)
+            if not inside:
+                panel.annotate(
+                    f"{value:+.0f} %", (shown, row + 0.25), (-6 if value > high_end else 6, 0), color="0.4",
+                    textcoords="offset points", ha="right" if value > high_end else "left", va="center", fontsize=8,
+                )  # fmt: skip
+        mean, low, high = (_percent(value) for value in effect.ratio[:3])
+        panel.plot([low, high], [row, row], color=styles[arm]["color"], linewidth=3)
+        panel.plot([mean], [row], markersize=8, **styles[arm])
+    panel.set_yticks(range(len(effects)), [arm for arm, _ in effects])
+    panel.set_ylim(max(1, len(effects)) - 0.5, -0.5)
+    panel.set_xlim(low_end, high_end)
+    panel.axvline(0.0, color="black", linewidth=1)
+    panel.locator_params(axis="x", nbins=6)
+
+
+def _draw_levels(panel: Any, results: Results, arms: Sequence[ArmResult], styles: dict[str, dict[str, str]]) -> None:
+    """Held-out loss by noise level. The axis follows the means; a wide band may leave it."""
+    panel.axhline(0.0, color="black", linewidth=1)
+    all_means = [0.0]
+    for arm in arms:
+        means = [_percent(level.mean) for level in arm.per_level]
+        panel.plot(results.log_snr, means, markersize=4, **styles[arm.arm])
+        low, high = ([_percent(level[end]) for level in arm.per_level] for end in (1, 2))
+        panel.fill_between(results.log_snr, low, high, color=styles[arm.arm]["color"], alpha=0.12, linewidth=0)
+        all_means += [value for value in means if math.isfinite(value)]
+    margin = 0.1 * (max(all_means) - min(all_means)) or 1.0
+    panel.set_ylim(min(all_means) - margin, max(all_means) + margin)
+    panel.set_ylabel("held-out loss (%)")
+    panel.tick_params(labelbottom=True)
 
 
 def arm_style(row: int) -> dict[str, str]:

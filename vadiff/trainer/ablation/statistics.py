@@ -1,7 +1,8 @@
 """Statistics of paired differences over seeds: intervals, Holm's correction, and what may be claimed from them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,13 @@ class Effect(NamedTuple):
 
     ratio: Interval
     p: float  # that the mean is 0: two-sided t-test, corrected for the number of arms; NaN without an interval
+    per_seed: Mapping[int, float] = MappingProxyType({})  # seed → ln ratio
+
+    @classmethod
+    def of(cls, per_seed: Mapping[int, float]) -> "Effect":
+        """The effect of paired differences; its p-value is not corrected."""
+        values = list(per_seed.values())
+        return cls(interval(values), p_value(values), per_seed)
 
     @property
     def better(self) -> bool:
