@@ -134,8 +134,10 @@ _DDPM = dataclasses.replace(
     clip=1.0,
     ema_decay=0.9999,
     held_out_every=20_000,
+    held_out_images=100,  # a trial of some steps on a CPU measures and draws once, in minutes
     checkpoint_every=5000,
     samples_every=20_000,
+    sample_count=16,
 )
 
 # Min-SNR-gamma (arXiv 2303.09556) as its paper states it, on the cosine schedule, for x0; --prediction epsilon and
