@@ -200,7 +200,7 @@ void merge_into(const MomentRows& all, const MomentRows& part, int size) {
 template <class C, class EllOf>
 void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
   const int size = update.bins.size;
-  std::vector<double> rows(update.update ? 4 * size + 1 : 0), later;  // the batch's, and a later tile's
+  std::vector<double> rows(4 * size + 1), later;  // the batch's, and a later tile's
   const MomentRows moments(rows.data(), size);
   std::vector<Entry> tile(update.update ? std::min<int64_t>(kTile, samples.count) : 0);
   double total = 0, skipped = 0;

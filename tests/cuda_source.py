@@ -12,6 +12,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def emulated_module(folder: Path) -> ModuleType:
     return module
 
 
+class _OnDevice:
+    """The module, called for a CUDA device only: a call for the CPU would test the CPU kernels."""
+
+    def __init__(self, module: Any, call: type[ctypes.Structure]) -> None:
+        self._module, self._call = module, call
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name not in ("step", "backward", "scale", "reweight", "fold"):
+            return found
+
+        def checked(address: int) -> None:
+            device = self._call.from_address(address).device
+            assert device >= 0, f"{name} was called for device {device}, expected a CUDA device"
+            found(address)
+
+        return checked
+
+
 def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """From here on the native backend runs the CUDA kernels, on CPU tensors."""
     from vadiff.ops import native
@@ -65,10 +85,11 @@ def emulate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     module = emulated_module(folder)
 
     def place(call: native.Call, tensor: Tensor) -> Tensor:
+        call.device = 0
         size = module.cuda_workspace_size(ctypes.addressof(call))
         workspace = torch.full((size,), torch.nan, dtype=torch.float64)  # scratch means nothing before a call
         call.workspace = workspace.data_ptr()
         return workspace
 
-    monkeypatch.setattr(native, "_native", module)
+    monkeypatch.setattr(native, "_native", _OnDevice(module, native.Call))
     monkeypatch.setattr(native, "_place", place)

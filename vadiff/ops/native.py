@@ -94,10 +94,7 @@ def step(
     call.state = state.state.data_ptr()
     call.log_weights = state.log_weights.data_ptr()
     call.update = update
-    if gather is None and prediction.is_cpu:
-        _native.step(ctypes.addressof(call))
-    else:
-        _run(_native.step, call, problem, state, prediction, gather)
+    _run(_native.step, call, problem, state, prediction, gather)
     return Step(loss, per_sample, made)
 
 
@@ -113,8 +110,7 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     call.mean = upstream.dim() == 0
     if not call.mean:
         call.upstream_stride = upstream.stride(0)  # 0 where autograd expanded a scalar
-    if not prediction.is_cpu:
-        _place(call, prediction)
+    _place(call, prediction)
     _native.backward(ctypes.addressof(call))
     return gradient
 
@@ -129,8 +125,7 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     call.upstream = _checked(upstream, torch.float64 if dtype is torch.float64 else torch.float32, "upstream")
     call.out = out.data_ptr()
     call.threads = torch.get_num_threads()
-    if not gradient.is_cpu:
-        _place(call, gradient)
+    _place(call, gradient)
     _native.scale(ctypes.addressof(call))
 
 
@@ -156,7 +151,7 @@ def _run(
     else:
         batch = state.state.new_empty(4 * problem.bins.size + 1, dtype=torch.float64)
         call.batch = batch.data_ptr()
-    _workspace = None if tensor.is_cpu else _place(call, tensor)
+    _workspace = _place(call, tensor)
     kernel(ctypes.addressof(call))
     if batch is None or gather is None:
         return
@@ -165,7 +160,7 @@ def _run(
     fold.gathered = _checked(gathered, torch.float64, "gathered statistics")
     fold.ranks = gathered.shape[0]
     fold.state, fold.log_weights, fold.update = call.state, call.log_weights, True
-    _workspace = None if tensor.is_cpu else _place(fold, gathered)
+    _workspace = _place(fold, gathered)
     _native.fold(ctypes.addressof(fold))
 
 
@@ -209,9 +204,11 @@ def _give_coefficients(call: Call, a: Coefficient, b: Coefficient, c: Coefficien
 
 
 def _place(call: Call, tensor: Tensor) -> Tensor | None:
-    """Have a call run on a CUDA device and its current stream. Returns scratch memory of the device, if it needs some.
+    """Have a call run where its tensors are. Returns scratch memory of a CUDA device, if the call needs some.
 
     It is to be kept until the kernels are launched; the allocator reuses it in the order of the stream."""
+    if tensor.is_cpu:
+        return None  # a new call is one for the CPU
     call.device = tensor.get_device()
     call.stream = torch.cuda.current_stream(call.device).cuda_stream
     size = _native.cuda_workspace_size(ctypes.addressof(call))
