@@ -11,6 +11,7 @@ snapshots/, ema/     see `vadiff.trainer.training.averages`
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,8 @@ class Run:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(images seen, metric → value) for each step that was evaluated, ascending.
 
-        From metrics.jsonl and from the files of `vadiff evaluate`, which take precedence.
+        From metrics.jsonl and from the files of `vadiff evaluate`, which take precedence. Evaluations that still lack
+        some of their sets of images are left out.
 
         Raises:
             RunError: a file is damaged.
@@ -88,7 +90,8 @@ class Run:
         for file in sorted(self.path.glob("evaluation/step-*/metrics.json")):
             try:
                 content = json.loads(file.read_text())
-                found.setdefault(content["images_seen"], {}).update(content["metrics"])
+                if is_complete(content):
+                    found.setdefault(content["images_seen"], {}).update(content["metrics"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
         return sorted(found.items())
@@ -157,6 +160,14 @@ def open_run(path: str | Path) -> Run:
         what = "has no config.yaml" if path.is_dir() else "is not a folder"
         raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
     return Run(path, TrainConfig.load(path / CONFIG))
+
+
+def is_complete(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the content of a metrics.json that `vadiff evaluate` wrote is about all sets of images it was to measure.
+
+    Version 0.1 wrote it at the end only, without `repeats` and `means_over`.
+    """
+    return "means_over" not in evaluation or len(evaluation["means_over"]) == evaluation["repeats"]
 
 
 def _are_of_average(weights: str) -> bool:
