@@ -25,6 +25,8 @@ from vadiff.trainer.ablation import Evaluation, collect, read_grid, results_tabl
 from vadiff.trainer.ablation.evaluation import drawn_with, first_difference
 from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.trainer.cli import main
+from vadiff.trainer.evaluation.digits_classifier import trained_classifier
+from vadiff.trainer.evaluation.fidelity import content_key
 from vadiff.trainer.training import run_folder
 from vadiff.trainer.training.assembly import load_images
 from vadiff.trainer.training.run_folder import begin, lock
@@ -290,9 +292,20 @@ def evaluated(run: PlannedRun, **settings: Any) -> None:
     content = {
         "step": run.config.steps, "images_seen": 100, "metrics": {"fid-64": 5.0}, "images": 6, "first_seed": 0,
         "generation": {"sampler": "heun", "weights": "ema"}, "layer": "64", "inception_weights": "published",
-        **settings,
+        "reference_sha256": "real", **settings,
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def evaluated_digits(grid: Grid, run: PlannedRun, cache: Path, **settings: Any) -> None:
+    """What `vadiff ablate --evaluate` leaves by default in a run on digits."""
+    found = {
+        "features": "digits", "images": 5000, "metrics": {"fd-digits": 3.0, "kid-digits": 0.1},
+        "generation": grid.evaluation.generation(run.config.process).recorded(),
+        "digits_classifier": trained_classifier(cache).key,
+        "reference_sha256": content_key(load_images(run.config).train),
+    }  # fmt: skip
+    evaluated(run, **(found | settings))
 
 
 @pytest.mark.parametrize(
@@ -300,6 +313,7 @@ def evaluated(run: PlannedRun, **settings: Any) -> None:
     [
         ({"images": 7}, "arm other, seed 1 was evaluated with images 7, arm constant, seed 0 with 6: their metrics"),
         ({"layer": "768"}, "arm other, seed 1 was evaluated with layer '768', arm constant, seed 0 with '64'"),
+        ({"reference_sha256": "others"}, "seed 1 was evaluated with reference_sha256 'others', .* with 'real'"),
         ({"inception_weights": "abc"}, "seed 1 was evaluated with inception_weights 'abc', .* with 'published'"),
         ({"generation": {"sampler": "euler", "weights": "ema"}}, r"evaluated with generation\.solver 'euler'"),
     ],
@@ -332,10 +346,12 @@ def test_evaluation_of_version_0_1_counts_as_done_and_equals_one_of_now(tmp_path
     steps = old.config.steps
     assert first_difference(drawn_with(old.path, steps), drawn_with(new.path, steps)) is None
     config = dataclasses.replace(old.config, process=process)
-    assert evaluation.was_done(old.path, config, steps, "published")
-    assert not dataclasses.replace(evaluation, solver="dpmpp_2m").was_done(old.path, config, steps, "published")
+    assert evaluation.was_done(old.path, config, steps, "published", "real")
+    assert not dataclasses.replace(evaluation, solver="dpmpp_2m").was_done(old.path, config, steps, "published", "real")
+    assert not evaluation.was_done(old.path, config, steps, "others", "real")
+    assert not evaluation.was_done(old.path, config, steps, "published", "others")
     evaluated(new, generation=then, seeds="0-4,7")
-    assert not evaluation.was_done(new.path, config, steps, "published")
+    assert not evaluation.was_done(new.path, config, steps, "published", "real")
 
 
 def test_evaluation_passes_the_solver_on() -> None:
@@ -417,9 +433,7 @@ def test_run_is_trained_and_measured_in_one_job_and_neither_is_done_again(
         done.append((run.arm, options[options.index("--features") + 1]))
         if run.arm in killed:
             raise KeyboardInterrupt
-        generation = grid.evaluation.generation(run.config.process).recorded()
-        metrics = {"fd-digits": 3.0, "kid-digits": 0.1}
-        evaluated(run, features="digits", images=5000, metrics=metrics, generation=generation)
+        evaluated_digits(grid, run, digits_cache)
         return True
 
     monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.evaluate", evaluate)
@@ -430,6 +444,41 @@ def test_run_is_trained_and_measured_in_one_job_and_neither_is_done_again(
     assert train_all(grid, tmp_path, evaluate=True, cache=digits_cache) == []
     assert [path.parent.name for path in in_process] == ["constant", "fast", "variance_aware", "twin"]
     assert done == [(arm, "digits") for arm in ("constant", "fast", "fast", "variance_aware", "twin")]
+
+
+def test_runs_that_were_measured_by_other_networks_or_images_are_measured_again(
+    tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, runs = two_arms(tmp_path, 2)
+    for run in runs.values():
+        write_run(run, [[1.0, 1.0]])
+        evaluated_digits(grid, run, digits_cache)
+    evaluated_digits(grid, runs["other", 0], digits_cache, digits_classifier="of another machine")
+    evaluated_digits(grid, runs["other", 1], digits_cache, reference_sha256="of other data")
+    with pytest.raises(GridError, match="`vadiff ablate --evaluate` measures all of them alike"):
+        collect(grid, tmp_path)
+    seen: list[Path] = []
+
+    def evaluate(self: object, run: PlannedRun, options: list[str]) -> bool:
+        seen.append(run.path)
+        evaluated_digits(grid, run, digits_cache)
+        return True
+
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.evaluate", evaluate)
+    assert train_all(grid, tmp_path, evaluate=True, cache=digits_cache) == []
+    assert seen == [runs["other", 0].path, runs["other", 1].path]
+    assert collect(grid, tmp_path).arms[0].distance is not None
+
+
+def test_run_that_is_being_measured_counts_as_not_measured(tmp_path: Path) -> None:
+    grid, runs = two_arms(tmp_path, 5)
+    for run in runs.values():
+        write_run(run, [[1.0, 1.0]])
+        evaluated(run, repeats=3, means_over=[0, 6, 12])
+    evaluated(runs["other", 1], repeats=3, means_over=[0, 6])
+    (arm,) = collect(grid, tmp_path).arms
+    assert arm.distance is None
+    assert arm.verdict == "no claim: images of 9 of 10 runs"
 
 
 def test_network_that_images_are_compared_by_is_looked_for_before_training(

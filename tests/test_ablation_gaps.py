@@ -13,8 +13,10 @@ import torch
 from vadiff.optimal_loss import model_gap
 from vadiff.process import loss_ratio
 from vadiff.trainer.ablation import collect_gaps, read_grid
+from vadiff.trainer.ablation.gaps import Gaps, LevelGap
 from vadiff.trainer.ablation.grid import GridError
 from vadiff.trainer.ablation.output import arm_style
+from vadiff.trainer.ablation.statistics import Interval
 from vadiff.trainer.cli import main
 from vadiff.trainer.training.optimal_curve import estimate_curve
 from vadiff.training import open_run, train
@@ -93,3 +95,15 @@ def test_gaps_are_those_of_the_runs_in_edms_unit(tmp_path: Path, capsys: pytest.
 
 def test_no_two_arms_look_the_same() -> None:
     assert len({tuple(arm_style(row).values()) for row in range(56)}) == 56
+
+
+def test_arms_with_other_levels_have_a_header_of_their_own() -> None:
+    def level(sigma: float) -> LevelGap:
+        return LevelGap(sigma, Interval(0.4, 0.3, 0.5, 5), 0.3, 0.2, 0.01, Interval(0.1, 0.0, 0.2, 5), 0.5)
+
+    levels = {"edm/a": (level(0.5),), "edm/b": (level(0.5),), "flow/a": (level(0.3), level(2.0))}
+    text = Gaps("two", (0,), levels).as_text()
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(("arm", "edm", "flow"))] == [
+        "arm", "edm/a", "edm/b", "arm", "flow/a",
+    ] * 2  # fmt: skip
+    assert "σ 0.3      σ 2" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -89,12 +90,16 @@ def test_invalid_objective_is_named(old: str, new: str, message: str, tmp_path: 
         grid_of(tmp_path, text).runs(tmp_path)
 
 
-def finished(run: PlannedRun, loss: float, distance: float) -> None:
-    """A finished run with this held-out loss at two levels, and this Fréchet distance."""
-    run.path.mkdir(parents=True)
+def finished(
+    run: PlannedRun, loss: float | None, distance: float | None = None, log_snr: Sequence[float] = (0.0, 2.0)
+) -> None:
+    """A finished run with this held-out loss at each level, and this Fréchet distance."""
+    run.path.mkdir(parents=True, exist_ok=True)
     run.config.save(run.path / "config.yaml")
-    held_out = {"log_snr": [0.0, 2.0], "loss_raw": [9.0, 9.0], "loss_ema": [loss, loss]}
-    entry = {"step": 4, "images": 100, "seconds": 1.0, "held_out": held_out, "evaluation": {"fd-digits": distance}}
+    held_out = {"log_snr": [*log_snr], "loss_raw": [9.0] * len(log_snr), "loss_ema": [loss] * len(log_snr)}
+    entry = {"step": 4, "images": 100, "seconds": 1.0, "held_out": held_out}
+    if distance is not None:
+        entry["evaluation"] = {"fd-digits": distance}
     (run.path / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
 
 
@@ -145,3 +150,47 @@ def test_results_have_a_table_for_each_objective(grid: Grid, tmp_path: Path) -> 
         ("edm", "fast"), ("edm", "adaptive"), ("edm", "twin"), ("flow", "fast")
     }  # fmt: skip
     assert {"held_out_log_ratio", "fd-digits_log_ratio"} <= {row["metric"] for row in rows}
+
+
+def test_objectives_may_be_measured_at_different_levels(grid: Grid, tmp_path: Path) -> None:
+    for run in grid.runs(tmp_path / "out"):
+        if run.objective == "flow":
+            finished(run, 1.0, log_snr=[0.0, 2.0, 3.0])
+    results = collect(grid, tmp_path / "out")
+    write_results(results, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["arms"]["edm/fast"]["log_snr"] == [0.0, 2.0]
+    assert content["arms"]["flow/fast"]["log_snr"] == [0.0, 2.0, 3.0]
+    assert "flow,fast,constant,held_out_log_ratio_at_log_snr_3.00" in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_run_that_diverged_is_no_claim_and_counts_as_an_arm(grid: Grid, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    corrected = {arm.label: arm.held_out.p for arm in collect(grid, out).arms}
+    diverged = next(run for run in grid.runs(out) if run.label == "edm/adaptive" and run.seed == 2)
+    finished(diverged, None)  # JSON has null for what is not finite; and no images can be drawn of such a run
+    results = collect(grid, out)
+    found = {arm.label: arm for arm in results.arms}
+    assert found["edm/adaptive"].verdict == "no claim: a run diverged"
+    assert found["edm/fast"].held_out.p == corrected["edm/fast"]
+    write_results(results, out)
+    content = json.loads((out / "results.json").read_text())["arms"]["edm/adaptive"]["held_out"]
+    assert (content["mean"], content["per_seed"]["2"]) == (None, None)
+    assert "not finite" in (out / "results.txt").read_text()
+
+
+def test_images_of_some_runs_and_a_distance_of_zero_are_no_claim(grid: Grid, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runs = {(run.label, run.seed): run for run in grid.runs(out)}
+    finished(runs["edm/fast", 1], 0.9)
+    finished(runs["flow/fast", 1], 0.9, 0.0)
+    found = {arm.label: arm.verdict for arm in collect(grid, out).arms}
+    assert found["edm/fast"] == "no claim: images of 9 of 10 runs"
+    assert found["flow/fast"] == "no claim: a distance is not above 0"
+
+
+@pytest.mark.parametrize("seeds", [-2, 0, 6])
+def test_number_of_seeds_is_one_that_the_file_has(seeds: int, grid: Grid, tmp_path: Path) -> None:
+    with pytest.raises(GridError, match=f"seeds is {seeds}, expected 1 to 5"):
+        read_grid(tmp_path / "grid.toml", seeds=seeds)
+    assert read_grid(tmp_path / "grid.toml", seeds=4).seeds == (0, 1, 2, 3)

@@ -45,11 +45,21 @@ def test_p_value_that_is_missing_is_not_counted() -> None:
     assert math.isnan(corrected[1])
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_seed_without_a_finite_figure_shows_nothing_but_counts(broken: float) -> None:
+    diverged = Effect.of(dict(enumerate([-0.3, -0.31, -0.32, -0.3, broken])))
+    assert not diverged.finite
+    assert all(map(math.isnan, diverged.ratio[:3]))
+    assert (diverged.better, diverged.worse, diverged.may_be_worse) == (False, False, True)
+    assert holm([0.01, diverged.p]) == pytest.approx([0.02, 1.0])
+
+
 BETTER = Effect(Interval(-0.05, -0.08, -0.02, 5), 0.01)
 WORSE = Effect(Interval(0.05, 0.02, 0.08, 5), 0.01)
 SAME = Effect(Interval(-0.01, -0.04, 0.02, 5), 0.4)
 ONLY_UNCORRECTED = Effect(Interval(0.03, 0.001, 0.06, 5), 0.2)
 FEW = Effect(Interval(-0.05, math.nan, math.nan, 4), math.nan)
+DIVERGED = Effect(Interval(math.nan, math.nan, math.nan, 5), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +75,17 @@ FEW = Effect(Interval(-0.05, math.nan, math.nan, 4), math.nan)
         (SAME, SAME, "not shown"),
         (BETTER, None, "no claim: no images"),
         (BETTER, FEW, "no claim: 4 seeds"),
+        (BETTER, DIVERGED, "no claim: a distance is not above 0"),
+        (DIVERGED, BETTER, "no claim: a run diverged"),
+        (DIVERGED, None, "no claim: a run diverged"),
     ],
 )
 def test_claim_needs_one_figure_better_and_the_other_not_worse(
     held_out: Effect, distance: Effect | None, claim: str
 ) -> None:
     assert verdict(held_out, distance) == claim
+
+
+def test_images_of_some_runs_are_no_claim_and_said_as_such() -> None:
+    assert verdict(BETTER, None, 9, 10) == "no claim: images of 9 of 10 runs"
+    assert verdict(BETTER, None, 0, 10) == "no claim: no images"

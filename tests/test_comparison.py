@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from vadiff.sampling.generation import Generated, default_generation
+from vadiff.trainer.ablation.evaluation import drawn_with
 from vadiff.trainer.cli import main
-from vadiff.trainer.pictures import PictureWriter, read_note, read_pictures
-from vadiff.trainer.report import comparison
+from vadiff.trainer.pictures import PictureWriter, read_labels, read_note, read_pictures
+from vadiff.trainer.report import comparison, drawn_images
 from vadiff.trainer.report.comparison import Comparison, seed_sets
+from vadiff.trainer.report.drawn_images import kept_images
 from vadiff.trainer.report.evaluate import evaluate_run
 from vadiff.training import Run, open_run
 
@@ -35,7 +37,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
         calls.append([*seeds])
         yield Generated(0, run.images().train[torch.tensor(seeds)], None)
 
-    monkeypatch.setattr(comparison, "generate", generate)
+    monkeypatch.setattr(drawn_images, "generate", generate)
     return calls
 
 
@@ -112,11 +114,81 @@ def test_killed_evaluation_loses_only_the_set_of_images_in_work(
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, default_generation(run), range(50), fid, repeats=3)
     folder = run.path / "evaluation" / "step-4"
-    assert metrics_of(folder)["repeats"] == 1  # which says that it is not the mean over three
+    content = metrics_of(folder)
+    assert (content["repeats"], content["means_over"]) == (3, [0])  # which says that it is not the mean over three
+    assert run.evaluations() == []
+    assert drawn_with(run.path, 4) is None  # for `vadiff ablate` it is not measured yet
     monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", measure)
     evaluate_run(run, default_generation(run), range(50), fid, repeats=3)
     assert [seeds[0] for seeds in drawn] == [0, 50, 100]  # the second set had been kept
-    assert metrics_of(folder)["repeats"] == 3
+    assert metrics_of(folder)["means_over"] == [0, 50, 100]
+    assert drawn_with(run.path, 4) is not None
+    [(_, metrics)] = run.evaluations()
+    assert set(metrics) == {"fd-digits"}
+
+
+def test_evaluation_that_is_killed_in_a_later_call_keeps_what_it_had(
+    run: Run, drawn: list[Sequence[int]], digits_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fid, both = (Comparison(metrics, cache=digits_cache) for metrics in (("fid",), ("fid", "kid")))
+    folder = evaluate_run(run, default_generation(run), range(50), fid, repeats=3)
+    before = metrics_of(folder)
+    measure, calls = comparison.compare, []
+
+    def killed(*arguments: Any) -> dict[str, float]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, default_generation(run), range(50), both, repeats=3)
+    content = metrics_of(folder)
+    assert content["metrics"] == before["metrics"]
+    assert [one["metrics"].get("fd-digits") for one in content["each"]] == [
+        one["metrics"]["fd-digits"] for one in before["each"]
+    ]
+    assert "kid-digits" in content["each"][0]["metrics"]
+    monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", measure)
+    evaluate_run(run, default_generation(run), range(50), fid)  # one set of the three: the others stay in the file
+    content = metrics_of(folder)
+    assert (content["repeats"], content["means_over"], len(content["each"])) == (1, [0], 3)
+    assert content["metrics"]["fd-digits"] == before["each"][0]["metrics"]["fd-digits"]
+
+
+def test_killed_drawing_loses_only_the_batch_in_work(
+    run: Run, digits_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[int]] = []
+    images = run.images()
+    assert images.train_labels is not None
+
+    def generate(run: Run, seeds: Sequence[int], generation: Any) -> Iterator[Generated]:
+        calls.append([*seeds])
+        for start in (10, 0, 20):  # as batches of several devices come, in any order
+            if calls[1:] == [] and start == 20:
+                raise KeyboardInterrupt
+            numbers = torch.tensor(seeds[start : start + 10], dtype=torch.int64)
+            if len(numbers):
+                yield Generated(start, images.train[numbers], images.train_labels[numbers])
+
+    monkeypatch.setattr(drawn_images, "generate", generate)
+    seeds, how = range(3, 33), default_generation(run)
+    with pytest.raises(KeyboardInterrupt):
+        kept_images(run, seeds, how, tmp_path / "kept")
+    parts = tmp_path / "kept" / "images-3.parts"
+    assert len([*parts.iterdir()]) == 2
+    (parts / "3.npz").write_bytes((parts / "3.npz").read_bytes()[:-100])
+    kept = kept_images(run, seeds, how, tmp_path / "kept")
+    assert calls[1] == [*range(3, 13), *range(23, 33)]
+    assert torch.equal(kept, images.train[3:33])
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["images-3.npz"]
+    assert torch.equal(read_labels(tmp_path / "kept" / "images-3.npz"), images.train_labels[3:33])
+    parts.mkdir()
+    shutil.copy(tmp_path / "kept" / "images-3.npz", parts / "3.npz")  # of other options
+    kept_images(run, seeds, dataclasses.replace(how, steps=5), tmp_path / "kept")
+    assert calls[2] == [*seeds]
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"metrics": {}}'])

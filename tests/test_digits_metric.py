@@ -1,5 +1,7 @@
 """vadiff.trainer.evaluation.digits_classifier: sample quality of digits, by the features of a small classifier."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vadiff.errors import UserError
 from vadiff.trainer.data.digits import digits
 from vadiff.trainer.evaluation import digits_classifier, image_metrics
-from vadiff.trainer.evaluation.digits_classifier import trained_classifier
+from vadiff.trainer.evaluation.digits_classifier import DigitsClassifier, Trained, trained_classifier
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +81,39 @@ def test_classifier_is_trained_once_and_again_if_its_file_is_damaged(
         assert trained_classifier(tmp_path, epochs=1) == first  # the same weights: training is deterministic
     monkeypatch.setattr(digits_classifier, "train_classifier", lambda epochs: pytest.fail("trained twice"))
     assert trained_classifier(tmp_path, epochs=1) == first
-    assert [file.name for file in tmp_path.iterdir()] == [first.path.name]
+    assert {file.name for file in tmp_path.iterdir()} == {first.path.name, first.path.with_suffix(".lock").name}
+
+
+def test_of_two_that_need_the_classifier_one_trains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+    both = threading.Barrier(2)
+    check = digits_classifier._check
+
+    def check_together(path: Path) -> Trained | None:
+        found = check(path)
+        if not trained and threading.current_thread() not in waited:
+            waited.add(threading.current_thread())
+            both.wait(30)  # neither has found one
+        return found
+
+    def other_weights_each_time(epochs: int) -> tuple[DigitsClassifier, float]:
+        trained.append(epochs)
+        return DigitsClassifier().eval(), 0.99
+
+    waited: set[threading.Thread] = set()
+    monkeypatch.setattr(digits_classifier, "_check", check_together)
+    monkeypatch.setattr(digits_classifier, "train_classifier", other_weights_each_time)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: trained_classifier(tmp_path, epochs=1), range(2)))
+    assert len(trained) == 1
+    assert found[0] == found[1] == check(found[0].path)
 
 
 def test_classifier_that_learned_too_little_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"accuracy of 0\.\d+ on held-out digits, expected at least 0\.97"):
+    message = r"accuracy of 0\.\d+ on held-out digits, expected at least 0\.97.* --features inception"
+    with pytest.raises(UserError, match=message):
         trained_classifier(tmp_path, epochs=0)
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.pt*"))
 
 
 def test_training_leaves_the_callers_random_numbers_and_threads_alone() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vadiff.models import Denoiser
 from vadiff.pixels import pixels
-from vadiff.sampling.generation import Generation, default_generation, generate, random_class, solve
+from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class, solve
 from vadiff.sampling.seeds import recorded_seeds
 from vadiff.sampling.solvers import SOLVERS
 from vadiff.trainer.cli import main
@@ -68,7 +68,8 @@ def test_evaluate_records_how_images_were_drawn(
     assert {name: content[name] for name in ("images", "first_seed", "seeds")} == recorded_seeds([3, 4, 9])
     assert content["generation"] == {
         "solver": "dpmpp_2m", "steps": 4, "spacing": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
-        "churn": None, "clip": False, "label": "cycle", "guidance": 2.0, "guide": f"{run}:raw", "weights": "ema",
+        "churn": None, "clip": False, "label": "cycle", "guidance": 2.0, "weights": "ema",
+        "guide": Guide(f"{run}:raw", open_run(run), "raw", 4).recorded(),
     }  # fmt: skip
 
 

@@ -162,6 +162,30 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     assert found["ema-0.2"] == by_hand["fid-64"] != found["raw"]
 
 
+def test_sweep_looks_for_what_it_needs_before_it_measures(
+    copied: Path,
+    digits_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no route to host")
+
+    def measured(*arguments: object) -> None:
+        pytest.fail("measured before it looked")
+
+    monkeypatch.setattr("vadiff.trainer.training.post_hoc.held_out_of_averages", measured)
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    command = ["ema", str(copied), "--sigma-rel", "0.1", "--sweep", "--device", "cpu", "--metrics", "fid"]
+    assert main([*command, "--features", "inception", "--images", "5"]) == 1
+    assert "Inception weights could not be downloaded" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--images", "3", "--cache", str(digits_cache)])
+    assert "images has 3 images, expected at least 5" in capsys.readouterr().err
+
+
 def test_sweep_draws_a_curve_for_every_metric() -> None:
     loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3), 0.5)
     other = {"kid-768": 0.1, "kid_std-768": 0.1}

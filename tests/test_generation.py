@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vadiff.ema.archive import write_archive
 from vadiff.errors import RunError
 from vadiff.models import Denoiser
 from vadiff.sampling import Churn, noise_levels
 from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class
 from vadiff.trainer.pictures import PictureWriter, read_pictures
+from vadiff.trainer.training.averages import average_file
+from vadiff.trainer.training.checkpoint import load_checkpoint, save_checkpoint
 from vadiff.training import Run, open_run
 
 QUICK = Generation(steps=3)
@@ -94,12 +98,20 @@ def test_guide_that_is_the_run_itself_changes_nothing_and_another_one_does(run: 
     assert difference(images_of(run, range(4), raw), plain) > 0
 
 
+def test_guide_with_guidance_1_is_an_error(run: Run) -> None:
+    with pytest.raises(ValueError, match="guide is small with guidance 1, which leaves it unused"):
+        Generation(guide=Guide("small", run))
+
+
 def test_guide_needs_no_label_dropout_but_the_same_images_and_classes(run: Run) -> None:
     class Other:
         config = run.config
 
         def denoiser(self, weights: str, step: int | None, device: torch.device | str) -> Denoiser:
             return Denoiser(torch.nn.Identity(), 0.5, labels=labels, image_shape=shape)
+
+        def fingerprint(self, weights: str, step: int | None) -> tuple[int, str]:
+            return 1, "other"
 
     guided = dataclasses.replace(QUICK, guidance=2.0, guide=Guide("itself", run))
     no_dropout = dataclasses.replace(run, config=dataclasses.replace(run.config, label_dropout=0.0))
@@ -116,11 +128,30 @@ def test_options_are_recorded_as_json_has_them(run: Run) -> None:
     how = Generation("heun", churn=Churn(3.0), guidance=1.5, guide=Guide("runs/small:raw", run), clip=True)
     recorded = how.recorded()
     assert json.loads(json.dumps(recorded)) == recorded
+    checksum = (run.path / "checkpoints" / "step-4" / "sha256").read_text().strip()
     assert recorded == {
         "solver": "heun", "steps": 18, "spacing": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
         "churn": "Churn(amount=3.0, sigma_min=0.0, sigma_max=inf, noise=1.0)", "clip": True, "label": "cycle",
-        "guidance": 1.5, "guide": "runs/small:raw", "weights": "ema",
+        "guidance": 1.5, "weights": "ema",
+        "guide": {"name": "runs/small:raw", "weights": "ema", "step": 4, "fingerprint": checksum},
     }  # fmt: skip
+
+
+def test_guide_is_the_weights_that_there_were_when_it_was_made(run: Run, tmp_path: Path) -> None:
+    guide_run = open_run(shutil.copytree(run.path, tmp_path / "guide"))
+    first = Guide("guide", guide_run)
+    state = load_checkpoint(guide_run.path)
+    save_checkpoint(guide_run.path, 8, state, keep=2)
+    assert first.step == 4
+    assert first.recorded() != Guide("guide", guide_run).recorded()
+    save_checkpoint(guide_run.path, 4, {**state, "ema": state["model"]}, keep=2)
+    assert first.recorded() != Guide("guide", guide_run, step=4).recorded()  # trained anew, up to the same step
+    average = average_file(guide_run.path, 4, 0.1)
+    write_archive(average, state)
+    guide = Guide("guide", guide_run, "ema-0.1")
+    write_archive(average, {**state, "ema": state["model"]})
+    assert guide.step == 4
+    assert guide.recorded() != Guide("guide", guide_run, "ema-0.1").recorded()
 
 
 def test_diverged_weights_are_named_with_the_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +177,6 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
         ({"spacing": "flow", "rho": 7.0}, "rho is for the spacing edm, not for flow"),
         ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm, not for flow"),
         ({"label": "cat"}, "label is 'cat', expected a class or one of cycle, random"),
-        ({"guide": Guide("small", None)}, "guide is small with guidance 1, which leaves it unused"),
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"guidance": float("nan")}, "guidance is nan, expected a number"),

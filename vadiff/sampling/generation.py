@@ -54,6 +54,9 @@ class TrainedModel(Protocol):
 
     def denoiser(self, weights: str, step: int | None, device: torch.device | str) -> Denoiser: ...
 
+    def fingerprint(self, weights: str, step: int | None) -> tuple[int, str]:
+        """The step that `denoiser` would read, and a text that is equal for equal weights only."""
+
 
 @dataclass(frozen=True)
 class Guide:
@@ -63,13 +66,26 @@ class Guide:
         name: names it in messages and files.
         run: the guide, with images of the same shape and the same classes as the model it guides.
         weights: as in `Generation`.
-        step: as in `Generation`.
+        step: as in `Generation`; None becomes the last that there is now.
+
+    Attributes:
+        fingerprint: of its weights, see `TrainedModel`: a guide that is trained on is another guide.
     """
 
     name: str
     run: TrainedModel
     weights: str = "ema"
     step: int | None = None
+    fingerprint: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        step, fingerprint = self.run.fingerprint(self.weights, self.step)
+        object.__setattr__(self, "step", step)
+        object.__setattr__(self, "fingerprint", fingerprint)
+
+    def recorded(self) -> dict[str, Any]:
+        """What tells it from other guides, for a JSON file."""
+        return {name: getattr(self, name) for name in ("name", "weights", "step", "fingerprint")}
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ class Generation:
         values = {name: getattr(self, name) for name in fields}
         return values | {
             "churn": None if self.churn is None else repr(self.churn),
-            "guide": None if self.guide is None else self.guide.name,
+            "guide": None if self.guide is None else self.guide.recorded(),
         }
 
 

@@ -104,11 +104,14 @@ def read_pictures(path: Path) -> Tensor:
 
 def read_note(path: Path) -> str | None:
     """The note that `PictureWriter` left in an archive; None without a note, a file, or if it is damaged."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return str(archive["note"])
-    except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile):
-        return None
+    note = _read_array(path, "note")
+    return None if note is None else str(note)
+
+
+def read_labels(path: Path) -> Tensor | None:
+    """The labels that `PictureWriter` left in an archive; None without labels, a file, or if it is damaged."""
+    labels = _read_array(path, "arr_1")
+    return None if labels is None else torch.from_numpy(labels)
 
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
@@ -122,6 +125,15 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     cells[:count, :, :height, :width] = images
     picture = cells.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
     return picture.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+
+
+def _read_array(path: Path, name: str) -> np.ndarray | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            found: np.ndarray = archive[name]
+            return found
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _read_archive(path: Path) -> Tensor:

@@ -34,7 +34,9 @@ class ArmResult:
     arm: str
     held_out: Effect  # primary figure A
     distance: Effect | None  # primary figure B; None unless all runs of the arm and their baselines were measured
-    distance_name: str | None  # of the metric, such as fid or fd-digits
+    distance_name: str | None  # of the metric, such as fid or fd-digits; None if no run was measured
+    measured: int  # runs of the arm and their baselines that have this metric
+    log_snr: tuple[float, ...]  # of the held-out levels
     per_level: tuple[Interval, ...]  # ln ratio of the held-out loss, by noise level
     images_to_reach: Interval  # the baseline's final held-out loss ÷ the baseline's images; NaN unless all seeds do
     reached: int  # seeds that reach this loss
@@ -49,7 +51,7 @@ class ArmResult:
     @property
     def verdict(self) -> str:
         """What may be claimed, see `statistics.verdict`."""
-        return verdict(self.held_out, self.distance)
+        return verdict(self.held_out, self.distance, self.measured, 2 * self.held_out.ratio.number)
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,11 @@ class Results:
     name: str
     baseline: str
     seeds: tuple[int, ...]
-    log_snr: tuple[float, ...]  # of the held-out levels
     arms: tuple[ArmResult, ...]
     missing: tuple[str, ...]  # arm/seed of runs that are unfinished, or whose baseline run is
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; NaN is None."""
+        """Plain numbers and strings, for JSON; what is not finite is None."""
         arms = {
             arm.label: {
                 "objective": arm.objective or None,
@@ -72,7 +73,9 @@ class Results:
                 "distance": None
                 if arm.distance is None
                 else {"metric": arm.distance_name, **_plain_effect(arm.distance)},
+                "measured": arm.measured,
                 "verdict": arm.verdict,
+                "log_snr": list(arm.log_snr),
                 "per_level": [_plain(level) for level in arm.per_level],
                 "images_to_reach": _plain(arm.images_to_reach),
                 "reached": arm.reached,
@@ -82,7 +85,7 @@ class Results:
             for arm in self.arms
         }
         fields = {"name": self.name, "baseline": self.baseline, "seeds": list(self.seeds)}
-        return {**fields, "log_snr": list(self.log_snr), "arms": arms, "missing": list(self.missing)}
+        return {**fields, "arms": arms, "missing": list(self.missing)}
 
 
 def collect(grid: Grid, out: Path) -> Results:
@@ -113,9 +116,8 @@ def collect(grid: Grid, out: Path) -> Results:
             if arm != grid.baseline
         }
         arms += _corrected([_arm_result(objective, arm, found) for arm, found in pairs.items() if found])
-    log_snr = next((tuple(outcome.log_snr) for outcome in done.values()), ())
     missing = tuple(f"{runs[key].label}/seed-{key[2]}" for key in runs if key not in paired)
-    return Results(grid.name, grid.baseline, grid.seeds, log_snr, tuple(arms), missing)
+    return Results(grid.name, grid.baseline, grid.seeds, tuple(arms), missing)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ class _Outcome:
 
     def images_to(self, loss: float) -> float:
         """Images until the mean loss over levels first reached `loss`, interpolated in its logarithm; NaN if it never
-        did."""
+        did, or if `loss` is not finite."""
+        if not math.isfinite(loss):
+            return math.nan
         images = self.images.tolist()
         for index, mean in enumerate(self.means):
             if mean <= loss:
@@ -168,15 +172,17 @@ def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _O
     for seed, (mine, other) in pairs.items():
         _check_comparable(arm_label(objective, arm), seed, mine, other)
     ratios = torch.stack([mine.log_loss[-1] - other.log_loss[-1] for mine, other in pairs.values()])  # [S, L]
-    figure_a = {seed: math.log(mine.means[-1] / other.means[-1]) for seed, (mine, other) in pairs.items()}
+    figure_a = {seed: _log_ratio(mine.means[-1], other.means[-1]) for seed, (mine, other) in pairs.items()}
     reach = [mine.images_to(other.means[-1]) / float(other.images[-1]) for mine, other in pairs.values()]
     reached = [math.log(share) for share in reach if not math.isnan(share)]
     shared = set.intersection(*({*mine.evaluation} & {*other.evaluation} for mine, other in pairs.values()))
-    name = next((name for name in sorted(shared) if name.split("-")[0] in ("fid", "fd")), None)
+    evaluations = [outcome.evaluation for pair in pairs.values() for outcome in pair]
+    distances = {name for values in evaluations for name in values if name.split("-")[0] in ("fid", "fd")}
+    name = min(distances, key=lambda name: (name not in shared, name), default=None)
     distance = None
-    if name is not None:
+    if name in shared:
         distance = Effect.of(
-            {seed: math.log(m.evaluation[name] / o.evaluation[name]) for seed, (m, o) in pairs.items()}
+            {seed: _log_ratio(m.evaluation[name], o.evaluation[name]) for seed, (m, o) in pairs.items()}
         )
     return ArmResult(
         objective,
@@ -184,6 +190,8 @@ def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _O
         Effect.of(figure_a),
         distance,
         name,
+        sum(name in values for values in evaluations),
+        tuple(next(iter(pairs.values()))[0].log_snr),
         tuple(interval(level.tolist()) for level in ratios.T),
         # NaN unless all seeds reached the loss: without the slow seeds the mean would be too low.
         interval(reached).exp() if len(reached) == len(reach) else Interval(math.nan, math.nan, math.nan, len(reach)),
@@ -196,10 +204,17 @@ def _arm_result(objective: str, arm: str, pairs: Mapping[int, tuple[_Outcome, _O
     )
 
 
+def _log_ratio(mine: float, other: float) -> float:
+    """ln(mine / other); NaN unless both are positive and finite, as the figures of runs that diverged are not."""
+    return math.log(mine / other) if 0.0 < mine < math.inf and 0.0 < other < math.inf else math.nan
+
+
 def _corrected(arms: Sequence[ArmResult]) -> list[ArmResult]:
     """The arms of an objective with p-values that are corrected for their number, figure by figure."""
     held_out = holm([arm.held_out.p for arm in arms])
-    distance = holm([math.nan if arm.distance is None else arm.distance.p for arm in arms])
+    # Images cannot be drawn of a run that diverged: its arm counts all the same.
+    unmeasured = [math.nan if arm.held_out.finite else 1.0 for arm in arms]
+    distance = holm([p if arm.distance is None else arm.distance.p for arm, p in zip(arms, unmeasured, strict=True)])
     return [
         dataclasses.replace(
             arm,
@@ -240,9 +255,13 @@ def _check_evaluated_alike(outcomes: Mapping[tuple[str, int], _Outcome]) -> None
 
 def _plain_effect(effect: Effect) -> dict[str, Any]:
     """With the p-value, which is corrected for the number of arms, and each seed's ln ratio."""
-    per_seed = {str(seed): value for seed, value in effect.per_seed.items()}
-    return {**_plain(effect.ratio), "p": None if math.isnan(effect.p) else effect.p, "per_seed": per_seed}
+    per_seed = {str(seed): _plain_number(value) for seed, value in effect.per_seed.items()}
+    return {**_plain(effect.ratio), "p": _plain_number(effect.p), "per_seed": per_seed}
 
 
 def _plain(value: Interval) -> dict[str, float | int | None]:
-    return {name: None if math.isnan(number) else number for name, number in value._asdict().items()}
+    return {name: _plain_number(number) for name, number in value._asdict().items()}
+
+
+def _plain_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

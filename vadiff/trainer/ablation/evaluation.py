@@ -25,6 +25,7 @@ from ...sampling.solvers import SOLVERS
 from ...sampling.steps import RHO
 from ..config import TrainConfig
 from ..evaluation.fidelity import FEATURES, LAYERS, METRICS, check_metrics, features_for, result_name
+from ..training.run import is_complete
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ class Evaluation:
         """What `arguments` make of a run with that process."""
         return with_options(default_generation(process, self.solver, self.spacing), steps=self.steps)
 
-    def was_done(self, run: Path, config: TrainConfig, step: int, inception_weights: str) -> bool:
+    def was_done(self, run: Path, config: TrainConfig, step: int, network: str, reference: str) -> bool:
         """Whether `vadiff evaluate` has measured exactly this on a run.
 
         Args:
             run: its folder.
             config: of the run.
             step: of the checkpoint.
-            inception_weights: what `weights_key` makes of the weights file.
+            network: key of the network that images are compared by, see `FeatureNetwork`.
+            reference: `content_key` of the real images.
         """
         found = drawn_with(run, step)
         if found is None:
@@ -119,9 +121,10 @@ class Evaluation:
             "first_seed": self.first_seed,
             "repeats": self.repeats,
             "seeds": None,  # consecutive
+            "reference_sha256": reference,
         } | {f"generation.{name}": value for name, value in self.generation(config.process).recorded().items()}
-        if features == "inception":
-            wanted |= {"layer": self.layer, "inception_weights": inception_weights}
+        inception = features == "inception"
+        wanted |= {"layer": self.layer, "inception_weights": network} if inception else {"digits_classifier": network}
         measured = json.loads(_file(run, step).read_text())["metrics"]
         needed = [name for name in self.metrics if name != "isc"]  # isc: not every weights file can give it
         names = {result_name(name, features, self.layer) for name in needed}
@@ -129,7 +132,7 @@ class Evaluation:
 
 
 def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
-    """Options with which `vadiff evaluate` measured a step of a run, by name; None if it did not.
+    """Options with which `vadiff evaluate` measured a step of a run, by name; None if it did not, or not yet all of it.
 
     Raises:
         RunError: the file is damaged.
@@ -139,12 +142,14 @@ def drawn_with(run: Path, step: int) -> dict[str, Any] | None:
         return None
     try:
         content = {"features": "inception", "repeats": 1, **json.loads(file.read_text())}  # of files without
+        if not is_complete(content):
+            return None
         options = _as_now(content.pop("generation", {}))
         generation = {f"generation.{name}": value for name, value in options.items()}
         return {
             name: value
             for name, value in (content | generation).items()
-            if name not in ("step", "images_seen", "metrics", "each")
+            if name not in ("step", "images_seen", "metrics", "means_over", "each")
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error

@@ -56,13 +56,20 @@ class Gaps:
         """Two text tables, arms by noise levels, without a trailing newline.
 
         The held-out losses end with their geometric mean over levels in x0 form, see `level_mean`. Gaps have none: at
-        memorised levels they are 0 or, within their error, below.
+        memorised levels they are 0 or, within their error, below. Arms with other levels than those above them have a
+        header of their own.
         """
         width = max(len(arm) for arm in self.arms)
-        sigmas = [level.sigma for level in next(iter(self.arms.values()))]
-        header = f"{'arm':<{width}}" + "".join(f"  {f'σ {sigma:.3g}':<9}" for sigma in sigmas)
-        held_out, gaps = [f"{header}  {'x0, all':>9}"], [header.rstrip()]
+        held_out: list[str] = []
+        gaps: list[str] = []
+        above: list[float] = []
         for arm, levels in self.arms.items():
+            sigmas = [level.sigma for level in levels]
+            if sigmas != above:
+                header = f"{'arm':<{width}}" + "".join(f"  {f'σ {sigma:.3g}':<9}" for sigma in sigmas)
+                held_out.append(f"{header}  {'x0, all':>9}")
+                gaps.append(header.rstrip())
+                above = sigmas
             losses = torch.tensor([level.held_out.mean for level in levels])
             log_snr = -2.0 * torch.tensor([level.sigma for level in levels]).log()
             mean = float(level_mean(losses, log_snr, sigma_data=levels[0].sigma_data))

@@ -219,6 +219,8 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
     grid_seeds = content.get("seeds", [0])
     if not (isinstance(grid_seeds, list) and grid_seeds and all(type(seed) is int for seed in grid_seeds)):
         raise GridError(f"{path}: seeds is {grid_seeds!r}, expected a list of whole numbers")
+    if seeds is not None and not 1 <= seeds <= len(grid_seeds):
+        raise GridError(f"seeds is {seeds}, expected 1 to {len(grid_seeds)}: {path} has {len(grid_seeds)}")
     name, baseline = content.get("name", path.stem), content.get("baseline")
     if baseline not in arms:
         raise GridError(f"{path}: baseline is {baseline!r}, expected one of the arms: {', '.join(arms) or 'none'}")

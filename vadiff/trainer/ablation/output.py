@@ -48,7 +48,7 @@ def results_table(results: Results) -> str:
         "fid, fd: change of the Fréchet distance in percent; other metrics: differences.",
         "p: t-test over seeds, corrected for the number of arms (Holm).",
         "Verdict: better needs one of held-out loss and Fréchet distance better (p < 0.05) and the other not worse "
-        "(interval not above 0).",
+        "(interval not above 0), and both finite.",
         "Images to reach the baseline's final held-out loss ÷ images the baseline saw; below 1 is faster.",
     ]
     fewest = min((arm.held_out.ratio.number for arm in results.arms), default=LEAST_SEEDS)
@@ -83,6 +83,8 @@ def _rows(arms: Sequence[ArmResult]) -> list[str]:
 
 def _percentages(effect: Effect) -> str:
     """-1.20 % [-1.90, -0.50] p 0.012"""
+    if not effect.finite:
+        return "not finite"
     ratio = effect.ratio
     change = Interval(_percent(ratio.mean), _percent(ratio.low), _percent(ratio.high), ratio.number)
     return _bounded(change, "{:+.2f}", " %") + ("" if math.isnan(effect.p) else f" p {effect.p:.2g}")
@@ -102,7 +104,7 @@ def _write_csv(results: Results, file: io.StringIO) -> None:
         if arm.distance is not None:
             rows[f"{arm.distance_name}_log_ratio"] = (arm.distance.ratio, arm.distance.p)
         rows["images_to_reach"] = (arm.images_to_reach, "")
-        for level, value in zip(results.log_snr, arm.per_level, strict=True):
+        for level, value in zip(arm.log_snr, arm.per_level, strict=True):
             rows[f"held_out_log_ratio_at_log_snr_{level:.2f}"] = (value, "")
         rows |= {f"{metric}_difference": (value, "") for metric, value in arm.evaluation.items()}
         for metric, (value, p) in rows.items():
@@ -135,7 +137,7 @@ def _picture(results: Results) -> Any:
             _draw_effects(panels[row, column], [(arm.arm, effect_of(arm)) for arm in arms], styles, limits)
             panels[row, column].tick_params(labelleft=column == 0, labelbottom=True)
     for row, arms in enumerate(rows):
-        _draw_levels(panels[row, -1], results, arms, styles)
+        _draw_levels(panels[row, -1], arms, styles)
         if names[row]:
             panels[row, 0].set_title(names[row], loc="left", weight="bold")
     for column, (title, _) in enumerate(effects):
@@ -174,8 +176,9 @@ def _draw_effects(
     for row, (arm, effect) in enumerate(effects):
         if effect is None:
             continue
-        for ratio in effect.per_seed.values():
-            value = _percent(ratio)
+        for value in map(_percent, effect.per_seed.values()):
+            if not math.isfinite(value):
+                continue
             inside = low_end <= value <= high_end
             marker = "." if inside else ">" if value > high_end else "<"
             shown = min(max(value, low_end), high_end)
@@ -195,15 +198,15 @@ def _draw_effects(
     panel.locator_params(axis="x", nbins=6)
 
 
-def _draw_levels(panel: Any, results: Results, arms: Sequence[ArmResult], styles: dict[str, dict[str, str]]) -> None:
+def _draw_levels(panel: Any, arms: Sequence[ArmResult], styles: dict[str, dict[str, str]]) -> None:
     """Held-out loss by noise level. The axis follows the means; a wide band may leave it."""
     panel.axhline(0.0, color="black", linewidth=1)
     all_means = [0.0]
     for arm in arms:
         means = [_percent(level.mean) for level in arm.per_level]
-        panel.plot(results.log_snr, means, markersize=4, **styles[arm.arm])
+        panel.plot(arm.log_snr, means, markersize=4, **styles[arm.arm])
         low, high = ([_percent(level[end]) for level in arm.per_level] for end in (1, 2))
-        panel.fill_between(results.log_snr, low, high, color=styles[arm.arm]["color"], alpha=0.12, linewidth=0)
+        panel.fill_between(arm.log_snr, low, high, color=styles[arm.arm]["color"], alpha=0.12, linewidth=0)
         all_means += [value for value in means if math.isfinite(value)]
     margin = 0.1 * (max(all_means) - min(all_means)) or 1.0
     panel.set_ylim(min(all_means) - margin, max(all_means) + margin)

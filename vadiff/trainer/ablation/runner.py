@@ -11,9 +11,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ...extras import import_extra
-from ..evaluation.fidelity import find_network, weights_key
+from ..evaluation.fidelity import content_key, find_network
+from ..training.run import open_run
 from ..training.run_folder import is_in_use
-from .evaluation import Evaluation
+from .evaluation import Evaluation, drawn_with
 from .grid import Grid, GridError, PlannedRun
 
 _POLL_SECONDS = 1.0  # between checks of a run that another process trains
@@ -111,7 +112,8 @@ class _Work:
     ) -> None:  # fmt: skip
         self.evaluation, self.measured, self.children = evaluation, measured, children
         self.weights, self.cache = inception_weights, cache
-        self._key = weights_key(inception_weights)
+        self._networks: dict[str, str] = {}  # features → key of the network
+        self._references: dict[tuple[object, ...], str] = {}  # fields that name a data set → key of its images
         self._first, self._cached = threading.Lock(), threading.Event()
 
     def prepare(self, datasets: Iterable[str]) -> None:
@@ -123,7 +125,8 @@ class _Work:
         """
         try:
             for features in {self.evaluation.features_of(dataset) for dataset in datasets}:
-                find_network(features, inception_weights=self.weights, cache=self.cache)
+                network = find_network(features, inception_weights=self.weights, cache=self.cache)
+                self._networks[features] = network.key
         except ValueError as error:
             raise GridError(f"evaluate: {error}") from error
 
@@ -131,9 +134,7 @@ class _Work:
         """Whether the run is trained and, if it is to be, measured."""
         if not run.is_done:
             return False
-        return run.path not in self.measured or self.evaluation.was_done(
-            run.path, run.config, run.steps_done(), self._key
-        )
+        return run.path not in self.measured or self._is_measured(run)
 
     def do(self, run: PlannedRun) -> tuple[bool, bool]:
         """Do what is missing. Returns whether the run is trained, and whether it is complete."""
@@ -148,6 +149,18 @@ class _Work:
             if complete:
                 self._cached.set()
         return True, complete
+
+    def _is_measured(self, run: PlannedRun) -> bool:
+        step = run.steps_done()
+        if drawn_with(run.path, step) is None:  # which needs no data set
+            return False
+        opened = open_run(run.path)
+        config = opened.config
+        data = (config.dataset, config.data, config.image_size)
+        if data not in self._references:
+            self._references[data] = content_key(opened.images().train)
+        network = self._networks[self.evaluation.features_of(config.dataset)]
+        return self.evaluation.was_done(run.path, config, step, network, self._references[data])
 
     def _measure(self, run: PlannedRun) -> bool:
         options = self.evaluation.arguments(run.config.dataset)

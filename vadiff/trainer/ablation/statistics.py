@@ -14,7 +14,10 @@ LEVEL = 0.05
 
 
 class Interval(NamedTuple):
-    """Mean over seeds, with a 95 % confidence interval by Student's t; NaN bounds from fewer than `LEAST_SEEDS`."""
+    """Mean over seeds, with a 95 % confidence interval by Student's t.
+
+    Bounds are NaN from fewer than `LEAST_SEEDS`; mean and bounds are NaN if a value is not finite.
+    """
 
     mean: float
     low: float
@@ -30,7 +33,7 @@ class Effect(NamedTuple):
     """ln(figure of an arm / figure of the baseline), paired by seed. Below 0 the arm is better."""
 
     ratio: Interval
-    p: float  # that the mean is 0: two-sided t-test, corrected for the number of arms; NaN without an interval
+    p: float  # that the mean is 0: two-sided t-test, corrected for the number of arms; see `p_value`
     per_seed: Mapping[int, float] = MappingProxyType({})  # seed → ln ratio
 
     @classmethod
@@ -38,6 +41,11 @@ class Effect(NamedTuple):
         """The effect of paired differences; its p-value is not corrected."""
         values = list(per_seed.values())
         return cls(interval(values), p_value(values), per_seed)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every seed has a figure above 0 and finite, as all have unless a run diverged."""
+        return math.isfinite(self.ratio.mean)
 
     @property
     def better(self) -> bool:
@@ -51,8 +59,8 @@ class Effect(NamedTuple):
 
     @property
     def may_be_worse(self) -> bool:
-        """Whether the arm's own interval, without correction, lies above 0: enough to spoil a claim."""
-        return self.ratio.low > 0.0
+        """Whether the arm's own interval, without correction, lies above 0 or is missing: enough to spoil a claim."""
+        return not self.ratio.low <= 0.0
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -62,8 +70,9 @@ def interval(values: Sequence[float]) -> Interval:
         MissingExtraError: SciPy is not installed.
     """
     number = len(values)
-    mean = float(np.mean(values)) if number else math.nan
-    if number < LEAST_SEEDS:
+    finite = number > 0 and all(map(math.isfinite, values))
+    mean = float(np.mean(values)) if finite else math.nan
+    if number < LEAST_SEEDS or not finite:
         return Interval(mean, math.nan, math.nan, number)
     t = float(import_extra("scipy.stats", "train").t.ppf(1.0 - LEVEL / 2.0, number - 1))
     reach = t * float(np.std(values, ddof=1)) / math.sqrt(number)
@@ -73,11 +82,15 @@ def interval(values: Sequence[float]) -> Interval:
 def p_value(values: Sequence[float]) -> float:
     """Of the two-sided t-test that paired differences have mean 0; NaN from fewer than `LEAST_SEEDS`.
 
+    It is 1 if a value is not finite: nothing is shown then, but the arm counts in `holm`.
+
     Raises:
         MissingExtraError: SciPy is not installed.
     """
     if len(values) < LEAST_SEEDS:
         return math.nan
+    if not all(map(math.isfinite, values)):
+        return 1.0
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     if error == 0.0:  # the seeds agree exactly
         return 1.0 if mean == 0.0 else 0.0
@@ -98,23 +111,29 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdict(held_out: Effect, distance: Effect | None) -> str:
+def verdict(held_out: Effect, distance: Effect | None, measured: int = 0, runs: int = 0) -> str:
     """What may be claimed of an arm: "better" needs one figure better and the other not worse.
 
     Args:
         held_out: of the held-out loss.
-        distance: of the Fréchet distance; None if it was not measured.
+        distance: of the Fréchet distance; None unless all runs were measured.
+        measured: how many runs, of the arm and of its baseline, have a Fréchet distance.
+        runs: how many there are.
 
     Returns:
         "better", "worse" (one figure worse, none better), "mixed" (one better, the other worse), "not shown" (neither),
         or "no claim: ..." with the reason.
     """
+    if not held_out.finite:
+        return "no claim: a run diverged"
     if distance is None:
-        return "no claim: no images"
-    fewest = min(held_out.ratio.number, distance.ratio.number)
+        return f"no claim: images of {measured} of {runs} runs" if measured else "no claim: no images"
+    if not distance.finite:
+        return "no claim: a distance is not above 0"
+    effects = (held_out, distance)
+    fewest = min(effect.ratio.number for effect in effects)
     if fewest < LEAST_SEEDS:
         return f"no claim: {fewest} seeds"
-    effects = (held_out, distance)
     if any(effect.better for effect in effects):
         return "mixed" if any(effect.may_be_worse for effect in effects) else "better"
     return "worse" if any(effect.worse for effect in effects) else "not shown"

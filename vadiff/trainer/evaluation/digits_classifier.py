@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...files import replacing
+from ...errors import UserError
+from ...files import locked, replacing
 from ...pixels import normalised
 
 VERSION = 1  # of network and training: a change of either makes other features
@@ -62,28 +63,21 @@ class Trained(NamedTuple):
 def trained_classifier(folder: Path, *, epochs: int = _EPOCHS) -> Trained:
     """The classifier in a folder; trained, in a few seconds, if the folder has none or the file is damaged.
 
+    Of several processes that need it one trains it, and the others wait: all get the same.
+
     Args:
         folder: the cache, see `fidelity.cache_folder`.
         epochs: passes over the 1,500 training images.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
-        RuntimeError: the trained classifier is not accurate enough to measure with.
+        UserError: the trained classifier is not accurate enough to measure with.
     """
     path = folder / f"digits-classifier-{VERSION}-{_settings_key(epochs)}.pt"
     found = _check(path)
     if found is None:
-        _log.info("training the digits classifier, once: %s", path)
-        network, accuracy = train_classifier(epochs)
-        if accuracy < LEAST_ACCURACY:
-            raise RuntimeError(
-                f"the digits classifier has an accuracy of {accuracy:.3f} on held-out digits, expected at least "
-                f"{LEAST_ACCURACY}"
-            )
-        state = network.state_dict()
-        with replacing(path, durable=True) as partial:
-            torch.save({"network": state, "accuracy": accuracy, "sha256": _digest(state)}, partial)
-        found = Trained(path, _digest(state)[:16], accuracy)
+        with locked(path.with_suffix(".lock")):
+            found = _check(path) or _train(path, epochs)  # another process may have trained it by now
     return found
 
 
@@ -135,6 +129,22 @@ def _altered(images: Tensor) -> Tensor:
     columns = shifts[:, 1:] + torch.arange(images.shape[3])
     shifted = padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None, :]]
     return shifted[:, None] + _NOISE * torch.randn_like(images)
+
+
+def _train(path: Path, epochs: int) -> Trained:
+    """Train a classifier and write it to a file."""
+    _log.info("training the digits classifier, once: %s", path)
+    network, accuracy = train_classifier(epochs)
+    if accuracy < LEAST_ACCURACY:
+        raise UserError(
+            f"the digits classifier has an accuracy of {accuracy:.3f} on held-out digits, expected at least "
+            f"{LEAST_ACCURACY}: this installation trains it worse than others. Try the versions of torch and "
+            "scikit-learn in constraints.txt, or compare images with --features inception"
+        )
+    state = network.state_dict()
+    with replacing(path, durable=True) as partial:
+        torch.save({"network": state, "accuracy": accuracy, "sha256": _digest(state)}, partial)
+    return Trained(path, _digest(state)[:16], accuracy)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Comparison of generated images with real ones: preparation, drawing, measuring, and the record of the results."""
+"""Comparison of generated images with real ones: preparation, measuring, and the record of the results."""
 
 import dataclasses
 import json
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...files import replacing
-from ...sampling.generation import Generation, generate
 from ..evaluation import image_metrics
 from ..evaluation.fidelity import (
     FeatureNetwork,
@@ -24,9 +23,8 @@ from ..evaluation.fidelity import (
     result_name,
     within_reach,
 )
-from ..pictures import PictureWriter, read_note, read_pictures
-from ..training import Run, open_run
-from ..training.progress import progress_bar
+from ..pictures import read_pictures
+from ..training import open_run
 
 
 @dataclass(frozen=True)
@@ -137,30 +135,6 @@ def reference_images(path: Path) -> Tensor:
     return open_run(path).images().train if _is_run(path) else read_pictures(path)
 
 
-def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
-    """One image per seed, in their order, with a progress bar. [len(seeds), C, H, W] uint8"""
-    return _drawn(run, seeds, generation)[0]
-
-
-def kept_images(run: Run, seeds: Sequence[int], generation: Generation, folder: Path) -> Tensor:
-    """The images of `draw_images`, kept in a folder as images-<first seed>.npz.
-
-    Read from there if an earlier call drew them with the same options, drawn and written otherwise.
-    """
-    file = folder / f"images-{seeds[0]}.npz"
-    note = json.dumps({**generation.recorded(), "step": generation.step, "seeds": [*seeds]})
-    if read_note(file) == note:
-        images = read_pictures(file)
-        print(f"{len(images):,} images drawn before: {file}")
-        return images
-    images, labels = _drawn(run, seeds, generation)
-    file.unlink(missing_ok=True)  # drawn with other options
-    _, channels, height, width = images.shape
-    with PictureWriter(file, seeds, (channels, height, width), labels is not None, note) as writer:
-        writer.write(0, images, labels)
-    return images
-
-
 def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:
     """`repeats` disjoint sets of as many seeds: the seeds, and the seeds shifted past them once, twice, ..."""
     span = max(seeds) - min(seeds) + 1
@@ -170,57 +144,55 @@ def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:
 class Record:
     """metrics.json of an evaluated checkpoint, written anew after each set of images.
 
-    Values that an earlier call measured with the same settings are kept. `metrics` are means over the sets measured so
-    far, `repeats` their number and `each` the values of each.
+    `each` has the values of every set that was ever measured with the same settings. `repeats` is the number of sets
+    that were asked for last; `metrics` are means over those of them that are measured so far, whose first seeds are
+    `means_over`.
 
     Args:
         path: the file.
         settings: all that the values depend on, except for the seeds of each set.
+        first_seeds: of the sets that are asked for.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, settings: Mapping[str, Any], first_seeds: Sequence[int]) -> None:
+        self.path, self.first_seeds = path, first_seeds
         self.settings = json.loads(json.dumps(settings))  # as it will be read
-        self._known: dict[int, dict[str, float]] = {}
         self.each: dict[int, dict[str, float]] = {}  # first seed → values
         try:
             content = json.loads(path.read_text())
             if all(content[name] == value for name, value in self.settings.items()):
-                self._known = {int(one["first_seed"]): dict(one["metrics"]) for one in content["each"]}
+                self.each = {int(one["first_seed"]): dict(one["metrics"]) for one in content["each"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # none yet, or of another version: measured again
 
     def missing(self, metrics: Sequence[str], first_seed: int, comparison: Comparison) -> tuple[str, ...]:
         """Those of the metrics that the set of images with this first seed still lacks."""
-        known = self._known.get(first_seed, {})
+        known = self.each.get(first_seed, {})
         features, layer = str(comparison.features), comparison.layer
         return tuple(metric for metric in metrics if result_name(metric, features, layer) not in known)
 
     def add(self, first_seed: int, values: Mapping[str, float]) -> None:
         """Add values of a set of images to those that are known of it, and write the file."""
-        self.each[first_seed] = {**self._known.get(first_seed, {}), **values}
-        each = [{"first_seed": seed, "metrics": metrics} for seed, metrics in self.each.items()]
-        content = {**self.settings, "metrics": self.means(), "repeats": len(each), "each": each}
+        self.each[first_seed] = {**self.each.get(first_seed, {}), **values}
+        content = {
+            **self.settings,
+            "metrics": self.means(),
+            "repeats": len(self.first_seeds),
+            "means_over": self.means_over(),
+            "each": [{"first_seed": seed, "metrics": metrics} for seed, metrics in sorted(self.each.items())],
+        }
         with replacing(self.path, durable=True) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
+    def means_over(self) -> list[int]:
+        """First seeds of the sets that were asked for and are measured."""
+        return [seed for seed in self.first_seeds if seed in self.each]
+
     def means(self) -> dict[str, float]:
-        """The values that all sets have, averaged over them."""
-        first, *others = self.each.values()
-        names = [name for name in first if all(name in values for values in others)]
-        return {name: float(np.mean([values[name] for values in self.each.values()])) for name in names}
-
-
-def _drawn(run: Run, seeds: Sequence[int], generation: Generation) -> tuple[Tensor, Tensor | None]:
-    """Images and labels, in the order of the seeds."""
-    batches = {}
-    with progress_bar(len(seeds), "drawing", "image") as bar:
-        for batch in generate(run, seeds, generation):
-            batches[batch.start] = batch
-            bar.update(len(batch.images))
-    ordered = [batches[start] for start in sorted(batches)]
-    labels = [batch.labels for batch in ordered if batch.labels is not None]
-    return torch.cat([batch.images for batch in ordered]), torch.cat(labels) if labels else None
+        """The values that all sets of `means_over` have, averaged over them."""
+        sets = [self.each[seed] for seed in self.means_over()]
+        names = [name for name in sets[0] if all(name in values for values in sets)]
+        return {name: float(np.mean([values[name] for values in sets])) for name in names}
 
 
 def _is_run(path: Path) -> bool:

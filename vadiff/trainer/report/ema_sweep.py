@@ -6,17 +6,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .comparison import Comparison, check_drawn, compare, draw_images, prepared, reference_images
+from .comparison import Comparison, check_drawn, compare, prepared, reference_images
+from .drawn_images import draw_images
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
     """Mean over noise levels of each held-out loss, see `level_mean`."""
     return {name: loss.level_mean for name, loss in losses.items()}
+
+
+def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Comparison, Tensor]:
+    """Find what `sweep_metrics` needs, before anything is measured.
+
+    Args:
+        run: what `open_run` returned.
+        number: of images to draw with each of the weights.
+        comparison: with real images, see `Comparison`.
+
+    Returns:
+        The comparison as `prepared` makes it, and the real images.
+
+    Raises:
+        ValueError: invalid options of the comparison.
+        UserError: the data set is missing, or the weights of the network could not be downloaded.
+        MissingExtraError: torch-fidelity is not installed.
+    """
+    comparison, _ = prepared(comparison, run.config.dataset)
+    data = run.images()
+    reference = data.train if comparison.reference is None else reference_images(comparison.reference)
+    check_drawn(data.shape, number, reference, comparison)
+    return comparison, reference
 
 
 def sweep_metrics(
@@ -25,6 +50,7 @@ def sweep_metrics(
     step: int,
     seeds: Sequence[int],
     comparison: Comparison,
+    reference: Tensor,
     generation: Generation,
 ) -> dict[float | str, dict[str, float]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
@@ -34,19 +60,12 @@ def sweep_metrics(
         weights: widths of averages that `write_averages` made, or "ema" and "raw".
         step: of these weights.
         seeds: one per image.
-        comparison: with real images, see `Comparison`.
+        comparison, reference: what `prepared_sweep` returned.
         generation: how images are drawn; its weights and step are not read. They are compared on its first device.
 
     Returns:
         For each of the weights, metric → value.
-
-    Raises:
-        ValueError: invalid options of the comparison.
-        MissingExtraError: torch-fidelity is not installed.
     """
-    comparison, _ = prepared(comparison, run.config.dataset)
-    reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
-    check_drawn(run.images().shape, len(seeds), reference, comparison)
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"

@@ -29,13 +29,12 @@ from .comparison import (
     Record,
     check_drawn,
     compare,
-    draw_images,
-    kept_images,
     prepared,
     print_metrics,
     reference_images,
     seed_sets,
 )
+from .drawn_images import draw_images, kept_images
 from .gap import gap_chart, gap_rows, gap_table
 from .gradient_charts import gradient_charts
 from .held_out_charts import held_out_levels
@@ -56,8 +55,8 @@ def evaluate_run(
 ) -> Path:
     """Measure a checkpoint of a run; print the results and write them to `evaluation/step-<n>` in the run.
 
-    Each file is written as soon as its part is measured. A further call with the same options, for example after a
-    kill, takes the images and metrics that are there.
+    Each file is written as soon as its part is measured, and images batch by batch. A further call with the same
+    options, for example after a kill, takes the images and metrics that are there.
 
     Args:
         run: the run.
@@ -128,7 +127,8 @@ def _compare(
     comparison, network = prepared(comparison, run.config.dataset)
     reference = data.train if comparison.reference is None else reference_images(comparison.reference)
     check_drawn(data.shape, len(sets[0]), reference, comparison)
-    record = Record(folder / "metrics.json", _settings(run, generation, sets[0], comparison, network, reference))
+    settings = _settings(run, generation, sets[0], comparison, network, reference)
+    record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])
     for seeds in sets:
         values: dict[str, float] = {}
         if missing := record.missing(comparison.metrics, seeds[0], comparison):

@@ -22,6 +22,16 @@ def read_average(run: Path, weights: str, step: int | None = None) -> dict[str, 
         ValueError: not a width.
         CheckpointError: the file was not made yet, or is corrupt.
     """
+    return read_archive(find_average(run, weights, step)[1])
+
+
+def find_average(run: Path, weights: str, step: int | None = None) -> tuple[int, Path]:
+    """Step and file of "ema-<width>", the latest that was made if `step` is None.
+
+    Raises:
+        ValueError: not a width.
+        CheckpointError: the file was not made yet.
+    """
     try:
         width = float(weights.removeprefix(PREFIX))
     except ValueError:
@@ -33,7 +43,7 @@ def read_average(run: Path, weights: str, step: int | None = None) -> dict[str, 
         raise CheckpointError(
             f"{run} has no {weights}{of_step}: `vadiff ema {run} --sigma-rel {width:g}{flag}` makes it"
         )
-    return read_archive(average_file(run, max(steps), width))
+    return max(steps), average_file(run, max(steps), width)
 
 
 def average_file(run: Path, step: int, width: float) -> Path:

@@ -7,7 +7,6 @@ is no `step-<n>`.
 """
 
 import contextlib
-import hashlib
 import os
 import pickle
 import re
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from ...files import flush
+from ...files import flush, sha256_of
 
 FOLDER = "checkpoints"
 _STATE, _CHECKSUM = "state.pt", "sha256"
@@ -44,6 +43,19 @@ def fingerprint(run: Path) -> str:
         return f"step {latest}, corrupt"
 
 
+def checksum(run: Path, step: int | None = None) -> tuple[int, str]:
+    """Step and SHA-256 of a checkpoint, the latest if `step` is None; the file is not read.
+
+    Raises:
+        CheckpointError: there is none, or its checksum is missing.
+    """
+    step, folder = _chosen(run, step)
+    try:
+        return step, (folder / _CHECKSUM).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder} is corrupt: {error}. {_last_good(run, step)}") from error
+
+
 def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
     """Write `checkpoints/step-<step>` and remove all but the `keep` latest.
 
@@ -66,7 +78,7 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
         partial.mkdir()
         with (partial / _STATE).open("wb") as file:
             torch.save(dict(state), file)
-        (partial / _CHECKSUM).write_text(_digest(partial / _STATE) + "\n")
+        (partial / _CHECKSUM).write_text(sha256_of(partial / _STATE) + "\n")
         for written in (partial / _STATE, partial / _CHECKSUM, partial):
             flush(written)
         if final.exists():  # of an earlier run, or corrupt: replaced by this one
@@ -103,13 +115,7 @@ def load_checkpoint(run: Path, step: int | None = None, device: torch.device | s
     Raises:
         CheckpointError: there is none, or it is truncated or corrupt; the message names the last intact one.
     """
-    folders = _folders(run)
-    if not folders:
-        raise CheckpointError(f"{run} has no checkpoint")
-    if step is not None and step not in folders:
-        raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {', '.join(map(str, sorted(folders)))}")
-    step = max(folders) if step is None else step
-    folder = folders[step]
+    step, folder = _chosen(run, step)
     trouble = _trouble(folder)
     if trouble is None:
         try:
@@ -118,6 +124,17 @@ def load_checkpoint(run: Path, step: int | None = None, device: torch.device | s
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             trouble = str(error)
     raise CheckpointError(f"{folder} is corrupt: {trouble}. {_last_good(run, step)}")
+
+
+def _chosen(run: Path, step: int | None) -> tuple[int, Path]:
+    """Step and folder of a checkpoint, the latest if `step` is None."""
+    folders = _folders(run)
+    if not folders:
+        raise CheckpointError(f"{run} has no checkpoint")
+    if step is not None and step not in folders:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}, only of {', '.join(map(str, sorted(folders)))}")
+    step = max(folders) if step is None else step
+    return step, folders[step]
 
 
 def _folders(run: Path) -> dict[int, Path]:
@@ -133,7 +150,7 @@ def _trouble(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if its checksum matches."""
     try:
         expected = (folder / _CHECKSUM).read_text().strip()
-        found = _digest(folder / _STATE)
+        found = sha256_of(folder / _STATE)
     except (OSError, UnicodeDecodeError) as error:
         return str(error)
     if found != expected:
@@ -147,14 +164,6 @@ def _last_good(run: Path, not_step: int) -> str:
     if not good:
         return "No earlier checkpoint is intact"
     return f"The last good one is step {max(good)}: to go on from it, remove the folder of step {not_step}"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _tidy(folder: Path) -> None:

@@ -11,6 +11,7 @@ snapshots/, ema/     see `vadiff.trainer.training.averages`
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import RunError
+from ...files import sha256_of
 from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ..config import TrainConfig
 from ..data import Images
 from . import averages
 from .assembly import build_criterion, build_denoiser, load_images
-from .checkpoint import load_checkpoint, steps_saved
+from .checkpoint import checksum, load_checkpoint, steps_saved
 from .metrics import METRICS, read_metrics
 from .optimal_curve import read_curve
 
@@ -78,7 +80,8 @@ class Run:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(images seen, metric → value) for each step that was evaluated, ascending.
 
-        From metrics.jsonl and from the files of `vadiff evaluate`, which take precedence.
+        From metrics.jsonl and from the files of `vadiff evaluate`, which take precedence. Evaluations that still lack
+        some of their sets of images are left out.
 
         Raises:
             RunError: a file is damaged.
@@ -87,7 +90,8 @@ class Run:
         for file in sorted(self.path.glob("evaluation/step-*/metrics.json")):
             try:
                 content = json.loads(file.read_text())
-                found.setdefault(content["images_seen"], {}).update(content["metrics"])
+                if is_complete(content):
+                    found.setdefault(content["images_seen"], {}).update(content["metrics"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{file} cannot be read: {error}. Evaluate that step again") from error
         return sorted(found.items())
@@ -106,16 +110,24 @@ class Run:
             ValueError: no such weights.
             MissingExtraError: diffusers is not installed.
         """
-        if weights in WEIGHTS:
-            state = load_checkpoint(self.path, step)
-        elif weights.startswith(averages.PREFIX):
-            state = averages.read_average(self.path, weights, step)
-        else:
-            raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {averages.PREFIX}<sigma_rel>")
+        of_average = _are_of_average(weights)
+        state = averages.read_average(self.path, weights, step) if of_average else load_checkpoint(self.path, step)
         channels, height, width = state["image_shape"]
         denoiser = build_denoiser(self.config, (channels, height, width), state["classes"])
         denoiser.load_state_dict(state["model" if weights == "raw" else "ema"])
         return denoiser.to(device).eval()
+
+    def fingerprint(self, weights: str = "ema", step: int | None = None) -> tuple[int, str]:
+        """Step and SHA-256 of the file that `denoiser` reads: equal for equal weights only.
+
+        Raises:
+            CheckpointError: there is no such file.
+            ValueError: no such weights.
+        """
+        if not _are_of_average(weights):
+            return checksum(self.path, step)
+        step, file = averages.find_average(self.path, weights, step)
+        return step, sha256_of(file)
 
     def criterion(self, step: int | None = None) -> DiffusionLoss:
         """The criterion with the statistics of a checkpoint, on the CPU.
@@ -148,3 +160,22 @@ def open_run(path: str | Path) -> Run:
         what = "has no config.yaml" if path.is_dir() else "is not a folder"
         raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
     return Run(path, TrainConfig.load(path / CONFIG))
+
+
+def is_complete(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the content of a metrics.json that `vadiff evaluate` wrote is about all sets of images it was to measure.
+
+    Version 0.1 wrote it at the end only, without `repeats` and `means_over`.
+    """
+    return "means_over" not in evaluation or len(evaluation["means_over"]) == evaluation["repeats"]
+
+
+def _are_of_average(weights: str) -> bool:
+    """Whether these weights are a post-hoc average, not in a checkpoint.
+
+    Raises:
+        ValueError: no such weights.
+    """
+    if weights not in WEIGHTS and not weights.startswith(averages.PREFIX):
+        raise ValueError(f"weights is {weights!r}, expected {', '.join(WEIGHTS)} or {averages.PREFIX}<sigma_rel>")
+    return weights not in WEIGHTS
