@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import past_cache
@@ -19,6 +19,12 @@ class Figure(NamedTuple):
     found: str  # or why it was not measured
     passed: bool | None  # None: not measured, or reported only
 
+    @property
+    def measured(self) -> bool:
+        return self.passed is not None or _NOT_MEASURED not in self.found
+
+
+_NOT_MEASURED = "not measured: "
 
 _SMALL = Contest("small", "fp32", "fused")
 _CIFAR = Contest("cifar-512", "fp32", "fused")
@@ -52,6 +58,33 @@ def judge(results: Results) -> list[Figure]:
     return [*(_gpu(results) if "compute_capability" in results.machine else _cpu(results))]
 
 
+def judge_training_loop(title: str, modes: Mapping[str, Mapping[str, float]]) -> list[Figure]:
+    """The figures of vadiff's own training step on a GPU, of the fastest modes that `training_loop.py` has measured."""
+
+    def of_fastest(quantity: str, required: str, key: str, show: str, good: Callable[[float], bool]) -> Figure:
+        fast = {mode: found for mode, found in modes.items() if mode != "eager" and key in found}
+        if not fast:
+            return Figure(
+                f"{title}: {quantity}", required, f"{_NOT_MEASURED}no captured or compiled mode beside eager", None
+            )
+        mode = max(fast, key=lambda name: fast[name]["images_per_second"])
+        value = fast[mode][key]
+        return Figure(f"{title}: {quantity}", required, f"{mode} {value:{show}}", good(value))
+
+    return [
+        of_fastest("images/s over eager", "≥ 1.5 ×", "times_eager", ".2f", lambda value: value >= 1.5),
+        of_fastest("criterion's share", "< 1 %", "criterion_percent", "+.2f", lambda value: value < 1.0),
+    ]
+
+
+def verdict(found: list[Figure]) -> str:
+    """How many figures hold, in one line that also says what is not known."""
+    held, missed = ([figure.passed for figure in found].count(passed) for passed in (True, False))
+    missing = [figure.title for figure in found if not figure.measured]
+    names = f" ({'; '.join([*missing[:2], *('…' for _ in missing[2:3])])})" if missing else ""
+    return f"figures: {held} held, {missed} missed, {len(missing)} not measured{names}"
+
+
 def _figure(
     results: Results,
     title: str,
@@ -70,10 +103,10 @@ def _figure(
             for entry in results.not_measured
             if (entry.case, entry.dtype, entry.mode, entry.provider) == key
         ]
-        return Figure(title, required, f"not measured: {'; '.join(reasons) or 'was not selected'}", None)
+        return Figure(title, required, f"{_NOT_MEASURED}{'; '.join(reasons) or 'was not selected'}", None)
     value = read(measurement)
     if value is None:
-        return Figure(title, required, f"not measured: {without}", None)
+        return Figure(title, required, f"{_NOT_MEASURED}{without}", None)
     return Figure(title, required, show(value), None if good is None else good(value))
 
 

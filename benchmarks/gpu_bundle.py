@@ -5,7 +5,8 @@
 vadiff's wheel has its native kernels for the CPU and for these GPU architectures; it is built by the interpreter of
 that version on the PATH, whose build tools come from the package index. The rest are the packages that the stages of
 gpu.sh need beside torch and Triton, which the GPU machine has to have, at the versions of constraints.txt; --without
-leaves out what that machine has already.
+leaves out what that machine has already. commit.txt says of which commit the wheel is: gpu.sh refuses a bundle of
+another one than its tree's. A tree outside of git is told its commit by VADIFF_COMMIT.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import revision
+
 ROOT = Path(__file__).resolve().parent.parent
 # With what these need, except what comes with torch; importlib_metadata to certifi are for diffusers, tensorboard for
 # the training loop, matplotlib for the roofline.
@@ -33,6 +36,7 @@ PACKAGES = (
     "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing", "python-dateutil", "six",
 )  # fmt: skip
 WARN_ABOVE = 64 * 2**20
+COMMIT_FILE = "commit.txt"
 
 
 class InterpreterNotFoundError(RuntimeError):
@@ -81,8 +85,21 @@ def table(folder: Path) -> list[str]:
     return lines
 
 
+def why_stale(bundle: Path) -> str | None:
+    """Why a bundle's results would get the name of a commit that it was not built from; None if they would not."""
+    path, here = bundle / COMMIT_FILE, revision.described()
+    if not path.exists():
+        return f"which has no {COMMIT_FILE} to say what it was built from: build it anew with `make gpu-bundle`"
+    built = path.read_text().strip()
+    if here == revision.UNKNOWN:
+        return f"built from commit {built}, but the commit of this tree is unknown: give --commit"
+    if not revision.same(built, here):
+        return f"built from commit {built}, but this tree is {here}: build it anew with `make gpu-bundle`"
+    return None
+
+
 def build(version: str, architectures: str, folder: Path, packages: Sequence[str] = PACKAGES) -> None:
-    """Fill the folder with the wheels of vadiff and these packages.
+    """Fill the folder with the wheels of vadiff and these packages, and the commit.
 
     Raises:
         InterpreterNotFoundError: no Python of that version.
@@ -90,8 +107,9 @@ def build(version: str, architectures: str, folder: Path, packages: Sequence[str
     """
     python = interpreter(version)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.whl"):
-        old.unlink()
+    for old in (*folder.glob("*.whl"), folder / COMMIT_FILE):
+        old.unlink(missing_ok=True)
+    commit = revision.described()
     cuda = {**os.environ, "VADIFF_NATIVE": "1", "VADIFF_CUDA": "1", "VADIFF_CUDA_ARCHITECTURES": architectures}
     with tempfile.TemporaryDirectory() as scratch:  # outside of the tree: pip keeps no build folder in it
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
@@ -102,6 +120,7 @@ def build(version: str, architectures: str, folder: Path, packages: Sequence[str
     if packages:
         tested = ["--constraint", str(ROOT / "constraints.txt")]
         subprocess.run([*pip, "download", "--quiet", *binary, *tested, *packages], check=True)
+    (folder / COMMIT_FILE).write_text(f"{commit}\n")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -115,6 +134,10 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if re.fullmatch(r"3\.\d+", options.python_version) is None:
         parser.error(f"--python-version is {options.python_version!r}, expected major and minor, as 3.12")
+    if revision.described() == revision.UNKNOWN:
+        parser.error(
+            f"this tree is not in git: set VADIFF_COMMIT to what this prints in its origin: {revision.DESCRIBE}"
+        )
     try:
         packages = [name for name in PACKAGES if name not in options.without]
         build(options.python_version, options.architectures, options.out, packages)

@@ -2,15 +2,16 @@
 
     benchmarks/gpu.sh --part 1 FOLDER    # smoke runs of the kernels, then tests/gpu
     benchmarks/gpu.sh --part 2 FOLDER    # speed: result file, table and picture; a profile where ncu is on the PATH
-    benchmarks/gpu.sh --part 3 FOLDER    # memcheck where compute-sanitizer is, networks, training loop, core suite
+    benchmarks/gpu.sh --part 3 FOLDER    # memcheck where compute-sanitizer is, networks, core suite, training loop
 
 A stage that fails or hangs costs its own limit only; one of which less than half fits in the time left is not run.
 FOLDER (default: $OUT, or runs/gpu-part-N) has to be empty. It gets summary.txt, a log for each stage, and what the
 stages write; at most --max-files files, the rest packed. The exit status is 0 if no stage failed or ran out of time.
 
 Without --bundle, vadiff is built and installed into the current environment; with it nothing is compiled, and the
-wheels that `make gpu-bundle` collected go into build/gpu-site. A copy of the tree without .git has to be told its
-commit, as `git describe --always --dirty --abbrev=40 --exclude='*'` prints it, by --commit or VADIFF_COMMIT. Afterwards
+wheels that `make gpu-bundle` collected, from this very commit, go into build/gpu-site. A copy of the tree without .git
+has to be told its commit by --commit or VADIFF_COMMIT: what git describe --always --dirty --abbrev=40 --exclude='*'
+prints in its origin. Afterwards
 
     python benchmarks/readme_table.py --add FOLDER/<device>-<date>.json
 
@@ -34,12 +35,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gpu_bundle
+import revision
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-site"
 GRACE = 10.0  # seconds that a stage gets to print what it has, after an interrupt
 RESERVE = 15.0  # seconds for that, and for packing
 LOG_BYTES = 2**18  # of a log's head, and of its tail
 MAX_LINES = 20
+VERDICT = "figures: "  # begins the line of `figures.verdict`
+JUDGED = ("table", "training-loop")  # their missed figures follow the stages
 QUIET = ("build", "install", "doctor")  # nothing to tell where they succeed
 PYTHON = sys.executable
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -105,29 +111,33 @@ def own_stages(part: int, data: Path | None = None) -> list[Stage]:
         ]
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
     presets = () if has("diffusers") else ("--presets", "cifar10-edm2")  # the classic network is diffusers'
-    networks = [Stage("networks", 200, script("networks.py", *presets, "--out", "{out}/networks.json"))]
+    checked = [
+        Stage("memcheck-native", 120, (*sanitizer, *script("sanitize.py", "native")), "compute-sanitizer"),
+        Stage("networks", 110, script("networks.py", *presets, "--rounds", "3", "--out", "{out}/networks.json")),
+    ]
     return [
-        Stage("memcheck-native", 130, (*sanitizer, *script("sanitize.py", "native")), "compute-sanitizer"),
-        *(networks if data is None else TRAINING),
-        Stage("training-loop", 150, script("training_loop.py", "--out", "{out}/training_loop.json")),
+        *(checked if data is None else TRAINING),
         Stage(
-            "core", 140,
+            "core", 115,
             (*PYTEST, *workers, "-k", "native-cuda or triton", *(f"tests/test_{name}.py" for name in CORE)),
         ),
+        # Last, as it writes what it has after each mode.
+        Stage("training-loop", 120, script("training_loop.py", "--rounds", "6", "--out", "{out}/training_loop.json")),
     ]  # fmt: skip
 
 
-# With --data in the place of the networks' speed. A network of an eighth of the preset's: a curve, not a record.
+# With --data in the place of memcheck and the networks' speed, for which there is no time left. A network of an eighth
+# of the preset's: a curve, not a record.
 TRAINING = [
     Stage(
-        "train", 200,
+        "train", 160,
         (PYTHON, "-m", "vadiff", "train", "--preset", "cifar10-edm2", "--data", "{data}", "--out", "{scratch}/run",
          "--resume", "--compile", "--channels", "128", "128", "128", "--layers-per-block", "2", "--batch-size", "256",
          "--steps", "3000", "--warmup", "200", "--schedule-steps", "500", "--snapshot-every", "47",
          "--held-out-every", "0", "--held-out-images", "1000", "--samples-every", "0", "--checkpoint-every", "3000"),
     ),
     Stage(
-        "sweep", 100,
+        "sweep", 70,
         (PYTHON, "-m", "vadiff", "ema", "{scratch}/run", "--sweep", "--sigma-rel", "0.03,0.05,0.07,0.10,0.13,0.2"),
     ),
 ]  # fmt: skip
@@ -164,7 +174,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + 60 * self.minutes - self.reserve
-        self.head, self.lines, self.details = [f"commit {commit()}"], list[str](), list[str]()
+        self.head, self.lines, self.details = [f"commit {revision.described()}"], list[str](), list[str]()
         self.failed = list[str]()
         self.scratch = self.out.parent / f"{self.out.name}.scratch"
 
@@ -219,7 +229,7 @@ class Run:
             took,
             "" if status == 0 and (self.dry or stage.name in QUIET) else telling(text, status),
         )
-        missed = [f"  {line.strip()}" for line in text.splitlines() if stage.name == "table" and "MISSED" in line]
+        missed = [f"  {line.strip()}" for line in text.splitlines() if stage.name in JUDGED and "MISSED" in line]
         self.details += [re.sub(r" {3,}", "  ", line)[:160] for line in missed]
 
     def _line(self, name: str, verdict: str, took: float | None, number: str) -> None:
@@ -258,16 +268,15 @@ def execute(words: list[str], log: Path, limit: float, grace: float, environment
 
 
 def telling(text: str, status: int | None) -> str:
-    """What a stage's output comes down to: pytest's counts and the first failures, figures missed, or the last line."""
+    """What a stage's output comes down to: pytest's counts and the first failures, its figures, or the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     names = [line.split(" - ")[0].split(None, 1)[1] for line in lines if re.match(r"(FAILED|ERROR) \S+::", line)]
     counts = [line.strip("= ") for line in lines if re.search(r"\d+ (passed|failed|error|skipped)", line)]
-    figures = text.partition("the design's figures\n")[2].splitlines()
-    judged = sum(re.search(r"  (pass|MISSED)  ", line) is not None for line in figures)
+    verdicts = [line for line in lines if line.startswith(VERDICT)]
     if counts:
         return "; ".join([counts[-1], *(name.rpartition("/")[2] for name in names[:3])])
-    if status == 0 and judged:
-        return f"{sum('  MISSED  ' in line for line in figures)} of {judged} figures missed"
+    if verdicts and status in (0, None):  # None: it had judged so much when it was stopped
+        return verdicts[-1]
     return lines[-1][:120] if lines else "no output"
 
 
@@ -277,16 +286,6 @@ def doctor_lines(text: str) -> Iterator[str]:
     devices = [value for name, value in found if name == "cuda"]
     yield f"device {', '.join(devices) or 'unknown'}"
     yield ", ".join(f"{name} {value}" for name, value in dict(found).items() if name != "cuda")
-
-
-def commit() -> str:
-    """VADIFF_COMMIT, or what git says."""
-    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        if not (told := os.environ.get("VADIFF_COMMIT")):
-            told = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-        return told or "unknown: no --commit"
-    return "unknown: no --commit"
 
 
 def pack(out: Path, max_files: int, max_bytes: int) -> list[str]:
@@ -337,7 +336,7 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", metavar="REV", help="commit of this tree, where it is no git repository")
     parser.add_argument(
         "--data", type=Path, metavar="PATH",
-        help="part 3: train on this CIFAR-10 (folder, archive, or folder with its parts), time no networks",
+        help="part 3: train on this CIFAR-10 (folder, archive, folder of its parts) in place of memcheck and networks",
     )  # fmt: skip
     parser.add_argument("--max-files", type=int, default=8, help="files left in FOLDER (default 8)")
     parser.add_argument("--max-bytes", type=int, default=2**24, help="bytes of each (default 16 MiB)")
@@ -345,13 +344,17 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER")
     options = parser.parse_args(words)
     options.folder = (options.folder or Path(os.environ.get("OUT") or f"runs/gpu-part-{options.part}")).absolute()
-    revision = options.commit or os.environ.get("VADIFF_COMMIT")
-    if revision and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", revision):
-        parser.error(f"--commit is {revision!r}, expected a hash of 7 to 40 digits, or one with -dirty after it")
+    if options.commit:
+        os.environ["VADIFF_COMMIT"] = options.commit  # where `revision` looks for it, here and in the stages
+    told = os.environ.get("VADIFF_COMMIT")
+    if told and revision.NAMED.fullmatch(told) is None:
+        parser.error(f"--commit is {told!r}, expected a hash of 7 to 40 digits, or one with -dirty after it")
     if options.data is not None and (options.part != 3 or not options.data.exists()):
         parser.error(f"--data is {options.data}, expected CIFAR-10's folder or archive, with --part 3")
     if options.bundle is not None and not any(options.bundle.glob("vadiff-*.whl")):
         parser.error(f"--bundle is {options.bundle}, expected a folder that `make gpu-bundle` wrote")
+    if options.bundle is not None and (reason := gpu_bundle.why_stale(options.bundle)):
+        parser.error(f"--bundle is {options.bundle}, {reason}")
     if options.bundle is not None and sys.version_info < (3, 11):
         parser.error("--bundle needs Python 3.11 or later, which can be told to leave this tree off its path")
     if options.minutes <= 0 or options.max_files < 2 or options.max_bytes < 2**12:
@@ -366,8 +369,6 @@ def arguments_of(words: list[str] | None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     options = arguments_of(words)
-    if options.commit:
-        os.environ["VADIFF_COMMIT"] = options.commit
     options.folder.mkdir(parents=True, exist_ok=True)
     # Also where the shell ignores interrupts, as one in the background: stages inherit what is ignored.
     for number in (signal.SIGINT, signal.SIGTERM):

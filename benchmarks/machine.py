@@ -1,23 +1,21 @@
-"""The machine and code of a measurement: device, cache and memory sizes, versions, commit."""
+"""The machine and code of a measurement: device, cache and memory sizes, versions."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from revision import output_lines
 
 import vadiff
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-DESCRIBE = "git describe --always --dirty --abbrev=40 --exclude='*'"
 _UNKNOWN_CACHE = 64 * 2**20  # if the system does not say: larger than most
 
 
@@ -104,38 +102,9 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _lines(*command: str) -> list[str]:
-    if shutil.which(command[0]) is None:
-        return []
-    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    return found.stdout.strip().splitlines()
-
-
 def _first_line(*command: str) -> str | None:
-    return next(iter(_lines(*command)), None)
+    return next(iter(output_lines(*command)), None)
 
 
 def _last_line(*command: str) -> str | None:
-    return next(reversed(_lines(*command)), None)
-
-
-def commit() -> tuple[str, bool]:
-    """The commit of the running code, and whether tracked files differ from it.
-
-    For a copy of the tree outside of git, VADIFF_COMMIT names the commit as `DESCRIBE` prints it: the hash, with
-    "-dirty" appended if files differ. ("unknown", True) without either.
-
-    Raises:
-        ValueError: VADIFF_COMMIT is malformed.
-    """
-    root = Path(__file__).resolve().parent.parent
-    top, *found = _lines("git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD") or [""]
-    if found and Path(top).resolve() == root:  # not an unrelated repository around the copy
-        return found[0], bool(_lines("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"))
-    told = os.environ.get("VADIFF_COMMIT", "")
-    if not told:
-        return "unknown", True
-    named = re.fullmatch(r"([0-9a-f]{7,40})(-dirty)?", told)
-    if named is None:
-        raise ValueError(f"VADIFF_COMMIT is {told!r}, expected what this prints: {DESCRIBE}")
-    return named[1], named[2] is not None
+    return next(reversed(output_lines(*command)), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import revision
 import torch
 from cases import Contest
 from copy_bandwidth import CopyBandwidth
@@ -92,7 +93,7 @@ class Results:
     @classmethod
     def begin(cls, device: torch.device, selection: str, quick: bool, copy: CopyBandwidth) -> Results:
         """Empty results for this machine and code."""
-        commit, dirty = machine.commit()
+        commit, dirty = revision.commit()
         return cls(machine.describe(device), date.today().isoformat(), commit, dirty, selection, quick, copy)
 
     def add(self, outcome: Measurement | NotMeasured) -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/networks.py [--presets cifar10-edm cifar10-edm2] [--batch-size 256] [--out FILE.json]
 
-Whole steps of the training loop are timed: data, network in bf16 and compiled, loss, optimiser, averages. Operations
-are counted from the uncompiled network's matrix products and convolutions, forward and backward. The peak is what this
-device reaches with one large bf16 product (fp32 with --precision fp32), not what its data sheet says.
+Whole steps of the training loop are timed, under the settings of `vadiff train`: data, network in bf16 and compiled,
+loss, optimiser, averages. Operations are counted from the uncompiled network's matrix products and convolutions,
+forward and backward. The peak is what this device reaches with one large bf16 product (with --precision fp32 one of
+fp32, rounded to TF32 on a GPU as in training), not what its data sheet says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from training_loop import loop_steps, random_images, seconds, training_loop
+from training_loop import loop_steps, random_images, seconds, settings_of, training_loop
 
 from vadiff.trainer.training.distributed import Ranks
 from vadiff.training import PRESETS, TrainConfig
@@ -55,7 +56,7 @@ def measured(config: TrainConfig, steps: int, rounds: int, peak: float) -> dict[
     before = training_loop.load_images
     training_loop.load_images = random_images
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with settings_of(config), tempfile.TemporaryDirectory() as folder:
             objective = training_loop.objective_of(config)
             trainer = training_loop._Trainer(config, objective, Path(folder), device, Ranks())
             trainer.open_log()
@@ -97,8 +98,10 @@ def main() -> None:
         name: dataclasses.replace(PRESETS[name], **given, tensorboard=False, log_rms=False, log_every=1000)
         for name in arguments.presets
     }
-    device = next(iter(configs.values())).torch_device()
-    peak = peak_flops(device, arguments.precision)
+    first = next(iter(configs.values()))
+    device = first.torch_device()
+    with settings_of(first):
+        peak = peak_flops(device, arguments.precision)
     compiled = "compiled" if arguments.compile else "not compiled"
     print(f"one large product, {arguments.precision}, {device}: {peak / 1e12:.3g} Tflop/s")
     figures: dict[str, Any] = {"batch_size": arguments.batch_size, "precision": arguments.precision}

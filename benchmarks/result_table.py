@@ -1,5 +1,5 @@
-"""A result file as text: the table, the missing contests of a run that was stopped early, the design's figures, and on
-a GPU which backend a measured choice would be.
+"""A result file as text: the table, the missing contests of a run that was stopped early, the design's figures, on a
+GPU which backend a measured choice would be, and how many figures hold.
 
 python benchmarks/result_table.py benchmarks/results/<device>-<date>.json
 """
@@ -34,13 +34,15 @@ def left_out(results: Results) -> list[Contest]:
 def text_of(results: Results) -> str:
     """The text that a run prints at its end."""
     missing = left_out(results)
+    judged = figures.judge(results)
     return "\n".join(
         [
             table.render(results),
             "",
             *([f"left out: {len(missing)} contests: {', '.join(map(str, missing))}"] if missing else []),
-            table.render_figures(figures.judge(results)),
+            table.render_figures(judged),
             *choice.lines(results),
+            figures.verdict(judged),
         ]
     )
 

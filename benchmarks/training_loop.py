@@ -3,9 +3,11 @@
     python benchmarks/training_loop.py [--preset cifar10-mini] [--out FILE.json]
     python benchmarks/training_loop.py --batch-size 16 --precision fp32 --steps 5     # on a CPU: a minute
 
-Modes: `eager`; `compiled`, the network by torch.compile; `captured`, the step in a CUDA graph; `both`. On a CPU only
-eager. All take turns. The criterion's share is the time that a step of a mode takes more than one with `F.mse_loss` in
-its place (in the process of the preset: same network, same batch), divided by the step's; the design's bound is 1 %.
+Modes: `eager`; `captured`, the step in a CUDA graph; `compiled`, the network by torch.compile; `both`. On a CPU only
+eager. Everything runs under the settings of `vadiff train`. Each mode takes turns with eager, and the captured ones (as
+CIFAR's presets train; without them all) also with `F.mse_loss` in the criterion's place, same network, same batch. The
+criterion's share is what a step takes more than with that, divided by the step's time; the design's bound is 1 %. --out
+is written after each mode, and the last line printed says which of the design's figures hold.
 
 What the loop adds, in eager mode, to the bare steps: `network(x)`, `F.mse_loss`, `backward`, `optimizer.step`,
 `zero_grad` (and EDM2's forced weight normalisation, part of its step) in the same precision with inputs made
@@ -24,14 +26,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import figures
+import table
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +50,7 @@ from vadiff.trainer.training import loop as training_loop
 from vadiff.trainer.training.captured import WARM_UP
 from vadiff.trainer.training.distributed import Ranks
 from vadiff.trainer.training.step import AUTOCAST
+from vadiff.trainer.training.streams import own_global_state
 from vadiff.training import PRESETS, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
@@ -51,8 +58,8 @@ from results import write_results
 
 MODES = {
     "eager": {"compile": False, "graph": False},
-    "compiled": {"compile": True, "graph": False},
     "captured": {"compile": False, "graph": True},
+    "compiled": {"compile": True, "graph": False},
     "both": {"compile": True, "graph": True},
 }
 
@@ -62,57 +69,83 @@ def mse_objective(criterion: Any, output: Tensor, x0: Tensor, *_: Any) -> Tensor
     return F.mse_loss(output, x0)
 
 
-def speeds_of_modes(config: TrainConfig, modes: Sequence[str], steps: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Images per second, seconds of the first steps and the criterion's share of each mode, measured in turns."""
+def settings_of(config: TrainConfig) -> AbstractContextManager[None]:
+    """The choice of algorithms of `train`, without which a GPU's convolutions and float32 products are slower."""
+    return own_global_state(config.torch_device(), deterministic=config.deterministic, tf32=config.tf32)
+
+
+def speeds_of_modes(
+    config: TrainConfig, modes: Sequence[str], steps: int, rounds: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each mode, with images per second, times eager's, the criterion's share and the seconds of the first steps."""
     device = config.torch_device()
-    runs: dict[tuple[str, bool], Callable[[], None]] = {}
-    first: dict[str, float] = {}
-    for mode in modes:
-        moded = dataclasses.replace(config, tensorboard=False, **MODES[mode])
-        for criterion in (True, False):
-            objective = training_loop.objective_of(config) if criterion else mse_objective
-            trainer = training_loop._Trainer(moded, objective, None, device, Ranks())
-            trainer.open_log()
-            trainer.since = trainer.resumed = time.monotonic()
-            run = loop_steps(trainer, steps)
-            spent = seconds(loop_steps(trainer, WARM_UP + 1), device).wall
-            if criterion:
-                first[mode] = spent
-            run()
-            runs[mode, criterion] = run
-    times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key, run in runs.items():
-            times[key].append(seconds(run, device).wall / steps)
-    found = {}
-    for mode in modes:
-        shares = [1.0 - other / one for one, other in zip(times[mode, True], times[mode, False], strict=True)]
-        found[mode] = {
-            "images_per_second": config.batch_size / statistics.median(times[mode, True]),
-            "step_ms": 1000.0 * statistics.median(times[mode, True]),
-            "criterion_percent": 100.0 * statistics.median(shares),
-            "seconds_of_first_steps": first[mode],
-        }
-    return found
+    with_share = [mode for mode in modes if MODES[mode]["graph"]] or modes
+    eager: Callable[[], None] | None = None
+    for mode in sorted(modes, key=list(MODES).index):
+        run, first = steps_in_mode(config, mode, training_loop.objective_of(config), steps)
+        runs = {"mode": run}
+        if mode in with_share:
+            runs["mse"], _ = steps_in_mode(config, mode, mse_objective, steps)
+        if eager is not None:
+            runs["eager"] = eager
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, other in runs.items():
+                times[name].append(seconds(other, device).wall / steps)
+        step = statistics.median(times["mode"])
+        found = {"images_per_second": config.batch_size / step, "step_ms": 1000.0 * step}
+        if "eager" in times:
+            ratios = [one / other for one, other in zip(times["eager"], times["mode"], strict=True)]
+            found["times_eager"] = statistics.median(ratios)
+        if "mse" in times:
+            shares = [1.0 - other / one for one, other in zip(times["mode"], times["mse"], strict=True)]
+            found["criterion_percent"] = 100.0 * statistics.median(shares)
+        yield mode, {**found, "seconds_of_first_steps": first}
+        if mode == "eager":
+            eager = run
+        del run, other
+        runs.clear()
+        gc.collect()  # parts of a trainer refer to each other; no graph may be freed within the next mode's capture
 
 
-def print_modes(found: dict[str, dict[str, float]]) -> None:
-    eager = found.get("eager", {}).get("images_per_second")
-    for mode, of_mode in found.items():
-        ratio = f" ({of_mode['images_per_second'] / eager:.2f} × eager)" if eager and mode != "eager" else ""
-        print(
-            f"{mode:9} {of_mode['images_per_second']:10,.0f} images/s{ratio}, {of_mode['step_ms']:.2f} ms a step, the "
-            f"criterion {of_mode['criterion_percent']:+.2f} % of it; "
-            f"first steps {of_mode['seconds_of_first_steps']:.1f} s"
-        )
+def steps_in_mode(config: TrainConfig, mode: str, objective: Any, steps: int) -> tuple[Callable[[], None], float]:
+    """`steps` steps of a trainer of its own, warmed up, and the seconds of its first steps."""
+    moded, device = dataclasses.replace(config, tensorboard=False, **MODES[mode]), config.torch_device()
+    trainer = training_loop._Trainer(moded, objective, None, device, Ranks())
+    trainer.open_log()
+    trainer.since = trainer.resumed = time.monotonic()
+    first = seconds(loop_steps(trainer, WARM_UP + 1), device).wall
+    run = loop_steps(trainer, steps)
+    run()
+    return run, first
+
+
+def print_mode(mode: str, found: dict[str, float]) -> None:
+    ratio = f" ({found['times_eager']:.2f} × eager)" if "times_eager" in found else ""
+    share = f"the criterion {found['criterion_percent']:+.2f} % of it, " if "criterion_percent" in found else ""
+    print(
+        f"{mode:9} {found['images_per_second']:10,.0f} images/s{ratio}, {found['step_ms']:.2f} ms a step, {share}"
+        f"first steps {found['seconds_of_first_steps']:.1f} s"
+    )
+
+
+def verdict(judged: list[figures.Figure], modes: dict[str, dict[str, float]]) -> str:
+    """The design's figures and the speeds, in one line."""
+    speeds = []
+    for mode, found in modes.items():
+        more = [f"{found['times_eager']:.2f} ×"] if "times_eager" in found else []
+        more += [f"criterion {found['criterion_percent']:+.2f} %"] if "criterion_percent" in found else []
+        speeds.append(f"{mode} {found['images_per_second']:,.0f}" + (f" ({', '.join(more)})" if more else ""))
+    return f"{figures.verdict(judged)}; images/s: {', '.join(speeds)}"
 
 
 def random_images(config: TrainConfig) -> Images:
-    """Noise in the shape of CIFAR: speed does not depend on the images' contents."""
-    shape = (1, 8, 8) if config.dataset == "digits" else (3, 32, 32)
+    """Noise in the shape of CIFAR, and as many images: a new pass over them costs time, what they show does not."""
+    shape, repeats = ((1, 8, 8), 1) if config.dataset == "digits" else ((3, 32, 32), 25)
     pixels = torch.randint(0, 256, (2000, *shape), dtype=torch.uint8)
     labels = torch.randint(0, 10, (2000,))
-    return Images(pixels, labels, pixels[:10], labels[:10], held_out_is_test=False, classes=10)
+    train = pixels.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
+    return Images(*train, pixels[:10], labels[:10], held_out_is_test=False, classes=10)
 
 
 def loop_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None]:
@@ -230,46 +263,76 @@ def main() -> None:
         PRESETS[arguments.preset], weighting="variance_aware", tensorboard=True, **MODES["eager"], **given
     )
     training_loop.load_images = random_images
+    with settings_of(config):
+        measure(config, arguments)
+
+
+def measure(config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Measure the modes and then the loop; print and write what is known after each of them."""
     device = config.torch_device()
+    steps = config.log_every if arguments.steps is None else arguments.steps
+    what = f"{arguments.preset}, batch {config.batch_size}, {config.precision}"
+    found: dict[str, Any] = {
+        "preset": arguments.preset,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "modes": {},
+    }
+
+    def keep() -> None:
+        if arguments.out is not None:
+            write_results("training_loop", found, arguments.out)
+
+    print(f"{what}, {device}")
     modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["eager"])
+    for mode, of_mode in speeds_of_modes(config, modes, steps, max(3, arguments.rounds // 2)):
+        found["modes"][mode] = of_mode
+        keep()
+        judged = figures.judge_training_loop(f"training step, {what}", found["modes"])
+        print_mode(mode, of_mode)
+        print(verdict(judged, found["modes"]), flush=True)  # now: the next mode may run out of time or memory
+    found |= costs_of_the_loop(config, steps, arguments.rounds)
+    keep()
+    print_costs(found)
+    print(table.render_figures(judged))
+    print(verdict(judged, found["modes"]))
+
+
+def costs_of_the_loop(config: TrainConfig, steps: int, rounds: int) -> dict[str, Any]:
+    """What the loop adds to the bare steps, and what the averages cost."""
+    device = config.torch_device()
+    block = steps if device.type == "cuda" else 1
     with tempfile.TemporaryDirectory() as folder:
         trainer = training_loop._Trainer(config, training_loop.objective_of(config), Path(folder), device, Ranks())
         trainer.open_log()
         trainer.since = trainer.resumed = time.monotonic()
-        steps = config.log_every if arguments.steps is None else arguments.steps
-        block = steps if device.type == "cuda" else 1
         loop, bare = loop_steps(trainer, block), bare_steps(trainer, block)
         one_round(loop, bare, max(1, min(steps, 10) // block), device)  # warm up
-        turns = tqdm(range(arguments.rounds), "rounds", disable=None)  # a bar where stderr is a terminal
-        rounds = [one_round(loop, bare, steps // block, device) for _ in turns]
+        turns = tqdm(range(rounds), "rounds", disable=None)  # a bar where stderr is a terminal
+        times = [one_round(loop, bare, steps // block, device) for _ in turns]
         averages = averages_ms(trainer)
         trainer.log.close()
-    speeds = speeds_of_modes(config, modes, steps, max(3, arguments.rounds // 2))
-    step_ms = 1000.0 * statistics.median(other.wall for _, other in rounds) / steps
-    figures: dict[str, Any] = {
-        "preset": arguments.preset,
-        "batch_size": config.batch_size,
-        "precision": config.precision,
-        "modes": speeds,
+    step_ms = 1000.0 * statistics.median(other.wall for _, other in times) / steps
+    found = {
         "bare_step_ms": step_ms,
-        "overhead_percent": overhead([one.wall / other.wall for one, other in rounds]),
+        "overhead_percent": overhead([one.wall / other.wall for one, other in times]),
         "averages_ms": averages,
         "averages_percent": {name: 100.0 * value / step_ms for name, value in averages.items()},
     }
-    print(f"{arguments.preset}, batch {config.batch_size}, {config.precision}, {device}: bare step {step_ms:.2f} ms")
-    print_modes(speeds)
     if device.type == "cpu":
-        figures["processor_time_overhead_percent"] = overhead(
-            [one.processor / other.processor for one, other in rounds]
-        )
+        found["processor_time_overhead_percent"] = overhead([one.processor / other.processor for one, other in times])
+    return found
+
+
+def print_costs(found: dict[str, Any]) -> None:
+    print(f"bare step {found['bare_step_ms']:.2f} ms")
     for name, words in (("overhead_percent", "time"), ("processor_time_overhead_percent", "processor time")):
-        if name in figures:
-            median, low, high = figures[name].values()
+        if name in found:
+            median, low, high = found[name].values()
             print(f"{words}: the loop adds {median:+.2f} % (quartiles {low:+.2f} to {high:+.2f}); the aim is below 3 %")
-    for name, share in figures["averages_percent"].items():
-        print(f"{name.replace('_', '-')} averages: {averages[name]:.3f} ms an update, {share:.2f} % of the bare step")
-    if arguments.out is not None:
-        print(f"written to {write_results('training_loop', figures, arguments.out)}")
+    for name, share in found["averages_percent"].items():
+        spent = found["averages_ms"][name]
+        print(f"{name.replace('_', '-')} averages: {spent:.3f} ms an update, {share:.2f} % of the bare step")
 
 
 if __name__ == "__main__":

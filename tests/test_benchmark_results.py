@@ -14,6 +14,7 @@ import machine
 import pytest
 import readme_table
 import result_table
+import revision
 import roofline
 import table
 import torch
@@ -81,15 +82,15 @@ def test_the_newest_results_of_each_device_count_and_quick_ones_do_not(tmp_path:
 
 @pytest.mark.parametrize("told", ["0123456", "0123456789abcdef0123456789abcdef01234567-dirty"])
 def test_outside_of_git_the_commit_is_what_the_environment_says(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_lines", lambda *command: [])
+    monkeypatch.setattr(revision, "output_lines", lambda *command: [])
     monkeypatch.delenv("VADIFF_COMMIT", raising=False)
-    assert machine.commit() == ("unknown", True)
+    assert revision.commit() == ("unknown", True)
     monkeypatch.setenv("VADIFF_COMMIT", told)
-    assert machine.commit() == (told.removesuffix("-dirty"), told.endswith("-dirty"))
+    assert revision.commit() == (told.removesuffix("-dirty"), told.endswith("-dirty"))
     for wrong in ("main", "0123", "0123456-", "v0.1-3-g0123456"):
         monkeypatch.setenv("VADIFF_COMMIT", wrong)
         with pytest.raises(ValueError, match=f"VADIFF_COMMIT is '{wrong}', expected what this prints: git describe"):
-            machine.commit()
+            revision.commit()
 
 
 def test_a_copy_of_the_tree_is_not_of_the_repository_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +98,9 @@ def test_a_copy_of_the_tree_is_not_of_the_repository_around_it(monkeypatch: pyte
     hash_ = "0123456789abcdef0123456789abcdef01234567"
     for around, found in ((BENCHMARKS.parent, (hash_, False)), (BENCHMARKS.parent.parent, ("fedcba9", False))):
         monkeypatch.setattr(
-            machine, "_lines", lambda *command, top=around: [str(top), hash_] if "rev-parse" in command else []
+            revision, "output_lines", lambda *command, top=around: [str(top), hash_] if "rev-parse" in command else []
         )
-        assert machine.commit() == found
+        assert revision.commit() == found
 
 
 def test_a_result_file_is_shown_with_its_missing_contests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +261,17 @@ def test_the_figures_of_a_gpu_are_judged() -> None:
     assert found["CIFAR batch 512 fp32, triton: launches forward"] is True
     assert found["CIFAR batch 512 fp32, triton: launches backward"] is True
     assert found["CIFAR batch 512 fp32, native: host time"] is None
+
+
+def test_what_was_not_measured_is_counted_and_named() -> None:
+    judged = figures.judge(gpu_results())
+    reported = [figure for figure in judged if figure.passed is None and figure.measured]
+    line = figures.verdict(judged)
+    open_ = sum("not measured: " in figure.found for figure in judged)
+    assert len(judged) == open_ + len(reported) + sum(figure.passed is not None for figure in judged)
+    assert f", 2 missed, {open_} not measured (2 GiB tensors fp32, native, 3 moves; " in line
+    assert line.endswith("; …)")
+    assert result_table.text_of(gpu_results()).splitlines()[-1] == line
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import gpu_bundle
 import pytest
 
+HASH = "0123456789abcdef0123456789abcdef01234567"
+
 
 def test_the_interpreter_is_the_one_of_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -56,10 +58,43 @@ def test_what_the_machine_has_is_left_out_and_a_name_that_is_none_is_refused(
 ) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(gpu_bundle, "interpreter", lambda version: sys.executable)
+    monkeypatch.setattr(gpu_bundle.revision, "described", lambda: HASH)
     monkeypatch.setattr(gpu_bundle.subprocess, "run", lambda words, **options: asked.append(words))
     assert gpu_bundle.main(["--out", str(tmp_path), "--without", "matplotlib", "tensorboard"]) == 0
+    assert (tmp_path / "commit.txt").read_text() == f"{HASH}\n"
     assert {"diffusers", "pytest"} <= {*asked[-1]}
     assert not {"matplotlib", "tensorboard"} & {*asked[-1]}
     with pytest.raises(SystemExit):
         gpu_bundle.main(["--without", "matplotlob"])
     assert "invalid choice: 'matplotlob'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "reason"),
+    [
+        (HASH, HASH, None),
+        (HASH, HASH[:7], None),  # as --commit may give it
+        (f"{HASH}-dirty", f"{HASH[:7]}-dirty", None),
+        (HASH, f"{HASH}-dirty", f"built from commit {HASH}, but this tree is {HASH}-dirty"),
+        (HASH, "fedcba9", f"built from commit {HASH}, but this tree is fedcba9: build it anew"),
+        (HASH, "unknown", "the commit of this tree is unknown: give --commit"),
+        (None, HASH, "has no commit.txt"),
+    ],
+)
+def test_a_bundle_of_another_commit_is_stale(
+    built: str | None, here: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_bundle.revision, "described", lambda: here)
+    if built is not None:
+        (tmp_path / "commit.txt").write_text(f"{built}\n")
+    found = gpu_bundle.why_stale(tmp_path)
+    assert found is None if reason is None else reason in found
+
+
+def test_a_tree_of_no_known_commit_makes_no_bundle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_bundle.revision, "described", lambda: "unknown")
+    with pytest.raises(SystemExit):
+        gpu_bundle.main([])
+    assert "set VADIFF_COMMIT" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from training_loop import Seconds
 
 SMALL = [
     "--channels", "32", "32", "32", "--layers-per-block", "1", "--batch-size", "2", "--steps", "1", "--rounds", "1",
@@ -19,8 +20,16 @@ def test_both_networks_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["networks.py", *SMALL, "--out", str(tmp_path / "found.json")])
-    before = networks.training_loop.load_images
+    before, trying, seconds = networks.training_loop.load_images, set(), networks.seconds
+
+    def timed(*of: object) -> Seconds:
+        trying.add(torch.backends.cudnn.benchmark)
+        return seconds(*of)
+
+    monkeypatch.setattr(networks, "seconds", timed)
     networks.main()
+    assert trying == {True}  # as `train` sets it
+    assert not torch.backends.cudnn.benchmark
     assert networks.training_loop.load_images is before
     content = json.loads((tmp_path / "found.json").read_text())
     assert list(content["networks"]) == ["cifar10-edm", "cifar10-edm2"]

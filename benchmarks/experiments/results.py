@@ -14,7 +14,7 @@ import torch
 import vadiff
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from machine import commit
+from revision import commit
 
 RESULTS = Path(__file__).parent.parent / "results"
 
