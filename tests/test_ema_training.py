@@ -162,6 +162,22 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     assert found["ema-0.2"] == by_hand["fid-64"] != found["raw"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--metrics", "isc"], "features is digits"), (["--metrics", "fid", "--images", "3"], "expected at least 5")],
+)
+def test_sweep_looks_for_what_it_compares_with_before_it_measures(
+    copied: Path, digits_cache: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        "vadiff.trainer.training.post_hoc.held_out_of_averages", lambda *arguments: pytest.fail("early")
+    )
+    with pytest.raises(SystemExit):
+        main(["ema", str(copied), "--sweep", "--device", "cpu", "--cache", str(digits_cache), *options])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_sweep_draws_a_curve_for_every_metric() -> None:
     loss = HeldOutLoss(torch.tensor([0.0, 2.0]), torch.ones(2, 3), 0.5)
     other = {"kid-768": 0.1, "kid_std-768": 0.1}

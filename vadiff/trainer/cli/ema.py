@@ -78,9 +78,12 @@ def _sweep(
     run: "Run", files: dict[float, Path], generation: "Generation", seeds: Sequence[int], comparison: "Comparison"
 ) -> None:
     from ...sampling.seeds import recorded_seeds
-    from ..report.ema_sweep import sweep_figure, sweep_metrics, sweep_scores
+    from ..report.ema_sweep import prepared_sweep, sweep_figure, sweep_metrics, sweep_scores
     from ..training.post_hoc import held_out_of_averages
 
+    reference = None
+    if comparison.metrics:
+        comparison, reference = prepared_sweep(run, len(seeds), comparison)
     folder = next(iter(files.values())).parent
     step = int(folder.name.removeprefix("step-"))
     losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
@@ -97,8 +100,8 @@ def _sweep(
         | {name: loss.mean.tolist() for name, loss in others.items()},
     }
     metrics = {}
-    if comparison.metrics:
-        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, comparison, generation)
+    if reference is not None:
+        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, comparison, reference, generation)
         content["metrics"] = {name if isinstance(name, str) else f"ema-{name:g}": v for name, v in metrics.items()}
         content |= recorded_seeds(seeds)
         content["generation"] = {name: value for name, value in generation.recorded().items() if name != "weights"}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
@@ -19,12 +20,30 @@ def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
     return {name: loss.level_mean for name, loss in losses.items()}
 
 
+def prepared_sweep(run: Run, images: int, comparison: Comparison) -> tuple[Comparison, Tensor]:
+    """Find the network that images are compared by, and the real ones: before anything is measured.
+
+    Returns:
+        The comparison with its features set, and the real images [N, C, H, W] uint8.
+
+    Raises:
+        ValueError: invalid options of the comparison.
+        UserError: the network's weights could not be downloaded, or the digits classifier is too poor.
+        MissingExtraError: torch-fidelity is not installed.
+    """
+    comparison, _ = prepared(comparison, run.config.dataset)
+    reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
+    check_drawn(run.images().shape, images, reference, comparison)
+    return comparison, reference
+
+
 def sweep_metrics(
     run: Run,
     weights: Sequence[float | str],
     step: int,
     seeds: Sequence[int],
     comparison: Comparison,
+    reference: Tensor,
     generation: Generation,
 ) -> dict[float | str, dict[str, float]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
@@ -34,19 +53,13 @@ def sweep_metrics(
         weights: widths of averages that `write_averages` made, or "ema" and "raw".
         step: of these weights.
         seeds: one per image.
-        comparison: with real images, see `Comparison`.
+        comparison: with real images, from `prepared_sweep`.
+        reference: the real images, from `prepared_sweep`.
         generation: how images are drawn; its weights and step are not read. They are compared on its first device.
 
     Returns:
         For each of the weights, metric → value.
-
-    Raises:
-        ValueError: invalid options of the comparison.
-        MissingExtraError: torch-fidelity is not installed.
     """
-    comparison, _ = prepared(comparison, run.config.dataset)
-    reference = run.images().train if comparison.reference is None else reference_images(comparison.reference)
-    check_drawn(run.images().shape, len(seeds), reference, comparison)
     found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
