@@ -40,7 +40,7 @@ LIBRARY = {
     "ema": {"errors", "files"},
     "optimal_loss": {"_validation", "files", "process"},
     "levels": {"_validation", "loss", "ops", "process", "statistics", "weighting"},
-    "sampling": {"errors", "models", "pixels"},
+    "sampling": {"errors", "models", "pixels", "process"},
     "integrations": {"extras", "levels", "log_snr", "loss", "process", "schedulers", "summary", "weighting"},
 }
 # The trainer may use all of the library; within it:

@@ -55,6 +55,15 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
 
 
+def test_seeds_too_large_for_a_generator_are_a_usage_error(
+    trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argument in ("--seeds", "--first-seed"):
+        with pytest.raises(SystemExit):
+            main(["sample", str(trained_run), argument, "99999999999999999999"])
+        assert f"argument {argument}: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_evaluate_records_how_images_were_drawn(
     trained_run: Path, tmp_path: Path, digits_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

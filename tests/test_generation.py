@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vadiff.ema.archive import write_archive
 from vadiff.errors import RunError
-from vadiff.models import Denoiser
+from vadiff.models import Denoiser, parameterisation
+from vadiff.models.parameterisation import EDMForm, sigma_range
+from vadiff.process import DiscreteVP
 from vadiff.sampling import Churn, noise_levels
 from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class
 from vadiff.trainer.pictures import PictureWriter, read_pictures
@@ -87,7 +89,48 @@ def test_flows_are_sampled_by_euler_at_even_times_unless_told_otherwise() -> Non
     assert default_generation("flow", "heun") == Generation("heun")
     assert default_generation("flow", "dpmpp_2m") == Generation("dpmpp_2m", spacing="flow", steps=16)
     assert default_generation("flow", "ddpm", "edm") == Generation("ddpm")
-    assert default_generation("edm", "euler").levels().tolist() == noise_levels(50).tolist()
+    assert default_generation("edm", "euler").levels(EDMForm(0.5)).tolist() == noise_levels(50).tolist()
+
+
+@pytest.mark.parametrize("timesteps", [1000, None])
+def test_sampling_starts_at_most_at_the_highest_noise_level_of_the_process(timesteps: int | None) -> None:
+    """Stable Diffusion's betas end at sigma 14.6, the others above EDM's 80."""
+    for process, start in (("vp_linear", 80.0), ("vp_cosine", 80.0), ("vp_scaled_linear", 14.62)):
+        form = parameterisation(process, timesteps=timesteps)
+        sigmas = sigma_range(form)
+        for solver in ("heun", "dpmpp_2m"):
+            levels = default_generation(process, solver, sigmas=sigmas).levels(form)
+            assert levels[0].item() == pytest.approx(start, rel=0.02)
+            lowest = 0.0292 if process == "vp_scaled_linear" and timesteps else 0.002
+            assert levels[-2].item() == pytest.approx(lowest, rel=0.01)
+    assert default_generation("vp_linear") == default_generation("vp_linear", sigmas=(0.01, 157.4))
+    with pytest.raises(
+        ValueError, match=r"sigma_max is 80, expected at most 14[.]\d+, the highest noise level of the model"
+    ):
+        Generation().levels(form)
+    Generation(sigma_max=14.0).levels(form)
+    Generation().levels(EDMForm(0.5))
+
+
+def test_timesteps_as_spacing_are_those_of_the_process() -> None:
+    form = parameterisation("vp_scaled_linear", timesteps=1000)
+    process = DiscreteVP.scaled_linear()
+    every = Generation("ddpm", spacing="timesteps", steps=1000).levels(form)
+    assert process.time(-2.0 * every[:-1].log()).tolist() == pytest.approx(range(999, -1, -1), abs=1e-6)
+    assert every[-1] == 0.0
+    some = Generation("dpmpp_2m", spacing="timesteps", steps=4).levels(form)
+    assert process.timestep(-2.0 * some[:-1].log()).tolist() == [999, 666, 333, 0]
+    # With zero terminal SNR the last timestep has no finite sigma.
+    rescaled = parameterisation("vp_linear", "sample", timesteps=50, zero_terminal_snr=True)
+    levels = Generation("euler", spacing="timesteps", steps=49).levels(rescaled)
+    assert levels.isfinite().all()
+    assert len(levels) == 50
+    for steps in (0, 50):
+        with pytest.raises(ValueError, match=rf"steps is {steps}, expected 1 to 49"):
+            Generation("euler", spacing="timesteps", steps=steps).levels(rescaled)
+    for other in (EDMForm(0.5), parameterisation("vp_linear")):
+        with pytest.raises(ValueError, match="spacing is timesteps, expected edm or flow: the model has no discrete"):
+            Generation(spacing="timesteps").levels(other)
 
 
 def test_guide_that_is_the_run_itself_changes_nothing_and_another_one_does(run: Run) -> None:
@@ -172,10 +215,11 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
     ("settings", "message"),
     [
         ({"solver": "ddim"}, "solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m"),
-        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow"),
+        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow, timesteps"),
         ({"solver": "euler", "churn": Churn(1.0)}, "churn is for the solver heun, not for euler"),
         ({"spacing": "flow", "rho": 7.0}, "rho is for the spacing edm, not for flow"),
         ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm, not for flow"),
+        ({"spacing": "timesteps", "sigma_max": 9.0}, "sigma_max is for the spacing edm and flow, not for timesteps"),
         ({"label": "cat"}, "label is 'cat', expected a class or one of cycle, random"),
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),

@@ -10,6 +10,7 @@ tests/data/version_0_1 was written by version 0.1, and is not written again:
                        --held-out-images 20 --held-out-levels 4
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 import vadiff
+from vadiff.trainer.cli import main
 from vadiff.training import Run, open_run, train
 
 FOLDER = Path(__file__).parent / "data" / "version_0_1"
@@ -107,3 +109,16 @@ def test_run_is_resumed(run: Run) -> None:
     assert trained.metrics[-1]["skipped_steps"] == 0
     assert open_run(run.path).checkpoints() == [7]
     assert trained.criterion.statistics.count.sum() > 0
+
+
+def test_run_is_evaluated(run: Run, digits_cache: Path) -> None:
+    command = ["evaluate", str(run.path), "--images", "20", "--held-out-images", "20", "--devices", "cpu"]
+    assert main([*command, "--cache", str(digits_cache)]) == 0
+    folder = run.path / "evaluation" / "step-4"
+    content = json.loads((folder / "metrics.json").read_text())
+    assert math.isfinite(content["metrics"]["fd-digits"])
+    assert content["generation"]["solver"] == "heun"
+    recorded = run.metrics()[-1]["held_out"]
+    lines = csv.DictReader((folder / "held-out.csv").read_text().splitlines())
+    measured = [float(line["loss_ema"]) for line in lines]
+    assert measured == pytest.approx(recorded["loss_ema"], rel=1e-3)

@@ -18,6 +18,7 @@ from vadiff.models import PREDICTIONS, Denoiser, parameterisation
 from vadiff.models.parameterisation import VP, vp_process
 from vadiff.process import DiscreteVP, VPCosine, VPLinear, VPScaledLinear, edm_preconditioning, loss_ratio
 from vadiff.trainer.training.assembly import build_criterion, build_levels
+from vadiff.trainer.training.held_out import held_out_log_snr
 from vadiff.trainer.training.objective import objective_of
 from vadiff.training import TrainConfig, train
 
@@ -140,10 +141,56 @@ def test_adaptive_levels_start_from_uniform_timesteps() -> None:
     assert counts.sum() == 2000
 
 
+def test_a_network_is_told_no_time_beyond_the_last_one() -> None:
+    for timesteps, last in ((1000, 9.99), (None, 9.99)):
+        for process in VP:
+            form = parameterisation(process, timesteps=timesteps)
+            told = form.preconditioning(torch.tensor([1.0, 1e6], dtype=torch.float64)).c_noise
+            assert told[1].item() == pytest.approx(last, abs=1e-3 if process == "vp_cosine" else 1e-9)
+            assert told[0] < told[1]
+
+
+def test_held_out_levels_are_those_that_the_process_has() -> None:
+    """Stable Diffusion's betas have sigma 0.029 to 14.6; every other process has all of 0.02 to 20."""
+    for process in ("edm", "flow", "vp_linear", "vp_cosine"):
+        config = dataclasses.replace(TINY, process=process)
+        assert config.held_out_range() == config.held_out_sigma == (0.02, 20.0)
+    config = dataclasses.replace(TINY, process="vp_scaled_linear", held_out_levels=5)
+    sigmas = (-0.5 * held_out_log_snr(config)).exp()
+    assert sigmas[[0, -1]].tolist() == pytest.approx([0.029167, 14.6146], rel=1e-4)
+    times = vp_process("vp_scaled_linear", 1000).time(held_out_log_snr(config))
+    assert times[[0, -1]].tolist() == pytest.approx([0.0, 999.0], abs=1e-6)
+    assert dataclasses.replace(config, timesteps=0).held_out_range()[0] == 0.02
+    with pytest.raises(
+        ValueError, match=r"held_out_sigma is \(15.0, 20.0\), expected a range that overlaps with 0.029"
+    ):
+        dataclasses.replace(config, held_out_sigma=(15.0, 20.0))
+
+
+def test_options_of_uniform_levels_are_shares_of_the_timesteps() -> None:
+    config = dataclasses.replace(TINY, process="vp_linear", timesteps=40, levels_options={"t_min": 0.25, "t_max": 0.75})
+    sampler = build_levels(config)
+    u = levels.uniforms(400, torch.Generator().manual_seed(0), stratified=True)
+    process = DiscreteVP.linear(40)
+    counts = process.timestep(sampler(u).log_snr).bincount(minlength=40)
+    assert counts.tolist() == [0] * 10 + [20] * 20 + [0] * 10
+    at = process.log_snr(torch.tensor([5.0, 19.5, 35.0], dtype=torch.float64))
+    assert sampler.cdf(at).tolist() == pytest.approx([0.0, 0.5, 1.0])
+    assert sampler.log_density(at).isfinite().tolist() == [False, True, False]
+    for options, message in (
+        ({"t_max": 500.0}, "t_max is 500.0, expected at most 1"),
+        ({"shift": 2.0}, "levels_options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_levels(dataclasses.replace(config, levels_options=options))
+    with pytest.raises(ValueError, match="expected one in continuous time: for timesteps use UniformTimesteps"):
+        levels.UniformTime(process)
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-@pytest.mark.parametrize("terminal", [None, 1.0])
+@pytest.mark.parametrize("terminal", [None, 0.0, 0.5])
 def test_the_terminal_step_gets_the_gradient_that_is_stated(prediction: str, terminal: float | None) -> None:
-    """At zero SNR x_t is eps: v is -x0. Min-SNR gives the step no weight by its formula, its paper's code 1."""
+    """At zero SNR x_t is eps: v is -x0. Min-SNR gives the step the weight 1, as its paper's code does, unless told."""
     config = dataclasses.replace(TINY, process="vp_linear", prediction=prediction, zero_terminal_snr=True)
     sampler = build_levels(config)
     assert sampler(torch.tensor([1.0 - 1e-9], dtype=torch.float64)).sigma.item() == math.inf
@@ -159,7 +206,7 @@ def test_the_terminal_step_gets_the_gradient_that_is_stated(prediction: str, ter
     loss = objective_of(weighted)(build_criterion(weighted), output, x0, eps, sigma, SIGMA_DATA, None)
     (gradient,) = torch.autograd.grad(loss, output)
     target = -x0 if prediction == "v_prediction" else x0
-    expected = (terminal or 0.0) * 2.0 * (output - target) / output.numel()
+    expected = (1.0 if terminal is None else terminal) * 2.0 * (output - target) / output.numel()
     torch.testing.assert_close(gradient[[0, 2]], expected[[0, 2]].detach(), rtol=1e-5, atol=1e-8)
 
 
@@ -196,6 +243,8 @@ def test_runs_of_vp_processes_train_and_are_opened(prediction: str, options: dic
         ({"process": "vp_linear", "timesteps": 0, "zero_terminal_snr": True, "prediction": "sample"}, "zero_terminal"),
         ({"process": "vp_linear", "zero_terminal_snr": True}, "prediction is epsilon, expected v_prediction or sample"),
         ({"process": "vp_linear", "timesteps": 1}, "timesteps is 1"),
+        ({"process": "edm", "timesteps": 50}, "timesteps is 50, expected 1000, the default: edm has no timesteps"),
+        ({"process": "flow", "timesteps": 0}, "timesteps is 0, expected 1000, the default: flow has no timesteps"),
     ],
 )  # fmt: skip
 def test_what_does_not_belong_together_is_refused(options: dict[str, Any], message: str) -> None:

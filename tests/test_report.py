@@ -64,6 +64,18 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(make_run: Callable[..
     assert grouped(*paths) == [("variance aware", ["one", "two"]), ("constant", ["fixed"])]
 
 
+def test_run_of_version_0_1_is_in_the_group_of_a_new_one(make_run: Callable[..., Path]) -> None:
+    """Its config lacks the fields that came since, prediction among them."""
+    new, old = make_run("new"), make_run("old", seed=1)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    for name in ("prediction", "timesteps", "zero_terminal_snr", "ema_rampup", "warmup_from_zero"):
+        del config[name]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    twins = [make_run(f"twin-{run.name}", weighting="table", table=str(run)) for run in (new, old)]
+    assert grouped(new, old) == [("new", ["new", "old"])]
+    assert [names for _, names in grouped(*twins)] == [["twin-new", "twin-old"]]
+
+
 def test_group_is_labelled_by_the_fields_that_differ(make_run: Callable[..., Path]) -> None:
     paths = make_run("a", learning_rate=1e-3), make_run("b", learning_rate=2e-3), make_run("c", learning_rate=2e-3)
     assert grouped(*paths) == [("learning rate 0.001", ["a"]), ("learning rate 0.002", ["b", "c"])]

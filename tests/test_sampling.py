@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vadiff.models import PREDICTIONS, Denoiser, parameterisation
+from vadiff.models.parameterisation import VP, VPForm, sigma_range
+from vadiff.process import DiscreteVP
 from vadiff.sampling import (
     Churn,
     ddpm,
@@ -21,6 +24,7 @@ from vadiff.sampling import (
     noise_levels,
     steps_for_calls,
 )
+from vadiff.sampling.generation import default_generation, solve, with_options
 from vadiff.sampling.solvers import SOLVERS
 
 SIGMA_DATA = 0.5
@@ -67,6 +71,61 @@ def test_samples_have_the_mean_and_spread_of_gaussian_data(solver: Callable[...,
     assert (samples.mean(0) - mean[:2]).abs().max() < 3 * error
     assert samples.std(0).tolist() == pytest.approx([SIGMA_DATA, SIGMA_DATA], rel=0.03)
     assert abs(torch.corrcoef(samples.T)[0, 1].item()) < 3 / math.sqrt(len(samples))
+
+
+class IdealNetwork(torch.nn.Module):
+    """The best eps, v or x0, made of x_t and the time alone that the network is told.
+
+    The data are rows of 16 pixels: 0.1 + one number ~ N(0, 1) for the whole row + 0.3·N(0, 1) for each pixel.
+    """
+
+    def __init__(self, form: VPForm) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x_t: Tensor, c_noise: Tensor) -> Tensor:
+        process, timestep = self.form.process, 100.0 * c_noise.double()
+        time = timestep if isinstance(process, DiscreteVP) else (timestep + 1.0) / 1000.0
+        alpha, noise = (part(time).view(-1, 1, 1, 1) for part in (process.alpha, process.sigma))
+        x = x_t.double()
+        level, own = self.level_and_own(x - alpha * 0.1)
+        x0 = 0.1 + sum(
+            alpha * variance / (alpha**2 * variance + noise**2) * part
+            for variance, part in ((16.0 + 0.09, level), (0.09, own))
+        )
+        eps = (x - alpha * x0) / noise
+        return {"sample": x0, "epsilon": eps, "v_prediction": alpha * eps - noise * x0}[self.form.prediction].float()
+
+    @staticmethod
+    def level_and_own(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of each row, and the differences from it."""
+        level = x.mean(-1, keepdim=True)
+        return level, x - level
+
+
+@every_solver
+@pytest.mark.parametrize("timesteps", [1000, None])
+@pytest.mark.parametrize("process", VP)
+def test_ideal_networks_of_vp_processes_are_sampled_with_the_moments_of_the_data(
+    process: str, timesteps: int | None, solver: Callable[..., Tensor]
+) -> None:
+    """From the default noise levels of a run: every one is a time that the process has."""
+    name = solver.__name__
+    steps = {"heun": 32, "dpmpp_2m": 32, "euler": 96, "ddpm": 192}[name]
+    samples = {}
+    for prediction in PREDICTIONS[process]:
+        form = parameterisation(process, prediction, timesteps=timesteps)
+        assert isinstance(form, VPForm)
+        generation = with_options(default_generation(process, name, sigmas=sigma_range(form)), steps=steps)
+        denoiser = Denoiser(IdealNetwork(form), 0.5, image_shape=(1, 128, 16), process=form)
+        samples[prediction] = solve(denoiser, range(16), generation, torch.device("cpu"))
+        level, own = IdealNetwork.level_and_own(samples[prediction])
+        assert level.mean().item() == pytest.approx(0.1, abs=0.07)
+        # 0.96, and a lower mean, from sigma 14.6, where x_t still has some signal, which noise alone lacks.
+        assert level.std().item() == pytest.approx((1.0 + 0.09 / 16) ** 0.5, rel=0.06)
+        assert own.std().item() == pytest.approx(0.3 * (15 / 16) ** 0.5, rel=0.04)
+    for drawn in samples.values():
+        torch.testing.assert_close(drawn, samples["epsilon"], rtol=0.0, atol=0.02)
 
 
 def test_ancestral_sampling_forgets_the_noise_that_it_began_with() -> None:

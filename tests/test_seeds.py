@@ -24,6 +24,8 @@ def test_list_of_seeds_is_read_in_its_order(text: str, seeds: list[int]) -> None
         ("1-2-3", "'1-2-3' in '1-2-3', expected seeds"),
         ("1.5", "'1.5' in '1.5', expected seeds"),
         ("9-7", "'9-7' in '9-7', expected a range that rises, as 7-9"),
+        ("99999999999999999999", r"expected seeds of at most 2\*\*63 - 1"),
+        ("0-9999999999", "'0-9999999999' in '0-9999999999', expected at most 10,000,000 seeds"),
         ("0-5,3", "seed 3 is twice in '0-5,3', expected every seed once"),
     ],
 )

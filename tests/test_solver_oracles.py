@@ -7,12 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vadiff.sampling import ddpm, dpmpp_2m, euler, flow_levels
+from vadiff.models import PREDICTIONS, Denoiser, parameterisation
+from vadiff.process import DiscreteVP
+from vadiff.sampling import ddpm, dpmpp_2m, euler, flow_levels, timestep_levels
 
 diffusers = pytest.importorskip("diffusers")
 
 SEED, SHAPE = 11, (3, 8, 8)
 MEAN, STD = 0.4, 0.5
+BETAS: dict[str, dict[str, Any]] = {  # of diffusers, for each process
+    "vp_linear": {"beta_schedule": "linear"},
+    "vp_cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "vp_scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+}
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -59,6 +66,53 @@ def test_same_as_diffusers(
     levels = levels_of(scheduler)
     sample = solver(best_denoiser, SHAPE, [SEED], levels=levels, clip=clip)
     torch.testing.assert_close(sample, diffusers_sample(scheduler, levels[:-1]), rtol=1e-5, atol=1e-5)
+
+
+class Network(torch.nn.Module):
+    """Some output that depends on x_t and the timestep, as eps, v or x0 far from any image."""
+
+    def forward(self, scaled: Tensor, c_noise: Tensor) -> Tensor:
+        return 2.0 * (0.7 * scaled + 0.05 * c_noise.view(-1, 1, 1, 1)).sin()
+
+
+@pytest.mark.parametrize("process", BETAS)
+@pytest.mark.parametrize("prediction", PREDICTIONS["vp_linear"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_denoiser_of_every_prediction_is_sampled_as_by_diffusers(name: str, prediction: str, process: str) -> None:
+    """From a network's output at a timestep to the sample, clipped but for DPM-Solver++."""
+    options: dict[str, dict[str, Any]] = {
+        "DDIMScheduler": {"clip_sample": True},
+        "DDPMScheduler": {"clip_sample": True, "variance_type": "fixed_small"},
+        "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},
+    }
+    # Clipped, DDIM keeps the network's eps beside another x0 unless it is told to make eps of the clipped one.
+    per_step: dict[str, Any] = {"use_clipped_model_output": True} if name == "DDIMScheduler" else {}
+    solver, clip = {"DDIMScheduler": (euler, True), "DDPMScheduler": (ddpm, True)}.get(name, (dpmpp_2m, False))
+    scheduler = getattr(diffusers, name)(**BETAS[process], prediction_type=prediction, **options[name])
+    scheduler.set_timesteps(20)
+    levels = scheduler.sigmas.double() if solver is dpmpp_2m else levels_of(scheduler)
+    denoiser = Denoiser(Network(), 0.5, process=parameterisation(process, prediction, timesteps=1000))
+    sample = solver(denoiser, SHAPE, [SEED], levels=levels, clip=clip)
+
+    generator = torch.Generator().manual_seed(SEED)
+    first = levels[0] * (1.0 + levels[0] ** 2).rsqrt()
+    x = (torch.randn(SHAPE, generator=generator)[None] * first).float()
+    if name == "DDPMScheduler":
+        per_step = {"generator": generator}
+    for timestep in scheduler.timesteps:
+        output = Network()(x, (timestep / 100.0)[None].float())
+        x = scheduler.step(output, timestep, x, **per_step).prev_sample
+    torch.testing.assert_close(sample, x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+    first_x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(SEED))[None] * levels[0].float()
+    assert denoiser(first_x, levels[:1].float()).abs().max() > 1.0  # so that clipping matters
+
+
+def test_timesteps_are_strided_as_diffusers_linspace() -> None:
+    for steps in (7, 50, 1000):
+        scheduler = diffusers.DDPMScheduler(timestep_spacing="linspace")
+        scheduler.set_timesteps(steps)
+        levels = timestep_levels(DiscreteVP.linear(), steps)
+        torch.testing.assert_close(levels, levels_of(scheduler), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

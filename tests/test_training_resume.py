@@ -125,7 +125,7 @@ def test_longer_run_goes_on_and_another_config_does_not(tmp_path: Path) -> None:
     train(config, out=tmp_path / "parted", resume=True, progress=False)
     train(config, out=tmp_path / "whole", progress=False)
     assert_same(outcome(tmp_path / "whole")[0], outcome(tmp_path / "parted")[0])
-    with pytest.raises(RunError, match=r"another config: ema_decay was 0\.99, is 0\.9"):
+    with pytest.raises(RunError, match=r"another config: ema_decay was 0\.99, is 0\.9\. Leave out --preset"):
         train(dataclasses.replace(config, ema_decay=0.9), out=tmp_path / "parted", resume=True, progress=False)
 
 

@@ -20,7 +20,7 @@ class UniformTime(LevelSampler):
 
     Args:
         process: an object from `vadiff.process`, or "flow", "vp_cosine", "vp_linear", "vp_scaled_linear". For a
-            `process.DiscreteVP` see `UniformTimesteps`.
+            `process.DiscreteVP`, whose times are timesteps, see `UniformTimesteps`.
         t_min, t_max: ends of the interval, inside the process; for `process.EDM` these are noise levels sigma.
         log_snr_range: (low, high) to which the distribution is truncated.
 
@@ -42,6 +42,10 @@ class UniformTime(LevelSampler):
                     f"process is {process!r}, expected an object from vadiff.process or one of {', '.join(_PROCESSES)}"
                 )
             process = _PROCESSES[process]()
+        if isinstance(process, DiscreteVP):
+            raise ValueError(
+                f"process is {process}, expected one in continuous time: for timesteps use UniformTimesteps"
+            )
         self.process = process
         self.t_min = require_number("t_min", t_min, at_least=0.0)
         self.t_max = require_number("t_max", t_max, above=self.t_min)
@@ -79,34 +83,47 @@ class UniformTimesteps(LevelSampler):
     For densities, as adaptive levels need them, each timestep is spread evenly over the times around it.
 
     Args:
-        process: with a table of timesteps, for example `process.DiscreteVP.linear(1000)`.
+        process: with a table of T timesteps, for example `process.DiscreteVP.linear(1000)`.
+        t_min, t_max: ends of the interval of timesteps, as shares of T: 0.5 and 1 are the upper half.
 
     Raises:
         TypeError: another process.
+        ValueError: not 0 <= t_min < t_max <= 1.
     """
 
-    def __init__(self, process: DiscreteVP) -> None:
+    def __init__(self, process: DiscreteVP, t_min: float = 0.0, t_max: float = 1.0) -> None:
         super().__init__()
         if not isinstance(process, DiscreteVP):
             raise TypeError(f"process is {process!r}, expected a vadiff.process.DiscreteVP; see UniformTime for others")
         self.process = process
+        self.t_min = require_number("t_min", t_min, at_least=0.0)
+        self.t_max = require_number("t_max", t_max, above=self.t_min)
+        if self.t_max > 1.0:
+            raise ValueError(f"t_max is {t_max!r}, expected at most 1: a share of the {process.timesteps} timesteps")
         self._restrict(EVERYWHERE)
 
     def _quantile(self, u: Tensor) -> Tensor:
         last = self.process.timesteps - 1
-        return self.process.log_snr((u * self.process.timesteps).floor().clamp(0, last))
+        share = self.t_min + (self.t_max - self.t_min) * u
+        return self.process.log_snr((share * self.process.timesteps).floor().clamp(0, last))
+
+    def _place(self, log_snr: Tensor) -> Tensor:
+        return (self.process.time(log_snr) + 0.5) / self.process.timesteps
 
     def _cdf(self, log_snr: Tensor) -> Tensor:
-        return ((self.process.time(log_snr) + 0.5) / self.process.timesteps).clamp(0.0, 1.0)
+        return ((self._place(log_snr) - self.t_min) / (self.t_max - self.t_min)).clamp(0.0, 1.0)
 
     def _log_density(self, log_snr: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             at = log_snr.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.process.time(at).sum(), at)
-        return slope.abs().log() - math.log(self.process.timesteps)
+        share = self._place(log_snr)
+        inside = (share >= self.t_min) & (share <= self.t_max)
+        density = slope.abs().log() - math.log(self.process.timesteps * (self.t_max - self.t_min))
+        return torch.where(inside, density, -math.inf)
 
     def extra_repr(self) -> str:
-        return str(self.process)
+        return f"{self.process}, t_min={self.t_min:g}, t_max={self.t_max:g}"
 
 
 class LogNormal(LevelSampler):

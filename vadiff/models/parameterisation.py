@@ -119,7 +119,8 @@ class VPForm:
         return _each(log_snr.sigmoid().sqrt(), x0) * x0 + _each((-log_snr).sigmoid().sqrt(), x0) * eps
 
     def _c_noise(self, log_snr: Tensor) -> Tensor:
-        time = self.process.time(log_snr)
+        """The timestep / 100; of levels with more noise than the process has, that of its last time."""
+        time = self.process.time(log_snr).clamp(max=_last_time(self.process))
         timestep = time if isinstance(self.process, DiscreteVP) else _TIMESTEPS * time - 1.0
         return timestep / _PER_C_NOISE
 
@@ -177,12 +178,22 @@ def vp_process(name: str, timesteps: int | None = None, zero_terminal_snr: bool 
     return table.with_zero_terminal_snr() if zero_terminal_snr else table
 
 
-def highest_sigma(form: Parameterisation) -> float:
-    """The highest noise level that a denoiser was trained on, infinite if there is none."""
+def sigma_range(form: Parameterisation) -> tuple[float, float]:
+    """The lowest and the highest noise level sigma of the process, 0 and infinite for edm and flow.
+
+    Beyond them a network knows no time. Stable Diffusion's betas end at 14.6: their last timestep still has some
+    signal, and so a sample that starts there from noise alone is not exact. With zero terminal SNR the highest is
+    infinite.
+    """
     if not isinstance(form, VPForm):
-        return math.inf
-    ends = form.process.log_snr(torch.tensor(form.process.t_range[1], dtype=torch.float64)[None])
-    return math.exp(-0.5 * ends.item())
+        return 0.0, math.inf
+    ends = torch.tensor([0.0, _last_time(form.process)], dtype=torch.float64)
+    lowest, highest = (-0.5 * form.process.log_snr(ends)).exp().tolist()
+    return lowest, highest
+
+
+def _last_time(process: NoiseProcess) -> float:
+    return process.timesteps - 1.0 if isinstance(process, DiscreteVP) else process.t_range[1]
 
 
 def _each(values: Tensor, like: Tensor) -> Tensor:

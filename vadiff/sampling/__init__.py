@@ -2,7 +2,7 @@
 
 from .generation import draw
 from .solvers import ddpm, dpmpp_2m, euler, heun
-from .steps import Churn, flow_levels, network_calls, noise_levels, steps_for_calls
+from .steps import Churn, flow_levels, network_calls, noise_levels, steps_for_calls, timestep_levels
 
 __all__ = [
     "Churn",
@@ -15,4 +15,5 @@ __all__ = [
     "network_calls",
     "noise_levels",
     "steps_for_calls",
+    "timestep_levels",
 ]

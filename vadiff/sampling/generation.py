@@ -14,17 +14,23 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from ..models import Denoiser
+from ..models import Denoiser, Parameterisation
+from ..models.parameterisation import VPForm, sigma_range
 from ..pixels import pixels
+from ..process import DiscreteVP
 from .solvers import SOLVERS
-from .steps import FLOW_SIGMA_MAX, RHO, SIGMA_MAX, SIGMA_MIN, Churn, flow_levels, noise_levels
+from .steps import FLOW_SIGMA_MAX, RHO, SIGMA_MAX, SIGMA_MIN, Churn, flow_levels, noise_levels, timestep_levels
 
 DEFAULT_STEPS = {"heun": 18, "euler": 50, "ddpm": 50, "dpmpp_2m": 16}
 LABELS = ("cycle", "random")
+# The default sigma_min gives way to a process's lowest noise level if that is this many times as high, as for Stable
+# Diffusion's betas: a network that is told more noise than there is removes signal. DDPM's 0.01 is near enough.
+_FAR_ABOVE = 10.0
 # Spacings of the noise levels: the function that makes them, and its options with their defaults.
 SPACINGS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "edm": (noise_levels, {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": RHO}),
     "flow": (flow_levels, {"sigma_max": FLOW_SIGMA_MAX}),
+    "timesteps": (timestep_levels, {}),
 }
 
 
@@ -96,9 +102,10 @@ class Generation:
         solver: "heun" (2·steps - 1 network calls), "euler" (DDIM), "ddpm" (ancestral) or "dpmpp_2m"
             (DPM-Solver++(2M)), `steps` calls each; see `vadiff.sampling.solvers`. Guidance doubles the calls.
         steps: number of steps; None is 18 for "heun", 16 for "dpmpp_2m", else 50.
-        spacing: of the noise levels: "edm" (`noise_levels`) or "flow", evenly spaced times (`flow_levels`).
+        spacing: of the noise levels: "edm" (`noise_levels`); "flow", evenly spaced times (`flow_levels`); or
+            "timesteps", those of the model's own discrete process (`timestep_levels`).
         sigma_min: lowest noise level before 0, spacing "edm"; None is 0.002.
-        sigma_max: highest noise level; None is 80, with spacing "flow" 1000.
+        sigma_max: highest noise level, spacings "edm" and "flow"; None is 80, with "flow" 1000.
         rho: spacing "edm": larger values put more of the steps at low noise; None is 7.
         churn: EDM's stochastic sampler ("heun"); None is deterministic.
         clip: clamp every estimate of x0 to [-1, 1].
@@ -152,15 +159,32 @@ class Generation:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, defaults.get(name))
             elif name not in defaults:
-                raise ValueError(f"{name} is for the spacing edm, not for {self.spacing}")
-        self.levels()
+                suitable = " and ".join(spacing for spacing, (_, options) in SPACINGS.items() if name in options)
+                raise ValueError(f"{name} is for the spacing {suitable}, not for {self.spacing}")
+        if self.spacing != "timesteps":  # whose levels depend on the model
+            self._spaced()
 
-    def levels(self) -> Tensor:
-        """The noise levels, [steps + 1] float64, falling to 0.
+    def levels(self, form: Parameterisation) -> Tensor:
+        """The noise levels for a denoiser of this form, [steps + 1] float64, falling to 0.
 
         Raises:
-            ValueError: too few steps, or levels out of order.
+            ValueError: more noise than its process has; or with spacing "timesteps" a process without timesteps, or
+                too many steps.
         """
+        process = form.process if isinstance(form, VPForm) else None
+        if self.spacing == "timesteps":
+            if not isinstance(process, DiscreteVP):
+                raise ValueError("spacing is timesteps, expected edm or flow: the model has no discrete timesteps")
+            return timestep_levels(process, self.steps or 0)
+        highest = sigma_range(form)[1]
+        if self.sigma_max is not None and self.sigma_max > highest:
+            raise ValueError(
+                f"sigma_max is {self.sigma_max:g}, expected at most {highest:.4g}, the highest noise level of the "
+                f"model's process {process}"
+            )
+        return self._spaced()
+
+    def _spaced(self) -> Tensor:
         make, defaults = SPACINGS[self.spacing]
         return make(self.steps, **{name: getattr(self, name) for name in defaults})
 
@@ -270,6 +294,7 @@ def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) ->
     first = denoisers[devices[0]]
     classes = first.labels
     generation.labels(seeds[:1], classes)  # raise for invalid options before the first image
+    generation.levels(first.form)
     guides: dict[torch.device, Denoiser] = {}
     if (guide := generation.guide) is not None:
         guides = {device: guide.run.denoiser(guide.weights, guide.step, device) for device in devices}
@@ -312,7 +337,7 @@ def solve(
     assert denoiser.image_shape is not None  # every run's denoiser has one
     options: dict[str, Any] = {} if generation.churn is None else {"churn": generation.churn}
     return SOLVERS[generation.solver](
-        denoiser, denoiser.image_shape, seeds, levels=generation.levels(),
+        denoiser, denoiser.image_shape, seeds, levels=generation.levels(denoiser.form),
         labels=generation.labels(seeds, denoiser.labels), guide=guide, guidance=generation.guidance,
         clip=generation.clip, batch_size=generation.batch_size, device=device, **options,
     )  # fmt: skip
@@ -327,15 +352,28 @@ def _check_guide(name: str, guide: Denoiser, guided: Denoiser) -> None:
             raise ValueError(f"guide {name} has {what} {mine}, expected {expected}: those of the model that it guides")
 
 
-def default_generation(process: str, solver: str | None = None, spacing: str | None = None) -> Generation:
-    """Default options for a run with the given process.
+def default_generation(
+    process: str,
+    solver: str | None = None,
+    spacing: str | None = None,
+    *,
+    sigmas: tuple[float, float] = (0.0, math.inf),
+) -> Generation:
+    """Default options for a run with the given process and the lowest and highest noise level that its network knows.
 
     A flow is sampled by "euler", everything else by "heun". "heun" has EDM's noise levels; the other solvers have them
     too, except for a flow, where their times are evenly spaced.
     """
     flow = process == "flow"
     solver = solver or ("euler" if flow else "heun")
-    return Generation(solver, spacing=spacing or ("flow" if flow and solver != "heun" else "edm"))
+    generation = Generation(solver, spacing=spacing or ("flow" if flow and solver != "heun" else "edm"))
+    lowest, highest = sigmas
+    limits: dict[str, float] = {}
+    if generation.sigma_max is not None and generation.sigma_max > highest:
+        limits["sigma_max"] = highest
+    if generation.sigma_min is not None and lowest > _FAR_ABOVE * generation.sigma_min:
+        limits["sigma_min"] = lowest
+    return with_options(generation, **limits)
 
 
 def with_options(generation: Generation, **options: object) -> Generation:

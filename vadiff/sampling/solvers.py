@@ -101,6 +101,10 @@ def euler(
     The step is exact for constant D, and the same for every process: it is DDIM (arXiv 2010.02502, eq. 12 with η = 0),
     and Euler's method in t on the straight path of flow matching (arXiv 2210.02747).
 
+    With `clip` eps = (x - D)/σ is that of the clipped D, so that x0 and eps of a step always make x: the convention of
+    Improved DDPM's code, and of diffusers' DDIMScheduler with `use_clipped_model_output=True`. By default that
+    scheduler keeps the network's own eps beside the clipped x0, and its images differ.
+
     Args:
         denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
 

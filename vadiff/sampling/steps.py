@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..process import DiscreteVP
+
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM's (arXiv 2206.00364, table 1)
 FLOW_SIGMA_MAX = 1000.0  # in place of pure noise: at t = 1 sigma is infinite, which a denoiser cannot take
 
@@ -62,6 +64,31 @@ def flow_levels(steps: int = 50, sigma_max: float = FLOW_SIGMA_MAX) -> Tensor:
         raise ValueError(f"sigma_max is {sigma_max}, expected a positive number.")
     times = torch.linspace(sigma_max / (1.0 + sigma_max), 0.0, steps + 1, dtype=torch.float64)
     return times / (1.0 - times)
+
+
+def timestep_levels(process: DiscreteVP, steps: int = 50) -> Tensor:
+    """Noise levels at timesteps of a discrete process, then 0.
+
+    N numbers evenly spaced from the last timestep to the first, both included, and rounded: the stride of Improved DDPM
+    (arXiv 2102.09672, section 4), "linspace" in diffusers. A last timestep of pure noise (zero terminal SNR), where
+    sigma is infinite, is left out.
+
+    Args:
+        process: with its table of T timesteps.
+        steps: N, from 1 to T.
+
+    Returns:
+        [N + 1] float64, falling, the last 0.
+
+    Raises:
+        ValueError: steps out of bounds.
+    """
+    last = process.timesteps - (1 if process.alphas_cumprod[-1] > 0 else 2)
+    if not 1 <= steps <= last + 1:
+        raise ValueError(f"steps is {steps}, expected 1 to {last + 1}: the process has no more timesteps to sample at")
+    timesteps = torch.linspace(last, 0.0, steps, dtype=torch.float64).round()
+    sigmas = (-0.5 * process.log_snr(timesteps)).exp()
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def network_calls(solver: str, steps: int) -> int:

@@ -17,7 +17,7 @@ from ..ema import PRECISIONS as SNAPSHOT_PRECISIONS
 from ..errors import RunError
 from ..extras import import_extra
 from ..models import PREDICTIONS, PROCESSES, Parameterisation, check_attention, check_halvings, parameterisation
-from ..models.parameterisation import VP
+from ..models.parameterisation import VP, sigma_range
 from ..ops import backends
 
 TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
@@ -31,6 +31,7 @@ MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
+_TIMESTEPS = 1000  # of DDPM
 
 
 _BOUNDS: dict[str, Callable[[float, float], bool]] = {
@@ -78,9 +79,13 @@ class TrainConfig:
         "also be v_prediction or sample (x0)",
         choices=(AUTO, *sorted({name for names in PREDICTIONS.values() for name in names})),
     )
-    timesteps: int = _setting(1000, "number of discrete timesteps of a vp process; 0: continuous time", at_least=0)
+    timesteps: int = _setting(
+        _TIMESTEPS, "number of discrete timesteps of a vp process; 0: continuous time", at_least=0
+    )
     zero_terminal_snr: bool = _setting(
-        False, "make the last of these timesteps pure noise, for v_prediction and sample (arXiv 2305.08891)"
+        False,
+        "make the last of these timesteps pure noise, for v_prediction and sample (arXiv 2305.08891); min_snr gives it "
+        "the weight 1, as its paper's code does, unless --weighting-options terminal=0 says otherwise",
     )
     weighting: str = _setting(
         "variance_aware",
@@ -101,7 +106,9 @@ class TrainConfig:
     )
     levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
     p_mean: float = _setting(
-        -1.2, "log_normal levels, the base of table and adaptive ones: ln sigma ~ N(p_mean, p_std^2)"
+        -1.2,
+        "log_normal levels, for edm and flow also the base of table and adaptive ones: ln sigma ~ N(p_mean, p_std^2); "
+        "of a vp process their base is uniform_time",
     )
     p_std: float = _setting(1.2, "standard deviation of ln sigma in log_normal levels", above=0)
     stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
@@ -184,7 +191,7 @@ class TrainConfig:
     held_out_draws: int = _setting(1, "noise draws per held-out image and noise level", at_least=1)
     held_out_levels: int = _setting(12, "noise levels of the held-out loss, evenly spaced in ln sigma", at_least=2)
     held_out_sigma: tuple[float, float] = _setting(
-        (0.02, 20.0), "lowest and highest sigma of the held-out loss", above=0
+        (0.02, 20.0), "lowest and highest sigma of the held-out loss; of a vp process at most those it has", above=0
     )
 
     def __post_init__(self) -> None:
@@ -208,9 +215,13 @@ class TrainConfig:
             raise ValueError(
                 "table is None, but weighting or levels is 'table': give the run directory to take it from"
             )
+        if self.process not in VP and self.timesteps != _TIMESTEPS:
+            raise ValueError(
+                f"timesteps is {self.timesteps}, expected {_TIMESTEPS}, the default: {self.process} has no timesteps"
+            )
         if self.timesteps == 1:
             raise ValueError("timesteps is 1, expected 0 for continuous time, or at least 2")
-        self.form()
+        self.held_out_range()
         if self.device != "auto":
             try:
                 torch.device(self.device)
@@ -228,6 +239,21 @@ class TrainConfig:
             self.process, None if self.prediction == AUTO else self.prediction, sigma_data=self.sigma_data,
             timesteps=discrete, zero_terminal_snr=self.zero_terminal_snr,
         )  # fmt: skip
+
+    def held_out_range(self) -> tuple[float, float]:
+        """`held_out_sigma`, as far as the process has these noise levels: a network knows no time for others.
+
+        Raises:
+            ValueError: as for `form`; or the process has no noise levels there.
+        """
+        lowest, highest = sigma_range(self.form())
+        low, high = max(self.held_out_sigma[0], lowest), min(self.held_out_sigma[1], highest)
+        if not low < high:
+            raise ValueError(
+                f"held_out_sigma is {self.held_out_sigma}, expected a range that overlaps with {lowest:.4g} to "
+                f"{highest:.4g}, the noise levels of {self.process}"
+            )
+        return low, high
 
     def resolved(self) -> "TrainConfig":
         """The config with the levels and the prediction that `auto` stands for."""

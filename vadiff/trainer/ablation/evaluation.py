@@ -14,12 +14,14 @@ repeats = 1                  # sets of images, each from seeds of its own: the m
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
+from ...models.parameterisation import sigma_range
 from ...sampling.generation import SPACINGS, Generation, default_generation, with_options
 from ...sampling.solvers import SOLVERS
 from ...sampling.steps import RHO
@@ -97,9 +99,10 @@ class Evaluation:
             *(["--steps", str(self.steps)] if self.steps else []),
         ]  # fmt: skip
 
-    def generation(self, process: str) -> Generation:
-        """What `arguments` make of a run with that process."""
-        return with_options(default_generation(process, self.solver, self.spacing), steps=self.steps)
+    def generation(self, process: str, sigmas: tuple[float, float] = (0.0, math.inf)) -> Generation:
+        """What `arguments` make of a run with that process, whose noise levels have the range `sigmas`."""
+        chosen = default_generation(process, self.solver, self.spacing, sigmas=sigmas)
+        return with_options(chosen, steps=self.steps)
 
     def was_done(self, run: Path, config: TrainConfig, step: int, network: str, reference: str) -> bool:
         """Whether `vadiff evaluate` has measured exactly this on a run.
@@ -115,6 +118,7 @@ class Evaluation:
         if found is None:
             return False
         features = self.features_of(config.dataset)
+        generation = self.generation(config.process, sigma_range(config.form()))
         wanted: dict[str, Any] = {
             "features": features,
             "images": self.images,
@@ -122,7 +126,7 @@ class Evaluation:
             "repeats": self.repeats,
             "seeds": None,  # consecutive
             "reference_sha256": reference,
-        } | {f"generation.{name}": value for name, value in self.generation(config.process).recorded().items()}
+        } | {f"generation.{name}": value for name, value in generation.recorded().items()}
         inception = features == "inception"
         wanted |= {"layer": self.layer, "inception_weights": network} if inception else {"digits_classifier": network}
         measured = json.loads(_file(run, step).read_text())["metrics"]

@@ -158,7 +158,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         device = run.config.torch_device()  # data and device of this machine are in the grid's config
         key = (
             config.dataset, run.config.data, config.image_size, config.flips, config.class_conditional,
-            config.held_out_levels, config.held_out_sigma,
+            config.held_out_levels, config.held_out_range(),
         )  # fmt: skip
         if key not in known:
             data = load_images(run.config)

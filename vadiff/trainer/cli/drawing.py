@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...sampling.generation import LABELS, SPACINGS
-from ...sampling.seeds import parse_seeds
+from ...sampling.seeds import LARGEST_SEED, parse_seeds
 from ...sampling.solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ def seeds_of(options: argparse.Namespace) -> Sequence[int]:
     first = options.first_seed or 0
     if images < 1:
         options.parser.error(f"argument --images: {images}, expected at least 1")
-    if first < 0:
-        options.parser.error(f"argument --first-seed: {first}, expected 0 or more")
+    if not 0 <= first <= LARGEST_SEED - images + 1:
+        options.parser.error(
+            f"argument --first-seed: {first}, expected 0 or more, with the seed of the last image at most 2**63 - 1"
+        )
     return range(first, first + images)
 
 
@@ -61,14 +63,19 @@ def add_solver_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
     drawing.add_argument(
         "--spacing", choices=list(SPACINGS), default=None,
         help="of the noise levels; edm: by --sigma-min, --sigma-max and --rho; flow: evenly spaced times up to "
-        "--sigma-max; default: flow for a flow unless by heun, else edm",
+        "--sigma-max; timesteps: N of a vp process's own, evenly from the last to the first; default: flow for a flow "
+        "unless by heun, else edm",
     )  # fmt: skip
     drawing.add_argument(
-        "--sigma-min", type=float, metavar="S", default=None, help="lowest noise level; default: 0.002"
+        "--sigma-min",
+        type=float,
+        metavar="S",
+        default=None,
+        help="lowest noise level; default: 0.002, or that of the vp process, if it is far above",
     )
     drawing.add_argument(
         "--sigma-max", type=float, metavar="S", default=None,
-        help="highest noise level; default: 80, with spacing flow 1000",
+        help="highest noise level; default: 80, with spacing flow 1000, or the highest of the vp process, if lower",
     )  # fmt: skip
     drawing.add_argument(
         "--rho", type=float, metavar="R", default=None, help="larger: more steps at low noise; default: 7"
@@ -120,14 +127,16 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
 
 def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
     """What `add_solver_options` says; an invalid option is a usage error."""
+    from ...models.parameterisation import sigma_range
     from ...sampling import Churn
     from ...sampling.generation import default_generation, with_options
 
     guide = _guide_of(options)
+    form = run.config.form()
     try:
         churn = Churn(options.churn, options.churn_sigma_min, options.churn_sigma_max, options.churn_noise)
         generation = with_options(
-            default_generation(run.config.process, options.solver, options.spacing),
+            default_generation(run.config.process, options.solver, options.spacing, sigmas=sigma_range(form)),
             steps=options.steps,
             sigma_min=options.sigma_min,
             sigma_max=options.sigma_max,
@@ -138,6 +147,7 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
             guidance=options.guidance,
             guide=guide,
         )
+        generation.levels(form)
     except ValueError as error:
         options.parser.error(str(error))
     return generation

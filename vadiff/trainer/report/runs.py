@@ -94,7 +94,7 @@ def read_history(run: Run) -> History:
     logged = [line for line in lines if "statistics" in line]
     if not logged:
         raise RunError(f"{run.path} has logged nothing yet: train for at least log_every steps, then report")
-    config = run.config.as_dict()
+    config = run.config.resolved().as_dict()  # version 0.1 saved no `prediction`, which now reads as auto
     low, high = config["log_snr_range"]
     bins = config["bins"]
     statistics = {
@@ -172,7 +172,8 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in config.items() if name not in _NOT_COMPARED}
     if settings.get("table"):
         with contextlib.suppress(RunError):  # folder is gone: keep the path
-            settings["table"] = _compared(TrainConfig.load(Path(settings["table"]) / "config.yaml").as_dict())
+            source = TrainConfig.load(Path(settings["table"]) / "config.yaml")
+            settings["table"] = _compared(source.resolved().as_dict())
     return settings
 
 

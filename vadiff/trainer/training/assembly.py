@@ -110,9 +110,7 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
         table = read_table(config, run)
         return levels.Table(table.weights, table.log_snr_range, base)
     options: dict[str, Any] = dict(config.levels_options)
-    if config.levels == "uniform_time" and uniform is not None:
-        if not options:
-            return uniform
+    if config.levels == "uniform_time" and process is not None:
         options = {"process": process, **options}
     if config.levels == "log_normal":
         options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
@@ -121,6 +119,8 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
     try:
         if config.levels == GAP:
             return _gap_levels(config, run, _required(optimal, "levels"), options)
+        if isinstance(options.get("process"), DiscreteVP):
+            return levels.UniformTimesteps(**options)
         return levels.from_name(config.levels, **options)
     except TypeError as error:
         raise ValueError(f"levels_options is {config.levels_options}: {error}") from None
@@ -163,6 +163,8 @@ def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | Non
     if made_of_curve or weighting.takes_prediction_type(config.weighting):
         # By default these are weights for a loss of eps; the trainer's loss is that of F.
         options = {"prediction_type": config.form().prediction, "sigma_data": config.sigma_data, **options}
+    if config.weighting == "min_snr" and config.zero_terminal_snr:
+        options = {"terminal": 1.0, **options}  # as in the paper's code: by the formula that step is not trained
     try:
         if made_of_curve:
             return made_of_curve(_required(optimal, "weighting"), **options)

@@ -65,7 +65,7 @@ def level_mean(loss: Tensor, log_snr: Tensor, *, sigma_data: float) -> Tensor:
 
 def held_out_log_snr(config: TrainConfig) -> Tensor:
     """The levels at which a run's held-out loss is measured, evenly spaced in ln sigma, descending. [L] float64."""
-    low, high = (math.log(sigma) for sigma in config.held_out_sigma)
+    low, high = (math.log(sigma) for sigma in config.held_out_range())
     return -2.0 * torch.linspace(low, high, config.held_out_levels, dtype=torch.float64)
 
 

@@ -52,7 +52,10 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     if resume:
         saved = TrainConfig.load(path / CONFIG)
         if differing := differences(saved, config, _CHANGEABLE):
-            raise RunError(f"{path} cannot go on with another config: {'; '.join(differing)}")
+            raise RunError(
+                f"{path} cannot go on with another config: {'; '.join(differing)}. Leave out --preset, --config and "
+                "these fields, and --resume takes the run's own"
+            )
     elif not overwrite:
         raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ...extras import import_extra
 from ...files import replacing
 from ...models import Denoiser
+from ...models.parameterisation import sigma_range
 from ...pixels import pixels
 from ...sampling.generation import default_generation, solve, with_options
 from ..pictures import image_grid
@@ -27,7 +28,7 @@ def save_grid(run: Path, step: int, denoiser: Denoiser, process: str, count: int
         MissingExtraError: Pillow is not installed.
     """
     device = next(denoiser.parameters()).device
-    generation = with_options(default_generation(process), batch_size=count)
+    generation = with_options(default_generation(process, sigmas=sigma_range(denoiser.form)), batch_size=count)
     images = solve(denoiser, range(count), generation, device)  # not finite if the weights have diverged: no error
     picture = pixels(image_grid(images, columns=math.ceil(math.sqrt(count))))
     picture = picture.squeeze(2) if picture.shape[2] == 1 else picture  # grey
