@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib.util
 import json
+import math
 import pkgutil
 import re
 import shlex
@@ -303,15 +304,39 @@ def test_figures_of_the_subset_estimators_are_those_of_the_result_file() -> None
         assert f"{case.split()[1]} | {' | '.join(cells)} |".replace("-", "−") in page
 
 
+def experiment_script(name: str) -> Any:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "experiments" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_figures_by_objective_are_those_of_the_results(tmp_path: Path) -> None:
+    results = json.loads((ROOT / "benchmarks/results/objectives-digits/results.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    rows = {"ε, linear": "epsilon-linear", "x0, cosine": "x0-cosine", "EDM, P_mean −1.2": "edm"}
+    rows |= {"EDM, P_mean −0.4": "edm-wide", "flow, uniform": "flow", "v, cosine": "v-cosine"}
+    for start, objective in rows.items():
+        (row,) = re.findall(rf"^\| {start}.*$", readme, re.MULTILINE)
+        mine, other = (results["arms"][f"{objective}/{arm}"] for arm in ("variance-aware", "loss-level"))
+        for digits, field in ((2, "held_out"), (1, "distance")):
+            mean, low, high = (f"{100 * math.expm1(mine[field][end]):+.{digits}f}" for end in ("mean", "low", "high"))
+            assert f"{mean} % ({low} to {high})".replace("-", "−") in row
+            assert f"{100 * math.expm1(other[field]['mean']):+.1f} %".replace("-", "−") in row
+        assert row.endswith(f"| {mine['verdict']} |")
+    assert results["missing"] == []
+    pytest.importorskip("matplotlib")
+    picture = experiment_script("objectives_picture")
+    picture.draw(results, tmp_path / "objectives.svg")
+    assert "<svg" in (tmp_path / "objectives.svg").read_text()
+
+
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("matplotlib", "sklearn"):
         pytest.importorskip(package)
-    experiments = ROOT / "benchmarks" / "experiments"
-    specification = importlib.util.spec_from_file_location("picture", experiments / "picture.py")
-    assert specification is not None
-    assert specification.loader is not None
-    picture = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(picture)
+    picture = experiment_script("picture")
     written = []
     for name in ("a.svg", "b.svg"):
         picture.main(["--steps", "5", "--out", str(tmp_path / name)])
