@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from graph_stand_in import Captures, Tape, captures  # noqa: F401 (a fixture)
 from vadiff.errors import TrainingError
 from vadiff.trainer.training import captured
 from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.optimisation import LateReading
+from vadiff.trainer.training.streams import ShuffledIndices
 from vadiff.training import PRESETS, TrainConfig, edm_objective, train
 
 STEPS = captured.WARM_UP + 5
@@ -117,6 +120,39 @@ def test_a_step_that_cannot_be_captured_says_what_to_do(captures: Captures, monk
 
     with pytest.raises(TrainingError, match=r"could not be captured in a CUDA graph: _local_scalar.* with --no-graph"):
         train(dataclasses.replace(CONFIG, graph=True), reading, progress=False)
+
+
+def test_a_late_reading_is_that_of_the_call_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the event that says when the device has copied a number; a CPU is read at once."""
+    number = torch.zeros((), dtype=torch.float64)
+    at_once, late = LateReading(number), LateReading(number)
+    log: list[object] = []
+    late._copied = SimpleNamespace(synchronize=lambda: log.append("wait"), record=log.append)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"record on {device}")
+    found = []
+    for step, value in ((25, 3.0), (50, 28.0), (75, 53.0)):
+        number.fill_(value)
+        assert at_once(step) == (value, step)
+        found.append(late(step))
+    assert found == [(0.0, 0), (3.0, 25), (28.0, 50)]
+    assert log == ["wait", "record on cpu"] * 3
+
+
+def test_a_pass_over_the_images_is_moved_to_a_gpu_without_waiting() -> None:
+    moves: list[object] = []
+
+    class Order:
+        def pin_memory(self) -> Order:
+            moves.append("pin")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+            moves.append((device.type, non_blocking))
+            return torch.arange(10)
+
+    indices = ShuffledIndices(lambda *_: Order(), 10, 4, torch.device("cuda"))
+    assert [indices.at(step).tolist() for step in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert moves == ["pin", ("cuda", True)]
 
 
 @pytest.mark.parametrize(
