@@ -111,6 +111,7 @@ def train(
             return trainer.run(progress)
         finally:
             trainer.log.close()
+            trainer.train_step.close()
 
 
 class _Trainer:
