@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import inspect
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +18,9 @@ from graph_stand_in import Captures, Tape, captures  # noqa: F401 (a fixture)
 from vadiff.errors import TrainingError
 from vadiff.trainer.training import captured
 from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.optimisation import LateReading
+from vadiff.trainer.training.step import compile_mode
+from vadiff.trainer.training.streams import ShuffledIndices
 from vadiff.training import PRESETS, TrainConfig, edm_objective, train
 
 STEPS = captured.WARM_UP + 5
@@ -85,14 +93,55 @@ def test_a_run_of_one_mode_resumes_in_the_other(graph_first: bool, tmp_path: Pat
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_capture_ends_where_the_host_reads_or_draws_unknown_numbers() -> None:
-    """The stand-in's own check: it refuses what a CUDA graph cannot hold."""
-    value = torch.ones(3)
-    for work in (lambda: value.sum().item(), lambda: bool(value.any()), lambda: value + torch.tensor(2.0)):
-        with pytest.raises(RuntimeError, match="cannot be captured"), Tape([]):
-            work()
-    with pytest.raises(RuntimeError, match="generator that the graph does not know"), Tape([]):
-        torch.rand(3, generator=torch.Generator())
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x + torch.tensor(2.0),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu().numpy(),
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), x),
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x.unique_consecutive(),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: torch.manual_seed(int(x.shape[0]) + torch.initial_seed() % 1000),
+    ],
+    ids=lambda work: inspect.getsource(work).strip(),
+)
+def test_the_stand_in_refuses_what_makes_the_host_wait(work: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.random.fork_rng(), Tape([]):
+        work(torch.ones(3))
+
+
+def test_the_stand_in_refuses_unknown_generators_and_new_seeds() -> None:
+    known = torch.Generator().manual_seed(1)
+    with pytest.raises(RuntimeError, match="generator that the graph does not know"), Tape([known]):
+        torch.rand(3, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="a new seed cannot be captured"), Tape([known]):
+        torch.rand(3, generator=known.manual_seed(2))
+
+
+def test_the_stand_in_keeps_of_the_last_replay_what_is_held() -> None:
+    """Memory that nobody holds is somebody else's between replays; memory from before the graph must stay."""
+    given, total, held = torch.ones(3), torch.zeros(3), []
+    tape = Tape([])
+    with tape:
+        total += given * 2.0
+        held.append(given + total)
+        untouched = torch.empty(3)
+        total += untouched.clamp(0.0, 0.0)
+    del untouched
+    assert torch.equal(held[0], torch.full((3,), 3.0))
+    tape.replay()
+    assert torch.equal(held[0], torch.full((3,), 5.0))
+    assert total.isnan().all()  # what was in `untouched`
+    del given
+    with pytest.raises(RuntimeError, match="memory that was there before it and has been freed"):
+        tape.replay()
 
 
 def test_a_replay_reads_new_inputs_and_seeds() -> None:
@@ -108,15 +157,122 @@ def test_a_replay_reads_new_inputs_and_seeds() -> None:
     torch.testing.assert_close(total, expected)
 
 
-def test_a_step_that_cannot_be_captured_says_what_to_do(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """An objective that reads a number, for example."""
+def reading(*arguments: Any) -> torch.Tensor:
+    """An objective that no graph can hold."""
+    loss = edm_objective(*arguments)
+    return loss / max(1.0, loss.item())
 
-    def reading(*arguments: Any) -> torch.Tensor:
-        loss = edm_objective(*arguments)
-        return loss / max(1.0, loss.item())
 
-    with pytest.raises(TrainingError, match=r"could not be captured in a CUDA graph: _local_scalar.* with --no-graph"):
-        train(dataclasses.replace(CONFIG, graph=True), reading, progress=False)
+def test_steps_that_wait_for_the_device_stay_eager_and_it_is_said(
+    tmp_path: Path,
+    captures: Captures,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(CONFIG, reading, out=tmp_path / "eager", progress=False)
+    train(dataclasses.replace(CONFIG, graph=True), reading, out=tmp_path / "graph", progress=False)
+    assert captures.captured == 0
+    assert_same_runs(tmp_path / "eager", tmp_path / "graph")
+    said = "The steps are not captured in a CUDA graph: a step waits for the device, at _local_scalar_dense.\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_watched_work_is_done_once_and_its_other_warnings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    calls: list[str] = []
+
+    def work() -> None:
+        calls.append("once")
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    def waiting() -> None:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at …)", UserWarning, stacklevel=1)
+
+    with pytest.warns(UserWarning, match="something else"):
+        assert captured.first_wait(work) is None
+    line = inspect.getsourcelines(waiting)[1] + 1
+    assert captured.first_wait(waiting) == f"{__file__}, line {line}"
+    assert (calls, modes) == (["once"], ["warn", 0, "warn", 0])
+
+
+def test_a_failed_capture_names_its_cause_and_the_remedy(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """torch ends the capture while an error is on its way, which raises another."""
+
+    def failing(*_: object) -> None:
+        try:
+            raise ValueError("the cause")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(captured, "capture", failing)
+    with pytest.raises(TrainingError, match=r"could not be captured in a CUDA graph: the cause\. .* with --no-graph"):
+        train(dataclasses.replace(CONFIG, graph=True), progress=False)
+
+
+@pytest.mark.parametrize("weighting", ["variance_aware", "learned"])
+def test_a_finished_run_holds_no_memory_of_its_graph(weighting: str, captures: Captures) -> None:  # noqa: F811
+    """Without the collector of reference cycles, and though the criterion knows the last losses."""
+    config = dataclasses.replace(CONFIG, weighting=weighting)
+    eager = train(config, progress=False).criterion
+    gc.collect()
+    gc.disable()
+    try:
+        criterion = train(dataclasses.replace(config, graph=True), progress=False).criterion
+        assert (captures.captured, captures.allocated()) == (1, 0)
+    finally:
+        gc.enable()
+    torch.testing.assert_close(criterion.per_sample_loss, eager.per_sample_loss, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(criterion.base_loss, eager.base_loss, rtol=0.0, atol=0.0)
+
+
+def test_a_late_reading_is_that_of_the_call_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the event that says when the device has copied a number; a CPU is read at once."""
+    number = torch.zeros((), dtype=torch.float64)
+    at_once, late = LateReading(number), LateReading(number)
+    log: list[object] = []
+    late._copied = SimpleNamespace(synchronize=lambda: log.append("wait"), record=log.append)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"record on {device}")
+    found = []
+    for step, value in ((25, 3.0), (50, 28.0), (75, 53.0)):
+        number.fill_(value)
+        assert at_once(step) == (value, step)
+        found.append(late(step))
+    assert found == [(0.0, 0), (3.0, 25), (28.0, 50)]
+    assert log == ["wait", "record on cpu"] * 3
+
+
+def test_a_pass_over_the_images_is_moved_to_a_gpu_without_waiting() -> None:
+    moves: list[object] = []
+
+    class Order:
+        def pin_memory(self) -> Order:
+            moves.append("pin")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+            moves.append((device.type, non_blocking))
+            return torch.arange(10)
+
+    indices = ShuffledIndices(lambda *_: Order(), 10, 4, torch.device("cuda"))
+    assert [indices.at(step).tolist() for step in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert moves == ["pin", ("cuda", True)]
+
+
+@pytest.mark.parametrize(
+    ("device", "in_graph", "accumulate", "mode"),
+    [
+        ("cpu", False, 1, None),
+        ("cuda", True, 1, None),
+        ("cuda", False, 1, "reduce-overhead"),
+        ("cuda", False, 2, None),
+    ],
+)
+def test_a_compiler_makes_graphs_where_the_step_is_in_none(
+    device: str, in_graph: bool, accumulate: int, mode: str | None
+) -> None:
+    config = dataclasses.replace(CONFIG, accumulate=accumulate)
+    assert compile_mode(config, torch.device(device), captured=in_graph) == mode
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from waits import waits_are_errors
 
+from vadiff.errors import TrainingError
 from vadiff.trainer.training.captured import WARM_UP
 from vadiff.trainer.training.checkpoint import load_checkpoint
 from vadiff.trainer.training.distributed import Ranks
+from vadiff.trainer.training.held_out import HeldOutLoss
 from vadiff.trainer.training.loop import _Trainer
 from vadiff.training import Stopped, TrainConfig, edm_objective, train
 
@@ -45,6 +48,66 @@ def test_step_does_not_wait_for_the_device(graph: bool, precision: str, settings
     with waits_are_errors():
         for step in range(WARM_UP + 1, WARM_UP + 4):
             trainer.train_step(step)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_loop_does_not_wait_for_the_device_between_lines(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New passes over the images and looks for rows of skipped steps included."""
+    config = dataclasses.replace(
+        CONFIG, graph=graph, compile=False, steps=40, log_every=1000, max_skipped_steps=2, batch_size=512
+    )
+    trainer = _Trainer(config, edm_objective, None, torch.device("cuda", 0), Ranks())
+    assert len(trainer.images.train) < 20 * config.batch_size  # several passes
+    trainer.open_log()
+    for trainer.step in range(WARM_UP + 1):
+        trainer.train_step(trainer.step)
+    trainer.step += 1
+    at_the_end = HeldOutLoss(torch.zeros(1), torch.zeros(1, 1), config.sigma_data)
+    monkeypatch.setattr(trainer, "_write_line", lambda *_: at_the_end)
+    with waits_are_errors():
+        trainer.run(progress=False)
+    assert trainer.step == 40
+
+
+def test_a_row_of_non_finite_steps_ends_the_run_one_look_later() -> None:
+    calls = 0
+
+    def non_finite(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return edm_objective(*arguments) * (1.0 if calls < 4 else float("nan"))
+
+    config = dataclasses.replace(CONFIG, steps=40, log_every=30, max_skipped_steps=5)
+    with pytest.raises(TrainingError, match="7 steps in a row had a non-finite gradient, the last up to step 10"):
+        train(config, non_finite, progress=False)
+    assert calls == 15
+
+
+def test_steps_that_wait_for_the_device_stay_eager_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def reading(*arguments: Any) -> Tensor:
+        loss = edm_objective(*arguments)
+        return loss / max(1.0, loss.item())
+
+    config = dataclasses.replace(CONFIG, deterministic=True, steps=8, log_every=8, compile=False)
+    eager = train(config, reading, progress=False)
+    graph = train(dataclasses.replace(config, graph=True), reading, progress=False)
+    assert graph.metrics[-1]["loss"] == eager.metrics[-1]["loss"]
+    assert f"a step waits for the device, at {__file__}, line" in capsys.readouterr().err
+    train(dataclasses.replace(config, graph=True), progress=False)
+    assert "waits for the device" not in capsys.readouterr().err
+
+
+def test_a_finished_run_holds_no_memory_of_its_graph() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        trained = train(dataclasses.replace(CONFIG, graph=True, compile=False, steps=8), progress=False)
+        torch.cuda.empty_cache()
+        pools = {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()}
+    finally:
+        gc.enable()
+    assert pools == {(0, 0)}
+    assert trained.criterion.per_sample_loss is not None
 
 
 @pytest.mark.parametrize(
@@ -83,9 +146,23 @@ def test_a_run_of_one_mode_resumes_in_the_other(tmp_path: Path, graph_first: boo
         assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part]), part
 
 
-def test_a_compiled_network_can_be_captured() -> None:
-    trained = train(dataclasses.replace(CONFIG, graph=True, steps=WARM_UP + 3, precision="bf16"), progress=False)
-    assert torch.isfinite(torch.tensor(trained.metrics[-1]["loss"]))
+@pytest.mark.parametrize("settings", [{"precision": "bf16", "dropout": 0.1}, {"accumulate": 2}], ids=str)
+def test_captured_steps_of_a_compiled_network_are_the_eager_ones(settings: dict[str, Any]) -> None:
+    """Not to the bit: the compiler measures which of its kernels to take, for each mode anew."""
+    config = dataclasses.replace(CONFIG, steps=20, log_every=20, compile=True, **settings)
+    eager = train(config, progress=False)
+    captured = train(dataclasses.replace(config, graph=True), progress=False)
+    assert captured.metrics[-1]["loss"] == pytest.approx(eager.metrics[-1]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"precision": "fp16"}, {"dropout": 0.1, "accumulate": 2}], ids=str)
+def test_a_compiled_network_trains_as_an_eager_one(settings: dict[str, Any]) -> None:
+    """In graphs of the compiler where the step is not captured and a batch is of one part."""
+    config = dataclasses.replace(CONFIG, steps=20, log_every=20, **settings)
+    eager = train(dataclasses.replace(config, compile=False), progress=False)
+    compiled = train(dataclasses.replace(config, compile=True), progress=False)
+    tolerance = 0.1 if "dropout" in settings else 0.01  # the compiler drops other activations
+    assert compiled.metrics[-1]["loss"] == pytest.approx(eager.metrics[-1]["loss"], rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

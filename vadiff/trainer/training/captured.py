@@ -6,6 +6,8 @@ images, learning rate) is therefore written to the device before it. Random numb
 knows: a replay draws what their seeds say.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +17,7 @@ from ..config import TrainConfig
 
 Work = Callable[[], None]
 WARM_UP = 3  # steps before the capture: optimiser state is made, kernels are compiled and chosen
+WAIT_WARNING = "called a synchronizing CUDA operation"  # as torch words it
 
 
 def why_not_captured(config: TrainConfig, device: torch.device, ranks: int) -> str | None:
@@ -30,37 +33,74 @@ def why_not_captured(config: TrainConfig, device: torch.device, ranks: int) -> s
     return None
 
 
+def tell_why_not(reason: str) -> None:
+    print(f"The steps are not captured in a CUDA graph: {reason}.", file=sys.stderr)
+
+
 class CapturedStep:
-    """Runs `work` at first, then captures it, then replays it. Every call is one execution.
+    """Runs the work of a step at first, then captures it, then replays it. Every call is one execution.
+
+    The last run before the capture is watched. If it waits for the device, as with an objective that reads a number,
+    the steps go on without a graph. That must be known before: a capture that fails leaves random generators that
+    cannot draw any more.
 
     Args:
-        work: reads no number on the host, and calls no function whose arguments change from step to step.
-        device: on which it works.
+        device: on which the work is done.
         generators: from which it draws, seeded before each call.
-
-    Raises:
-        TrainingError: `work` cannot be captured.
     """
 
-    def __init__(self, work: Work, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        self._work, self._generators = work, generators
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
         self._aside = on_stream_of(device)
         self._calls = 0
+        self._wait: str | None = None
         self._replay: Work | None = None
 
-    def __call__(self) -> None:
-        if self._replay is None and self._calls == WARM_UP:
-            try:
-                self._replay = capture(self._work, self._aside, self._generators)
-            except RuntimeError as error:
-                raise TrainingError(
-                    f"the training step could not be captured in a CUDA graph: {error}. Train with --no-graph"
-                ) from error
+    def __call__(self, work: Work) -> None:
+        """Do `work`, the same function at each call, whose arguments do not change from step to step.
+
+        Raises:
+            TrainingError: it waits for nothing, but cannot be captured.
+        """
+        if self._replay is None and self._calls == WARM_UP and self._wait is None:
+            self._replay = self._captured(work)
         if self._replay is not None:
             self._replay()
-        else:
-            self._calls += 1
-            self._aside(self._work)
+            return
+        self._calls += 1
+        self._aside((lambda: self._watch(work)) if self._calls == WARM_UP else work)
+
+    def _watch(self, work: Work) -> None:
+        self._wait = first_wait(work)
+        if self._wait is not None:
+            tell_why_not(f"a step waits for the device, at {self._wait}")
+
+    def _captured(self, work: Work) -> Work:
+        try:
+            return capture(work, self._aside, self._generators)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # ending a broken capture raises an error that hides its cause
+            raise TrainingError(
+                f"the training step could not be captured in a CUDA graph: {cause}. Train with --no-graph"
+            ) from error
+
+
+def first_wait(work: Work) -> str | None:
+    """Do `work`; returns where the host first waited for the device: the file and line. None if it did not."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        warnings.filterwarnings("always", f".*{WAIT_WARNING}")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [warning for warning in caught if WAIT_WARNING in str(warning.message)]
+    for warning in caught:
+        if warning not in waits:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return f"{waits[0].filename}, line {waits[0].lineno}" if waits else None
 
 
 def on_stream_of(device: torch.device) -> Callable[[Work], None]:

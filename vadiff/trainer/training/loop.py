@@ -31,7 +31,7 @@ from .held_out import HeldOutLoss, held_out_loss_of_run
 from .metrics import MetricsLog, memory_bytes, statistics_of
 from .objective import Objective, objective_of
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
-from .optimisation import Optimisation, RunningAverage, learning_rate_at
+from .optimisation import LateReading, Optimisation, RunningAverage, learning_rate_at
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
 from .step import TrainingStep
@@ -111,6 +111,7 @@ def train(
             return trainer.run(progress)
         finally:
             trainer.log.close()
+            trainer.train_step.close()
 
 
 class _Trainer:
@@ -175,6 +176,7 @@ class _Trainer:
         config, size = self.config, self.config.batch_size
         quiet = True if not (progress and self.group.is_main) else None  # None: bar if stderr is a terminal
         self.since = self.resumed = time.monotonic()
+        longest_row = LateReading(self.optimisation.totals[6])
         held_out = None
         with (
             StopRequest(self.group) as stop,
@@ -190,8 +192,8 @@ class _Trainer:
                 self.train_step(self.step)
                 self.step += 1
                 bar.update(size)
-                if self.step % config.max_skipped_steps == 0:  # rarely: it waits for the device
-                    self._check_skipped()
+                if self.step % config.max_skipped_steps == 0:
+                    self._check_skipped(*longest_row(self.step))
                 measured = self._due(config.held_out_every)
                 if self._logs(self.step):
                     held_out = self._write_line(bar, measured, weights)
@@ -254,15 +256,14 @@ class _Trainer:
             self.log.add(entry)
             bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
         self.timed_step, self.since = self.step, time.monotonic()
-        self._check_skipped()
+        self._check_skipped(float(totals[6]), self.step)
         return held_out
 
-    def _check_skipped(self) -> None:
-        """Raise TrainingError after too many consecutive skipped steps; waits for the device."""
-        longest = int(self.optimisation.totals[6])
+    def _check_skipped(self, longest: float, step: int) -> None:
+        """Raise TrainingError if too many consecutive steps, up to `step`, were skipped."""
         if longest >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"{longest} steps in a row had a non-finite gradient, the last up to step {self.step}. They were "
+                f"{longest:.0f} steps in a row had a non-finite gradient, the last up to step {step}. They were "
                 "skipped, and no checkpoint was written since the first. Go on with --resume and a lower "
                 "--learning-rate, a --clip, or --precision bf16 in place of fp16. Metrics up to here are in "
                 f"{self.out or 'memory'}"

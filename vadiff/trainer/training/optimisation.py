@@ -130,6 +130,30 @@ class Optimisation:
         torch.maximum(longest, in_a_row, out=longest)
 
 
+class LateReading:
+    """Reads a number on the device, without waiting for what the device has yet to do: as it was one reading before.
+
+    On a CPU, which nothing has to wait for, as it is.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number
+        self._copied = torch.cuda.Event() if number.device.type == "cuda" else None
+        self._copy = torch.zeros_like(number, device="cpu", pin_memory=self._copied is not None)
+        self._step = 0
+
+    def __call__(self, step: int) -> tuple[float, int]:
+        """The number, and the step after which it was that; to be called after `step` steps."""
+        if self._copied is None:
+            return float(self._number), step
+        self._copied.synchronize()  # with the copy of the reading before, not with the steps since
+        earlier = float(self._copy), self._step
+        self._copy.copy_(self._number, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self._number.device))
+        self._step = step
+        return earlier
+
+
 def decay_at(config: TrainConfig, step: int) -> float:
     """The decay of the running average after step 0, 1, ...: `ema_decay`, or less while it ramps up.
 

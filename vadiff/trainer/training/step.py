@@ -1,8 +1,6 @@
 """One training step, in two parts: what the host decides before it, and what the device does."""
 
 import contextlib
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -45,10 +43,10 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         self.device = self.batches.device
+        self._in_graph = self._graph_if_possible()
         self.network = self._trained_network()
-        self._on_device = self._captured_if_possible()
         self._step = 0
-        self._sigma: Tensor  # noise levels of the last part of the batch
+        self._sigma: Tensor | None = None  # noise levels of the last part of the batch
 
     def __call__(self, step: int) -> None:
         self._step = step
@@ -56,10 +54,13 @@ class TrainingStep:
         self.optimisation.prepare(step)
         self.running_average.prepare(step)
         self._seed_dropout(0)
-        self._on_device()
+        if self._in_graph is None:
+            self.work()
+        else:
+            self._in_graph(self.work)
         if self.power_averages is not None:
             self.power_averages.update(step + 1)
-        if (step + 1) % self.config.levels_every == 0:
+        if (step + 1) % self.config.levels_every == 0 and self._sigma is not None:
             self.levels.update(self.criterion, from_sigma(self._sigma))  # no-op if not adaptive
 
     def work(self) -> None:
@@ -80,6 +81,12 @@ class TrainingStep:
             normalize_weights(self.denoiser)
         self.running_average.update()
         self._sigma = parts[-1].sigma
+
+    def close(self) -> None:
+        """Let go of the graph and of its memory, in which lies what the last step left. No step follows."""
+        if self._in_graph is not None:
+            self._in_graph = self._sigma = None
+            self.criterion.copy_last_call()
 
     def _loss(self, batch: Batch) -> Tensor:
         dtype = AUTOCAST[self.config.precision]
@@ -105,20 +112,31 @@ class TrainingStep:
         if compiled is None:
             compiled = self.config.graph and self.device.type == "cuda"
         if compiled:
-            # The default mode: "reduce-overhead" would make graphs of its own, inside the one of the step.
-            network = cast(nn.Module, torch.compile(network, dynamic=False))
+            mode = compile_mode(self.config, self.device, captured=self._in_graph is not None)
+            network = cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
         if self.group.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
         return network
 
-    def _captured_if_possible(self) -> Callable[[], None]:
-        """The device's part, in a CUDA graph if the config asks for one and the run allows it."""
+    def _graph_if_possible(self) -> captured.CapturedStep | None:
+        """What captures the device's part, if the config asks for it and the run allows it."""
         if not self.config.graph:
-            return self.work
+            return None
         why_not = captured.why_not_captured(self.config, self.device, self.group.size)
         if why_not is None:
-            return captured.CapturedStep(self.work, self.device, list(self.batches.streams.generators.values()))
+            return captured.CapturedStep(self.device, list(self.batches.streams.generators.values()))
         if self.device.type == "cuda" and self.group.is_main:
-            print(f"The steps are not captured in a CUDA graph: {why_not}.", file=sys.stderr)
-        return self.work
+            captured.tell_why_not(why_not)
+        return None
+
+
+def compile_mode(config: TrainConfig, device: torch.device, *, captured: bool) -> str | None:
+    """torch.compile's mode for the network; None is the default one.
+
+    "reduce-overhead" launches forward and backward pass as CUDA graphs of its own. It cannot be in a graph of the whole
+    step, nor add up the gradients of several parts of a batch: each part overwrites those of the one before.
+    """
+    if device.type != "cuda" or captured or config.accumulate > 1:
+        return None
+    return "reduce-overhead"

@@ -77,7 +77,10 @@ class ShuffledIndices:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _moved(self, epoch: int) -> Tensor:
-        return self._order(epoch, self._size).to(self._device)
+        order = self._order(epoch, self._size)
+        if self._device.type == "cuda":
+            order = order.pin_memory()  # from other memory the host would wait for the copy
+        return order.to(self._device, non_blocking=True)
 
 
 @contextmanager
