@@ -49,7 +49,7 @@ def test_each_contest_of_both_has_the_faster_one_and_by_how_much() -> None:
 def test_the_verdict_names_triton_where_it_is_faster() -> None:
     results = results_of(*both("one", 4e-4, 1e-4), *both("two", 1e-4, 1e-4, triton=Ratio(0.999, 0.001)))
     text = result_table.text_of(results)
-    assert text.splitlines()[-1] == ("verdict: triton, faster in 1 of 2 contests, 2.00 × as fast in the geometric mean")
+    assert "verdict: triton, faster in 1 of 2 contests, 2.00 × as fast in the geometric mean" in text.splitlines()
 
 
 @pytest.mark.parametrize(
