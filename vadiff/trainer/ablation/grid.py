@@ -157,15 +157,17 @@ class Grid:
         return [arm for arm in self.arms if objective in self.limits.get(arm, self.objectives)]
 
     def runs(self, out: Path) -> list[PlannedRun]:
-        """All runs, seed by seed; within a seed, runs that need another run come last.
+        """All runs, objective by objective, then seed by seed; within a seed, runs that need another run come last.
+
+        An experiment that is cut short lacks objectives rather than seeds, of which fewer than five show nothing.
 
         Raises:
             GridError: an invalid field; the message names the arm.
         """
         return [
             self._run(objective, arm, seed, out)
-            for seed in self.seeds
             for objective in self.objectives
+            for seed in self.seeds
             for arm in sorted(self.arms_of(objective), key=lambda arm: self._needed_by(arm) is not None)
         ]
 
