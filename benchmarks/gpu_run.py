@@ -241,14 +241,14 @@ class Run:
 def execute(words: list[str], log: Path, limit: float, grace: float, environment: dict[str, str]) -> int | None:
     """Run a command in its own process group: the exit status, or None if it had to be stopped.
 
-    At the limit it gets an interrupt, on which pytest still prints the results that it has, and then a kill. Processes
-    that it left behind are killed too.
+    At the limit it gets an interrupt, which a shell has its background processes ignore, and on which pytest still
+    prints the results that it has; then a kill. Processes that it left behind are killed too.
     """
     with log.open("wb") as file:
         try:
             process = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
-                env={**os.environ, **environment}, start_new_session=True,
+                words, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+                env={**os.environ, **environment}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         except OSError as error:
             file.write(f"{words[0]}: {error.strerror}\n".encode())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gpu_run
 import pytest
@@ -96,9 +98,14 @@ def test_a_stage_that_fails_and_one_that_hangs_cost_their_own_limit(tmp_path: Pa
     assert "ok       42 images/s" in lines["good"]
 
 
-def test_a_stage_hears_an_interrupt_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_a_stage_hears_an_interrupt_first(before: Any, tmp_path: Path) -> None:
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('3 passed, 1 failed in 2 s')"
-    Run(tmp_path).run([python(code, limit=1.5)])
+    handler = signal.signal(signal.SIGINT, before)
+    try:
+        Run(tmp_path).run([python(code, limit=1.5)])
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "STOPPED  3 passed, 1 failed" in summary(tmp_path)["stub"]
 
 
