@@ -169,7 +169,10 @@ def test_options_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         (["--commit", "main", "--part", "1"], "--commit is 'main', expected a hash"),
         (["--data", str(tmp_path), "--part", "1"], "with --part 3"),
         (["--bundle", str(tmp_path), "--part", "1"], "`make gpu-bundle`"),
-        (["--bundle", str(stale), "--part", "1"], f"built from commit {'0' * 40}, but this tree is "),
+        (
+            ["--commit", "1" * 40, "--bundle", str(stale), "--part", "1"],
+            f"built from commit {'0' * 40}, but this tree is ",
+        ),
         (["--part", "1", str(tmp_path / "full")], "is not empty"),
         (["--part", "1", "--minutes", "0"], "--minutes has to be positive"),
     ):
