@@ -32,7 +32,8 @@ void smooth(const SmoothTask& task) {
       variance += q * deviation * deviation;
       covariance += q * deviation * (load(a + offset) - a_mean);
     }
-    // 3. The line through them at distance 0, within the range; 0 where nothing is in reach. (Both sums over `total` cancel it.)
+    // 3. The line through them at distance 0, within the range; 0 where nothing is in reach. `smooth_bin` divides covariance,
+    // variance and ridge by the total, which cancels.
     V fit = a_mean - d_mean * covariance / (variance + 32 * task.smoothing * task.smoothing);
     fit = fit < lowest ? lowest : fit > highest ? highest : fit;
     *reinterpret_cast<U*>(task.a_smooth + k) = total > zero ? fit : zero;

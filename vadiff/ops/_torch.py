@@ -34,7 +34,7 @@ _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], object] = _private("_functorch.peek_interpreter_stack", lambda: None)
-_Parameter = torch.nn.Parameter
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def inside_backward() -> bool:
@@ -55,11 +55,13 @@ def observed(values: tuple[Any, ...]) -> bool:
     if is_compiling() or _tracing_state() or _profiling() or _dispatch_modes() > 0:
         return True
     for value in values:
+        if value is None:
+            continue
         kind = type(value)
-        if kind is Tensor or kind is _Parameter:
-            if value.is_neg() or not value.data_ptr():
+        if kind in _PLAIN:
+            if value.is_neg() or value.data_ptr() == 0:
                 return True
-        elif value is not None and kind is not float and isinstance(value, Tensor):
+        elif kind is not float and isinstance(value, Tensor):
             return True
     return False
 

@@ -76,8 +76,8 @@ class _Loss(torch.autograd.Function):
             upstream = upstream.detach()
         by_prediction = by_base_weight = None
         if ctx.fused:
-            saved = ctx.saved_tensors
-            gradient, per_sample = saved[0], saved[-1]
+            gradient, *rest = ctx.saved_tensors
+            per_sample = rest[0] if rest else None
             by_prediction = operators.scale(gradient, upstream, ctx.problem.backend, in_place=not graph_is_kept())
         else:
             per_sample, *tensors = ctx.saved_tensors
@@ -85,6 +85,7 @@ class _Loss(torch.autograd.Function):
                 inputs = _residual_inputs(ctx, tensors)
                 by_prediction = operators.backward(ctx.problem, inputs, per_sample, upstream)
         if ctx.needs_input_grad[1]:
+            assert per_sample is not None
             by_base_weight = per_sample[SLOPE] * upstream
             if ctx.mean:
                 by_base_weight = by_base_weight / by_base_weight.shape[0]

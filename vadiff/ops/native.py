@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .problem import Coefficient, Gather, Inputs, Problem, State, Step, compute_dtype
+from .problem import Gather, Inputs, Problem, State, Step, compute_dtype
 
 INTERFACE = 7  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
@@ -91,10 +91,7 @@ def step(
     call.loss = loss.data_ptr()
     call.per_sample = per_sample.data_ptr()
     call.gradient = made.data_ptr()
-    call.state = state.state.data_ptr()
-    call.log_weights = state.log_weights.data_ptr()
-    call.update = update
-    _run(_native.step, call, problem, state, prediction, gather)
+    _run(_native.step, call, problem, state, prediction, update, gather)
     return Step(loss, per_sample, made)
 
 
@@ -135,31 +132,38 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, ga
     call = _call(problem, inputs)
     factors = loss.new_empty(loss.shape)
     call.factors = factors.data_ptr()
-    call.state = state.state.data_ptr()
-    call.log_weights = state.log_weights.data_ptr()
-    call.update = update
-    _run(_native.reweight, call, problem, state, loss, gather)
+    _run(_native.reweight, call, problem, state, loss, update, gather)
     return factors
 
 
 def _run(
-    kernel: Callable[[int], None], call: Call, problem: Problem, state: State, tensor: Tensor, gather: Gather | None
+    kernel: Callable[[int], None],
+    call: Call,
+    problem: Problem,
+    state: State,
+    tensor: Tensor,
+    update: bool,
+    gather: Gather | None,
 ) -> None:
-    """Run a kernel that moves the state, on the device of `tensor`; with `gather`, by the statistics of all ranks."""
+    """Run a kernel that reads the state, and moves it with `update`, on the device of `tensor`.
+
+    With `gather` the kernel leaves the batch statistics to it, and those of all ranks [ranks, 4K + 1] are folded."""
+    call.state = state.state.data_ptr()
+    call.log_weights = state.log_weights.data_ptr()
+    call.update = update
     if gather is None:
-        batch = None
-    else:
-        batch = state.state.new_empty(4 * problem.bins.size + 1, dtype=torch.float64)
-        call.batch = batch.data_ptr()
+        _workspace = _place(call, tensor)
+        kernel(ctypes.addressof(call))
+        return
+    batch = state.state.new_empty(4 * problem.bins.size + 1, dtype=torch.float64)
+    call.batch = batch.data_ptr()
     _workspace = _place(call, tensor)
     kernel(ctypes.addressof(call))
-    if batch is None or gather is None:
-        return
     gathered = gather(batch)
     fold = _copy_call(_blank(problem))
+    fold.state, fold.log_weights, fold.update = call.state, call.log_weights, True
     fold.gathered = _checked(gathered, torch.float64, "gathered statistics")
     fold.ranks = gathered.shape[0]
-    fold.state, fold.log_weights, fold.update = call.state, call.log_weights, True
     _workspace = _place(fold, gathered)
     _native.fold(ctypes.addressof(fold))
 
@@ -188,19 +192,12 @@ def _call(problem: Problem, inputs: Inputs) -> Call:
         call.sample_weight = sample_weight.data_ptr() or _freed(sample_weight, "sample_weight")
     if weight is not None:
         call.weight = weight.data_ptr() or _freed(weight, "weighting(log_snr)")
-    if type(a) is type(b) is type(c) is float:
-        call.a, call.b, call.c = a, b, c
-    else:
-        _give_coefficients(call, a, b, c, compute_dtype(prediction))
-    return call
-
-
-def _give_coefficients(call: Call, a: Coefficient, b: Coefficient, c: Coefficient, dtype: torch.dtype) -> None:
     for name, value in (("a", a), ("b", b), ("c", c)):
-        if isinstance(value, Tensor):
-            setattr(call, f"{name}_each", _checked(value, dtype, f"coefficients {name}"))
-        else:
+        if isinstance(value, float):
             setattr(call, name, value)
+        else:
+            setattr(call, f"{name}_each", _checked(value, compute_dtype(prediction), f"coefficients {name}"))
+    return call
 
 
 def _place(call: Call, tensor: Tensor) -> Tensor | None:

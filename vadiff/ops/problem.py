@@ -132,15 +132,9 @@ def make_inputs(
         ValueError, TypeError: a bad argument; the message names it, what it is and what was expected.
     """
     check_prediction("prediction", prediction)
-    shape, device = prediction.shape, prediction.device
-    samples, dtype = shape[0], compute_dtype(prediction)
+    shape, device, dtype = prediction.shape, prediction.device, compute_dtype(prediction)
+    samples = shape[0]
     check_elements("target", target, shape, device)
-    log_snr = check_per_sample("log_snr", log_snr, samples, device, torch.float32)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-    mean = reduction == "mean"
-    if noise is None and coefficients is None and base_weight is None and sample_weight is None:
-        return Inputs(prediction, target, None, 1.0, -1.0, 0.0, log_snr, None, None, None, mean)
     a: Coefficient = 1.0
     b: Coefficient = -1.0
     c: Coefficient = 0.0
@@ -148,13 +142,19 @@ def make_inputs(
         if noise is not None:
             check_elements("noise", noise, shape, device)
         a, b, c = _check_coefficients(coefficients, noise, samples, device, dtype)
+    log_snr = check_per_sample("log_snr", log_snr, samples, device, torch.float32)
     if base_weight is not None:
         base_weight = check_per_sample("base_weight", base_weight, samples, device, dtype, differentiable=True)
     if sample_weight is not None:
         sample_weight = check_per_sample("sample_weight", sample_weight, samples, device, dtype)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     target_read = target if isinstance(b, Tensor) or b != 0.0 else None
     noise_read = noise if isinstance(c, Tensor) or c != 0.0 else None
-    return Inputs(prediction, target_read, noise_read, a, b, c, log_snr, base_weight, sample_weight, None, mean)
+    return Inputs(
+        prediction, target_read, noise_read, a, b, c, log_snr, base_weight, sample_weight,
+        weight=None, mean=reduction == "mean",
+    )  # fmt: skip
 
 
 def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None) -> Inputs:
