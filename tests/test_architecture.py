@@ -148,6 +148,11 @@ def test_kernels_are_named_in_ops_only(module: str) -> None:
         assert not found, f"{MODULES[module]}:{getattr(node, 'lineno', '?')} names {found}"
 
 
+def test_importing_vadiff_needs_nothing_that_only_unix_has() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import vadiff"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_importing_vadiff_brings_nothing_of_the_trainer() -> None:
     code = "import sys, vadiff; print(*(name for name in sys.modules if name.startswith('vadiff.train')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -1,7 +1,6 @@
 """Atomic replacement of files and folders, locks between processes, checksums."""
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -49,6 +48,8 @@ def locked(path: Path) -> Iterator[None]:
     Args:
         path: an empty file, which is made and stays; its parent is created.
     """
+    import fcntl  # not on Windows, where the rest of this module is needed too
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         with contextlib.suppress(OSError):
