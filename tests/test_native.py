@@ -18,6 +18,7 @@ from torch import Tensor
 
 import vadiff
 from vadiff.ops import backends
+from vadiff.ops.reference import moments_of, weight_table
 
 SHAPES = {"many small": (300, 3, 40, 41), "few large": (3, 4, 300, 301), "one": (1, 200_003), "tiny": (2, 5)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,6 +87,20 @@ def test_every_instruction_set_agrees_with_the_reference(instructions, shape, dt
     tolerance = {torch.float64: 2e-7, torch.float32: 3e-6}.get(dtype, torch.finfo(dtype).eps)
     for mine, truth in zip(step("native", shape, dtype, loss), step("reference", shape, dtype, loss), strict=True):
         torch.testing.assert_close(mine, truth, rtol=tolerance, atol=0.1 * tolerance)
+
+
+@pytest.mark.parametrize("bins", [2, 3, 7, 128, 1024])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5, 20.0])  # the last reaches from end to end
+def test_every_instruction_set_smooths_the_table_as_the_reference_does(instructions, bins, smoothing):
+    generator = torch.Generator().manual_seed(3)
+    criterion = vadiff.DiffusionLoss(vadiff.weighting.VarianceAware(smoothing=smoothing), bins=bins, backend="native")
+    for _ in range(3):
+        log_snr = 6 * torch.randn(200, generator=generator)  # many of 1,024 bins stay empty
+        criterion.reweight(torch.rand(200, generator=generator) * (0.3 * log_snr).exp(), log_snr)
+    statistics = criterion.statistics
+    expected = weight_table(moments_of(statistics.state, statistics.bins), statistics.bins, criterion.weighting.rule)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(statistics.log_weights.view(torch.float32), expected.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
