@@ -268,7 +268,16 @@ def test_readme_and_docs_have_the_same_table_of_trainers_and_all_of_them() -> No
         assert page.name == "index.md" or f"(docs/trainers/{page.name})" in table
 
 
-def test_pictures_of_the_digits_experiment_are_those_of_the_results() -> None:
+def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None:
+    lines = (ROOT / "benchmarks/results/ablation-digits/results.txt").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text().replace("−", "-")
+    for arm, form in (
+        ("variance_aware", "{} % ({} to {})"),
+        ("constant_twice_rate", "{} % for twice the learning rate"),
+    ):
+        (row,) = (line for line in lines if line.startswith(f"{arm} "))
+        mean, low, high = re.findall(r"[+-]\d+\.\d+", row)
+        assert form.format(mean, low, high) in readme
     for picture, result in (("ablation-digits.png", "results.png"), ("ablation-digits-gaps.png", "gaps.png")):
         assert (DOCS / picture).read_bytes() == (ROOT / "benchmarks/results/ablation-digits" / result).read_bytes()
 
