@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cuda_source
 import numpy as np
@@ -213,3 +214,19 @@ def interpreter_reads_arrays_of_one_element() -> None:
 def device_of(kernels: str) -> torch.device:
     on_gpu = kernels in ("triton", "native-cuda") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Runs of `vadiff ablate` are trained in this process, which is faster; the list says in which order."""
+    from vadiff.training import train
+
+    trained: list[Path] = []
+
+    def train_here(self: object, run: Any) -> bool:
+        trained.append(run.path)
+        train(run.config, out=run.path, resume=True, progress=False)
+        return True
+
+    monkeypatch.setattr("vadiff.trainer.ablation.runner._Children.train", train_here)
+    return trained
