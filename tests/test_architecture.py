@@ -33,9 +33,23 @@ LIBRARY = {
     "schedulers": {"log_snr", "ops", "process"},
     "statistics": {"_validation", "ops"},
     "weighting": {"_validation", "ops", "process", "statistics"},
-    "summary": {"extras", "ops", "process", "statistics", "weighting"},
+    "bands": {"ops", "statistics", "weighting"},
+    "level_checks": {"ops"},
+    "diagnosis": {"bands", "level_checks", "ops", "process", "weighting"},
+    "summary": {"bands", "diagnosis", "extras"},
+    "metrics_file": {"_validation", "files"},
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
-    "loss": {"_validation", "extras", "ops", "process_defaults", "statistics", "summary", "weighting"},
+    "loss": {
+        "_validation",
+        "bands",
+        "diagnosis",
+        "extras",
+        "ops",
+        "process_defaults",
+        "statistics",
+        "summary",
+        "weighting",
+    },
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
     "optimal_loss": {"_validation", "files", "process"},
@@ -71,7 +85,7 @@ ALLOWED = {
     "__main__": {"trainer.cli"},
     # what `import vadiff` brings
     "vadiff": {
-        "_version", "ema", "levels", "log_snr", "loss", "ops", "optimal_loss", "process", "statistics", "weighting",
+        "_version", "ema", "levels", "log_snr", "loss", "metrics_file", "ops", "optimal_loss", "process", "statistics", "weighting",
     },
 }  # fmt: skip
 # `vadiff.optimal_loss.__getattr__` finds names that version 0.1 had there.

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import check_per_sample, check_prediction, is_number
+from .bands import BANDS
+from .diagnosis import Diagnosis, LossCurve, diagnose
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
-from .summary import BANDS, log_to, plot, summary
+from .summary import as_html, log_to, plot, summary
 from .weighting import Weighting, from_name
 
 LOSSES = ("mse", "huber")
@@ -332,7 +334,8 @@ class DiffusionLoss(nn.Module):
     def summary(self, bands: int = BANDS) -> str:
         """A text table with one line per band of log-SNR that has samples.
 
-        Columns: share of the samples; mean, std and std/mean of the base loss; mean weight. Then the skipped samples.
+        Columns: share of the samples; mean, std and std/mean of the base loss; mean weight. Then the skipped samples,
+        and the verdict of `diagnose`.
 
         Args:
             bands: number of intervals of `log_snr_range`.
@@ -347,17 +350,27 @@ class DiffusionLoss(nn.Module):
         """
         return summary(self, bands)
 
+    def diagnose(
+        self, optimal: LossCurve | None = None, prediction_type: str | None = None, sigma_data: float = 0.5
+    ) -> Diagnosis:
+        """Figures of the balance over noise levels and a verdict in words: see `vadiff.diagnosis.diagnose`."""
+        return diagnose(self, optimal, prediction_type, sigma_data)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
         """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
         The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`, and `<prefix>/skipped`. A SummaryWriter also gets the figure of
-        `plot`, if matplotlib is installed, and a histogram of log-SNR.
+        `std`, `relative_std`, `weight` and `share`, `<prefix>/samples` (effective number) and `<prefix>/skipped`. A
+        SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
         Args:
-            writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
-                `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
-                function of (values, step). With several processes, call it in one of them.
+            writer: a torch or tensorboardX SummaryWriter; a `vadiff.MetricsFile`; anything with
+                `.log(values, step=...)` (Weights & Biases, `accelerate.Accelerator`) or `.log_metrics(values,
+                step=...)` (Lightning's loggers, MLflow, Comet); or a function of (values, step). With several
+                processes, call it in one of them.
             step: optimiser steps so far.
             prefix: first part of the names.
             bands: number of intervals of `log_snr_range`.

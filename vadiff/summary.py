@@ -1,95 +1,30 @@
 """A criterion's statistics for people: a plot, a text table, and scalars for an experiment tracker.
 
-`plot`, `summary` and `log_to` are methods of `DiffusionLoss`. Each copies the statistics to the host, which
-synchronises with the GPU once: call them every 100 steps or so.
+`plot`, `summary` and `log_to` are methods of `DiffusionLoss`; `as_html` is what a notebook shows of it. Each copies the
+statistics to the host, which synchronises with the GPU once: call them every 100 steps or so.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import html
+import io
 import math
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .bands import BANDS, Bands, Criterion, bands_of
+from .diagnosis import diagnose
 from .extras import MissingExtraError, import_extra
-from .ops.reference import moments_of, variance
-from .statistics import LogSNRStatistics
-from .weighting import Weighting
 
-BANDS = 16
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
 
 _LOSS_COLOR, _WEIGHT_COLOR = "#0072B2", "#D55E00"
 _WIDE = 10.0  # max/min above which the axis is logarithmic
-
-
-class Criterion(Protocol):
-    """The attributes of a `vadiff.DiffusionLoss` that are read here."""
-
-    weighting: Weighting
-    statistics: LogSNRStatistics
-
-    @property
-    def bin_centers(self) -> Tensor: ...
-
-    @property
-    def weights(self) -> Tensor: ...
-
-
-class Bands(NamedTuple):
-    """Statistics of the base loss g over neighbouring bins; [N] float64 each, NaN where a band is empty."""
-
-    edges: Tensor  # [N + 1] log-SNR
-    samples: Tensor  # effective number of samples, after forgetting
-    mean: Tensor
-    std: Tensor
-    weight: Tensor  # mean over the samples of the weight at their bin's centre
-
-    @property
-    def share(self) -> Tensor:
-        """Share of the samples in each band; NaN before the first sample."""
-        return self.samples / self.samples.sum()
-
-
-def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
-    """The statistics of a criterion, merged into `bands` intervals of log-SNR, on the CPU.
-
-    Moments are merged by Chan's formula: a band's std is that of its samples, not a mean over its bins.
-
-    Args:
-        criterion: trained or not.
-        bands: number of intervals, at least 1; capped at the number of bins. If it does not divide that number, some
-            intervals hold one bin more.
-
-    Raises:
-        ValueError: bands is not a positive integer.
-    """
-    bins = criterion.statistics.bins
-    if not isinstance(bands, numbers.Integral) or isinstance(bands, bool) or bands < 1:
-        raise ValueError(f"bands is {bands!r}, expected a positive integer")
-    number = min(int(bands), bins.size)
-    n, mean, m2, _ = moments_of(criterion.statistics.state.cpu(), bins)  # [K] float64 each
-    weight = criterion.weights.cpu().double()  # [K]
-    band = torch.arange(bins.size) * number // bins.size  # [K] the band of each bin
-
-    def total(values: Tensor) -> Tensor:  # [K] → [N]
-        return torch.zeros(number, dtype=torch.float64).index_add_(0, band, values)
-
-    count = total(n)
-    average = total(n * mean) / count  # NaN where a band is empty
-    away = (mean - average[band]).where(n > 0, 0.0)
-    first = torch.searchsorted(band, torch.arange(number + 1))  # first bin of each band
-    return Bands(
-        edges=bins.low + first.double() * bins.width,
-        samples=count,
-        mean=average,
-        std=variance(count, total(m2 + n * away.square())).sqrt(),
-        weight=total((n * weight).where(n > 0, 0.0)) / count,
-    )
 
 
 def summary(criterion: Criterion, bands: int = BANDS) -> str:
@@ -112,6 +47,8 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
     skipped = int(statistics.skipped)
     if skipped:
         lines.append(f"skipped: {skipped:,} samples with a NaN log-SNR or a non-finite loss or weight")
+    if found.samples.sum() > 0 or skipped:
+        lines.append(f"verdict: {diagnose(criterion).verdict}")
     return "\n".join(lines)
 
 
@@ -130,6 +67,17 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
         raise TypeError(f"ax is a {type(ax).__name__}, expected matplotlib axes, a pair of them, or None") from None
     _draw(criterion, loss_axes, weight_axes)
     return loss_axes, weight_axes
+
+
+def as_html(criterion: Criterion) -> str:
+    """The summary, with the picture of `plot` if matplotlib is installed, as HTML for a notebook."""
+    page = f'<pre style="overflow-x: auto">{html.escape(summary(criterion))}</pre>'
+    with contextlib.suppress(MissingExtraError):
+        file = io.BytesIO()
+        _figure(criterion).savefig(file, format="png", dpi=100)
+        picture = base64.b64encode(file.getvalue()).decode()
+        page += f'<img alt="base loss and weight per noise level" src="data:image/png;base64,{picture}">'
+    return page
 
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
@@ -182,6 +130,7 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
         for low, high, count, value in zip(edges, edges[1:], found.samples.tolist(), values.tolist(), strict=False):
             if count > 0 and math.isfinite(value):
                 yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
+    yield f"{prefix}/samples", found.samples.sum().item()
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
 
 
