@@ -37,7 +37,7 @@ LIBRARY = {
     "level_checks": {"ops"},
     "diagnosis": {"bands", "level_checks", "ops", "process", "weighting"},
     "summary": {"bands", "diagnosis", "extras"},
-    "metrics_file": {"_validation", "files"},
+    "metrics_file": set(),
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {
         "_validation",

@@ -20,6 +20,7 @@ class Criterion(Protocol):
 
     weighting: Weighting
     statistics: LogSNRStatistics
+    loss: str
 
     @property
     def bin_centers(self) -> Tensor: ...

@@ -89,8 +89,8 @@ class Diagnosis:
         spread: which bands are known well enough, and highest ÷ lowest mean, std and weighted mean among them.
         variance_aware: lowest and highest weight that `weighting.VarianceAware()` would use; (1, 1) without samples.
         loss_level: the same of `weighting.LossLevel()`.
-        starved: (low, high) of each band between the first and the last with samples that has less than a tenth of an
-            even share.
+        starved: (low, high) log-SNR where bands between the first and the last with samples have less than a tenth of
+            an even share each.
         below, above: share of the samples with log-SNR below and above the range of the bins.
         end_bins: share of the samples in the first and the last bin, which also hold those outside the range.
         skipped: samples with a NaN log-SNR or a non-finite loss or weight, since the statistics were last reset.
@@ -164,7 +164,7 @@ def diagnose(
         sigma_data: standard deviation of the data, for "edm".
 
     Raises:
-        ValueError: `optimal` without a prediction type, or an unknown one.
+        ValueError: `optimal` without a prediction type, with an unknown one, or for another loss than "mse".
 
     Example:
         >>> vadiff.DiffusionLoss("constant").diagnose().finding
@@ -177,7 +177,7 @@ def diagnose(
     count, skipped = moments[0], int(statistics.skipped)
     spread = spread_of(bands)
     problem = problem_with_levels(count, statistics.bins, outside, last)
-    verdict = verdict_of(bands, str(criterion.weighting), balances(criterion.weighting), skipped, problem)
+    verdict = verdict_of(bands, type(criterion.weighting).__name__, balances(criterion.weighting), skipped, problem)
     total = max(count.sum().item(), 1e-300)
     return Diagnosis(
         weighting=str(criterion.weighting),
@@ -222,7 +222,7 @@ def verdict_of(bands: Bands, weighting: str, balanced: bool, skipped: int = 0, p
 
     Args:
         bands: of its statistics.
-        weighting: as text, for a balancing one.
+        weighting: its name at the start of a sentence.
         balanced: whether it is one that follows the loss, see `balances`.
         skipped: samples that were not recorded.
         problem: what is wrong with the noise levels, if anything.
@@ -293,13 +293,18 @@ def balances(weighting: Weighting) -> bool:
 
 
 def starved_bands(bands: Bands) -> tuple[tuple[float, float], ...]:
-    """(low, high) of each band between the first and the last with samples that has far fewer than an even share."""
+    """(low, high) of each run of bands with far less than an even share, between the first and the last with samples."""
     seen = (bands.samples > 0).nonzero().flatten().tolist()
     if not seen:
         return ()
     bound = _STARVED * bands.samples.sum().item() / len(seen)
     edges, samples = bands.edges.tolist(), bands.samples.tolist()
-    return tuple((edges[i], edges[i + 1]) for i in range(seen[0], seen[-1] + 1) if samples[i] < bound)
+    found: list[tuple[float, float]] = []
+    for i in range(seen[0], seen[-1] + 1):
+        if samples[i] < bound:
+            low = found.pop()[0] if found and found[-1][1] == edges[i] else edges[i]
+            found.append((low, edges[i + 1]))
+    return tuple(found)
 
 
 def _weights(moments: Tensor, criterion: Criterion, rule: TableRule) -> tuple[float, float]:
@@ -313,6 +318,8 @@ def _gap(
     criterion: Criterion, bands: Bands, optimal: LossCurve, prediction_type: str | None, sigma_data: float
 ) -> Tensor:
     """Mean base loss minus J* of each band, J* averaged over the samples at the centres of their bins. [N] float64."""
+    if criterion.loss != "mse":
+        raise ValueError(f"loss is {criterion.loss!r}, expected 'mse': the optimal loss is a squared error")
     if prediction_type is None:
         raise ValueError(
             "prediction_type is None, expected the form of the loss, such as 'epsilon': the optimal loss is one of x0, "

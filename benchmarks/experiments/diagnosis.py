@@ -43,7 +43,7 @@ OUTCOMES = RESULTS / "objectives-digits" / "results.json"
 
 def figures_of(run: Run) -> dict[str, Any]:
     """Figures and verdict at the end of a run with constant weighting."""
-    found = run.criterion().diagnose()
+    found = run.diagnose()
     return {
         "mean_ratio": found.spread.mean_ratio,
         "std_ratio": found.spread.std_ratio,

@@ -8,33 +8,51 @@ HELP = "one HTML page about one run, or comparing several"
 DESCRIPTION = (
     "Write one self-contained HTML page with charts of the loss, its spread and the weights per noise level, of the "
     "held-out loss, of metrics and of samples over training, and the same charts as PNG and SVG. Runs that differ only "
-    "in their seed are shown as one, with their spread; all are compared with the first."
+    "in their seed are shown as one, with their spread; all are compared with the first. With --from-log the page is "
+    "about a training with any other loop, from the file that criterion.log_to(vadiff.MetricsFile(FILE), step) wrote."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_directories", type=Path, nargs="+", metavar="RUN", help="run directories of `vadiff train`"
+        "run_directories", type=Path, nargs="*", metavar="RUN", help="run directories of `vadiff train`"
+    )
+    parser.add_argument(
+        "--from-log",
+        type=Path,
+        metavar="FILE",
+        default=None,
+        help="a log that vadiff.MetricsFile wrote, in place of runs",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=None,
         help="page to write; its charts go to a folder of the same name beside it; default: RUN/report.html, for "
-        "several runs report.html",
+        "several runs report.html, for a log FILE with the ending .html",
     )  # fmt: skip
     parser.add_argument("--title", default=None, help="title of the page")
 
 
 def run(options: argparse.Namespace) -> None:
     from ...extras import import_extra
-    from ..report import group_runs, read_history, write_report
+    from ..report import group_runs, read_history, write_log_report, write_report
     from ..training import open_run
 
     for module in ("jinja2", "matplotlib"):
         import_extra(module, "report")
     paths = list({path.resolve(): path for path in options.run_directories}.values())
-    page = options.out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    log = options.from_log
+    if (log is None) == (not paths):
+        options.parser.error("expected run directories, or --from-log FILE, and not both")
+    if log is not None:
+        default = log.with_suffix(".html")
+    else:
+        default = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
+    page = options.out or default
     if page.suffix != ".html":
         options.parser.error(f"argument --out: {page}, expected a file ending in .html")
-    groups = group_runs([read_history(open_run(path)) for path in paths])
-    files = write_report(groups, page, title=options.title)
+    if log is not None:
+        files = write_log_report(log, page, title=options.title)
+    else:
+        groups = group_runs([read_history(open_run(path)) for path in paths])
+        files = write_report(groups, page, title=options.title)
     print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")

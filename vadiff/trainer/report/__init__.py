@@ -2,6 +2,7 @@
 
 from .demo import run_demo
 from .figure import comparison_figure
+from .from_log import write_log_report
 from .page import write_report
 from .runs import Group, History, group_runs, read_history
 from .table import held_out_table
@@ -14,5 +15,6 @@ __all__ = [
     "held_out_table",
     "read_history",
     "run_demo",
+    "write_log_report",
     "write_report",
 ]

@@ -67,20 +67,52 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    jinja2 = import_extra("jinja2", "report")
-    import_extra("matplotlib", "report")
-    template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
-    sections = sections_of(groups)
     paths = ", ".join(str(run.path) for group in groups for run in group.runs)
-    html = template.render(
+    return write_page(
+        page,
+        sections_of(groups),
         title=title or _title(groups),
         lead=_lead(groups),
         notes=_notes(groups),
         held_out_of_train=_held_out_of_train(groups),
-        sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
         settings=settings_table(groups),
-        footer=f"Made by vadiff {__version__} from {paths}",
+        source=paths,
+    )
+
+
+def write_page(
+    page: Path,
+    sections: Sequence[Section],
+    *,
+    title: str,
+    lead: str,
+    notes: Sequence[str],
+    source: str,
+    settings: Table | None = None,
+    held_out_of_train: str = "",
+) -> list[Path]:
+    """Write a page of these sections, and their charts; see `write_report`.
+
+    Args:
+        page: file to write or replace, ending in .html.
+        sections: in their order.
+        title, lead, notes: the head of the page.
+        source: what it was made from.
+        settings: of the runs, if they are `vadiff train`'s.
+        held_out_of_train: number of training images that were held out, if any.
+    """
+    jinja2 = import_extra("jinja2", "report")
+    import_extra("matplotlib", "report")
+    template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
+    html = template.render(
+        title=title,
+        lead=lead,
+        notes=notes,
+        held_out_of_train=held_out_of_train,
+        sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
+        settings=settings,
+        footer=f"Made by vadiff {__version__} from {source}",
     )
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from ...errors import RunError
 from ...extras import import_extra
 from ...files import replacing
 from ...loss import DiffusionLoss
+from ...metrics_file import finite, json_lines
 
 METRICS = "metrics.jsonl"  # in a run directory
 _PER_BIN = ("count", "mean", "variance", "mass")
@@ -96,19 +97,19 @@ class MetricsLog:
         Raises:
             RunError: it cannot be written (a full disk); the lines before it are unchanged.
         """
-        finite: dict[str, Any] = _finite(entry)
-        self.entries.append(finite)
+        values: dict[str, Any] = finite(entry)
+        self.entries.append(values)
         if self._path is not None:
             try:
                 with self._path.open("a") as file:
-                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+                    file.write(json.dumps(values, allow_nan=False) + "\n")
             except OSError as error:
                 raise RunError(
                     f"{self._path} cannot be written: {error}. Fix that, then go on with --resume"
                 ) from error
         if self._writer is not None:
-            for name, value in _scalars(finite):
-                self._writer.add_scalar(name, value, finite["step"])
+            for name, value in _scalars(values):
+                self._writer.add_scalar(name, value, values["step"])
             self._writer.flush()
 
     def close(self) -> None:
@@ -122,14 +123,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: a line that is not JSON.
     """
-    text = path.read_text()
-    entries = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(f"{path}, line {number}: {error}") from error
-    return entries
+    try:
+        return json_lines(path)
+    except ValueError as error:
+        raise RunError(str(error)) from error
 
 
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:
@@ -138,15 +135,6 @@ def _cut(path: Path, after: int) -> list[dict[str, Any]]:
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -62,12 +62,17 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
 
 
 def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
-    """Raise unless a curve can belong to the images that are trained on.
+    """Raise unless a curve can belong to the images that are trained on; see `check_curve_of`."""
+    check_curve_of(optimal, config, len(images.train), images.train[0].numel())
+
+
+def check_curve_of(optimal: OptimalLoss, config: TrainConfig, number: int, elements: int) -> None:
+    """Raise unless a curve can belong to a run on this number of images, each of this number of elements.
 
     Raises:
         RunError: number or size of the images differ, or only one of curve and run is class-conditional.
     """
-    expected = (len(images.train) * (2 if config.flips else 1), images.train[0].numel())
+    expected = (number * (2 if config.flips else 1), elements)
     if (optimal.samples, optimal.elements) != expected:
         flips = " (each mirrored too: --flips)" if config.flips else ""
         raise RunError(

@@ -11,6 +11,7 @@ snapshots/, ema/     see `vadiff.trainer.training.averages`
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...diagnosis import Diagnosis
 from ...errors import RunError
 from ...files import sha256_of
 from ...loss import DiffusionLoss
 from ...models import Denoiser
+from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..data import Images
 from . import averages
 from .assembly import build_criterion, build_denoiser, load_images
 from .checkpoint import checksum, load_checkpoint, steps_saved
 from .metrics import METRICS, read_metrics
-from .optimal_curve import read_curve
+from .optimal_curve import check_curve_of, read_curve
 
 CONFIG, DATA = "config.yaml", "data.json"
 WEIGHTS = ("ema", "raw")
@@ -135,8 +138,29 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
         """
+        return self._criterion(load_checkpoint(self.path, step))
+
+    def diagnose(self, optimal: OptimalLoss | None = None, step: int | None = None) -> Diagnosis:
+        """The diagnosis of the criterion of a checkpoint, with its gap where the optimal loss is known.
+
+        Args:
+            optimal: J* of the run's training images; the one in its folder by default, if it has one.
+            step: of the checkpoint; None is the latest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt.
+            RunError: `optimal` belongs to other images.
+        """
+        state = load_checkpoint(self.path, step)
+        optimal = read_curve(self.config, self.path) if optimal is None else optimal
+        facts = self.data_facts()
+        if optimal is not None and facts is not None:
+            check_curve_of(optimal, self.config, facts.train, math.prod(state["image_shape"]))
+        return self._criterion(state).diagnose(optimal, self.config.form().prediction, self.config.sigma_data)
+
+    def _criterion(self, state: Mapping[str, Any]) -> DiffusionLoss:
         criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
-        criterion.load_state_dict(load_checkpoint(self.path, step)["criterion"])
+        criterion.load_state_dict(state["criterion"])
         return criterion
 
     def images(self) -> Images:

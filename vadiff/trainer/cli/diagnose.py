@@ -1,0 +1,35 @@
+"""`vadiff diagnose`."""
+
+import argparse
+from pathlib import Path
+
+NAME = "diagnose"
+HELP = "does weighting by the loss pay for a run? figures per noise level and a verdict"
+DESCRIPTION = (
+    "Read the statistics of a run's checkpoint and print how much its loss differs between noise levels, the weights "
+    "that variance_aware and loss_level would use, samples per noise level, what was skipped or lies outside the bins, "
+    "and a verdict with the line to change. Takes a second and no GPU, and any weighting, constant included. With the "
+    "optimal loss of the training images also the share of the loss that training can still reduce."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that `vadiff train` wrote")
+    parser.add_argument("--step", type=int, metavar="N", default=None, help="step of a checkpoint; default: the last")
+    parser.add_argument(
+        "--optimal", type=Path, metavar="CSV", default=None,
+        help="optimal loss of its training images, from `vadiff optimal-loss`; default: the run's own, if it has one",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    from ...optimal_loss import OptimalLoss
+    from ..training import open_run
+
+    optimal = None
+    if options.optimal is not None:
+        try:
+            optimal = OptimalLoss.load(options.optimal)
+        except (OSError, ValueError) as error:
+            options.parser.error(f"argument --optimal: {error}")
+    print(open_run(options.run_directory).diagnose(optimal, options.step))
