@@ -34,7 +34,7 @@ LIBRARY = {
     "statistics": {"_validation", "ops"},
     "weighting": {"_validation", "ops", "process", "statistics"},
     "bands": {"ops", "statistics", "weighting"},
-    "level_checks": {"ops"},
+    "level_checks": {"errors", "ops", "process", "statistics"},
     "diagnosis": {"bands", "level_checks", "ops", "process", "weighting"},
     "summary": {"bands", "diagnosis", "extras"},
     "metrics_file": set(),
@@ -85,7 +85,8 @@ ALLOWED = {
     "__main__": {"trainer.cli"},
     # what `import vadiff` brings
     "vadiff": {
-        "_version", "ema", "levels", "log_snr", "loss", "metrics_file", "ops", "optimal_loss", "process", "statistics", "weighting",
+        "_version", "ema", "levels", "log_snr", "loss", "metrics_file", "ops", "optimal_loss", "process", "statistics",
+        "weighting",
     },
 }  # fmt: skip
 # `vadiff.optimal_loss.__getattr__` finds names that version 0.1 had there.

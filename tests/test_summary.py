@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff import summary
+from vadiff.bands import bands_of
 from vadiff.extras import MissingExtraError
 
 Seen = tuple[vadiff.DiffusionLoss, np.ndarray, np.ndarray]
@@ -43,7 +43,7 @@ def pyplot() -> Any:
 
 def test_bands_hold_the_moments_of_the_samples_in_them(seen: Seen) -> None:
     criterion, log_snr, losses = seen
-    bands = summary.bands_of(criterion, 5)  # 16 bins: one band has four of them
+    bands = bands_of(criterion, 5)  # 16 bins: one band has four of them
     edges = bands.edges.numpy()
     np.testing.assert_allclose(edges, [-8, -4, -1, 2, 5, 8])
     for i in range(4):
@@ -59,7 +59,7 @@ def test_bands_hold_the_moments_of_the_samples_in_them(seen: Seen) -> None:
 def test_weight_of_a_band_is_that_of_its_samples(seen: Seen) -> None:
     criterion, _, _ = seen
     count, weights = criterion.statistics.count[4:8], criterion.weights[4:8].double()
-    bands = summary.bands_of(criterion, 4)
+    bands = bands_of(criterion, 4)
     torch.testing.assert_close(bands.weight[1], (count * weights).sum() / count.sum())
 
 
@@ -71,11 +71,12 @@ def test_a_number_of_bands_that_is_none_is_refused(seen: Seen, bands: Any) -> No
 
 def test_summary_has_a_line_for_each_band_with_samples(seen: Seen) -> None:
     criterion, log_snr, losses = seen
-    title, header, *lines = criterion.summary(bands=8).splitlines()
+    title, header, *lines, verdict = criterion.summary(bands=8).splitlines()
     assert "VarianceAware" in title
     assert "400 samples" in title
     assert header.split() == ["log-SNR", "samples", "mean", "std", "std/mean", "weight"]
     assert len(lines) == 6  # -6 to 6, of which the last is half empty
+    assert verdict.startswith("verdict: ")
     inside = losses[(log_snr >= -2) & (log_snr < 0)]
     low, _, high, share, mean, std, relative, _ = lines[2].split()
     assert (low, high) == ("-2", "0")
@@ -95,7 +96,7 @@ def test_summary_counts_what_was_skipped(seen: Seen) -> None:
 def test_summary_of_weights_that_depend_on_the_batch_has_a_dash() -> None:
     criterion = vadiff.DiffusionLoss("loss_zscore")
     criterion.reweight(torch.ones(4), torch.zeros(4))
-    assert criterion.summary().splitlines()[-1].split()[-1] == "-"
+    assert criterion.summary().splitlines()[-2].split()[-1] == "-"
 
 
 def test_summary_of_an_untrained_criterion_says_so() -> None:
@@ -222,7 +223,10 @@ def test_trackers_get_every_band_with_samples_by_name(seen: Seen, make: Callable
     assert step == 7
     bands = [f"log_snr_{low}_to_{low + 2}" for low in range(-6, 6, 2)]
     names = ("base_loss", "std", "relative_std", "weight", "share")
-    assert set(values) == {f"noise/{name}/{band}" for name in names for band in bands} | {"noise/skipped"}
+    assert set(values) == {f"noise/{name}/{band}" for name in names for band in bands} | {
+        "noise/samples", "noise/skipped"
+    }  # fmt: skip
+    assert values["noise/samples"] == 400.0
     assert all(type(value) is float for value in values.values())
     inside = losses[(log_snr >= 2) & (log_snr < 4)]
     assert values["noise/base_loss/log_snr_2_to_4"] == pytest.approx(inside.mean())
@@ -231,7 +235,7 @@ def test_trackers_get_every_band_with_samples_by_name(seen: Seen, make: Callable
 
 
 def test_an_untrained_criterion_logs_that_nothing_was_skipped() -> None:
-    assert logged_to(vadiff.DiffusionLoss(), _Logs) == [({"vadiff/skipped": 0.0}, 7)]
+    assert logged_to(vadiff.DiffusionLoss(), _Logs) == [({"vadiff/samples": 0.0, "vadiff/skipped": 0.0}, 7)]
 
 
 def test_a_summary_writer_gets_scalars_a_picture_and_a_histogram(seen: Seen, tmp_path: Path, pyplot: Any) -> None:
@@ -245,9 +249,9 @@ def test_a_summary_writer_gets_scalars_a_picture_and_a_histogram(seen: Seen, tmp
     assert pyplot.get_fignums() == []
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = events.Tags()
-    assert len(tags["scalars"]) == 5 * 6 + 1  # with the names as they were given
+    assert len(tags["scalars"]) == 5 * 6 + 2  # with the names as they were given
     (event,) = events.Scalars("vadiff/base_loss/log_snr_-6_to_-4")
-    assert (event.step, event.value) == (7, pytest.approx(summary.bands_of(criterion, 8).mean[1].item()))
+    assert (event.step, event.value) == (7, pytest.approx(bands_of(criterion, 8).mean[1].item()))
     assert events.Images("vadiff/noise_levels")[0].step == 7
     (histogram,) = events.Histograms("vadiff/log_snr")
     assert histogram.histogram_value.num == 400

@@ -293,7 +293,7 @@ def balances(weighting: Weighting) -> bool:
 
 
 def starved_bands(bands: Bands) -> tuple[tuple[float, float], ...]:
-    """(low, high) of each run of bands with far less than an even share, between the first and the last with samples."""
+    """(low, high) of each run of bands with far less than an even share, between the outermost bands with samples."""
     seen = (bands.samples > 0).nonzero().flatten().tolist()
     if not seen:
         return ()
