@@ -221,7 +221,7 @@ def test_notebook_without_matplotlib_gets_the_table_alone(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     criterion = fed(50.0)
     with pytest.raises(MissingExtraError):
-        vadiff.summary._figure(criterion)  # type: ignore[attr-defined]
+        vadiff.summary._figure(criterion)
     page = criterion._repr_html_()
     assert "verdict: " in page
     assert "<img" not in page

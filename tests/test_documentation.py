@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import vadiff
+from vadiff import diagnosis
 from vadiff.trainer.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -311,6 +312,29 @@ def experiment_script(name: str) -> Any:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def test_page_on_the_diagnosis_has_the_thresholds_and_the_figures_of_their_experiment() -> None:
+    page = " ".join((DOCS / "diagnosis.md").read_text().split())
+    found = json.loads((ROOT / "benchmarks/results/diagnosis.json").read_text())
+    leave, trial = diagnosis.LEAVE_BELOW, diagnosis.TRY_FROM
+    assert found["thresholds"] == {"leave_below": leave, "try_from": trial}
+    assert f"| below {leave:g} | nothing" in page
+    assert f"| from {trial:g} | try" in page
+    assert f"| from {diagnosis.TOO_MUCH:,.0f} | the same" in page
+    assert found["judged_on"] == {"right": 30, "of": 30}
+    by_std = found["by_std"]["judged_on"]
+    assert (by_std["of"] - by_std["right"], by_std["of"]) == (4, 30)
+    assert "four of thirty verdicts on the other seeds are wrong" in page
+    results = json.loads((ROOT / "benchmarks/results/objectives-digits/results.json").read_text())
+    half, full = (
+        [100 * math.expm1(value) for value in results["arms"][f"epsilon-linear/{arm}"]["held_out"]["per_seed"].values()]
+        for arm in ("loss-level-half", "loss-level")
+    )
+    assert max(half) < 0
+    mean = 100 * math.expm1(results["arms"]["epsilon-linear/loss-level-half"]["held_out"]["mean"])
+    assert f"{mean:.1f} %".replace("-", "−") + " in held-out loss, all ten seeds" in page
+    assert f"ranged from {min(full):.1f} to {max(full):+.1f} %".replace("-", "−") in page
 
 
 def test_figures_by_objective_are_those_of_the_results(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_criterion_logs_to_it(file: vadiff.MetricsFile) -> None:
 
 
 def test_numbers_are_one_json_object_a_line(file: vadiff.MetricsFile) -> None:
-    file.log({"loss": torch.tensor(0.5), "count": 3, "bad": math.nan}, step=1)
+    file.log({"loss": torch.tensor(0.5, requires_grad=True), "count": 3, "bad": math.nan}, step=1)
     file.log({"loss": math.inf}, step=2)
     lines = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.5, "count": 3.0, "bad": None}, {"step": 2, "loss": None}]

@@ -109,7 +109,7 @@ def _number(name: Any, value: Any) -> float | None:
     try:
         if isinstance(value, str):
             raise TypeError("a string")
-        number: float | None = finite(float(value))
+        number: float | None = finite(float(value.item() if hasattr(value, "item") else value))
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for several elements
         raise TypeError(f"{name} is {value!r}, expected a number or a tensor of one element") from error
     return number

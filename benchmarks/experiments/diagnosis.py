@@ -20,6 +20,7 @@ A pair is any two runs of `vadiff train` that differ in their weighting only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -129,15 +130,71 @@ def share_right(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"right": sum(row["right"] for row in rows), "of": len(rows)}
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    for row in rows:
-        name = row.get("name") or f"{row['objective']} {row['seed']}"
-        print(
-            f"{name:18} mean {row['mean_ratio']:6.1f}  std {row['std_ratio']:5.1f}  {row['finding']:8} from step "
-            f"{row['settled_at']:4} of {row['steps']:4}  did {100 * row['variance_aware_did']:+6.2f} %  "
-            f"{'right' if row['right'] else 'WRONG'}"
+def by_std(fixed: Sequence[dict[str, Any]], later: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same with highest ÷ lowest std in place of the mean, and one threshold: the best one on `fixed`."""
+    values = sorted(row["std_ratio"] for row in fixed)
+
+    def right(rows: Sequence[dict[str, Any]], threshold: float) -> int:
+        return sum((row["std_ratio"] >= threshold) is row["gained"] for row in rows)
+
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(values)]
+    best = max(middles, key=lambda threshold: right(fixed, threshold))
+    return {
+        "threshold": best,
+        "fixed_on": {"right": right(fixed, best), "of": len(fixed)},
+        "judged_on": {"right": right(later, best), "of": len(later)},
+    }
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A line per objective and half of the seeds, and a line per pair."""
+    rows: list[tuple[str, ...]] = [
+        ("", "seeds", "mean ratio", "std ratio", "verdict", "from step", "variance_aware did", "right"),
+    ]
+    for part in (FIXED_ON, JUDGED_ON):
+        for objective in dict.fromkeys(row["objective"] for row in content["digits"]):
+            found = [row for row in content["digits"] if row["objective"] == objective and row["seed"] in part]
+            if found:
+                rows.append(_line(objective, f"{part[0]} to {part[-1]}", found))
+    rows += [_line(row["name"], str(row["seed"]), [row]) for row in content["pairs"]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    thresholds = content["thresholds"]
+    lines += [
+        "",
+        f"Rule, fixed on seeds 0 to 4: leave it below {thresholds['leave_below']:g}, try from "
+        f"{thresholds['try_from']:g} (mean ratio).",
+        f"Right on seeds 0 to 4: {_of(content['fixed_on'])}; on seeds 5 to 9: {_of(content['judged_on'])}; on other "
+        f"runs: {_of(content['pairs_right'])}.",
+    ]
+    if content["by_std"]:
+        lines.append(
+            f"By the std ratio instead, try from {content['by_std']['threshold']:.2f}: "
+            f"{_of(content['by_std']['fixed_on'])}; {_of(content['by_std']['judged_on'])}."
         )
-    print(f"right: {sum(row['right'] for row in rows)} of {len(rows)}")
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, seeds: str, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    def span(field: str, form: str, scale: float = 1.0) -> str:
+        values = sorted(scale * row[field] for row in rows)
+        low, high = (format(values[place], form) for place in (0, -1))
+        return low if low == high else f"{low} to {high}"
+
+    return (
+        name,
+        seeds,
+        span("mean_ratio", ".1f"),
+        span("std_ratio", ".1f"),
+        ", ".join(dict.fromkeys(row["finding"] for row in rows)),
+        f"{span('settled_at', 'd', 1)} of {rows[0]['steps']}",
+        f"{span('variance_aware_did', '+.2f', 100.0)} %",
+        _of(share_right(rows)),
+    )
+
+
+def _of(share: dict[str, Any]) -> str:
+    return f"{share['right']} of {share['of']}"
 
 
 def main() -> None:
@@ -150,24 +207,20 @@ def main() -> None:
     rows = digits(options.runs, options.seeds)
     pairs = [pair(name, Path(constant), Path(adaptive)) for name, constant, adaptive in options.pair]
     fixed, later = ([row for row in rows if row["seed"] in part] for part in (FIXED_ON, JUDGED_ON))
-    for part in (fixed, later, pairs):
-        if part:
-            print_table(part)
-    print(
-        write_results(
-            "diagnosis",
-            {
-                "thresholds": {"leave_below": LEAVE_BELOW, "try_from": TRY_FROM},
-                "gain_from_log_ratio": GAIN,
-                "fixed_on": share_right(fixed),
-                "judged_on": share_right(later),
-                "pairs_right": share_right(pairs),
-                "digits": rows,
-                "pairs": pairs,
-            },
-            options.out,
-        )
-    )
+    content = {
+        "thresholds": {"leave_below": LEAVE_BELOW, "try_from": TRY_FROM},
+        "gain_from_log_ratio": GAIN,
+        "fixed_on": share_right(fixed),
+        "judged_on": share_right(later),
+        "pairs_right": share_right(pairs),
+        "by_std": by_std(fixed, later) if fixed and later else None,
+        "digits": rows,
+        "pairs": pairs,
+    }
+    path = write_results("diagnosis", content, options.out)
+    text = as_text(content)
+    path.with_suffix(".txt").write_text(text)
+    print(text, path, sep="\n")
 
 
 if __name__ == "__main__":
