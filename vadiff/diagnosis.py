@@ -45,7 +45,6 @@ RELATIVE_ERROR = 0.2
 
 _COVERED = 0.8  # least share of the samples in such bands
 _STARVED = 0.1  # of an even share over the bands that have samples
-_MANY_SKIPPED = 0.01  # of the samples
 _TRIAL = "criterion.weighting = vadiff.weighting.LossLevel(strength=0.5)"
 
 
@@ -228,11 +227,11 @@ def verdict_of(bands: Bands, weighting: str, balanced: bool, skipped: int = 0, p
         problem: what is wrong with the noise levels, if anything.
     """
     spread, samples = spread_of(bands), bands.samples.sum().item()
-    if skipped > _MANY_SKIPPED * samples:
+    if skipped > samples:  # of the whole training, where `samples` is what was not forgotten
         return Verdict(
             "skipped",
-            f"{skipped:,} samples were skipped, for a NaN log-SNR or a non-finite loss or weight: find their cause "
-            "first.",
+            f"{skipped:,} samples were skipped, more than the statistics hold, for a NaN log-SNR or a non-finite loss "
+            "or weight: find their cause first.",
         )
     if problem is not None:
         return Verdict("levels", f"your log-SNR looks wrong: {problem}")
