@@ -183,6 +183,9 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
             if count > 0 and math.isfinite(value):
                 yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
+    level_free = float(criterion.statistics.read_level_free_loss())
+    if not math.isnan(level_free) or found.samples.sum() > 0:  # NaN of non-finite losses is not hidden
+        yield f"{prefix}/level_free_loss", level_free
 
 
 def _add_histogram(criterion: Criterion, writer: Any, step: int, prefix: str) -> None:
