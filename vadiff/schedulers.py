@@ -102,7 +102,7 @@ def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
-    """The scheduler's timesteps whose noise levels are nearest: the inverse of `log_snr_of`, rounded to whole timesteps.
+    """The scheduler's timesteps with the nearest noise levels: the inverse of `log_snr_of`, to whole timesteps.
 
     The level actually used is `log_snr_of(scheduler, timesteps_of(scheduler, log_snr))`. Reads the tables on the CPU,
     so not for the hot path.
@@ -137,8 +137,8 @@ def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
     low, high = ends[0] - 0.5 * (ends[1] - ends[0]), ends[-1] + 0.5 * (ends[-1] - ends[-2])
     if not bool(((wanted >= low) & (wanted <= high)).all()):
         raise ValueError(
-            f"log_snr runs from {wanted.min():.4g} to {wanted.max():.4g}, expected {ends[0]:.4g} to {ends[-1]:.4g}: the "
-            "noise levels of the scheduler"
+            f"log_snr runs from {wanted.min():.4g} to {wanted.max():.4g}, expected {ends[0]:.4g} to {ends[-1]:.4g}: "
+            "the noise levels of the scheduler"
         )
     nearest = (table.clamp(-_FAR, _FAR) - wanted[:, None]).abs().argmin(1)
     return times[nearest].to(log_snr.device)

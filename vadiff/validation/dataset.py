@@ -36,9 +36,7 @@ class IndexedDataset:
         ValueError: turns is not positive.
     """
 
-    def __init__(
-        self, dataset: Samples, turns: int = 1, collate_fn: Callable[[list[Any]], Any] | None = None
-    ) -> None:
+    def __init__(self, dataset: Samples, turns: int = 1, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"dataset is a {type(dataset).__name__}, expected one with a length and items by index. Use "

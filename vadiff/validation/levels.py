@@ -121,9 +121,7 @@ class LevelValidation:
                 )
         return cls(chosen, **options)
 
-    def indexed(
-        self, dataset: Samples, collate_fn: Callable[[list[Any]], Any] | None = None
-    ) -> IndexedDataset:
+    def indexed(self, dataset: Samples, collate_fn: Callable[[list[Any]], Any] | None = None) -> IndexedDataset:
         """The held-out set with indices, and with each sample `turns` times: what the loop's DataLoader reads.
 
         Args:
@@ -197,14 +195,14 @@ class LevelValidation:
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"log_snr of index {int(given[first])} is {found[first]:.4g}, expected {expected[first]:.4g}: the level "
-                "that draw gave for this index. If timesteps are rounded, make the levels with "
+                f"log_snr of index {int(given[first])} is {found[first]:.4g}, expected {expected[first]:.4g}: the "
+                "level that draw gave for this index. If timesteps are rounded, make the levels with "
                 "LevelValidation.for_process(scheduler), and the timesteps with timesteps_of(scheduler, log_snr)."
             )
         self._added.append((given, loss.detach().cpu()))
 
     def result(self) -> LevelLosses:
-        """Loss per level over all ranks; the next `add` begins another pass. Every rank must call it, unless not `sync`.
+        """Loss per level over all ranks; the next `add` begins another pass. With `sync`, every rank must call it.
 
         Raises:
             ValueError: nothing was added; a level without samples; an index with two different losses; a reference at
@@ -251,7 +249,7 @@ class LevelValidation:
     @property
     def _draws(self) -> str:
         kind = "every level of each sample" if self.every_level else "one level per sample"
-        return f"{kind}, {'noise of its own' if self._noise is not None else 'seed'} {self.seed}"
+        return f"{kind}, seed {self.seed}" + ("" if self._noise is None else ", noise of another function")
 
     def _read_reference(self) -> LevelLosses | Exception | None:
         if not isinstance(self.reference, Path):

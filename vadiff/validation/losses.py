@@ -146,10 +146,26 @@ class LevelLosses:
         squares = torch.zeros_like(ratio).index_add_(0, level, difference.square())
         return ratio, (squares / (self.samples - 1).double() / self.samples).sqrt() / other.loss
 
+    def mean_log_ratio_stderr(self, reference: LevelLosses | None = None) -> float:
+        """Standard error of `mean_log_ratio` over samples, of paired differences; NaN where `ratio_to` has NaN.
+
+        Args and errors as for `mean_log_ratio`.
+        """
+        other = self._other(reference)
+        if self.records is None or other.records is None:
+            return math.nan
+        level = self.records.level
+        difference = self.records.loss - (self.loss / other.loss)[level] * other.records.loss
+        # What each loss adds to the mean over levels of ln(mean), to first order; a sample's levels are dependent.
+        influence = difference / (self.loss * self.samples * len(self.loss))[level]
+        samples, place = self.records.sample.unique(return_inverse=True)
+        total = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, place, influence)
+        return math.sqrt(float(total.square().sum()) * len(samples) / (len(samples) - 1 or math.nan))
+
     def training_gap(self, optimal: OptimalLoss, prediction_type: str, *, sigma_data: float = 0.5) -> ModelGap:
         """Loss minus the lowest loss of any network, J*, in x0 form: **for training images only**.
 
-        J* bounds the loss on the images it was estimated from. A held-out image may cost less or more than that, and the
+        J* bounds the loss on the images it was estimated from. A held-out image may cost less or more, and the
         difference says nothing about the network. Validate on training images to have a gap.
 
         Args:
@@ -170,8 +186,7 @@ class LevelLosses:
     def __str__(self) -> str:
         """A text table, one line per level, without a trailing newline."""
         compared = self.reference is not None
-        number = int(self.samples.sum())
-        lines = [f"loss by noise level, {number:,} losses of held-out samples, {self.draws}"]
+        lines = [f"loss by noise level ({self.draws})"]
         lines.append(f"{'log-SNR':>8} {'sigma':>9} {'samples':>8} {'loss':>11}   {'std. error':>10}")
         ratio, error = self.ratio_to() if compared else (self.loss, self.stderr)
         if compared:
@@ -183,8 +198,11 @@ class LevelLosses:
                 line += f"{ratio[row]:12.4f}" + ("" if error[row].isnan() else f" ± {error[row]:.4f}")
             lines.append(line.rstrip())
         if compared:
-            change = self.mean_log_ratio()
-            lines.append(f"mean over levels of ln(loss / reference): {change:+.4f} ({math.expm1(change):+.2%})")
+            change, uncertain = self.mean_log_ratio(), self.mean_log_ratio_stderr()
+            error_text = "" if math.isnan(uncertain) else f" ± {uncertain:.4f}"
+            lines.append(
+                f"mean over levels of ln(loss / reference): {change:+.4f}{error_text} ({math.expm1(change):+.2%})"
+            )
         if bool(self.non_finite.any()):
             where = ", ".join(f"{level:.4g}" for level in self.log_snr[self.non_finite > 0].tolist())
             lines.append(f"non-finite losses: {int(self.non_finite.sum()):,}, at log-SNR {where}")
@@ -294,8 +312,8 @@ class LevelLosses:
         same = torch.equal(self.records.sample, other.records.sample) if both else True  # type: ignore[union-attr]
         if not same or not torch.equal(other.samples, self.samples):
             raise ValueError(
-                f"the reference has {int(other.samples.sum()):,} samples, expected {int(self.samples.sum()):,}, as many "
-                "at each level: the same held-out set"
+                f"the reference has {int(other.samples.sum()):,} losses, expected {int(self.samples.sum()):,} of the "
+                "same samples: the same held-out set"
             )
 
 

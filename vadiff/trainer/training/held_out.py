@@ -3,6 +3,7 @@
 It is a `vadiff.validation.LevelValidation` of every level of each image, with noise from one stream per draw.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -51,6 +52,11 @@ class HeldOutLoss(NamedTuple):
             loss=self.per_image.T.reshape(-1).double(),
         )
         return LevelLosses.of(self.log_snr, records, _DRAWS)
+
+    def with_sigma_data(self, sigma_data: float) -> "HeldOutLoss":
+        """The same loss with λ(σ) of another sigma_data, to compare with a run that has it."""
+        mine, wanted = (loss_ratio("edm", self.log_snr, sigma_data=value) for value in (self.sigma_data, sigma_data))
+        return self._replace(per_image=self.per_image * (wanted / mine)[:, None], sigma_data=sigma_data)
 
     def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
         """Ratio of this mean loss to `other`'s, and its standard error, [L] float64 each.
@@ -141,10 +147,8 @@ def held_out_loss(
     total = draws * len(images) * len(levels)
     with progress_bar(total, "held-out loss", "image") if progress else nullcontext() as bar:
         for draw in range(draws):
-            stream = _noise(images.shape, seed, draw)
-            validation = LevelValidation(
-                log_snr_levels, every_level=True, noise=lambda rows, shape, stream=stream: stream[rows], sync=False
-            )
+            noise_of = functools.partial(_rows, _noise(images.shape, seed, draw))
+            validation = LevelValidation(log_snr_levels, every_level=True, noise=noise_of, sync=False)
             for rows in torch.arange(len(images)).split(batch_size):
                 clean = images[rows].to(device)
                 classes = labels[rows].to(device) if labels is not None and denoiser.labels else None
@@ -157,8 +161,13 @@ def held_out_loss(
                     if bar is not None:
                         bar.update(len(clean))
             records = validation.result().records
+            assert records is not None  # only a result from a file has none
             per_image[records.level, records.sample] += records.loss.float()
     return HeldOutLoss(levels, per_image, denoiser.sigma_data)
+
+
+def _rows(noise: Tensor, samples: Tensor, shape: torch.Size) -> Tensor:
+    return noise[samples]
 
 
 def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
