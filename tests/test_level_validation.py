@@ -348,7 +348,7 @@ def ready(**options: Any) -> LevelValidation:
         (lambda: added(ready(), [0], log_snr=torch.zeros(2)), ValueError, r"log_snr has shape \(2,\), expected \(1,\)"),
         (lambda: added(ready(), [0], log_snr=torch.tensor([5])), TypeError, "log_snr has dtype torch.int64"),
         (lambda: ready().result(), ValueError, "no losses were added since the last result: call add"),
-        (lambda: added(ready(), [0]).result(), ValueError, r"added at log-SNR -?6: 1 samples for 2 levels"),
+        (lambda: added(ready(), [0]).result(), ValueError, r"1 losses were added, but none at log-SNR -?6"),
         (
             lambda: added(added(ready(), [0, 1]), [1, 2], 2.0 * torch.ones(2)).result(),
             ValueError,

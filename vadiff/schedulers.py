@@ -120,7 +120,7 @@ def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
 
     Example:
         >>> timesteps_of(noise_scheduler, torch.tensor([0.0, 4.0]))
-        tensor([259,  89])
+        tensor([258,  37])
     """
     if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point():
         raise TypeError(f"log_snr is {log_snr!r}, expected a floating-point tensor: ln(alpha**2/sigma**2) per sample")

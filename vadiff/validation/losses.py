@@ -89,8 +89,8 @@ class LevelLosses:
         if bool((count == 0).any()):
             missing = ", ".join(f"{level:.4g}" for level in log_snr[count == 0].tolist())
             raise ValueError(
-                f"no losses were added at log-SNR {missing}: {len(records.level):,} samples for {size} levels. Go "
-                "through the whole held-out set, use fewer levels, or every_level=True."
+                f"{len(records.level):,} losses were added, but none at log-SNR {missing}: go through the whole "
+                "held-out set, use fewer levels, or every_level=True"
             )
 
         def total(values: Tensor) -> Tensor:  # [R] → [L]
