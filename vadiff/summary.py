@@ -134,15 +134,24 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
     """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
-    log = _logger(writer)
-    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
-        raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
-    log(dict(_scalars(criterion, bands_of(criterion, bands), prefix)), int(step))
+    log_values(writer, dict(_scalars(criterion, bands_of(criterion, bands), prefix)), step)
     if hasattr(writer, "add_figure"):
         with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged
             writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))
     if hasattr(writer, "add_histogram_raw"):
         _add_histogram(criterion, writer, int(step), prefix)
+
+
+def log_values(writer: Any, values: dict[str, float], step: int) -> None:
+    """Log numbers by name to any of the trackers that `DiffusionLoss.log_to` knows.
+
+    Raises:
+        TypeError: not a tracker, or a step that is not an integer.
+    """
+    log = _logger(writer)
+    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+        raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
+    log(values, int(step))
 
 
 def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
