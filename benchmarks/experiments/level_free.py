@@ -1,14 +1,15 @@
 """How much noise of the logged loss is noise of the levels drawn? Raw against level-free, while a network trains.
 
-Digits, the networks and objectives of objectives_digits.toml with constant weighting and independent levels: epsilon with
-linear betas and uniform t, flow with uniform t, EDM; batches of 4 and of 64; five seeds. Every step is logged by itself.
+Digits, the networks and objectives of objectives_digits.toml with constant weighting and independent levels: epsilon
+with linear betas and uniform t, flow with uniform t, EDM; batches of 4 and of 64; five seeds. Every step is logged by
+itself.
 
 Primary figure, fixed beforehand: the relative noise of a logged value, std of the difference of neighbouring steps over
 sqrt(2) times their mean, over the second half of the steps: raw, the mean base loss of the batch; level-free,
-`criterion.level_free_loss`. The criterion's bins are 0.25 wide, as `DiffusionLoss.for_process` makes them; the first half
-is longer than the 32 samples per bin until which both are the same. Reported: mean over seeds and its standard error, the
-ratio raw / level-free, and its square, by which a batch would have to be larger for the same noise. Also whether the two
-agree: mean of level-free / mean of raw over the second half, 1 if it is unbiased.
+`criterion.level_free_loss`. The criterion's bins are 0.25 wide, as `DiffusionLoss.for_process` makes them; the first
+half is longer than the 32 samples per bin until which both are the same. Reported: mean over seeds and its standard
+error, the ratio raw / level-free, and its square, by which a batch would have to be larger for the same noise. Also
+whether the two agree: mean of level-free / mean of raw over the second half, 1 if it is unbiased.
 
     python benchmarks/experiments/level_free.py [--jobs 2] [--out FILE.json]
 """
