@@ -163,8 +163,10 @@ def test_starved_levels_are_those_between_the_outermost_samples_with_few() -> No
 
 
 def test_end_bins_are_counted_with_what_lies_outside_the_range() -> None:
-    criterion = fed(2.0, log_snr_range=(-4.0, 4.0))
-    assert criterion.diagnose().end_bins == pytest.approx(1 / 3, abs=0.02)
+    found = fed(2.0, log_snr_range=(-4.0, 4.0)).diagnose()
+    assert (found.below, found.above) == (pytest.approx(1 / 6, abs=1e-3), pytest.approx(1 / 6, abs=1e-3))
+    assert found.end_bins == pytest.approx(1 / 3, abs=0.02)
+    assert "16.7% below, 16.7% above" in str(found)
 
 
 def test_gap_is_the_mean_loss_above_the_optimal_loss_in_the_form_of_the_loss() -> None:

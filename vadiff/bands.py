@@ -21,6 +21,7 @@ class Criterion(Protocol):
     weighting: Weighting
     statistics: LogSNRStatistics
     loss: str
+    _last_log_snr: Tensor | None  # [B] of the last call
 
     @property
     def bin_centers(self) -> Tensor: ...

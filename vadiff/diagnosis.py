@@ -171,11 +171,11 @@ def diagnose(
     """
     statistics = criterion.statistics
     bands = bands_of(criterion)
-    outside, last = _outside_and_last(criterion)
+    outside, last = statistics.outside.cpu(), criterion._last_log_snr
     moments = moments_of(statistics.state.cpu(), statistics.bins)
     count, skipped = moments[0], int(statistics.skipped)
     spread = spread_of(bands)
-    problem = problem_with_levels(count, statistics.bins, outside, last)
+    problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
     verdict = verdict_of(bands, type(criterion.weighting).__name__, balances(criterion.weighting), skipped, problem)
     total = max(count.sum().item(), 1e-300)
     return Diagnosis(
@@ -330,16 +330,6 @@ def _gap(
     band = band_of_bins(len(centers), len(bands.samples))
     total = torch.zeros_like(bands.samples).index_add_(0, band, count * best)
     return bands.mean - total / bands.samples
-
-
-def _outside_and_last(criterion: Criterion) -> tuple[Tensor, Tensor | None]:
-    """Samples below and above the range, [2] float64, and the log-SNR of the last call [B], or None; on the CPU."""
-    outside = getattr(criterion.statistics, "outside", None)
-    last = getattr(criterion, "_last_log_snr", None)
-    return (
-        torch.zeros(2, dtype=torch.float64) if outside is None else outside.cpu(),
-        None if last is None else last.detach().float().cpu(),
-    )
 
 
 def _ratio(values: Tensor) -> float:

@@ -62,6 +62,7 @@ class DiffusionLoss(nn.Module):
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
+    _last_log_snr: Tensor | None = None  # [B] of the last call
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
@@ -189,7 +190,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             loss = loss + (term.mean() if inputs.mean else term)
-        self._keep(per_sample)
+        self._keep(per_sample, inputs.log_snr)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -223,7 +224,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             weighted = weighted + term
-        self._keep(loss.detach().clone()[None])
+        self._keep(loss.detach().clone()[None], inputs.log_snr)
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
@@ -236,13 +237,29 @@ class DiffusionLoss(nn.Module):
         if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
-        self._keep(per_sample)
+        self._keep(per_sample, inputs.log_snr)
         return loss.mean() if inputs.mean else loss
 
     @property
     def per_sample_loss(self) -> Tensor | None:
         """Detached copy of the last ell [B], float32 (float64 for a float64 prediction); None before the first call."""
         return None if self._last is None else self._last[ELL].clone()
+
+    @property
+    def level_free_loss(self) -> Tensor:
+        """Mean base loss since this was last read, free of which noise levels were drawn. Detached float32 scalar.
+
+        Each training call adds its mean of v*g, corrected by what the levels of its batch cost more or less than the
+        average (post-stratification by the bins' running means, as they were before the call):
+
+            L = (1/B) sum_i v_i g_i + c [sum_k P_k mu_k - (1/B) sum_i v_i mu_k(i)]
+
+        so the curve falls when the model improves and not when easier levels are drawn; a spike or a NaN shows. Until
+        there are 32 samples per bin on average it is the plain mean of v*g. Ranks are merged at each call. Reading
+        copies nothing to the host; it starts a new mean, and repeats the last value if no call came since. NaN before
+        the first training call.
+        """
+        return self.statistics.read_level_free_loss()
 
     @property
     def bin_centers(self) -> Tensor:
@@ -277,7 +294,7 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_problem": None, "base_loss": None}
+        return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
@@ -299,19 +316,20 @@ class DiffusionLoss(nn.Module):
         dtype = compute_dtype(prediction)
         return check_per_sample("weighting(log_snr)", weight, prediction.shape[0], prediction.device, dtype)
 
-    def _keep(self, per_sample: Tensor) -> None:
+    def _keep(self, per_sample: Tensor, log_snr: Tensor) -> None:
         if torch.compiler.is_compiling():
-            self._last = per_sample
-        else:
-            object.__setattr__(self, "_last", per_sample)  # `nn.Module.__setattr__` costs 2 µs
+            self._last, self._last_log_snr = per_sample, log_snr
+        else:  # `nn.Module.__setattr__` costs 2 µs
+            object.__setattr__(self, "_last", per_sample)
+            object.__setattr__(self, "_last_log_snr", log_snr)
 
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.
 
         For those who destroy the graph and keep the criterion.
         """
-        if self._last is not None:
-            self._keep(self._last.clone())
+        if self._last is not None and self._last_log_snr is not None:
+            self._keep(self._last.clone(), self._last_log_snr.clone())
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 
@@ -334,8 +352,7 @@ class DiffusionLoss(nn.Module):
     def summary(self, bands: int = BANDS) -> str:
         """A text table with one line per band of log-SNR that has samples.
 
-        Columns: share of the samples; mean, std and std/mean of the base loss; mean weight. Then the skipped samples,
-        and the verdict of `diagnose`.
+        Columns: share of samples, mean, std, std/mean of the base loss, mean weight. Then skipped samples and verdict.
 
         Args:
             bands: number of intervals of `log_snr_range`.
@@ -363,14 +380,13 @@ class DiffusionLoss(nn.Module):
         """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
         The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`, `<prefix>/samples` (effective number) and `<prefix>/skipped`. A
-        SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
+        `std`, `relative_std`, `weight` and `share`; `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
+        A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
         Args:
-            writer: a torch or tensorboardX SummaryWriter; a `vadiff.MetricsFile`; anything with
-                `.log(values, step=...)` (Weights & Biases, `accelerate.Accelerator`) or `.log_metrics(values,
-                step=...)` (Lightning's loggers, MLflow, Comet); or a function of (values, step). With several
-                processes, call it in one of them.
+            writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
+                `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
+                function of (values, step). With several processes, call it in one of them.
             step: optimiser steps so far.
             prefix: first part of the names.
             bands: number of intervals of `log_snr_range`.
