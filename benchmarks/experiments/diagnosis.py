@@ -14,7 +14,10 @@ figures: there are six cases on digits, not sixty.
     python benchmarks/experiments/diagnosis.py RUNS/objectives-digits [--seeds 5 6 7 8 9]
         [--pair NAME CONSTANT_RUN VARIANCE_AWARE_RUN ...] [--out FILE.json]
 
-A pair is any two runs of `vadiff train` that differ in their weighting only.
+A pair is any two runs of `vadiff train` that differ in their weighting only. Those on CIFAR-10 were made by
+
+    vadiff train --preset cifar10-mini --device cpu --precision fp32 --batch-size 32 --steps 300 --log-every 10
+        --held-out-images 128 --weighting constant|variance_aware [--process vp_linear]
 """
 
 from __future__ import annotations
