@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import check_per_sample, check_prediction, is_number
+from .level_checks import Watch
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
@@ -80,6 +81,7 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
+        self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
@@ -275,7 +277,10 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_problem": None, "base_loss": None}
+        return {**self.__dict__, "_last": None, "_problem": None, "_watch": None, "base_loss": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_watch": Watch()})
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
@@ -302,6 +307,10 @@ class DiffusionLoss(nn.Module):
             self._last = per_sample
         else:
             object.__setattr__(self, "_last", per_sample)  # `nn.Module.__setattr__` costs 2 µs
+            watch = self._watch
+            watch.left -= 1
+            if watch.left == 0:
+                watch.look(self)
 
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .extras import MissingExtraError, import_extra
+from .level_checks import judge_at_read
 from .ops.reference import moments_of, variance
 from .statistics import LogSNRStatistics
 from .weighting import Weighting
@@ -95,6 +96,7 @@ def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
 def summary(criterion: Criterion, bands: int = BANDS) -> str:
     """A text table of the statistics, without a trailing newline; see `DiffusionLoss.summary`."""
     found = bands_of(criterion, bands)
+    judge_at_read(criterion)
     statistics = criterion.statistics
     lines = [f"{criterion.weighting}: base loss by noise level, {found.samples.sum():,.0f} samples after forgetting"]
     if found.samples.sum() > 0:
@@ -128,6 +130,7 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
         loss_axes, weight_axes = panels
     except (TypeError, ValueError):
         raise TypeError(f"ax is a {type(ax).__name__}, expected matplotlib axes, a pair of them, or None") from None
+    judge_at_read(criterion)
     _draw(criterion, loss_axes, weight_axes)
     return loss_axes, weight_axes
 
@@ -138,6 +141,7 @@ def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff",
     if not isinstance(step, numbers.Integral) or isinstance(step, bool):
         raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
     log(dict(_scalars(criterion, bands_of(criterion, bands), prefix)), int(step))
+    judge_at_read(criterion)
     if hasattr(writer, "add_figure"):
         with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged
             writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))
