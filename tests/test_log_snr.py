@@ -48,7 +48,7 @@ def test_ends_of_every_process_give_infinities_and_no_nan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_result_is_float32_unless_float64_came_in(dtype: torch.dtype) -> None:
-    value = torch.tensor([0.25, 0.5], dtype=dtype)
+    value = torch.tensor([0.5, 0.25], dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert from_sigma(value).dtype == expected
     assert from_flow_time(value).dtype == expected

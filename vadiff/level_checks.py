@@ -31,6 +31,7 @@ FEWEST_SAMPLES = 150
 
 _CLEAN = 12.75  # sigma .0017: EDM's lowest is .002, log-SNR 12.4
 _NO_LOG_SNR = 40.0  # sigma 2e-9: a finite log-SNR above it is none
+_FORGOTTEN = 1e-3  # share of the samples that may be left of an earlier use
 _KNOWN_SAMPLES = 1000  # samples for comparing the distribution with known ones
 _KNOWN_DISTANCE = 0.03  # Kolmogorov distance to those: every schedule in use that has their support is .1 away or more
 
@@ -52,8 +53,8 @@ class _Seen(NamedTuple):
 
     @property
     def never_negative(self) -> bool:
-        certain = self.edges[1:] <= 1e-9
-        return self.below == 0.0 and not bool(self.inside[certain].any()) and not bool((self.last < 0).any())
+        below_zero = self.inside[self.edges[1:] <= 1e-9].sum().item() / self.samples
+        return self.below + below_zero < _FORGOTTEN and not bool((self.last < 0).any())
 
     @property
     def largest(self) -> float:
@@ -121,7 +122,9 @@ def _mostly_outside(seen: _Seen) -> str | None:
     last, bins = seen.last, seen.bins
     clean = seen.inside[seen.edges[:-1] >= _CLEAN].sum().item() / seen.samples
     beyond = last[last >= bins.high]
-    if len(beyond):
+    if bins.high >= _CLEAN:
+        clean += seen.above
+    elif len(beyond):
         clean += seen.above * (beyond >= _CLEAN).double().mean().item()
     if clean > 0.95 and bool((last >= _CLEAN).any()):
         return (
@@ -144,18 +147,18 @@ def _mostly_outside(seen: _Seen) -> str | None:
 
 def _unit_interval(seen: _Seen) -> str | None:
     """All values in [0, 1], from one end to the other. A single level, or a narrow band of them, is none of this."""
-    if not seen.never_negative or seen.above > 0 or bool((seen.last > 1).any()):
+    if not seen.never_negative or seen.above > _FORGOTTEN or bool((seen.last > 1).any()):
         return None
-    low, high, inside = seen.edges[:-1], seen.edges[1:], seen.inside
-    outside = (low >= 1.0 - 1e-9) | (high <= 1e-9)
-    within = inside[~outside]  # bins that overlap [0, 1)
-    exactly_one = inside[outside & (low <= 1.0)].sum()  # may be in the next bin
-    strays = inside[outside].sum() - exactly_one
-    if len(within) < 2 or strays > 0 or exactly_one > 0.05 * seen.samples or bool((within == 0).any()):
+    low, high, share = seen.edges[:-1], seen.edges[1:], seen.inside / seen.samples
+    within = (low < 1.0 - 1e-9) & (high > 1e-9)  # bins that overlap [0, 1)
+    exactly_one = share[~within & (low <= 1.0) & (high > 1e-9)].sum().item()  # may be in the next bin
+    strays = share[~within].sum().item() - exactly_one
+    at_ends = share[within][[0, -1]].min().item()
+    if int(within.sum()) < 2 or strays > _FORGOTTEN or exactly_one > 0.05 or at_ends < 0.02:
         return None
-    at_ends = min(within[0].item(), within[-1].item()) / seen.samples
-    near_ends = bool(((seen.last < 0.1) | (seen.last > 0.9)).any())
-    if not (at_ends > 0.15 and len(within) >= 4) and not (at_ends > 0.02 and near_ends):
+    # A band of levels that happens to lie inside does not reach 1, or not evenly.
+    even = int(within.sum()) >= 4 and at_ends > 0.15 and (bool((seen.last < 0.1).any()) or len(seen.last) == 0)
+    if not even and not seen.largest > 0.9:
         return None
     return (
         "all values of log_snr lie in [0, 1], from end to end, like times, t/T, ᾱ or the sigma of a "
@@ -192,10 +195,11 @@ def _not_a_logarithm(seen: _Seen) -> str | None:
     that S(k·x) <= S(x)**k for values that are never negative. Sigma and SNR, whose logarithms have such a density,
     break this by far.
     """
-    if not seen.never_negative or int((seen.inside > 0).sum()) < 8:
-        return None
     edges = seen.edges
-    first = int((edges[1:] > 1e-9).nonzero()[0])  # the bin that holds 0
+    first = int((edges[1:] > 1e-9).nonzero()[0]) if seen.bins.high > 0 else 0  # the bin that holds 0
+    filled = seen.inside > 0
+    if not seen.never_negative or not bool(filled[first : first + 4].all()) or int(filled.sum()) < 8:
+        return None  # a few single levels have no density
     if seen.inside[first] < 0.02 * seen.samples:
         return None
     with_outside = bool((seen.last >= seen.bins.high).any())

@@ -12,10 +12,11 @@ from ._validation import check_per_sample, check_prediction, is_number
 from .level_checks import Watch
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
+from .process import form_of
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
 from .summary import BANDS, log_to, plot, summary
-from .weighting import Weighting, from_name
+from .weighting import Weighting, for_criterion
 
 LOSSES = ("mse", "huber")
 
@@ -31,7 +32,8 @@ class DiffusionLoss(nn.Module):
     calls corrupt its statistics until `statistics.reset()`.
 
     Args:
-        weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`.
+        weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`. A name that depends
+            on the form of the loss ("min_snr", ...) is for calls with `coefficients`, integrations and `for_process`.
         bins: number K of log-SNR bins, 2 to 1024.
         log_snr_range: (low, high) of the bins, natural log of alpha**2/sigma**2; values outside fall in the end bins.
         half_life: mean number of samples per bin after which a sample counts half; `float("inf")` is plain Welford.
@@ -75,7 +77,7 @@ class DiffusionLoss(nn.Module):
         sync: bool = True,
     ) -> None:
         super().__init__()
-        self.weighting = from_name(weighting)
+        self.weighting = for_criterion(weighting)
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
         self.loss = loss
         self.huber_delta = huber_delta
@@ -86,7 +88,7 @@ class DiffusionLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
         if name == "weighting":
-            value = from_name(value)
+            value = for_criterion(value)
             self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
             self.__dict__.pop(name, None)
             self.__dict__["base_loss"] = None  # a learned one may have left it
@@ -169,12 +171,15 @@ class DiffusionLoss(nn.Module):
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
+                Also for a weighting by name whose formula depends on the form of the loss, without `coefficients`.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
         inputs = make_inputs(
             prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )  # fmt: skip
         weighting: Weighting = self.weighting
+        if coefficients is not None and weighting.needs_form:
+            weighting = self._in_form(form_of(coefficients))
         if weighting.needs_losses:
             return self._weighted_by_losses(inputs)
         problem = self._current_problem()
@@ -297,6 +302,13 @@ class DiffusionLoss(nn.Module):
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "_problem", (attributes, problem))
         return problem
+
+    def _in_form(self, prediction_type: str | None) -> Weighting:
+        """The weighting given by name, for the form of the loss that a call showed; kept, but in compiled code."""
+        weighting: Weighting = self.weighting.in_form(prediction_type)
+        if not torch.compiler.is_compiling():
+            self.weighting = weighting
+        return weighting
 
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
         dtype = compute_dtype(prediction)

@@ -28,6 +28,9 @@ class Weighting:
     has_parameters: ClassVar[bool] = False
     """Whether the weighting is a module with trainable parameters."""
 
+    needs_form: ClassVar[bool] = False
+    """Whether it is a name whose formula depends on the form of the loss, which is not known yet (`UnknownForm`)."""
+
     @property
     def pointwise(self) -> bool:
         """Whether a sample's weight depends on its own log-SNR only, not on the rest of the batch."""
