@@ -5,26 +5,19 @@ where no noise schedule in use looks like that: most samples outside the bins, v
 never negative with a tail heavier than any schedule's, whole numbers, or the very distribution that a known mistake
 makes of DDPM's, Stable Diffusion's or the cosine schedule. Mistakes that give a plausible distribution stay unseen: the
 square root of ᾱ, and a reversed time where high and low noise are equally frequent (uniform times of a flow).
-
-`Watch` decides when a criterion is judged, and never makes the host wait for a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
-import warnings
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import DiffusionLossWarning
 from .ops.problem import Bins
 from .process import DiscreteVP
-from .statistics import LogSNRStatistics
 
 FEWEST_SAMPLES = 150
 """Effective number of samples below which nothing is judged: 200 calls of one sample each are enough."""
@@ -252,7 +245,7 @@ def _known_mistakes() -> list[tuple[Tensor, str]]:
             (
                 -torch.log1p(-alpha_bar),
                 f"{noise} if from_sigma is given sqrt(1 - alphas_cumprod), the sigma of a variance-preserving process. "
-                "Pass vadiff.log_snr.from_alpha_sigma(alpha, sigma), or from_alphas_cumprod(alphas_cumprod, timesteps).",
+                "Pass vadiff.log_snr.from_alpha_sigma(alpha, sigma), or from_alphas_cumprod(alphas_cumprod, t).",
             ),
         ]
         if name != "the cosine":  # which is its own mirror image
@@ -260,138 +253,3 @@ def _known_mistakes() -> list[tuple[Tensor, str]]:
                 (-alpha_bar.logit(), f"{noise} with its sign reversed: log-SNR is high where there is little noise. ")
             )
     return [(values.sort().values, problem.strip()) for values, problem in found]
-
-
-FIRST_LOOK, LAST_LOOK = 200, 12_800
-"""Calls after which a criterion is judged: 200, 400, 800, ... 12,800."""
-
-_RETRY = 16  # calls until a copy from the GPU is looked for again, or a capture may be over
-_INTERNAL = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-
-_HEAD_DOES_NOT_LEARN = (
-    "the learned weighting has not changed in {calls:,} calls: no optimizer trains it. Give it the parameters of the "
-    "criterion too, torch.optim.AdamW([*model.parameters(), *criterion.parameters()]), or use the weighting "
-    "'loss_level', to which it would converge."
-)
-
-
-class Watched(Protocol):
-    """The attributes of a `vadiff.DiffusionLoss` that are read here."""
-
-    weighting: Any
-    statistics: LogSNRStatistics
-
-
-class _Evidence(NamedTuple):
-    """Tensors from which a criterion is judged, on its device or copied to the host."""
-
-    count: Tensor
-    outside: Tensor
-    last: Tensor | None
-    unmoved: Tensor | None  # bool scalar: the learned head is what it was at the first look
-
-    def on_host(self) -> _Evidence:
-        """Copies on the CPU: from a GPU into pinned memory, complete when the stream has come there."""
-        return _Evidence(*(None if x is None else x.to("cpu", non_blocking=True) for x in self))
-
-
-class Watch:
-    """When a criterion is judged, and what was said already: each warning is given once.
-
-    `DiffusionLoss` counts `left` down at every call outside of compiled code, and calls `look` when it is 0. On a GPU a
-    look copies the evidence without waiting, and a later call judges the copy once it is complete. Nothing is copied
-    while a graph is captured. What a compiled or captured step records is judged by `read`, at the criterion's reads.
-    """
-
-    __slots__ = ("_calls", "_head", "_head_said", "_levels_said", "_pending", "left")
-
-    def __init__(self) -> None:
-        self.left = 1  # calls until the next look
-        self._calls = 1  # calls at the next look; 1: only the parameters of a learned head are kept
-        self._head: Tensor | None = None
-        self._pending: tuple[torch.cuda.Event, _Evidence] | None = None
-        self._levels_said = self._head_said = False
-
-    def look(self, criterion: Watched) -> None:
-        """Judge the criterion if it can be done without waiting, and set `left` for the next look."""
-        device = criterion.statistics.state.device
-        if device.type not in ("cpu", "cuda"):
-            return
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.left = _RETRY
-            return
-        if self._pending is None and self._calls == 1:
-            self._head = _head_of(criterion)
-            self._schedule(FIRST_LOOK)
-            return
-        if self._pending is None:
-            evidence = _evidence(criterion, self._head).on_host()
-            if device.type == "cuda":
-                self._pending = torch.cuda.current_stream(device).record_event(), evidence
-        else:
-            event, evidence = self._pending
-            if event.query():
-                self._pending = None
-        if self._pending is not None:
-            self.left = _RETRY
-            return
-        self._judge(criterion, evidence)
-        if 2 * self._calls <= LAST_LOOK and not (self._levels_said and self._head_said):
-            self._schedule(2 * self._calls)
-
-    def read(self, criterion: Watched) -> None:
-        """Judge the criterion now, waiting for the GPU: for reads of the statistics, which do so anyway."""
-        if not self._levels_said and criterion.statistics.state.device.type != "meta":
-            count, outside, last, _ = _evidence(criterion, None)
-            self._judge(criterion, _Evidence(count.cpu(), outside.cpu(), None if last is None else last.cpu(), None))
-
-    def _schedule(self, calls: int) -> None:
-        self.left, self._calls = calls - self._calls, calls
-
-    def _judge(self, criterion: Watched, evidence: _Evidence) -> None:
-        count, outside, last, unmoved = evidence
-        if not self._levels_said:
-            problem = problem_with_levels(count, criterion.statistics.bins, outside, last)
-            if problem:
-                self._levels_said = True
-                _warn(problem)
-        if unmoved is not None and bool(unmoved) and not self._head_said:
-            self._head_said = True
-            _warn(_HEAD_DOES_NOT_LEARN.format(calls=self._calls))
-
-
-def judge_at_read(criterion: Any) -> None:
-    """Warn of wrong noise levels where statistics are read, once for each criterion."""
-    watch = getattr(criterion, "_watch", None)
-    if watch is not None:
-        watch.read(criterion)
-
-
-def _evidence(criterion: Watched, first_head: Tensor | None) -> _Evidence:
-    statistics = criterion.statistics
-    count = statistics.count
-    outside = getattr(statistics, "outside", None)
-    last = getattr(criterion, "_last_log_snr", None)
-    head = None if first_head is None else _head_of(criterion)
-    comparable = head is not None and first_head is not None and head.shape == first_head.shape
-    same = comparable and head.device == first_head.device and head.dtype == first_head.dtype
-    return _Evidence(
-        count, count.new_zeros(2) if outside is None else outside, last, (head == first_head).all() if same else None
-    )
-
-
-def _head_of(criterion: Watched) -> Tensor | None:
-    """A copy of the trainable parameters of a learned weighting, as one vector."""
-    weighting = criterion.weighting
-    if not isinstance(weighting, nn.Module):
-        return None
-    parameters = [p.detach().flatten() for p in weighting.parameters() if p.requires_grad]
-    return torch.cat(parameters) if parameters else None
-
-
-def _warn(message: str) -> None:
-    """Warn at the line of the user's code that led here: the innermost outside of vadiff and torch."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, DiffusionLossWarning, stacklevel=level)

@@ -196,12 +196,11 @@ def _require_schedule(table: Tensor) -> None:
         return
     if last > 0.95 or middle > 0.97:
         raise ValueError(
-            f"{described} and {middle:.4g} in the middle, expected ᾱ that falls to near 0 over the schedule: these look "
-            f"like alphas, 1 - beta of each step. {use}"
+            f"{described} and {middle:.4g} in the middle, expected ᾱ that falls to near 0 over the schedule: these "
+            f"look like alphas, 1 - beta of each step. {use}"
         )
     if len(table) == 1000 and any(
-        abs(middle - at_500**0.5) < 1e-3 and abs(last / at_999**0.5 - 1.0) < 0.05
-        for at_500, at_999 in _COMMON
+        abs(middle - at_500**0.5) < 1e-3 and abs(last / at_999**0.5 - 1.0) < 0.05 for at_500, at_999 in _COMMON
     ):
         raise ValueError(
             f"{described} and {middle:.4g} in the middle, the square root of a common schedule's ᾱ: expected ᾱ itself, "

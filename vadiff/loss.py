@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import check_per_sample, check_prediction, is_number
-from .level_checks import Watch
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process import form_of
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
 from .summary import BANDS, log_to, plot, summary
+from .watch import Watch
 from .weighting import Weighting, for_criterion
 
 LOSSES = ("mse", "huber")

@@ -265,8 +265,8 @@ def _check_not_times(timesteps: Tensor, last: int) -> None:
     if bool((timesteps <= 1).all()) and bool((timesteps >= 0).all()) and len(timesteps.unique()) >= 3:
         raise ValueError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: these "
-            f"look like times from 0 to 1. Multiply them by {last}; for a flow, where a trainer keeps times from 0 to 1 "
-            "itself, use vadiff.log_snr.from_flow_time(t)."
+            f"look like times from 0 to 1. Multiply them by {last}; or, for the times of a flow, "
+            "use vadiff.log_snr.from_flow_time(t)."
         )
 
 

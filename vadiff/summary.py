@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .extras import MissingExtraError, import_extra
-from .level_checks import judge_at_read
 from .ops.reference import moments_of, variance
 from .statistics import LogSNRStatistics
+from .watch import judge_at_read
 from .weighting import Weighting
 
 BANDS = 16

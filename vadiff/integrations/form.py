@@ -19,8 +19,8 @@ def criterion_in_form(
 
     Args:
         criterion: a criterion, or the name of a weighting for one with the default settings.
-        prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name, here
-            or to `DiffusionLoss`, is made for it.
+        prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name,
+            here or to `DiffusionLoss`, is made for it.
         sigma_data: standard deviation of the data, the trainer's.
         loss_is_given: the trainer computes the loss per sample itself, the criterion only weights it.
 

@@ -59,7 +59,6 @@ __all__ = [
     "WeightTable",
     "Weighting",
     "available",
-    "for_criterion",
     "from_name",
     "takes_prediction_type",
 ]

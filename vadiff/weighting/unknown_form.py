@@ -45,8 +45,9 @@ class UnknownForm(Weighting):
         raise ValueError(
             f"weighting is {self.name!r}, whose formula depends on the form of the loss, and nothing says which form "
             f"this loss has: one of {', '.join(PREDICTION_TYPES)}. Make the criterion by "
-            f"vadiff.DiffusionLoss(vadiff.weighting.from_name({self.name!r}, prediction_type=\"epsilon\")), or by "
-            f"vadiff.DiffusionLoss.for_process(scheduler, weighting={self.name!r}); or pass coefficients= with the call."
+            f'vadiff.DiffusionLoss(vadiff.weighting.from_name({self.name!r}, prediction_type="epsilon")), or by '
+            f"vadiff.DiffusionLoss.for_process(scheduler, weighting={self.name!r}); or pass "
+            "coefficients= with the call."
         )
 
     def __eq__(self, other: object) -> bool:
