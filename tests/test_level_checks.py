@@ -246,3 +246,14 @@ def test_few_samples_prove_nothing() -> None:
     assert judged(WRONG["timesteps"][0], DEFAULT, 9, 16) is None
     empty = torch.zeros(128, dtype=torch.float64)
     assert problem_with_levels(empty, DEFAULT, torch.zeros(2, dtype=torch.float64), None) is None
+
+
+@pytest.mark.parametrize(
+    "bins", [Bins(40, 2.0, 12.0), Bins(40, -12.0, -2.0), Bins(2, -16.0, 16.0), Bins(3, 0.3, 0.9), Bins(1024, -16, 16)]
+)
+def test_any_bins_can_be_judged_and_coarse_ones_say_no_more(bins: Bins) -> None:
+    for draw, _ in WRONG.values():
+        judged(draw, bins, 200, 32)
+    for name, draw in RIGHT.items():
+        problem = judged(draw, bins, 200, 32)
+        assert problem is None or "log_snr_range" in problem, name

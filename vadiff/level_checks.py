@@ -26,6 +26,7 @@ _CLEAN = 12.75  # sigma .0017: EDM's lowest is .002, log-SNR 12.4
 _NO_LOG_SNR = 40.0  # sigma 2e-9: a finite log-SNR above it is none
 _FORGOTTEN = 1e-3  # share of the samples that may be left of an earlier use
 _KNOWN_SAMPLES = 1000  # samples for comparing the distribution with known ones
+_KNOWN_WIDTH = 0.51  # of the bins, likewise: that of fine-tuning is .5
 _KNOWN_DISTANCE = 0.03  # Kolmogorov distance to those: every schedule in use that has their support is .1 away or more
 
 
@@ -144,10 +145,12 @@ def _unit_interval(seen: _Seen) -> str | None:
         return None
     low, high, share = seen.edges[:-1], seen.edges[1:], seen.inside / seen.samples
     within = (low < 1.0 - 1e-9) & (high > 1e-9)  # bins that overlap [0, 1)
+    if int(within.sum()) < 2:
+        return None
     exactly_one = share[~within & (low <= 1.0) & (high > 1e-9)].sum().item()  # may be in the next bin
     strays = share[~within].sum().item() - exactly_one
     at_ends = share[within][[0, -1]].min().item()
-    if int(within.sum()) < 2 or strays > _FORGOTTEN or exactly_one > 0.05 or at_ends < 0.02:
+    if strays > _FORGOTTEN or exactly_one > 0.05 or at_ends < 0.02:
         return None
     # A band of levels that happens to lie inside does not reach 1, or not evenly.
     even = int(within.sum()) >= 4 and at_ends > 0.15 and (bool((seen.last < 0.1).any()) or len(seen.last) == 0)
@@ -162,7 +165,7 @@ def _unit_interval(seen: _Seen) -> str | None:
 
 def _known_mistake(seen: _Seen) -> str | None:
     """The distribution is, within sampling noise, what a known mistake makes of a common schedule's timesteps."""
-    if seen.samples < _KNOWN_SAMPLES:
+    if seen.samples < _KNOWN_SAMPLES or seen.bins.width > _KNOWN_WIDTH:
         return None
     edges = seen.edges
     found = seen.below + seen.inside.cumsum(0) / seen.samples  # [K] share below each upper edge
