@@ -52,10 +52,10 @@ struct Call {
   int64_t mean;  // the loss is the mean, and its upstream gradient a scalar
 
   // state
-  int64_t* state;  // [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; ticket of the CUDA kernels
+  int64_t* state;  // [5K + 9]: see `State` of vadiff/ops/problem.py
   float* log_weights;  // [K]
   int64_t update;  // move both
-  double* batch;  // [4K + 1], out: statistics of the batch, in place of a move; null: one rank
+  double* batch;  // [4K + 5], out: statistics of the batch, in place of a move; null: one rank
 
   // results
   void* loss;  // C: a scalar, or [B]
@@ -67,7 +67,7 @@ struct Call {
   const void* upstream;  // C: a scalar, or [B]
   int64_t upstream_stride;
   void* out;  // like the gradient, and may be the gradient
-  const double* gathered;  // [ranks, 4K + 1]
+  const double* gathered;  // [ranks, 4K + 5]
   int64_t ranks;
 };
 

@@ -150,17 +150,24 @@ void weight_table(const MomentRows& bins, const Update& update) {
   for (int k = 0; k < size; ++k) update.log_weights[k] = float(a[k] + log_c);
 }
 
-void fold_batch(const MomentRows& batch, double skipped, const Update& update) {
+void fold_batch(const MomentRows& batch, const Totals& totals, const Update& update) {
   const int size = update.bins.size;
-  std::vector<double> rows(4 * size);
-  memcpy(rows.data(), update.state, rows.size() * sizeof(double));
-  const MomentRows bins(rows.data(), size);
-  double entered = 0;
-  for (int k = 0; k < size; ++k) entered += batch.n[k];
-  const double rho = forgetting(entered, update.half_life, size);
+  std::vector<double> state(5 * size + 9);
+  memcpy(state.data(), update.state, state.size() * sizeof(double));
+  const MomentRows bins(state.data(), size);
+  const double* shares = state.data() + 4 * size + 9;
+  BinSums sums = {};
+  for (int k = 0; k < size; ++k) add_bin(&sums, bins[k], batch.n[k]);
+  LevelSums levels = {};
+  for (int k = 0; k < size; ++k) add_levels(&levels, bins[k], batch.mass[k], shares[k], average_loss(sums));
+  const double rho = forgetting(sums.entered, update.half_life, size);
+  StateTotals moved;
+  memcpy(&moved, update.state + 4 * size + 2, sizeof(moved));
+  move_totals(&moved, sums, levels, totals, rho, update.half_life, size);
   for (int k = 0; k < size; ++k) bins.set(k, fold(bins[k], batch[k], rho));
-  memcpy(update.state, rows.data(), rows.size() * sizeof(double));
-  update.state[4 * size] += int64_t(skipped);
+  memcpy(update.state, state.data(), 4 * size * sizeof(double));
+  update.state[4 * size] += int64_t(totals.skipped);
+  memcpy(update.state + 4 * size + 2, &moved, sizeof(moved));
   if (update.rule.statistic != kNone) weight_table(bins, update);
 }
 
@@ -200,10 +207,11 @@ void merge_into(const MomentRows& all, const MomentRows& part, int size) {
 template <class C, class EllOf>
 void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
   const int size = update.bins.size;
-  std::vector<double> rows(4 * size + 1), later;  // the batch's, and a later tile's
+  std::vector<double> rows(4 * size), later;  // the batch's, and a later tile's
   const MomentRows moments(rows.data(), size);
   std::vector<Entry> tile(update.update ? std::min<int64_t>(kTile, samples.count) : 0);
-  double total = 0, skipped = 0;
+  double total = 0;
+  Totals totals = {0, 0, double(samples.count), 0, 0};
   for (int64_t first = 0; first < samples.count; first += kTile) {
     const int count = int(std::min<int64_t>(kTile, samples.count - first));
     // 1. Settle a tile of samples.
@@ -213,10 +221,10 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
       const C weight = weight_of(samples, i, given.log_snr, update.bins);
       const Sample<C> sample = settle(samples, i, given, C(ell_of(i)), weight);
       total += double(sample.weighted);
-      skipped += sample.skipped;
       if (!update.update) continue;
-      const int bin = sample.masked || sample.skipped ? -1 : bin_index(samples.log_snr[i], update.bins);
-      tile[j] = {bin, double(sample.base_loss), double(value_or_one(samples.sample_weight, i))};
+      add_sample(&totals, sample, given.log_snr, given.v, update.bins);
+      const int bin = sample.masked || sample.skipped ? -1 : bin_index(given.log_snr, update.bins);
+      tile[j] = {bin, double(sample.base_loss), double(given.v)};
     }
     // 2. Add it to the batch statistics.
     if (!update.update) continue;
@@ -233,10 +241,10 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
   if (!update.update) return;
   // 4. Fold the batch statistics, or return them for a gather.
   if (update.batch) {
-    rows[4 * size] = skipped;
     memcpy(update.batch, rows.data(), rows.size() * sizeof(double));
+    memcpy(update.batch + 4 * size, &totals, sizeof(totals));
   } else {
-    fold_batch(moments, skipped, update);
+    fold_batch(moments, totals, update);
   }
 }
 
@@ -340,15 +348,17 @@ void reweight(const Call& call) {
 
 void fold(const Call& call) {
   const int size = int(call.problem.bins);
-  std::vector<double> gathered(call.gathered, call.gathered + call.ranks * (4 * size + 1));
+  const int64_t vector = 4 * size + kTotals;
+  std::vector<double> gathered(call.gathered, call.gathered + call.ranks * vector);
   const MomentRows all(gathered.data(), size);
-  double skipped = gathered[4 * size];
   for (int64_t rank = 1; rank < call.ranks; ++rank) {
-    double* row = gathered.data() + rank * (4 * size + 1);
+    double* row = gathered.data() + rank * vector;
     merge_into(all, {row, size}, size);
-    skipped += row[4 * size];
+    for (int i = 4 * size; i < vector; ++i) gathered[i] += row[i];
   }
-  fold_batch(all, skipped, update_of(call));
+  Totals totals;
+  memcpy(&totals, gathered.data() + 4 * size, sizeof(totals));
+  fold_batch(all, totals, update_of(call));
 }
 
 const RowKernels* available(int index) {

@@ -65,15 +65,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
 __global__ void __launch_bounds__(kThreads) fold_kernel(const double* parts, int64_t count, Update update, Scratch scratch) {
   __shared__ Shared shared;
   const int size = update.bins.size;
-  double skipped = 0;
-  for (int64_t part = 0; part < count; ++part) skipped += parts[part * (4 * size + 1) + 4 * size];
+  const int64_t vector = 4 * size + kTotals;
+  __shared__ Totals totals;
+  if (threadIdx.x < kTotals) {
+    double sum = 0;
+    for (int64_t part = 0; part < count; ++part) sum += parts[part * vector + 4 * size + threadIdx.x];
+    reinterpret_cast<double*>(&totals)[threadIdx.x] = sum;
+  }
   for (int k = threadIdx.x; k < size; k += kThreads) {
     Moments all = load_moments(parts + k, size);
-    for (int64_t part = 1; part < count; ++part) all = merge(all, load_moments(parts + part * (4 * size + 1) + k, size));
+    for (int64_t part = 1; part < count; ++part) all = merge(all, load_moments(parts + part * vector + k, size));
     store_moments(scratch.batch + k, size, all);
   }
   __syncthreads();
-  move_statistics(scratch.batch, skipped, update, shared);
+  move_statistics(scratch.batch, totals, update, shared);
 }
 
 // The state's; null where it does not move: such calls may overlap.

@@ -104,15 +104,26 @@ __device__ __forceinline__ void store_eight(void* data, int dtype, int64_t first
 }
 
 // Sum over the block, the same in every thread. Has two barriers.
-__device__ inline double block_sum(double value) {
-  __shared__ double warps[kThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+template <int kCount>
+__device__ inline void block_sums(double* values) {
+  __shared__ double warps[kThreads / 32][kCount];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    for (int offset = 16; offset > 0; offset /= 2) values[n] += __shfl_down_sync(~0u, values[n], offset);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][n] = values[n];
+  }
   __syncthreads();
-  double total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) total += warps[warp];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    values[n] = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) values[n] += warps[warp][n];
+  }
   __syncthreads();  // `warps` may be written again
-  return total;
+}
+
+__device__ inline double block_sum(double value) {
+  block_sums<1>(&value);
+  return value;
 }
 
 }  // namespace cuda

@@ -21,19 +21,21 @@ __host__ __device__ inline int settling_blocks(int64_t samples, bool update) {
   return int((tiles + each - 1) / each);  // every block has a tile
 }
 
+constexpr int kSums = 1 + kTotals;
+
 // In device memory; the last three are those of the first of `blocks` blocks.
 struct Scratch {
   double* partial;  // [B * splits]
   double* batch;    // [4K]
   double* groups;   // [4 * max(K, kThreads)]: moments of each group of samples
   double* part;     // [4K]: moments of a block's samples
-  double* sums;     // [2]: weighted losses, number of skipped samples
+  double* sums;     // [kSums]: weighted losses, then `Totals`
 };
 
 __host__ __device__ inline int64_t groups_size(int bins) { return 4 * int64_t(bins > kThreads ? bins : kThreads); }
 
 __host__ __device__ inline int64_t scratch_size(int64_t samples, int64_t splits, int bins) {
-  const int64_t one = groups_size(bins) + 4 * int64_t(bins) + 2;
+  const int64_t one = groups_size(bins) + 4 * int64_t(bins) + kSums;
   return samples * splits + 4 * int64_t(bins) + settling_blocks(samples, true) * one;
 }
 
@@ -92,10 +94,29 @@ __device__ void sum_partials(int64_t first, int64_t samples, const Losses<C>& lo
   }
 }
 
-// Settle the samples of the tile that starts at `first`. Adds to this thread's sum of weighted losses and count of skipped.
+// Sums over the samples: weighted losses, and the totals of the statistics.
+struct Sums {
+  double weighted;
+  Totals totals;
+};
+
+// Of a thread: in few registers, as they live through the loop over the tiles.
+struct ThreadSums {
+  double weighted, loss;
+  int skipped, below, above;
+};
+
+// The sums of all threads, in the first thread.
+__device__ inline Sums block_sums(const ThreadSums& of_thread) {
+  double all[] = {of_thread.weighted, double(of_thread.skipped), of_thread.loss, double(of_thread.below), double(of_thread.above)};
+  block_sums<5>(all);
+  return {all[0], {all[1], all[2], 0, all[3], all[4]}};
+}
+
+// Settle the samples of the tile that starts at `first`. Adds to this thread's sums.
 template <class C>
 __device__ void settle_tile(int64_t first, const Losses<C>& losses, const Samples<C>& samples, const Bins& bins, Shared& shared,
-                            double& total, double& skipped) {
+                            ThreadSums& sums) {
   constexpr int kEach = kSamples / kThreads;
   Given<C> given[kEach];
   C ell[kEach], weight[kEach];
@@ -126,8 +147,8 @@ __device__ void settle_tile(int64_t first, const Losses<C>& losses, const Sample
     const Sample<C> sample = settle(samples, first + j, given[n], ell[n], weight[n]);
     shared.tile.base_loss[j] = double(sample.base_loss);
     if (!sample.masked && !sample.skipped) shared.tile.bin_of[j] = bin_index(given[n].log_snr, bins);
-    total += double(sample.weighted);
-    skipped += sample.skipped;
+    sums.weighted += double(sample.weighted);
+    add_sample(&sums, sample, given[n].log_snr, given[n].v, bins);
   }
 }
 
@@ -186,9 +207,12 @@ __device__ inline void merge_groups(int bins, const double* groups, double* into
 }
 
 // Merge the blocks' results in their order.
-__device__ inline void merge_parts(int bins, int blocks, const Scratch& s, double& total, double& skipped) {
-  total = skipped = 0;
-  for (int block = 0; block < blocks; ++block) total += __ldcg(s.sums + 2 * block), skipped += __ldcg(s.sums + 2 * block + 1);
+__device__ inline void merge_parts(int bins, int blocks, const Scratch& s, Sums* sums) {
+  if (threadIdx.x < kSums) {
+    double sum = 0;
+    for (int block = 0; block < blocks; ++block) sum += __ldcg(s.sums + kSums * block + threadIdx.x);
+    reinterpret_cast<double*>(sums)[threadIdx.x] = sum;
+  }
   for (int k = threadIdx.x; k < bins; k += kThreads) {
     Moments all;
     for (int block = 0; block < blocks; ++block) {
@@ -257,20 +281,29 @@ __device__ inline void weight_table(const Update& update, double* smoothed, Shar
 }
 
 // Fold the batch statistics in `batch` [4K], which is scratch afterwards, or return them for a gather.
-__device__ inline void move_statistics(double* batch, double skipped, const Update& update, Shared& shared) {
+__device__ inline void move_statistics(double* batch, const Totals& totals, const Update& update, Shared& shared) {
   const int size = update.bins.size;
   if (update.batch) {
     for (int i = threadIdx.x; i < 4 * size; i += kThreads) update.batch[i] = batch[i];
-    if (threadIdx.x == 0) update.batch[4 * size] = skipped;
+    if (threadIdx.x == 0) *reinterpret_cast<Totals*>(update.batch + 4 * size) = totals;
     return;
   }
-  double entered = 0;
-  for (int k = threadIdx.x; k < size; k += kThreads) entered += batch[k];
-  const double rho = forgetting(block_sum(entered), update.half_life, size);
   double* state = reinterpret_cast<double*>(update.state);
+  BinSums sums = {};
+  for (int k = threadIdx.x; k < size; k += kThreads) add_bin(&sums, load_moments(state + k, size), batch[k]);
+  block_sums<kBinSums>(reinterpret_cast<double*>(&sums));
+  LevelSums levels = {};
+  const double* shares = state + 4 * size + 2 + kStateTotals;
+  for (int k = threadIdx.x; k < size; k += kThreads)
+    add_levels(&levels, load_moments(state + k, size), batch[3 * size + k], shares[k], average_loss(sums));
+  block_sums<kLevelSums>(reinterpret_cast<double*>(&levels));
+  const double rho = forgetting(sums.entered, update.half_life, size);
+  if (threadIdx.x == 0) {
+    update.state[4 * size] += int64_t(totals.skipped);
+    move_totals(reinterpret_cast<StateTotals*>(state + 4 * size + 2), sums, levels, totals, rho, update.half_life, size);
+  }
   for (int k = threadIdx.x; k < size; k += kThreads)
     store_moments(state + k, size, fold(load_moments(state + k, size), load_moments(batch + k, size), rho));
-  if (threadIdx.x == 0) update.state[4 * size] += int64_t(skipped);
   __syncthreads();
   if (update.rule.statistic != kNone) weight_table(update, batch, shared);
 }
@@ -284,29 +317,31 @@ __device__ void finish(const Losses<C>& losses, const Samples<C>& samples, const
   const int64_t tiles = (samples.count + kSamples - 1) / kSamples, block = blocks > 1 ? blockIdx.x : 0;
   const int64_t each = (tiles + blocks - 1) / blocks * kSamples, begin = block * each, end = min(begin + each, samples.count);
   double* groups = s.groups + block * groups_size(size);
-  double total = 0, skipped = 0;
+  __shared__ Sums sums;  // of the batch, in the end
+  ThreadSums of_thread = {};
   // 1. Tile by tile: settle the samples, add them to the statistics of this block.
   for (int64_t first = begin; first < end; first += kSamples) {
-    settle_tile(first, losses, samples, update.bins, shared, total, skipped);
+    settle_tile(first, losses, samples, update.bins, shared, of_thread);
     __syncthreads();
     if (!update.update) continue;
     add_tile(first, first == begin, samples.sample_weight, size, groups, shared);
     __syncthreads();
   }
-  total = block_sum(total);
-  skipped = block_sum(skipped);
+  const Sums of_block = block_sums(of_thread);
+  if (threadIdx.x == 0) (blocks > 1 ? reinterpret_cast<Sums*>(s.sums)[block] : sums) = of_block;
   if (update.update) merge_groups(size, groups, blocks > 1 ? s.part + block * 4 * size : s.batch);
   // 2. The last block merges those of all.
   if (blocks > 1) {
-    if (threadIdx.x == 0) s.sums[2 * block] = total, s.sums[2 * block + 1] = skipped;
     if (!comes_last(ticket, blocks)) return;
-    merge_parts(size, blocks, s, total, skipped);
+    merge_parts(size, blocks, s, &sums);
+    __syncthreads();
   }
   // 3. The mean loss, and the state.
-  if (samples.loss && samples.mean && threadIdx.x == 0) *samples.loss = C(total / double(samples.count));
+  if (samples.loss && samples.mean && threadIdx.x == 0) *samples.loss = C(sums.weighted / double(samples.count));
   if (!update.update) return;
+  if (threadIdx.x == 0) sums.totals.samples = double(samples.count);
   __syncthreads();
-  move_statistics(s.batch, skipped, update, shared);
+  move_statistics(s.batch, sums.totals, update, shared);
 }
 
 }  // namespace cuda

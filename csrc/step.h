@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "cpu_rows.h"
+#include "level_free.h"
 #include "loss_math.h"
 
 namespace vadiff {

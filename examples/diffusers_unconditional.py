@@ -1,5 +1,7 @@
 """A small version of diffusers' train_unconditional.py: UNet2DModel, DDPMScheduler, digits. One line changes.
 
+Both networks are validated at the same noise levels with the same noise; the last table compares them.
+
 python examples/diffusers_unconditional.py            # needs vadiff[train]; half a minute on two CPU cores
 """
 
@@ -13,7 +15,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
 import vadiff
-from vadiff.integrations.diffusers import log_snr_of
+from vadiff.integrations.diffusers import log_snr_of, timesteps_of
+from vadiff.validation import LevelLosses, LevelValidation
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=200)
@@ -23,6 +26,7 @@ args = parser.parse_args()
 images = torch.from_numpy(load_digits().images[:, None] / 8 - 1).float()  # [1797, 1, 8, 8] in [-1, 1]
 train_images, test_images = images[297:], images[:297]
 noise_scheduler = DDPMScheduler(prediction_type=args.prediction_type)
+validation = LevelValidation.for_process(noise_scheduler, levels=8, every_level=True)
 
 
 def make_model() -> UNet2DModel:
@@ -33,29 +37,32 @@ def make_model() -> UNet2DModel:
     )  # fmt: skip
 
 
-def add_noise(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    noise = torch.randn_like(clean)
-    timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(clean),))
-    noisy = noise_scheduler.add_noise(clean, noise, timesteps)
-    target = noise if args.prediction_type == "epsilon" else noise_scheduler.get_velocity(clean, noise, timesteps)
-    return noisy, target, timesteps
+def target_of(clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    return noise if args.prediction_type == "epsilon" else noise_scheduler.get_velocity(clean, noise, timesteps)
 
 
 @torch.no_grad()
-def test_loss(model: UNet2DModel) -> float:
-    torch.manual_seed(2)
-    noisy, target, timesteps = add_noise(test_images)
-    return F.mse_loss(model(noisy, timesteps).sample, target).item()
+def validate(model: UNet2DModel) -> LevelLosses:
+    for indices, clean in torch.utils.data.DataLoader(validation.indexed(test_images), batch_size=512):
+        log_snr, noise = validation.draw(indices, clean.shape)
+        timesteps = timesteps_of(noise_scheduler, log_snr)
+        output = model(noise_scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        error = output - target_of(clean, noise, timesteps)
+        validation.add(indices, log_snr, error.square().flatten(1).mean(1))
+    return validation.result()
 
 
-def train(name: str, criterion: vadiff.DiffusionLoss | None) -> None:
+def train(name: str, criterion: vadiff.DiffusionLoss | None) -> LevelLosses:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    before = test_loss(model)
+    before = validate(model)
     torch.manual_seed(1)
     times = []
     for _ in range(args.steps):
-        noisy, target, timesteps = add_noise(train_images[torch.randint(0, len(train_images), (32,))])
+        clean = train_images[torch.randint(0, len(train_images), (32,))]
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(clean),))
+        noisy, target = noise_scheduler.add_noise(clean, noise, timesteps), target_of(clean, noise, timesteps)
         start = time.perf_counter()
         model_output = model(noisy, timesteps).sample
         if criterion is None:
@@ -67,11 +74,14 @@ def train(name: str, criterion: vadiff.DiffusionLoss | None) -> None:
         optimizer.step()
         times.append(time.perf_counter() - start)
     milliseconds = 1e3 * statistics.median(times)  # the first steps warm up
-    print(f"{name:24} {before:12.4f} {test_loss(model):12.4f} {milliseconds:12.2f}")
+    after = validate(model)
+    print(f"{name:24} {before.loss.mean():12.4f} {after.loss.mean():12.4f} {milliseconds:12.2f}")
+    return after
 
 
 print(f"{'diffusers, ' + args.prediction_type:24} {'loss before':>12} {'loss after':>12} {'ms per step':>12}")
-train("F.mse_loss", None)
+own = train("F.mse_loss", None)
 criterion = vadiff.DiffusionLoss.for_process(noise_scheduler)
-train("vadiff, variance_aware", criterion)
+weighted = train("vadiff, variance_aware", criterion)
 print(criterion.summary())
+print(weighted.compared_with(own))

@@ -52,9 +52,14 @@ LIBRARY = {
     "ema": {"errors", "files"},
     "optimal_loss": {"_validation", "files", "process"},
     "levels": {"_validation", "loss", "ops", "process", "statistics", "weighting"},
+    "validation": {
+        "_validation", "extras", "files", "optimal_loss", "process", "process_defaults", "schedulers", "summary",
+    },
     "sampling": {"errors", "models", "pixels", "process"},
-    "integrations": {"extras", "levels", "log_snr", "loss", "process", "schedulers", "summary", "weighting"},
-}
+    "integrations": {
+        "extras", "levels", "log_snr", "loss", "process", "schedulers", "summary", "validation", "weighting",
+    },
+}  # fmt: skip
 # The trainer may use all of the library; within it:
 TRAINER = {
     "trainer": set(),
@@ -83,7 +88,8 @@ ALLOWED = {
     "__main__": {"trainer.cli"},
     # what `import vadiff` brings
     "vadiff": {
-        "_version", "ema", "levels", "log_snr", "loss", "ops", "optimal_loss", "process", "statistics", "weighting",
+        "_version", "ema", "levels", "log_snr", "loss", "ops", "optimal_loss", "process", "statistics", "validation",
+        "weighting",
     },
 }  # fmt: skip
 # `vadiff.optimal_loss.__getattr__` finds names that version 0.1 had there.

@@ -80,3 +80,18 @@ def test_noise_of_an_image_does_not_depend_on_how_many_there_are(side: int) -> N
     images = torch.zeros(7, 1, side, side)
     whole, first = (held_out_loss(Unhelpful(), images[:number], draws=2).per_image for number in (7, 3))
     assert torch.equal(whole[:, :3], first)
+
+
+def test_each_draw_has_noise_of_its_own() -> None:
+    images = torch.zeros(50, 1, 8, 8)
+    one, two = (held_out_loss(Unhelpful(), images, log_snr_levels=(0.0,), draws=draws) for draws in (1, 2))
+    second = 2.0 * two.per_image - one.per_image
+    assert abs(torch.corrcoef(torch.cat([one.per_image, second]))[0, 1]) < 0.5
+    assert two.per_image.std() < 0.85 * one.per_image.std()
+
+
+def test_loss_in_the_unit_of_another_run() -> None:
+    loss = held_out_loss(Unhelpful(), torch.zeros(5, 1, 8, 8), draws=1)
+    other = loss.with_sigma_data(2.0)
+    assert other.level_mean == pytest.approx(loss.level_mean, rel=1e-6)
+    assert other.sigma_data == 2.0

@@ -63,6 +63,11 @@ def test_a_process_and_a_scheduler_are_as_good_as_the_name(noise_process: Any, n
     assert limits(for_process(noise_process)) == limits(for_process(name))
 
 
+def test_a_discrete_process_is_as_good_as_the_scheduler_with_its_table() -> None:
+    scheduler = diffusers.DDPMScheduler()
+    assert limits(for_process(process.DiscreteVP.linear())) == limits(for_process(scheduler))
+
+
 def test_a_process_may_be_none_of_those_with_a_name() -> None:
     assert limits(for_process(process.VPLinear(beta_max=5.0)))[0] > limits(for_process("vp_linear"))[0]
     cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=True)

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vadiff.log_snr import from_flow_time
-from vadiff.schedulers import coefficients_of, log_snr_of, log_snr_range_of, loss_form_of, prediction_type_of, sigma_of
+from vadiff.schedulers import (
+    coefficients_of,
+    log_snr_of,
+    log_snr_range_of,
+    loss_form_of,
+    prediction_type_of,
+    sigma_of,
+    timesteps_of,
+)
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,6 +104,33 @@ def test_whole_float_timesteps_are_as_good_as_integers() -> None:
     found = scheduler("ddpm, v, zero terminal SNR")
     timesteps = torch.arange(1000)
     assert torch.equal(log_snr_of(found, timesteps.float()), log_snr_of(found, timesteps))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddpm, v, zero terminal SNR", "euler", "edm", "flow", "flow, shifted"])
+def test_nearest_timesteps_are_the_inverse_of_log_snr(name: str) -> None:
+    found = scheduler(name)
+    timesteps = trained_on(found)
+    log_snr = log_snr_of(found, timesteps)
+    finite = log_snr.isfinite()
+    back = timesteps_of(found, log_snr[finite])
+    assert torch.equal(log_snr_of(found, back), log_snr[finite])
+    assert torch.equal(back.to(timesteps), timesteps[finite])
+    for nats in (-1e-3, 1e-3):
+        assert torch.equal(timesteps_of(found, log_snr[finite] + nats), back)
+
+
+@pytest.mark.parametrize(
+    ("log_snr", "error", "message"),
+    [
+        (torch.tensor([3]), TypeError, "expected a floating-point tensor"),
+        (torch.tensor([[3.0]]), ValueError, r"log_snr has shape \(1, 1\), expected \(B,\)"),
+        (torch.tensor([0.0, 12.0]), ValueError, "log_snr runs from 0 to 12, expected -10.1. to 9.21: the noise levels"),
+        (torch.tensor([torch.nan]), ValueError, "log_snr runs from nan to nan"),
+    ],
+)
+def test_log_snr_that_no_timestep_has_is_named(log_snr: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        timesteps_of(scheduler("ddpm"), log_snr)
 
 
 def test_between_two_timesteps_log_snr_is_interpolated() -> None:

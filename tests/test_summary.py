@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -107,9 +108,16 @@ def test_looking_changes_nothing(seen: Seen, pyplot: Any) -> None:
     before = {name: value.clone() for name, value in criterion.state_dict().items()}
     criterion.plot()
     criterion.summary()
+    assert all(torch.equal(before[name], value) for name, value in criterion.state_dict().items())
+
+
+def test_logging_starts_a_new_level_free_mean_and_changes_nothing_else(seen: Seen) -> None:
+    criterion, _, _ = seen
+    before = copy.deepcopy(criterion)
     criterion.log_to(lambda values, step: None, 1)
-    after = criterion.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert float(before.level_free_loss) == float(criterion.level_free_loss)
+    for name, value in before.state_dict().items():
+        assert torch.equal(criterion.state_dict()[name], value)
 
 
 def test_plot_shows_mean_and_weight_of_the_bins_that_have_samples(seen: Seen, pyplot: Any) -> None:
@@ -222,7 +230,9 @@ def test_trackers_get_every_band_with_samples_by_name(seen: Seen, make: Callable
     assert step == 7
     bands = [f"log_snr_{low}_to_{low + 2}" for low in range(-6, 6, 2)]
     names = ("base_loss", "std", "relative_std", "weight", "share")
-    assert set(values) == {f"noise/{name}/{band}" for name in names for band in bands} | {"noise/skipped"}
+    assert set(values) == {f"noise/{name}/{band}" for name in names for band in bands} | {
+        "noise/skipped", "noise/level_free_loss"
+    }  # fmt: skip
     assert all(type(value) is float for value in values.values())
     inside = losses[(log_snr >= 2) & (log_snr < 4)]
     assert values["noise/base_loss/log_snr_2_to_4"] == pytest.approx(inside.mean())
@@ -245,7 +255,7 @@ def test_a_summary_writer_gets_scalars_a_picture_and_a_histogram(seen: Seen, tmp
     assert pyplot.get_fignums() == []
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = events.Tags()
-    assert len(tags["scalars"]) == 5 * 6 + 1  # with the names as they were given
+    assert len(tags["scalars"]) == 5 * 6 + 2  # with the names as they were given
     (event,) = events.Scalars("vadiff/base_loss/log_snr_-6_to_-4")
     assert (event.step, event.value) == (7, pytest.approx(summary.bands_of(criterion, 8).mean[1].item()))
     assert events.Images("vadiff/noise_levels")[0].step == 7

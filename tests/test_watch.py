@@ -55,6 +55,17 @@ def test_a_criterion_warns_once_at_its_200th_call_where_the_user_called_it() -> 
     assert not said(criterion.summary)
 
 
+def test_timesteps_in_place_of_log_snr_are_named_as_such() -> None:
+    criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
+
+    def timesteps(n: int, g: torch.Generator) -> Tensor:
+        return torch.randint(1000, (n,), generator=g).float()
+
+    (warning,) = said(lambda: call(criterion, timesteps, 200, 4))
+    assert "log_snr looks like timesteps" in str(warning.message)
+    assert "log_snr_of(scheduler, timesteps)" in str(warning.message)
+
+
 def test_reweight_and_weights_of_the_batch_s_losses_are_watched_too() -> None:
     for criterion in (vadiff.DiffusionLoss("constant"), vadiff.DiffusionLoss("loss_zscore")):
         generator = torch.Generator().manual_seed(0)
@@ -127,7 +138,9 @@ def test_a_gpu_is_looked_at_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
         outside=count.new_zeros(2),
         bins=Bins(128, -16.0, 16.0),
     )
-    criterion: Any = SimpleNamespace(statistics=statistics, weighting=vadiff.weighting.Constant())
+    criterion: Any = SimpleNamespace(
+        statistics=statistics, weighting=vadiff.weighting.Constant(), _last_log_snr=torch.tensor([0.05, 0.95])
+    )
     watch = Watch()
 
     def calls(number: int) -> int:

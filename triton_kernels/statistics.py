@@ -15,6 +15,8 @@ from .rows import load_weights
 TILE = 2048  # samples per program
 NUM_WARPS = 8
 EMPTY = tl.constexpr(2.0**-20)
+YOUNG = tl.constexpr(32.0)
+SCALE_DECAY = tl.constexpr(0.9)
 
 
 @triton.jit
@@ -53,9 +55,13 @@ def classify_samples(
     bin_ptr,  # [B] float64, out
     first, last, samples, elements, splits, low, inv_width, bins, SAMPLES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell and the number of skipped samples."""
+    """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell; then, as in TOTALS of problem.py, the
+    number of skipped samples, the sum of v*g, and the numbers of samples below and above the range."""
     total = tl.full((), 0.0, tl.float64)
+    loss = tl.full((), 0.0, tl.float64)
     skipped_count = tl.full((), 0, tl.int32)
+    below = tl.full((), 0, tl.int32)
+    above = tl.full((), 0, tl.int32)
     for start in range(first, last, SAMPLES):
         i = start + tl.arange(0, SAMPLES)
         m = i < last
@@ -90,12 +96,16 @@ def classify_samples(
         if out_ptr is not None:
             tl.store(out_ptr + i, weighted, mask=m)
         position = tl.floor((log_snr - low) * inv_width)
+        entered = m & (skipped == 0) & (masked == 0)
+        below += tl.sum((entered & (position < 0.0)).to(tl.int32))
+        above += tl.sum((entered & (position >= bins)).to(tl.int32))
         position = tl.minimum(tl.maximum(tl.where(position == position, position, 0.0), 0.0), bins - 1.0)
         tl.store(base_loss_ptr + i, g.to(tl.float64), mask=m)
         tl.store(bin_ptr + i, tl.where(skipped | masked, -1.0, position).to(tl.float64), mask=m)
         total += tl.sum(tl.where(m, weighted, 0.0).to(tl.float64))
+        loss += tl.sum(tl.where(m & (masked == 0), v.to(tl.float64) * g.to(tl.float64), 0.0))
         skipped_count += tl.sum((skipped & m).to(tl.int32))
-    return total, skipped_count
+    return total, skipped_count.to(tl.float64), loss, below.to(tl.float64), above.to(tl.float64)
 
 
 @triton.jit
@@ -140,11 +150,44 @@ def chan_merge(n_a, mean_a, m2_a, mass_a, n_b, mean_b, m2_b, mass_b):
 
 
 @triton.jit
+def move_totals(
+    totals_ptr,  # [7 + bins] float64, in and out: of a state, from `below` on; then the level shares
+    n, mean, mass, mass_b,  # [K] float64: of the state before the batch; of the batch
+    entered, skipped, loss, samples_b, below, above, rho, half_life, k, m_k, bins,
+):  # fmt: skip
+    """The sums of `reference.level_free_sums`, and the counts outside the range."""
+    share = tl.load(totals_ptr + 7 + k, mask=m_k, other=0.0)
+    count = tl.sum(n)
+    mass_sum = tl.sum(mass)
+    loss_sum = tl.sum(mass * mean)
+    mean = tl.where(n > 0.0, mean, tl.where(mass_sum > 0.0, loss_sum / mass_sum, 0.0))
+    drawn = tl.sum(mass_b * mean)
+    expected = tl.where(tl.sum(share) > 0.0, tl.sum(share * mean), loss_sum / count)
+    decayed_loss = tl.load(totals_ptr + 4)
+    decayed_drawn = tl.load(totals_ptr + 5)
+    scale = tl.where((decayed_loss > 0.0) & (decayed_drawn > 0.0), decayed_loss / decayed_drawn, 1.0)
+    known = count > tl.minimum(half_life, YOUNG) * bins
+    correction = tl.where(known, scale * (entered * expected - drawn), 0.0)
+    scales = (skipped == 0.0) & is_finite(loss) & (count > 0.0)
+    below += tl.load(totals_ptr) * rho
+    above += tl.load(totals_ptr + 1) * rho
+    level_free = tl.load(totals_ptr + 2) + (loss + correction)
+    samples_b += tl.load(totals_ptr + 3)
+    tl.debug_barrier()  # all warps have to have loaded
+    tl.store(totals_ptr, below)
+    tl.store(totals_ptr + 1, above)
+    tl.store(totals_ptr + 2, level_free)
+    tl.store(totals_ptr + 3, samples_b)
+    tl.store(totals_ptr + 4, tl.where(scales, SCALE_DECAY * decayed_loss + loss, decayed_loss))
+    tl.store(totals_ptr + 5, tl.where(scales, SCALE_DECAY * decayed_drawn + drawn, decayed_drawn))
+
+
+@triton.jit
 def fold_and_weigh(
     n_b, mean_b, m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
-    skipped,  # scalar
-    state_ptr,  # [4*bins + 2] int64, in and out
+    skipped, loss, samples_b, below, above,  # scalars: totals of the batch
+    state_ptr,  # [5*bins + 9] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
     n_ptr,  # [bins] float64, scratch
@@ -156,7 +199,12 @@ def fold_and_weigh(
     m_k = k < bins
     moments_ptr = state_ptr.to(tl.pointer_type(tl.float64), bitcast=True)
     n, mean, m2, mass = load_moments(moments_ptr, k, m_k, bins)
-    rho = tl.exp2(-tl.sum(n_b) / half_life / bins)
+    entered = tl.sum(n_b)
+    rho = tl.exp2(-entered / half_life / bins)
+    move_totals(
+        moments_ptr + 4 * bins + 2, n, mean, mass, mass_b, entered, skipped, loss, samples_b, below, above, rho,
+        half_life, k, m_k, bins,
+    )  # fmt: skip
     n, mean, m2, mass = chan_merge(n * rho, mean, m2 * rho, mass * rho, n_b, mean_b, m2_b, mass_b)
     kept = n >= EMPTY
     n = tl.where(kept, n, 0.0)
@@ -243,7 +291,7 @@ def statistics_kernel(
     sample_weight_ptr,  # [B] float32 or None
     weight_ptr,  # [B] float32 or None
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
-    state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
+    state_ptr,  # [5*bins + 9] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
     ell_ptr,  # [B] float32 or None, out
     factor_ptr,  # [B] float32, out: w*u*v
@@ -251,7 +299,7 @@ def statistics_kernel(
     masked_ptr,  # [B] float32 or None, out: 1 where masked
     out_ptr,  # [B] float32 or None, out: w*u*v*ell
     mean_ptr,  # scalar float32 or None, out: its mean, with one tile
-    parts_ptr,  # [tiles, 4*bins + 1] float64 or None, out: batch statistics of each tile
+    parts_ptr,  # [tiles, 4*bins + 5] float64 or None, out: batch statistics of each tile
     loss_parts_ptr,  # [tiles] float64 or None, out: sum of the weighted losses of each tile
     low, inv_width, half_life, width, strength, smoothing, log_clip, prior, radius, bins, samples, elements,
     splits, tile, STATISTIC: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
@@ -263,7 +311,7 @@ def statistics_kernel(
     base_loss_ptr = workspace_ptr + samples * splits
     bin_ptr = base_loss_ptr + samples
     a_ptr = bin_ptr + samples
-    total, skipped = classify_samples(
+    total, skipped, loss, below, above = classify_samples(
         loss_ptr, log_snr_ptr, base_weight_ptr, sample_weight_ptr, weight_ptr, log_weights_ptr, ell_ptr,
         factor_ptr, slope_ptr, masked_ptr, out_ptr,
         base_loss_ptr, bin_ptr, first, last, samples, elements, splits, low, inv_width, bins, SETTLE, SPLITS,
@@ -274,33 +322,40 @@ def statistics_kernel(
         tl.store(mean_ptr, (total / samples).to(tl.float32))
     if FOLD or parts_ptr is not None:
         tl.debug_barrier()  # lanes read each other's base losses and bins
+        samples_b = (last - first).to(tl.float64)
         n, mean, m2, mass = batch_statistics(base_loss_ptr, bin_ptr, sample_weight_ptr, first, last, K, SAMPLES)
         if parts_ptr is not None:
-            part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * (4 * bins + 1)
-            store_part(part_ptr, n, mean, m2, mass, skipped.to(tl.float64), bins, K)
+            part_ptr = parts_ptr + tl.program_id(0).to(tl.int64) * (4 * bins + 5)
+            store_part(part_ptr, n, mean, m2, mass, skipped, loss, samples_b, below, above, bins, K)
         if FOLD:
             fold_and_weigh(
-                n, mean, m2, mass, skipped, state_ptr, log_weights_ptr, a_ptr, a_ptr + bins, half_life, width,
-                strength, smoothing, log_clip, prior, radius, bins, STATISTIC, SMOOTH, K,
+                n, mean, m2, mass, skipped, loss, samples_b, below, above, state_ptr, log_weights_ptr, a_ptr,
+                a_ptr + bins, half_life, width, strength, smoothing, log_clip, prior, radius, bins, STATISTIC,
+                SMOOTH, K,
             )  # fmt: skip
 
 
 @triton.jit
-def store_part(part_ptr, n, mean, m2, mass, skipped, bins, K: tl.constexpr):
-    """Batch statistics as one float64 vector [4*bins + 1]."""
+def store_part(part_ptr, n, mean, m2, mass, skipped, loss, samples_b, below, above, bins, K: tl.constexpr):
+    """Batch statistics as one float64 vector [4*bins + 5]."""
     k = tl.arange(0, K)
     m_k = k < bins
     store_moments(part_ptr, n, mean, m2, mass, k, m_k, bins)
-    tl.store(part_ptr + 4 * bins, skipped)
+    totals_ptr = part_ptr + 4 * bins
+    tl.store(totals_ptr, skipped)
+    tl.store(totals_ptr + 1, loss)
+    tl.store(totals_ptr + 2, samples_b)
+    tl.store(totals_ptr + 3, below)
+    tl.store(totals_ptr + 4, above)
 
 
 @triton.jit(do_not_specialize=["radius", "bins", "samples", "parts"])
 def fold_kernel(
-    parts_ptr,  # [parts, 4*bins + 1] float64 or None: batch statistics to merge, in order
+    parts_ptr,  # [parts, 4*bins + 5] float64 or None: batch statistics to merge, in order
     loss_parts_ptr,  # [parts] float64 or None
     mean_ptr,  # scalar float32 or None, out
-    merged_ptr,  # [4*bins + 1] float64 or None, out
-    state_ptr,  # [4*bins + 2] int64, in and out (FOLD)
+    merged_ptr,  # [4*bins + 5] float64 or None, out
+    state_ptr,  # [5*bins + 9] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
     workspace_ptr,  # [2*bins] float64, scratch (FOLD)
     parts, samples, half_life, width, strength, smoothing, log_clip, prior, radius, bins,
@@ -320,16 +375,25 @@ def fold_kernel(
         m2 = tl.zeros((K,), tl.float64)
         mass = tl.zeros((K,), tl.float64)
         skipped = tl.full((), 0.0, tl.float64)
+        loss = tl.full((), 0.0, tl.float64)
+        samples_b = tl.full((), 0.0, tl.float64)
+        below = tl.full((), 0.0, tl.float64)
+        above = tl.full((), 0.0, tl.float64)
         part_ptr = parts_ptr
         for _ in range(0, parts):
             n_b, mean_b, m2_b, mass_b = load_moments(part_ptr, k, m_k, bins)
             n, mean, m2, mass = chan_merge(n, mean, m2, mass, n_b, mean_b, m2_b, mass_b)
             skipped += tl.load(part_ptr + 4 * bins)
-            part_ptr += 4 * bins + 1
+            loss += tl.load(part_ptr + 4 * bins + 1)
+            samples_b += tl.load(part_ptr + 4 * bins + 2)
+            below += tl.load(part_ptr + 4 * bins + 3)
+            above += tl.load(part_ptr + 4 * bins + 4)
+            part_ptr += 4 * bins + 5
         if merged_ptr is not None:
-            store_part(merged_ptr, n, mean, m2, mass, skipped, bins, K)
+            store_part(merged_ptr, n, mean, m2, mass, skipped, loss, samples_b, below, above, bins, K)
         if FOLD:
             fold_and_weigh(
-                n, mean, m2, mass, skipped, state_ptr, log_weights_ptr, workspace_ptr, workspace_ptr + bins,
-                half_life, width, strength, smoothing, log_clip, prior, radius, bins, STATISTIC, SMOOTH, K,
+                n, mean, m2, mass, skipped, loss, samples_b, below, above, state_ptr, log_weights_ptr, workspace_ptr,
+                workspace_ptr + bins, half_life, width, strength, smoothing, log_clip, prior, radius, bins,
+                STATISTIC, SMOOTH, K,
             )  # fmt: skip

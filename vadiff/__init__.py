@@ -1,6 +1,6 @@
 """vadiff: fused, noise-level-aware losses for diffusion and flow training."""
 
-from . import ema, levels, log_snr, optimal_loss, process, weighting
+from . import ema, levels, log_snr, optimal_loss, process, validation, weighting
 from ._version import __version__
 from .loss import DiffusionLoss
 from .ops.backends import backend_report
@@ -16,5 +16,6 @@ __all__ = [
     "log_snr",
     "optimal_loss",
     "process",
+    "validation",
     "weighting",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
-from .process import form_of
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
 from .summary import BANDS, log_to, plot, summary
@@ -63,6 +62,8 @@ class DiffusionLoss(nn.Module):
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
+    _last_log_snr: Tensor | None = None  # [B] of the last call
+    _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
@@ -178,8 +179,8 @@ class DiffusionLoss(nn.Module):
             prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )  # fmt: skip
         weighting: Weighting = self.weighting
-        if coefficients is not None and weighting.needs_form:
-            weighting = self._in_form(form_of(coefficients))
+        if coefficients is not None:
+            weighting = weighting.for_call(self, coefficients)
         if weighting.needs_losses:
             return self._weighted_by_losses(inputs)
         problem = self._current_problem()
@@ -194,7 +195,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             loss = loss + (term.mean() if inputs.mean else term)
-        self._keep(per_sample)
+        self._keep(per_sample, inputs.log_snr)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -228,7 +229,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             weighted = weighted + term
-        self._keep(loss.detach().clone()[None])
+        self._keep(loss.detach().clone()[None], inputs.log_snr)
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
@@ -241,13 +242,29 @@ class DiffusionLoss(nn.Module):
         if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
-        self._keep(per_sample)
+        self._keep(per_sample, inputs.log_snr)
         return loss.mean() if inputs.mean else loss
 
     @property
     def per_sample_loss(self) -> Tensor | None:
         """Detached copy of the last ell [B], float32 (float64 for a float64 prediction); None before the first call."""
         return None if self._last is None else self._last[ELL].clone()
+
+    @property
+    def level_free_loss(self) -> Tensor:
+        """Mean base loss since this was last read, free of which noise levels were drawn. Detached float32 scalar.
+
+        Each training call adds its mean of v*g, corrected by what the levels of its batch cost more or less than the
+        average (post-stratification by the bins' running means, as they were before the call):
+
+            L = (1/B) sum_i v_i g_i + c [sum_k P_k mu_k - (1/B) sum_i v_i mu_k(i)]
+
+        so the curve falls when the model improves and not when easier levels are drawn; a spike or a NaN shows. Until
+        there are 32 samples per bin on average it is the plain mean of v*g. Ranks are merged at each call. Reading
+        copies nothing to the host; it starts a new mean, and repeats the last value if no call came since. NaN before
+        the first training call.
+        """
+        return self.statistics.read_level_free_loss()
 
     @property
     def bin_centers(self) -> Tensor:
@@ -282,10 +299,7 @@ class DiffusionLoss(nn.Module):
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_problem": None, "_watch": None, "base_loss": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_watch": Watch()})
+        return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
@@ -303,22 +317,16 @@ class DiffusionLoss(nn.Module):
             object.__setattr__(self, "_problem", (attributes, problem))
         return problem
 
-    def _in_form(self, prediction_type: str | None) -> Weighting:
-        """The weighting given by name, for the form of the loss that a call showed; kept, but in compiled code."""
-        weighting: Weighting = self.weighting.in_form(prediction_type)
-        if not torch.compiler.is_compiling():
-            self.weighting = weighting
-        return weighting
-
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
         dtype = compute_dtype(prediction)
         return check_per_sample("weighting(log_snr)", weight, prediction.shape[0], prediction.device, dtype)
 
-    def _keep(self, per_sample: Tensor) -> None:
+    def _keep(self, per_sample: Tensor, log_snr: Tensor) -> None:
         if torch.compiler.is_compiling():
-            self._last = per_sample
-        else:
-            object.__setattr__(self, "_last", per_sample)  # `nn.Module.__setattr__` costs 2 µs
+            self._last, self._last_log_snr = per_sample, log_snr
+        else:  # `nn.Module.__setattr__` costs 2 µs
+            object.__setattr__(self, "_last", per_sample)
+            object.__setattr__(self, "_last_log_snr", log_snr)
             watch = self._watch
             watch.left -= 1
             if watch.left == 0:
@@ -329,8 +337,8 @@ class DiffusionLoss(nn.Module):
 
         For those who destroy the graph and keep the criterion.
         """
-        if self._last is not None:
-            self._keep(self._last.clone())
+        if self._last is not None and self._last_log_snr is not None:
+            self._keep(self._last.clone(), self._last_log_snr.clone())
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 
@@ -372,8 +380,8 @@ class DiffusionLoss(nn.Module):
         """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
         The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`, and `<prefix>/skipped`. A SummaryWriter also gets the figure of
-        `plot`, if matplotlib is installed, and a histogram of log-SNR.
+        `std`, `relative_std`, `weight` and `share`; `<prefix>/skipped`; `<prefix>/level_free_loss`, which this reads.
+        A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
         Args:
             writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,

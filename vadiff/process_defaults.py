@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from . import schedulers
-from .log_snr import from_alphas_cumprod
-from .process import EDM, PREDICTION_TYPES, Flow, NoiseProcess, VPCosine, VPLinear
+from .process import EDM, PREDICTION_TYPES, DiscreteVP, Flow, NoiseProcess, VPCosine, VPLinear
 from .statistics import checked_bins
 from .weighting import SNRWeighting, VarianceAware, from_name, takes_prediction_type
 
@@ -68,32 +67,47 @@ def arguments_for(
     return arguments
 
 
-def _form_and_range(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:
-    """Form of the loss (None if unknown), lowest and highest log-SNR."""
-    if isinstance(process, str):
-        if process == STABLE_DIFFUSION:
-            return prediction_type, *_stable_diffusion()
-        if process not in _PROCESSES:
-            raise ValueError(f"process is {process!r}, expected one of {', '.join(available())}")
-        process = _PROCESSES[process]
-    if isinstance(process, NoiseProcess):
-        is_edm = isinstance(process, EDM)
-        ends = (0.002, 80.0) if is_edm else (_EARLIEST, _LATEST)  # EDM's sigma_min and sigma_max
+def resolved(process: Any) -> Any:
+    """The noise process or scheduler that a name stands for; anything else unchanged.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(process, str):
+        return process
+    if process == STABLE_DIFFUSION:
+        return DiscreteVP.scaled_linear()
+    if process not in _PROCESSES:
+        raise ValueError(f"process is {process!r}, expected one of {', '.join(available())}")
+    return _PROCESSES[process]
+
+
+def log_snr_range_of(process: Any) -> tuple[float, float]:
+    """Lowest and highest log-SNR of a process, which `DiffusionLoss.for_process` takes for its bins.
+
+    Raises:
+        ValueError: an unknown name, or a scheduler that `vadiff.schedulers.log_snr_of` refuses.
+        TypeError: not a process.
+    """
+    process = resolved(process)
+    if isinstance(process, NoiseProcess) and not isinstance(process, DiscreteVP):
+        ends = (0.002, 80.0) if isinstance(process, EDM) else (_EARLIEST, _LATEST)  # EDM's sigma_min and sigma_max
         low, high = sorted(process.log_snr(torch.tensor(ends, dtype=torch.float64)).tolist())
-        implied = "edm" if is_edm else "flow" if isinstance(process, Flow) else None
-        return prediction_type or implied, low, high
+        return low, high
     try:
-        low, high = schedulers.log_snr_range_of(process)
+        return schedulers.log_snr_range_of(process)
     except TypeError as error:
         raise TypeError(
             f"process is a {type(process).__name__}, expected a name ({', '.join(available())}), an object from "
             "vadiff.process, or a diffusers scheduler"
         ) from error
+
+
+def _form_and_range(process: Any, prediction_type: str | None) -> tuple[str | None, float, float]:
+    """Form of the loss (None if unknown), lowest and highest log-SNR."""
+    process = resolved(process)
+    low, high = log_snr_range_of(process)
+    if isinstance(process, NoiseProcess):
+        implied = "edm" if isinstance(process, EDM) else "flow" if isinstance(process, Flow) else None
+        return prediction_type or implied, low, high
     return prediction_type or schedulers.loss_form_of(process), low, high
-
-
-def _stable_diffusion() -> tuple[float, float]:
-    """Log-SNR range of Stable Diffusion: 1,000 betas from 0.00085 to 0.012, with evenly spaced square roots."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    log_snr = from_alphas_cumprod((1.0 - betas).cumprod(0), torch.tensor([999, 0]))
-    return log_snr[0].item(), log_snr[1].item()

@@ -39,8 +39,10 @@ __all__ = [
     "prediction_type_of",
     "sigma_data_of",
     "sigma_of",
+    "timesteps_of",
 ]
 
+_FAR = 1e4  # a log-SNR in place of an infinite one
 _BY_ALPHA, _BY_SIGMA, _FLOW = "alphas_cumprod", "sigmas", "flow"
 _LARGEST_UNIT = 20  # of schedules with fewer timesteps, [0, 1] is a part that may be drawn
 
@@ -113,6 +115,50 @@ def is_flow(scheduler: Any) -> bool:
         TypeError, ValueError: as `log_snr_of`, for a scheduler that it does not take.
     """
     return _kind_of(scheduler) == _FLOW
+
+
+def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
+    """The scheduler's timesteps with the nearest noise levels: the inverse of `log_snr_of`, to whole timesteps.
+
+    The level actually used is `log_snr_of(scheduler, timesteps_of(scheduler, log_snr))`. Reads the tables on the CPU,
+    so not for the hot path.
+
+    Args:
+        scheduler: see the table above.
+        log_snr: [B], any floating dtype.
+
+    Returns:
+        [B] on the device of `log_snr`: int64 indices into `alphas_cumprod`, or values of `scheduler.timesteps`.
+
+    Raises:
+        TypeError: not such a scheduler; log_snr is not a floating-point tensor.
+        ValueError: log_snr is not [B], or beyond the schedule by more than half a timestep.
+
+    Example:
+        >>> timesteps_of(noise_scheduler, torch.tensor([0.0, 4.0]))
+        tensor([258,  37])
+    """
+    if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point():
+        raise TypeError(f"log_snr is {log_snr!r}, expected a floating-point tensor: ln(alpha**2/sigma**2) per sample")
+    if log_snr.dim() != 1:
+        raise ValueError(f"log_snr has shape {tuple(log_snr.shape)}, expected (B,): one value per sample")
+    if _kind_of(scheduler) == _BY_ALPHA:
+        alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).cpu()
+        times = torch.arange(len(alphas_cumprod))
+        table = from_alphas_cumprod(alphas_cumprod, times).double()
+    else:
+        times = torch.as_tensor(scheduler.timesteps).cpu()
+        table = log_snr_of(scheduler, times.float()).double()
+    wanted = log_snr.detach().double().cpu()
+    ends = table.clamp(-_FAR, _FAR).sort().values  # [T] rising, finite at zero terminal SNR
+    low, high = ends[0] - 0.5 * (ends[1] - ends[0]), ends[-1] + 0.5 * (ends[-1] - ends[-2])
+    if not bool(((wanted >= low) & (wanted <= high)).all()):
+        raise ValueError(
+            f"log_snr runs from {wanted.min():.4g} to {wanted.max():.4g}, expected {ends[0]:.4g} to {ends[-1]:.4g}: "
+            "the noise levels of the scheduler"
+        )
+    nearest = (table.clamp(-_FAR, _FAR) - wanted[:, None]).abs().argmin(1)
+    return times[nearest].to(log_snr.device)
 
 
 def prediction_type_of(scheduler: Any) -> str:

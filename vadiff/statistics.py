@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import is_number
-from .ops.problem import Bins, State
-from .ops.reference import moments_of, variance
+from .ops.problem import Bins, State, state_size
+from .ops.reference import level_shares_of, moments_of, totals_of, variance
+
+_LAST_READ = 6  # of the totals: the level-free loss last read
 
 
 class LogSNRStatistics(nn.Module):
@@ -31,7 +33,7 @@ class LogSNRStatistics(nn.Module):
         RuntimeError: from `load_state_dict`, when the saved bins or range differ from these; nothing is loaded then.
     """
 
-    state: Tensor  # int64 [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; the kernels' ticket
+    state: Tensor  # int64 [5K + 9], see `ops.problem.State`
     log_weights: Tensor  # int32 [K]: bits of float32 ln w
     log_snr_range: Tensor  # int64 [2]: bits of float64 low, high
 
@@ -46,7 +48,7 @@ class LogSNRStatistics(nn.Module):
                 f"(float('inf') forgets nothing)"
             )
         self.half_life = float(half_life)
-        self.register_buffer("state", torch.zeros(4 * self.bins.size + 2, dtype=torch.int64))
+        self.register_buffer("state", torch.zeros(state_size(self.bins.size), dtype=torch.int64))
         self.register_buffer("log_weights", torch.zeros(self.bins.size, dtype=torch.int32))
         self.register_buffer("log_snr_range", torch.zeros(2, dtype=torch.int64))
         self.reset_parameters()
@@ -86,13 +88,51 @@ class LogSNRStatistics(nn.Module):
         """Number of samples with a NaN log-SNR or a non-finite loss or weight, over all ranks. int64 scalar."""
         return self.state[4 * self.bins.size].clone()
 
+    @property
+    def outside(self) -> Tensor:
+        """Effective number of samples with log-SNR below and above the range, in the end bins too. [2] float64."""
+        return totals_of(self.state, self.bins)[:2].clone()
+
+    def read_level_free_loss(self) -> Tensor:
+        """See `DiffusionLoss.level_free_loss`. Starts a new mean; does not synchronise."""
+        totals = totals_of(self.state, self.bins)
+        loss, samples = totals[2], totals[3]
+        read = torch.where(samples > 0, loss / samples, totals[_LAST_READ])
+        totals[_LAST_READ] = read
+        totals[2:4] = 0.0
+        return read.float()
+
+    @torch.no_grad()
+    def use_level_shares(self, shares: Tensor | None) -> None:
+        """Set how the level-free loss averages over the levels.
+
+        Without it each bin has its running share of the samples. After a change of the sampler this lags by some
+        half-lives, and the level-free loss is biased towards the old levels. Adaptive samplers call it at each update.
+
+        Args:
+            shares: [K] share of the draws in each bin times their mean sample weight (base/p where p is corrected for);
+                None: the running shares. Copied, without synchronising.
+
+        Raises:
+            ValueError: shares is not [K].
+        """
+        used = level_shares_of(self.state, self.bins)
+        if shares is None:
+            used.zero_()
+            return
+        if shares.shape != used.shape:
+            raise ValueError(f"shares has shape {tuple(shares.shape)}, expected ({self.bins.size},): one per bin")
+        used.copy_(shares)
+
     def reset(self) -> None:
-        """Forget everything: empty bins, weights of 1."""
-        self.state.zero_()
+        """Forget everything: empty bins, weights of 1. The shares that a level sampler gave remain."""
+        self.state[: 4 * self.bins.size + 9].zero_()
+        totals_of(self.state, self.bins)[_LAST_READ] = math.nan
         self.log_weights.zero_()
 
     def reset_parameters(self) -> None:
         """Initialise the buffers, as after `to_empty` on a module made on the meta device."""
+        self.state.zero_()
         self.reset()
         limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64, device="cpu")
         self.log_snr_range.copy_(limits.view(torch.int64))
@@ -116,13 +156,13 @@ class LogSNRStatistics(nn.Module):
         if (
             state.dtype is not torch.int64
             or log_weights.dtype is not torch.int32
-            or state.numel() != 4 * size + 2
+            or state.numel() != state_size(size)
             or log_weights.numel() != size
         ):
             raise RuntimeError(
                 f"the criterion's statistics are {state.dtype} {tuple(state.shape)} and {log_weights.dtype} "
-                f"{tuple(log_weights.shape)}, expected torch.int64 ({4 * size + 2},) and torch.int32 ({size},): bits "
-                "of floats, which module.type(...) destroys and module.to(...) keeps. Make a new criterion"
+                f"{tuple(log_weights.shape)}, expected torch.int64 ({state_size(size)},) and torch.int32 ({size},): "
+                "bits of floats, which module.type(...) destroys and module.to(...) keeps. Make a new criterion"
             )
         return State(state, log_weights)
 
@@ -140,6 +180,9 @@ class LogSNRStatistics(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        saved = state_dict.get(prefix + "state")
+        if isinstance(saved, Tensor) and self._is_older(saved):
+            state_dict[prefix + "state"] = self._of_now(saved)
         for name, buffer in self.named_buffers(recurse=False):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor):
@@ -150,14 +193,29 @@ class LogSNRStatistics(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.state[-1] = 0  # the kernels' ticket, nonzero if the state was saved while a kernel ran
+        self.state[4 * self.bins.size + 1] = 0  # the kernels' ticket, nonzero if saved while a kernel ran
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._is_older(self.state):
+            self._buffers["state"] = self._of_now(self.state)
+
+    def _is_older(self, state: Tensor) -> bool:
+        """Whether this is the state of vadiff 0.1, which ended at the ticket."""
+        return state.dtype is torch.int64 and state.shape == (4 * self.bins.size + 2,)
+
+    def _of_now(self, older: Tensor) -> Tensor:
+        state = older.new_zeros(state_size(self.bins.size))
+        state[: len(older)] = older
+        totals_of(state, self.bins)[_LAST_READ] = math.nan
+        return state
 
     def _mismatch(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
         """Why a saved buffer cannot be loaded; None if it can."""
         if found.dtype != buffer.dtype:
             return f"has dtype {found.dtype}, expected {buffer.dtype}: bits of floats, which a cast destroys"
         if found.shape != buffer.shape:
-            bins = (found.numel() - 2) // 4 if name == "state" else found.numel()
+            bins = (found.numel() - state_size(0)) // 5 if name == "state" else found.numel()
             return (
                 f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}, "
                 "or start with fresh statistics"

@@ -137,16 +137,25 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
     """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
-    log = _logger(writer)
-    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
-        raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
-    log(dict(_scalars(criterion, bands_of(criterion, bands), prefix)), int(step))
+    log_values(writer, dict(_scalars(criterion, bands_of(criterion, bands), prefix)), step)
     judge_at_read(criterion)
     if hasattr(writer, "add_figure"):
         with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged
             writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))
     if hasattr(writer, "add_histogram_raw"):
         _add_histogram(criterion, writer, int(step), prefix)
+
+
+def log_values(writer: Any, values: dict[str, float], step: int) -> None:
+    """Log numbers by name to any of the trackers that `DiffusionLoss.log_to` knows.
+
+    Raises:
+        TypeError: not a tracker, or a step that is not an integer.
+    """
+    log = _logger(writer)
+    if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+        raise TypeError(f"step is {step!r}, expected an integer: the number of optimiser steps")
+    log(values, int(step))
 
 
 def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
@@ -187,6 +196,9 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
             if count > 0 and math.isfinite(value):
                 yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
+    level_free = float(criterion.statistics.read_level_free_loss())
+    if not math.isnan(level_free) or found.samples.sum() > 0:  # NaN of non-finite losses is not hidden
+        yield f"{prefix}/level_free_loss", level_free
 
 
 def _add_histogram(criterion: Criterion, writer: Any, step: int, prefix: str) -> None:

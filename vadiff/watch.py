@@ -32,6 +32,7 @@ class Watched(Protocol):
 
     weighting: Any
     statistics: LogSNRStatistics
+    _last_log_snr: Tensor | None
 
 
 class _Evidence(NamedTuple):
@@ -70,6 +71,10 @@ class Watch:
         self._head: Tensor | None = None
         self._pending: tuple[torch.cuda.Event, _Evidence] | None = None
         self._levels_said = self._head_said = False
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        """A copy of a criterion is watched anew."""
+        return Watch, ()
 
     def look(self, criterion: Watched) -> None:
         """Judge the criterion if it can be done without waiting, and set `left` for the next look."""
@@ -127,10 +132,7 @@ def judge_at_read(criterion: Any) -> None:
 
 def _evidence(criterion: Watched, first_head: Tensor | None) -> _Evidence:
     statistics = criterion.statistics
-    counts = statistics.count
-    outside = getattr(statistics, "outside", None)
-    last = getattr(criterion, "_last_log_snr", None)
-    return _Evidence(counts, counts.new_zeros(2) if outside is None else outside, last, _unmoved(criterion, first_head))
+    return _Evidence(statistics.count, statistics.outside, criterion._last_log_snr, _unmoved(criterion, first_head))
 
 
 def _unmoved(criterion: Watched, first_head: Tensor | None) -> Tensor | None:

@@ -22,7 +22,8 @@ lightning: Any = pytest.importorskip("lightning.pytorch", reason="lightning is n
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
 from vadiff.extras import MissingExtraError  # noqa: E402
-from vadiff.integrations.lightning import StatisticsLogger  # noqa: E402
+from vadiff.integrations.lightning import StatisticsLogger, ValidationLogger  # noqa: E402
+from vadiff.validation import LevelValidation  # noqa: E402
 
 # Lightning's advice on data loaders and validation, and a type of torch's that it uses and torch means to rename.
 pytestmark = pytest.mark.filterwarnings(
@@ -199,6 +200,44 @@ def test_a_criterion_that_is_no_attribute_is_an_error_before_training(tmp_path: 
 def test_bad_intervals_are_named(every_n_steps: Any) -> None:
     with pytest.raises(ValueError, match=r"every_n_steps is .*, expected a positive integer"):
         StatisticsLogger(every_n_steps)
+
+
+class Validated(Module):
+    """Validates at fixed levels; its loss falls with its only weight."""
+
+    def __init__(self, validation: LevelValidation) -> None:
+        super().__init__(criterion())
+        self.validation = validation
+
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+        indices, (clean, _, _) = batch
+        log_snr, noise = self.validation.draw(indices, clean.shape, self.device)
+        t = vadiff.process.Flow().time(log_snr)
+        noisy = (1 - t[:, None]) * clean + t[:, None] * noise
+        prediction = self.net(torch.cat([noisy, log_snr[:, None] / 8], 1))
+        self.validation.add(indices, log_snr, (prediction - noise).square().mean(1))
+
+
+def test_validation_is_logged_and_can_be_watched(tmp_path: Path) -> None:
+    validation = LevelValidation(3, log_snr_range=(-4.0, 4.0), reference=tmp_path / "reference.csv")
+    module, logger, callback = Validated(validation), Records(), ValidationLogger(validation)
+    held_out: DataLoader[Any] = DataLoader(validation.indexed(loader(4).dataset), batch_size=5)
+    fitted = trainer(tmp_path, logger, callbacks=[callback], val_check_interval=2, max_steps=4)  # with a sanity check
+    fitted.fit(module, loader(), held_out)
+    logged = [values for _, values in logger.lines if "vadiff/validation/mean_log_ratio" in values]
+    first, last = (values["vadiff/validation/mean_log_ratio"] for values in logged)
+    assert first == 0.0
+    assert callback.result is not None
+    assert int(callback.result.samples.sum()) == 4 * BATCH
+    watched = fitted.callback_metrics["vadiff/validation/mean_log_ratio"].item()
+    assert watched == pytest.approx(callback.result.mean_log_ratio(), rel=1e-5)
+    assert watched == pytest.approx(last)
+    assert watched != 0.0
+
+
+def test_validation_logger_takes_a_validation_only() -> None:
+    with pytest.raises(TypeError, match=r"validation is a int, expected a vadiff\.validation\.LevelValidation"):
+        ValidationLogger(12)
 
 
 def test_whoever_imports_lightning_by_its_other_name_gets_a_callback_of_that(monkeypatch: pytest.MonkeyPatch) -> None:

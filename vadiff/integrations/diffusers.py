@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .. import weighting
 from ..loss import DiffusionLoss
-from ..schedulers import coefficients_at, coefficients_of, log_snr_of, loss_form_of, prediction_type_of, sigma_of
+from ..schedulers import (
+    coefficients_at,
+    coefficients_of,
+    log_snr_of,
+    loss_form_of,
+    prediction_type_of,
+    sigma_of,
+    timesteps_of,
+)
 from .form import require_form
 
 __all__ = [
@@ -31,6 +39,7 @@ __all__ = [
     "scheduler_loss",
     "sigma_of",
     "snr_gamma_weight",
+    "timesteps_of",
 ]
 
 

@@ -38,7 +38,7 @@ def criterion_in_form(
             f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss or the name of a weighting "
             f"({', '.join(weightings.available())})"
         )
-    if criterion.weighting.needs_form:
+    if isinstance(criterion.weighting, weightings.UnknownForm):
         criterion.weighting = criterion.weighting.in_form(prediction_type, sigma_data)
     weighting = criterion.weighting
     if isinstance(weighting, weightings.SNRWeighting):

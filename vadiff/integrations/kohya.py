@@ -20,7 +20,7 @@ from torch import Tensor
 from ..log_snr import from_alphas_cumprod
 from ..loss import DiffusionLoss
 from ..schedulers import is_flow, log_snr_of, loss_form_of
-from ..weighting import SNRWeighting
+from ..weighting import SNRWeighting, UnknownForm
 from .form import moved_beside, require_form
 
 __all__ = ["AdaptiveLoss", "post_process_loss", "refresh_all_snr"]
@@ -63,7 +63,7 @@ def post_process_loss(
     """
     if not loss.requires_grad:
         return loss
-    if criterion.weighting.needs_form or isinstance(criterion.weighting, SNRWeighting):
+    if isinstance(criterion.weighting, (SNRWeighting, UnknownForm)):
         v_prediction = getattr(args, "v_parameterization", False)  # some versions do not set it in the scheduler
         require_form(criterion, "v_prediction" if v_prediction else loss_form_of(noise_scheduler), loss_is_given=True)
     criterion = moved_beside(criterion, loss)

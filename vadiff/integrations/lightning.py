@@ -1,4 +1,4 @@
-"""Lightning: a callback that logs the statistics of a LightningModule's criteria.
+"""Lightning: callbacks that log the statistics of a LightningModule's criteria, and a validation by noise level.
 
 Nothing else is needed. A criterion that is an attribute of the LightningModule is moved, saved in checkpoints and
 restored with it; statistics are merged over ranks; with accumulation, every batch is recorded.
@@ -15,6 +15,7 @@ from torch import nn
 from ..extras import MissingExtraError
 from ..loss import DiffusionLoss
 from ..summary import BANDS
+from ..validation import LevelLosses, LevelValidation
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,7 +30,7 @@ else:
     else:
         raise MissingExtraError(f"lightning cannot be imported ({cause}). Install it with: pip install lightning")
 
-__all__ = ["StatisticsLogger"]
+__all__ = ["StatisticsLogger", "ValidationLogger"]
 
 
 class StatisticsLogger(Callback):
@@ -81,3 +82,41 @@ class StatisticsLogger(Callback):
 
 def _criteria(module: nn.Module) -> list[tuple[str, DiffusionLoss]]:
     return [(name, found) for name, found in module.named_modules() if isinstance(found, DiffusionLoss)]
+
+
+class ValidationLogger(Callback):
+    """Ends each validation of a `LevelValidation` and logs it with the LightningModule's own values.
+
+    The module's `validation_step` draws and adds; see docs/validation.md. `vadiff/validation/mean_log_ratio` can be the
+    `monitor` of a ModelCheckpoint or of EarlyStopping. The batches of Lightning's sanity check are not counted.
+
+    Args:
+        validation: the one that the module uses.
+        prefix: of the names, see `LevelLosses.log_to`.
+
+    Attributes:
+        result: `LevelLosses` of the last validation; None before the first.
+
+    Raises:
+        TypeError: not a `LevelValidation`.
+    """
+
+    def __init__(self, validation: LevelValidation, prefix: str = "vadiff/validation") -> None:
+        super().__init__()
+        if not isinstance(validation, LevelValidation):
+            raise TypeError(
+                f"validation is a {type(validation).__name__}, expected a vadiff.validation.LevelValidation"
+            )
+        self.validation = validation
+        self.prefix = prefix
+        self.result: LevelLosses | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validation.reset()  # what a pass left that was broken off
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self.result = self.validation.result()
+        # On all ranks, as the loss is the same on all of them: callbacks of each may watch it.
+        self.result.log_to(lambda values, step: pl_module.log_dict(values), trainer.global_step, self.prefix)

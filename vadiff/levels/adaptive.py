@@ -41,6 +41,8 @@ class AdaptiveLevels(Table):
     def update(self, criterion: DiffusionLoss, log_snr: Tensor | None = None) -> None:
         """Recompute the tilt from the statistics; call it after the criterion, on every rank.
 
+        The criterion's level-free loss averages over these levels from then on.
+
         Args:
             criterion: the training loss, with the bins of this sampler.
             log_snr: [B] of this rank's last batch, for samplers that use per-sample losses.
@@ -65,6 +67,9 @@ class AdaptiveLevels(Table):
         ratio = (1.0 - self.floor) * factors / total + self.floor
         # Factors that are all 0, or not all finite, define no distribution: keep the old one.
         self._set(torch.where(total.isfinite() & (total > 0), ratio, self._numbers(self.ratio)))
+        # What the next batch's levels will be: share of the draws times the sample weight base/p.
+        masses = self._numbers(self.masses)
+        statistics.use_level_shares(masses if self.corrected else masses * self._numbers(self.ratio))
 
     @abstractmethod
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:

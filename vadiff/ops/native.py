@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .problem import Gather, Inputs, Problem, State, Step, compute_dtype
+from .problem import TOTALS, Gather, Inputs, Problem, State, Step, compute_dtype
 
-INTERFACE = 7  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 8  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -147,7 +147,7 @@ def _run(
 ) -> None:
     """Run a kernel that reads the state, and moves it with `update`, on the device of `tensor`.
 
-    With `gather` the kernel leaves the batch statistics to it, and those of all ranks [ranks, 4K + 1] are folded."""
+    With `gather` the kernel leaves the batch statistics to it, and those of all ranks [ranks, 4K + 5] are folded."""
     call.state = state.state.data_ptr()
     call.log_weights = state.log_weights.data_ptr()
     call.update = update
@@ -155,7 +155,7 @@ def _run(
         _workspace = _place(call, tensor)
         kernel(ctypes.addressof(call))
         return
-    batch = state.state.new_empty(4 * problem.bins.size + 1, dtype=torch.float64)
+    batch = state.state.new_empty(4 * problem.bins.size + len(TOTALS), dtype=torch.float64)
     call.batch = batch.data_ptr()
     _workspace = _place(call, tensor)
     kernel(ctypes.addressof(call))

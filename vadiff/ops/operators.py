@@ -147,7 +147,7 @@ def _backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Te
 
 
 def _gather(problem: Problem) -> Gather | None:
-    """How this rank's batch statistics [4K + 1] become those of all ranks [ranks, 4K + 1]; None on one rank."""
+    """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank."""
     if not problem.sync or not _is_distributed() or dist.get_world_size() == 1:
         return None
     ranks = dist.get_world_size()

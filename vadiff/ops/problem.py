@@ -22,7 +22,7 @@ from torch import Tensor
 from .._validation import check_elements, check_per_sample, check_prediction, is_number
 
 Coefficient = float | Tensor  # one number, or one per sample [B]
-Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 1] of this rank -> [ranks, 4K + 1]
+Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 5] of this rank -> [ranks, 4K + 5]
 
 REDUCTIONS = ("mean", "none")
 
@@ -92,7 +92,12 @@ class Inputs(NamedTuple):
 class State(NamedTuple):
     """The buffers of a criterion that a call reads and, in training, updates in place."""
 
-    state: Tensor  # int64 [4K + 2]: bits of float64 n, mean, M2, mass; skipped samples; a CUDA kernel's ticket
+    # int64 [5K + 9]. At 0: bits of float64 count n, mean, M2 (sum of squared deviations) and mass (sum of v), [4, K].
+    # At 4K: number of skipped samples; ticket by which a CUDA kernel counts its finished blocks, 0 between calls.
+    # At 4K + 2: bits of float64 [7]: samples below and above the range, forgotten like n; sums of B*L and of B since
+    # the last read, L being the level-free loss; decayed sums of v*g and of v*mu; the level-free loss last read.
+    # At 4K + 9: bits of float64 [K]: exact share of the draws in each bin times their mean v; all 0: not known.
+    state: Tensor
     log_weights: Tensor  # int32 [K]: bits of float32 ln w at the bin centres
 
 
@@ -103,6 +108,15 @@ class Step(NamedTuple):
     per_sample: Tensor  # [4, B], rows ELL, FACTOR, SLOPE, MASKED
     gradient: Tensor  # of the mean loss by the prediction, in its dtype and layout; [0] if not requested
 
+
+def state_size(bins: int) -> int:
+    """Entries of `State.state`."""
+    return 5 * bins + 9
+
+
+# What the statistics of a batch [4K + 5] hold after the bins' moments: sums over its samples. Below and above: those
+# that entered an end bin from outside the range.
+TOTALS = ("skipped", "loss", "samples", "below", "above")  # loss: of v*g, samples: B, both over all samples
 
 # Rows of `Step.per_sample`.
 ELL = 0  # ell

@@ -16,11 +16,9 @@ Masked: u = 0 or v = 0. A masked sample has no loss, no gradient and enters no b
 Skipped: a sample that is not masked, with a NaN lambda or a non-finite ell, u, v or g. It enters no bin and is counted.
 Non-finite values propagate to its loss and gradient as in `F.mse_loss`; other samples are unaffected.
 
-State of K bins: `state` int64 [4K + 2], whose first 4K entries are the bits of float64 count n, mean, M2 (sum of
-squared deviations) and mass (sum of v), then the count of skipped samples, then a ticket by which a CUDA kernel counts
-its finished blocks, 0 between calls; `log_weights` int32 [K], the bits of float32 ln w at the bin centres. Integers,
-because `module.half()` casts every float buffer. The statistics of a batch are one float64 vector [4K + 1]: n, mean,
-M2, mass, skipped.
+State of K bins: `state` int64 [5K + 9], see `vadiff.ops.problem.State`; `log_weights` int32 [K], the bits of float32
+ln w at the bin centres. Integers, because `module.half()` casts every float buffer. The statistics of a batch are one
+float64 vector [4K + 5]: n, mean, M2, mass, then the totals of `vadiff.ops.problem.TOTALS`.
 
 Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber's function as in
 `torch.nn.functional.huber_loss`.
@@ -34,11 +32,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import FACTOR, MASKED, Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
+from .problem import FACTOR, MASKED, TOTALS, Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 BLOCK = 4096  # elements summed in float32; blocks are summed in float64
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
+YOUNG = 32  # mean number of samples per bin up to which the level-free loss is the raw mean
+SCALE_DECAY = 0.9  # per call, of the sums whose ratio scales the level-free loss's correction
 
 
 # rows: one value per sample
@@ -85,8 +85,12 @@ def residual_slope(r: Tensor, huber_delta: float) -> Tensor:
 
 def bin_index(log_snr: Tensor, bins: Bins) -> Tensor:
     """floor((lambda - low) * inv_width) in float32, clamped to [0, K-1] before the cast; NaN goes to 0. int64 [B]."""
-    position = ((log_snr - bins.low) * bins.inv_width).floor().clamp(0, bins.size - 1)
-    return position.nan_to_num(nan=0.0).long()
+    return _position(log_snr, bins).clamp(0, bins.size - 1).nan_to_num(nan=0.0).long()
+
+
+def _position(log_snr: Tensor, bins: Bins) -> Tensor:
+    """Number of the interval of that width, negative or above K - 1 outside the range. [B] float32."""
+    return ((log_snr - bins.low) * bins.inv_width).floor()
 
 
 def log_weight_at(log_weights: Tensor, log_snr: Tensor, bins: Bins) -> Tensor:
@@ -140,10 +144,18 @@ def classify(ell: Tensor, inputs: Inputs, log_weights: Tensor | None, bins: Bins
 
 
 def batch_statistics(samples: Samples, inputs: Inputs, bins: Bins) -> Tensor:
-    """Statistics of one batch, float64 [4K + 1]: two passes within tiles of samples, Chan's merge across them."""
+    """Statistics of one batch, float64 [4K + 5]: two passes within tiles of samples, Chan's merge across them."""
     g = samples.base_loss.double()
     v = torch.ones_like(g) if inputs.sample_weight is None else inputs.sample_weight.double()
-    bin_of = torch.where(samples.masked | samples.skipped, -1, bin_index(inputs.log_snr, bins))
+    entered = ~(samples.masked | samples.skipped)
+    bin_of = torch.where(entered, bin_index(inputs.log_snr, bins), -1)
+    position = _position(inputs.log_snr, bins)
+    totals = torch.stack(  # [5, B]
+        [
+            samples.skipped.double(), (v * g).masked_fill(samples.masked, 0.0), torch.ones_like(g),
+            (entered & (position < 0)).double(), (entered & (position >= bins.size)).double(),
+        ]
+    )  # fmt: skip
     ks = torch.arange(bins.size, device=g.device)
     tiles = []
     for start in range(0, len(g), TILE):
@@ -153,16 +165,17 @@ def batch_statistics(samples: Samples, inputs: Inputs, bins: Bins) -> Tensor:
         mean = torch.where(member, g[tile, None], 0.0).sum(0) / n.clamp(min=1.0)
         m2 = torch.where(member, (g[tile, None] - mean) ** 2, 0.0).sum(0)
         mass = torch.where(member, v[tile, None], 0.0).sum(0)
-        tiles.append(torch.cat([n, mean, m2, mass, samples.skipped[tile].sum().double()[None]]))
+        tiles.append(torch.cat([n, mean, m2, mass, totals[:, tile].sum(1)]))
     return merge(torch.stack(tiles), bins)
 
 
 def merge(parts: Tensor, bins: Bins) -> Tensor:
-    """Chan's merge of batch statistics [P, 4K + 1] in the order of their rows."""
+    """Chan's merge of batch statistics [P, 4K + 5] in the order of their rows."""
     total, *rest = parts.unbind(0)
+    moments = 4 * bins.size
     for part in rest:
-        n, mean, m2, mass = _chan(total[:-1].view(4, bins.size), part[:-1].view(4, bins.size))
-        total = torch.cat([n, mean, m2, mass, (total[-1] + part[-1])[None]])
+        merged = _chan(total[:moments].view(4, bins.size), part[:moments].view(4, bins.size))
+        total = torch.cat([*merged, total[moments:] + part[moments:]])
     return total
 
 
@@ -179,17 +192,58 @@ def moments_of(state: Tensor, bins: Bins) -> Tensor:
     return state[: 4 * bins.size].view(torch.float64).view(4, bins.size)
 
 
+def totals_of(state: Tensor, bins: Bins) -> Tensor:
+    """The totals of `vadiff.ops.problem.State`, from `below` to `last_read`: a view of `state` as float64 [7]."""
+    return state[4 * bins.size + 2 : 4 * bins.size + 9].view(torch.float64)
+
+
+def level_shares_of(state: Tensor, bins: Bins) -> Tensor:
+    """The exact shares of an adaptive level sampler, all 0 where there is none: a view of `state`, float64 [K]."""
+    return state[4 * bins.size + 9 :].view(torch.float64)
+
+
 def fold(state: Tensor, batch: Tensor, half_life: float, bins: Bins) -> None:
     """Forget, then merge one batch into `state`, in place.
 
     rho = 2**(-N / (half_life * K)) for the N recorded samples of the batch, the same in all bins."""
-    moments = moments_of(state, bins)
-    new = batch[:-1].view(4, bins.size)
+    moments, totals = moments_of(state, bins), totals_of(state, bins)
+    new, of_batch = batch[: 4 * bins.size].view(4, bins.size), dict(zip(TOTALS, batch[4 * bins.size :], strict=True))
+    totals[2:6] = level_free_sums(moments, new, of_batch, totals, level_shares_of(state, bins), half_life)
     rho = torch.exp2(-new[0].sum() / (half_life * bins.size))
+    totals[:2] = totals[:2] * rho + torch.stack([of_batch["below"], of_batch["above"]])
     old = torch.stack([moments[0] * rho, moments[1], moments[2] * rho, moments[3] * rho])
     folded = torch.stack(_chan(old, new))
     moments.copy_(torch.where(folded[0] < EMPTY, 0.0, folded))
-    state[4 * bins.size] += batch[-1].long()
+    state[4 * bins.size] += of_batch["skipped"].long()
+
+
+def level_free_sums(
+    moments: Tensor, new: Tensor, of_batch: dict[str, Tensor], totals: Tensor, shares: Tensor, half_life: float
+) -> Tensor:
+    """The level-free loss of a batch, added to the sums that `DiffusionLoss.level_free_loss` reads; float64 [4].
+
+        L = (1/B) * (S + c * (N * sum_k P_k mu_k - sum_i v_i mu_k(i)))
+
+    with S = sum_i v_i g_i over all B samples, N those that entered a bin, and from before the batch: mu_k the bin's
+    mean, of an empty bin the mean by mass; P_k the sampler's shares, else mass_k over the total count; c the ratio of
+    the decayed sums of v*g and v*mu. Post-stratification: what the batch's levels cost less than average is added. L
+    is S/B while the mean count per bin is at most YOUNG (half_life, if that is less).
+
+    moments, new: [4, K], of the state and of the batch. Returns the sums of B*L and of B since the last read, and the
+    decayed sums of v*g and v*mu. A batch with a sample that was skipped leaves these two as they are."""
+    n, mean, _, mass = moments
+    total = mass.sum()
+    average = torch.where(total > 0, (mass * mean).sum() / total, 0.0)
+    mean = torch.where(n > 0, mean, average)
+    shares = torch.where(shares.sum() > 0, shares, mass / n.sum())
+    drawn, loss = (new[3] * mean).sum(), of_batch["loss"]
+    scale = torch.where((totals[5] > 0) & (totals[4] > 0), totals[4] / totals[5], 1.0)
+    correction = scale * (new[0].sum() * (shares * mean).sum() - drawn)
+    known = n.sum() > min(YOUNG, half_life) * len(n)
+    level_free = loss + torch.where(known, correction, 0.0)
+    scales = (of_batch["skipped"] == 0) & loss.isfinite() & (n.sum() > 0)
+    decayed = torch.where(scales, SCALE_DECAY * totals[4:6] + torch.stack([loss, drawn]), totals[4:6])
+    return torch.cat([totals[2:4] + torch.stack([level_free, of_batch["samples"]]), decayed])
 
 
 def variance(n: Tensor, m2: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from ..process import PREDICTION_TYPES
+from ..ops.problem import Coefficient
+from ..process import PREDICTION_TYPES, form_of
 from .base import Weighting
 
 
@@ -22,8 +24,6 @@ class UnknownForm(Weighting):
         make: makes the weighting of that name, with `prediction_type=` and `sigma_data=`.
     """
 
-    needs_form: ClassVar[bool] = True
-
     def __init__(self, name: str, make: Callable[..., Weighting]) -> None:
         self.name = name
         self._make = make
@@ -37,6 +37,13 @@ class UnknownForm(Weighting):
         if prediction_type is None:
             self._refuse()
         return self._make(prediction_type=prediction_type, sigma_data=sigma_data)
+
+    def for_call(self, criterion: Any, coefficients: tuple[Coefficient, Coefficient, Coefficient]) -> Weighting:
+        """The weighting for the form that these coefficients show. In eager mode the criterion keeps it."""
+        weighting = self.in_form(form_of(coefficients))
+        if not torch.compiler.is_compiling():
+            criterion.weighting = weighting
+        return weighting
 
     def for_batch(self, log_snr: Tensor, sync: bool) -> NoReturn:
         self._refuse()

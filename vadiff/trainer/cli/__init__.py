@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from ..._version import __version__
 from ...errors import UserError
 from ...extras import MissingExtraError
-from . import ablate, demo, doctor, ema, evaluate, optimal_loss, report, sample, train
+from . import ablate, demo, doctor, ema, evaluate, optimal_loss, report, sample, train, validate
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, ema, sample, evaluate, report, ablate, optimal_loss, demo, doctor)
+COMMANDS = (train, validate, ema, sample, evaluate, report, ablate, optimal_loss, demo, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,7 +109,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The options of `add_solver_options`, and those of the weights to draw with and where."""
     drawing = add_solver_options(parser)
     drawing.add_argument(
-        "--weights", type=_weights, metavar="NAME", default="ema",
+        "--weights", type=weights_name, metavar="NAME", default="ema",
         help="ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
     )  # fmt: skip
     drawing.add_argument("--batch-size", type=int, metavar="N", default=256, help="images at a time per device")
@@ -205,7 +205,7 @@ def _guide_of(options: argparse.Namespace) -> "Guide | None":
     if step and not step.isdecimal():
         options.parser.error(f"argument --guide: step {step!r} in {text!r}, expected a number, as RUN:ema/20000")
     try:
-        weights = _weights(weights or "ema")
+        weights = weights_name(weights or "ema")
     except argparse.ArgumentTypeError as error:
         options.parser.error(f"argument --guide: {error}")
     return Guide(text, open_run(folder), weights, int(step) if step else None)
@@ -218,7 +218,8 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _weights(text: str) -> str:
+def weights_name(text: str) -> str:
+    """An argument that names weights of a checkpoint: ema, raw or ema-WIDTH."""
     if text in ("ema", "raw"):
         return text
     prefix, _, width = text.partition("-")

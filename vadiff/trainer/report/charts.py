@@ -213,6 +213,11 @@ def heatmap_spans(groups: Sequence[Group]) -> tuple[float, float, float]:
     return low, high, max(float(group_images(group)[-1]) for group in groups)
 
 
+def has_scalar(groups: Sequence[Group], scalar: str) -> bool:
+    """Whether any run has a finite value of it: older runs lack some, and some cannot be measured."""
+    return any(np.isfinite(run.scalars.get(scalar, np.nan)).any() for group in groups for run in group.runs)
+
+
 def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: str, label: str) -> Chart:
     """A scalar of metrics.jsonl against images seen."""
 
@@ -225,7 +230,7 @@ def curve(groups: Sequence[Group], scalar: str, name: str, title: str, caption: 
             draw_spread(panel, images, np.stack(rows), color, dash, group.label if len(groups) > 1 else "")
         images_axis(panel)
         panel.set_ylabel(label)
-        if scalar in ("base_loss", "loss"):
+        if scalar in ("base_loss", "level_free_loss", "loss"):
             panel.set_yscale("log")
             plain_log_ticks(panel.yaxis)
 

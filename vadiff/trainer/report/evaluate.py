@@ -195,12 +195,11 @@ def _settings(
 
 def _held_out_rows(losses: dict[str, HeldOutLoss]) -> list[dict[str, float]]:
     rows = []
+    columns = {name: (loss.mean.tolist(), loss.by_level.stderr.tolist()) for name, loss in losses.items()}
     for place, log_snr in enumerate(losses["ema"].log_snr.tolist()):
         row = {"sigma": math.exp(-0.5 * log_snr), "log_snr": log_snr}
-        for name, loss in losses.items():
-            per_image = loss.per_image[place]
-            row[f"loss_{name}"] = per_image.mean().item()
-            row[f"loss_{name}_standard_error"] = (per_image.std() / math.sqrt(len(per_image))).item()
+        for name, (loss, error) in columns.items():
+            row[f"loss_{name}"], row[f"loss_{name}_standard_error"] = loss[place], error[place]
         rows.append(row)
     return rows
 

@@ -26,6 +26,7 @@ def overview_table(groups: Sequence[Group]) -> Table:
         ("steps", lambda run: run.step[-1], _whole),
         ("images seen", lambda run: run.images[-1], _whole),
         ("training base loss", lambda run: _scalar(run, "base_loss"), number),
+        ("level-free loss", lambda run: _scalar(run, "level_free_loss"), number),
         ("held-out x0 loss (EMA)", _final_held_out, number),
         *[(charts.metric_title(name), _final_metric(name), number) for name in charts.metric_names(groups)],
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),

@@ -167,6 +167,19 @@ def _over_training(groups: Sequence[Group]) -> Section | None:
 
 def _curves(groups: Sequence[Group]) -> Section:
     section = Section("curves", "Training curves")
+    if charts.has_scalar(groups, "level_free_loss"):
+        section.charts.append(
+            charts.curve(
+                groups,
+                "level_free_loss",
+                "training-level-free-loss",
+                "Training loss, free of the levels drawn",
+                "Base loss of the images since the last logged step, corrected by what their noise levels cost more "
+                "or less than average: the curve falls when the network improves, not when easier levels are drawn, "
+                "and does not lag. Look for a curve that has stopped falling, and for spikes.",
+                "level-free base loss, mean per pixel",
+            )
+        )
     section.charts.append(
         charts.curve(
             groups,
@@ -178,7 +191,7 @@ def _curves(groups: Sequence[Group]) -> Section:
             "base loss, mean per pixel",
         )
     )
-    if any(np.isfinite(run.scalars.get("grad_norm", np.nan)).any() for group in groups for run in group.runs):
+    if charts.has_scalar(groups, "grad_norm"):
         section.charts.append(
             charts.curve(
                 groups,

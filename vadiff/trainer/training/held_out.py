@@ -1,5 +1,9 @@
-"""EDM's loss on images never trained on, one noise level at a time, with the same noise for every run."""
+"""EDM's loss on images never trained on, one noise level at a time, with the same noise for every run.
 
+It is a `vadiff.validation.LevelValidation` of every level of each image, with noise from one stream per draw.
+"""
+
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,10 +15,13 @@ from torch import Tensor
 from ...models import Denoiser
 from ...pixels import normalised
 from ...process import loss_ratio
+from ...validation import LevelLosses, LevelValidation, Records, mean_log_ratio
 from ..config import TrainConfig
 from ..data import Images
 from .progress import progress_bar
 
+_SEEDS_APART = 0x9E3779B1  # between draws; odd, as torch's CPU generator reads the low 32 bits of a seed only
+_DRAWS = "every level of each sample, noise of a vadiff run"
 LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 
 
@@ -35,21 +42,35 @@ class HeldOutLoss(NamedTuple):
         """One number for all noise levels: the geometric mean of the x0 losses, see `level_mean`."""
         return float(level_mean(self.mean, self.log_snr, sigma_data=self.sigma_data))
 
+    @property
+    def by_level(self) -> LevelLosses:
+        """Mean and standard error over images, as the validation of any other loop has them."""
+        levels, images = self.per_image.shape
+        records = Records(
+            sample=torch.arange(images).repeat_interleave(levels),
+            level=torch.arange(levels).repeat(images),
+            loss=self.per_image.T.reshape(-1).double(),
+        )
+        return LevelLosses.of(self.log_snr, records, _DRAWS)
+
+    def with_sigma_data(self, sigma_data: float) -> "HeldOutLoss":
+        """The same loss with λ(σ) of another sigma_data, to compare with a run that has it."""
+        mine, wanted = (loss_ratio("edm", self.log_snr, sigma_data=value) for value in (self.sigma_data, sigma_data))
+        return self._replace(per_image=self.per_image * (wanted / mine)[:, None], sigma_data=sigma_data)
+
     def ratio_to(self, other: "HeldOutLoss") -> tuple[Tensor, Tensor]:
-        """Ratio of this mean loss to `other`'s, and its standard error, [L] each.
+        """Ratio of this mean loss to `other`'s, and its standard error, [L] float64 each.
 
         Both must have the same images and noise: the error is that of the paired difference.
         """
-        ratio = self.mean / other.mean
-        difference = self.per_image - ratio[:, None] * other.per_image
-        return ratio, difference.std(1) / math.sqrt(difference.shape[1]) / other.mean
+        return self.by_level.ratio_to(other.by_level)
 
 
 def level_mean(loss: Tensor, log_snr: Tensor, *, sigma_data: float) -> Tensor:
     """Geometric mean over noise levels of the x0 loss, exp(mean of ln(loss / λ(σ))).
 
     The mean that every report, table and comparison of runs uses: each level counts alike, whatever its scale, and the
-    ratio of two means is exp(mean of ln ratio), the same in every form of the loss.
+    ratio of two means is the exponential of `vadiff.validation.mean_log_ratio`, the same in every form of the loss.
 
     Args:
         loss: EDM's loss λ(σ)·mean((D - x0)²) per noise level, [..., L].
@@ -59,8 +80,7 @@ def level_mean(loss: Tensor, log_snr: Tensor, *, sigma_data: float) -> Tensor:
     Returns:
         [...] float64; NaN where a level has no positive loss.
     """
-    weight = loss_ratio("edm", log_snr.double(), sigma_data=sigma_data)
-    return (loss.double() / weight).log().mean(-1).exp()
+    return mean_log_ratio(loss, loss_ratio("edm", log_snr.double(), sigma_data=sigma_data)).exp()
 
 
 def held_out_log_snr(config: TrainConfig) -> Tensor:
@@ -123,28 +143,36 @@ def held_out_loss(
     device = next(denoiser.parameters()).device
     levels = torch.tensor(log_snr_levels)
     weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
-    errors = torch.zeros(len(levels), len(images), device=device)
+    per_image = torch.zeros(len(levels), len(images))
     total = draws * len(images) * len(levels)
     with progress_bar(total, "held-out loss", "image") if progress else nullcontext() as bar:
         for draw in range(draws):
-            noise = _noise(images.shape, seed, draw)
-            for start in range(0, len(images), batch_size):
-                part = slice(start, start + batch_size)
-                clean = images[part].to(device)
-                eps = noise[part].to(device)
-                classes = labels[part].to(device) if labels is not None and denoiser.labels else None
-                for row, level in enumerate(log_snr_levels):
-                    sigma = torch.full((len(clean),), math.exp(-0.5 * level), device=device)
-                    error = denoiser(clean + sigma[0] * eps, sigma, classes) - clean
-                    errors[row, part] += error.square().flatten(1).mean(1) * (weights[row] / draws)
+            noise_of = functools.partial(_rows, _noise(images.shape, seed, draw))
+            validation = LevelValidation(log_snr_levels, every_level=True, noise=noise_of, sync=False)
+            for rows in torch.arange(len(images)).split(batch_size):
+                clean = images[rows].to(device)
+                classes = labels[rows].to(device) if labels is not None and denoiser.labels else None
+                for place in range(validation.turns):
+                    log_snr, noise = validation.draw(rows * validation.turns + place, clean.shape, device)
+                    sigma = torch.full((len(clean),), math.exp(-0.5 * log_snr_levels[place]), device=device)
+                    error = denoiser(clean + sigma[0] * noise, sigma, classes) - clean
+                    loss = error.square().flatten(1).mean(1) * (weights[place] / draws)
+                    validation.add(rows * validation.turns + place, log_snr, loss)
                     if bar is not None:
                         bar.update(len(clean))
-    return HeldOutLoss(levels, errors.cpu(), denoiser.sigma_data)
+            records = validation.result().records
+            assert records is not None  # only a result from a file has none
+            per_image[records.level, records.sample] += records.loss.float()
+    return HeldOutLoss(levels, per_image, denoiser.sigma_data)
+
+
+def _rows(noise: Tensor, samples: Tensor, shape: torch.Size) -> Tensor:
+    return noise[samples]
 
 
 def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
     """Noise whose first n images do not depend on the number of images."""
-    generator = torch.Generator().manual_seed(seed + (draw << 32))
+    generator = torch.Generator().manual_seed(seed + draw * _SEEDS_APART)
     size = shape.numel()
     rounded = -(-size // 16) * 16  # torch draws 16 numbers at a time, and an incomplete 16 differently
     return torch.randn(rounded, generator=generator)[:size].view(shape)

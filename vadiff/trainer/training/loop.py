@@ -254,7 +254,8 @@ class _Trainer:
                     "loss_ema": held_out.mean.tolist(),
                 }
             self.log.add(entry)
-            bar.set_postfix(loss=f"{loss / finite:.4f}" if finite else "none finite")
+            shown = f"{loss / finite:.4f}" if finite else "none finite"
+            bar.set_postfix(loss=shown, level_free=f"{entry['level_free_loss']:.4f}")
         self.timed_step, self.since = self.step, time.monotonic()
         self._check_skipped(float(totals[6]), self.step)
         return held_out

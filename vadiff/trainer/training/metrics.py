@@ -5,6 +5,7 @@ A line has, with K the number of bins:
     step, images              done so far
     loss                      weighted, mean over the finite steps since the last line
     base_loss                 without the weighting: Σ mass·mean / Σ mass of the running statistics
+    level_free_loss           base loss since the last line, free of which levels were drawn (criterion.level_free_loss)
     grad_norm, clipped_share  mean norm before clipping, share of steps clipped, since the last line
     skipped_samples           samples with a non-finite loss, in the whole run
     skipped_steps             steps with a non-finite gradient, in the whole run
@@ -36,12 +37,15 @@ _PER_BIN = ("count", "mean", "variance", "mass")
 
 
 def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
-    """Entries of a line about the criterion. Copies to the CPU, hence waits for the device."""
+    """Entries of a line about the criterion. Copies to the CPU, hence waits for the device.
+
+    Reads the level-free loss, which starts a new mean."""
     statistics = criterion.statistics
     per_bin = {name: getattr(statistics, name).cpu() for name in _PER_BIN}
     mass = per_bin["mass"]
     return {
         "base_loss": ((mass * per_bin["mean"].nan_to_num()).sum() / mass.sum()).item(),
+        "level_free_loss": criterion.level_free_loss.item(),
         "skipped_samples": int(statistics.skipped),
         "statistics": {name: values.tolist() for name, values in per_bin.items()},
         "weights": criterion.weights.tolist(),

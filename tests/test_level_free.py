@@ -1,0 +1,353 @@
+"""The level-free loss: its formula on every backend, and that it estimates the loss without bias whatever is drawn."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+import vadiff
+from vadiff import levels
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BINS, LOW, HIGH = 16, -8.0, 8.0
+
+
+@dataclass
+class Specification:
+    """The definition in plain loops: one call after the other, no call into vadiff."""
+
+    half_life: float
+    n: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    mass: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    shares: np.ndarray | None = None
+    decayed: tuple[float, float] = (0.0, 0.0)
+    outside: np.ndarray = field(default_factory=lambda: np.zeros(2))
+
+    def call(self, log_snr: np.ndarray, u: np.ndarray, v: np.ndarray, ell: np.ndarray) -> float:
+        log_snr, u, v, ell = (x.astype(np.float64) for x in (log_snr, u, v, ell))
+        samples = range(len(ell))
+        masked = [u[i] == 0 or v[i] == 0 for i in samples]
+        finite = [all(map(math.isfinite, (ell[i], u[i], v[i]))) and not math.isnan(log_snr[i]) for i in samples]
+        entered = [i for i in samples if finite[i] and not masked[i]]
+        total = sum(v[i] * u[i] * ell[i] for i in samples if not masked[i])
+        inside = np.clip(log_snr, LOW, HIGH - 1e-6)  # end bins take what lies outside
+        place = {i: math.floor((inside[i] - LOW) / (HIGH - LOW) * BINS) for i in entered}
+        known, count = self.mass.sum() > 0, self.n.sum()
+        average = (self.mass * self.mean).sum() / self.mass.sum() if known else 0.0
+        mean = np.where(self.n > 0, self.mean, average)
+        drawn = sum(v[i] * mean[place[i]] for i in entered)
+        level_free = total
+        if count > min(32, self.half_life) * BINS:
+            shares = self.mass / count if self.shares is None else self.shares
+            scale = self.decayed[0] / self.decayed[1] if self.decayed[1] else 1.0
+            level_free += scale * (len(entered) * (shares * mean).sum() - drawn)
+        if count > 0 and len(entered) + sum(masked) == len(ell):
+            self.decayed = (0.9 * self.decayed[0] + total, 0.9 * self.decayed[1] + drawn)
+        rho = 2.0 ** (-len(entered) / (self.half_life * BINS))
+        self.n, self.mass = self.n * rho, self.mass * rho
+        self.outside = self.outside * rho
+        for i in entered:
+            k = place[i]
+            self.n[k] += 1
+            self.mass[k] += v[i]
+            self.mean[k] += (u[i] * ell[i] - self.mean[k]) / self.n[k]
+            self.outside += (log_snr[i] < LOW, log_snr[i] >= HIGH)
+        return level_free / len(ell)
+
+
+def calls(seed: int, number: int, samples: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches with weights, masks, levels outside the range; some samples without a log-SNR."""
+    rng = np.random.default_rng(seed)
+    for call in range(number):
+        log_snr = rng.normal(0.0, 4.0, samples)
+        u, v = rng.uniform(0.5, 2.0, (2, samples))
+        u[rng.random(samples) < 0.1] = 0.0
+        v[rng.random(samples) < 0.1] = 0.0
+        log_snr[0] = (math.inf, -math.inf, math.nan, 0.0)[call % 4]
+        values = {
+            "log_snr": log_snr,
+            "u": u,
+            "v": v,
+            "difference": np.exp(-0.1 * log_snr + rng.normal(0, 0.5, samples)),
+        }
+        values["difference"][~np.isfinite(log_snr)] = 1.0
+        yield {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def run_call(criterion: torch.nn.Module, device: torch.device, log_snr, u, v, difference) -> None:
+    prediction, log_snr, u, v = (torch.as_tensor(x, device=device) for x in (difference, log_snr, u, v))
+    prediction = prediction[:, None].expand(-1, 2).contiguous()
+    criterion(prediction, torch.zeros_like(prediction), log_snr, base_weight=u, sample_weight=v)
+
+
+@pytest.mark.parametrize("half_life", [math.inf, 8.0])
+@pytest.mark.parametrize("given_shares", [False, True])
+def test_every_call_follows_the_definition(make_criterion, device, interpreted, half_life, given_shares):
+    criterion, expected = make_criterion(half_life=half_life), Specification(half_life)
+    if given_shares:
+        expected.shares = np.linspace(0.0, 2.0, BINS) / BINS
+        criterion.statistics.use_level_shares(torch.as_tensor(expected.shares))
+    corrected = 0
+    for call in calls(0, 8 if interpreted else 24, samples=128):
+        run_call(criterion, device, **call)
+        ell = call["difference"].astype(np.float64) ** 2
+        level_free = expected.call(call["log_snr"], call["u"], call["v"], ell)
+        assert float(criterion.level_free_loss) == pytest.approx(level_free, rel=2e-6)
+        raw = np.where(call["u"] * call["v"] > 0, call["u"] * call["v"] * ell, 0.0).mean()
+        corrected += abs(level_free / raw - 1) > 1e-3
+    assert corrected
+    np.testing.assert_allclose(criterion.statistics.outside.cpu(), expected.outside, rtol=1e-6)
+
+
+def test_large_batches_and_reweight_follow_it_too(make_criterion, device, interpreted, monkeypatch):
+    """Above 2,048 samples the batch is taken in tiles, which several blocks or programs share."""
+    if interpreted:
+        monkeypatch.setattr("vadiff.triton_kernels.TILE", 128)
+    criterion, expected = make_criterion(), Specification(256.0)
+    for call in calls(1, 4, samples=300 if interpreted else 5000):
+        ell = call["difference"] ** 2
+        loss, log_snr, v = (torch.as_tensor(x, device=device) for x in (ell, call["log_snr"], call["v"]))
+        criterion.reweight(loss, log_snr, v)
+        level_free = expected.call(call["log_snr"], np.ones_like(ell), call["v"], ell)
+        assert float(criterion.level_free_loss) == pytest.approx(level_free, rel=2e-6)
+
+
+def test_a_non_finite_loss_shows_until_it_is_read_and_spoils_nothing_after(make_criterion, device):
+    criterion, twin = make_criterion(), make_criterion()
+    for call in calls(2, 5, samples=128):
+        run_call(criterion, device, **call)
+        run_call(twin, device, **call)
+    call = next(calls(3, 1, samples=8))
+    run_call(criterion, device, **{**call, "difference": np.full(8, np.inf, np.float32)})
+    assert not criterion.level_free_loss.isfinite()
+    twin.level_free_loss  # noqa: B018  reading starts a new mean
+    run_call(criterion, device, **call)
+    run_call(twin, device, **call)
+    torch.testing.assert_close(criterion.level_free_loss, twin.level_free_loss, rtol=0, atol=0)
+
+
+def test_reading_gives_the_mean_by_samples_since_the_last_read_and_repeats_it(make_criterion, device):
+    criterion, each = make_criterion("constant"), make_criterion("constant")
+    assert criterion.level_free_loss.isnan()
+    total = samples = 0.0
+    for number, size in enumerate((128, 256, 64, 32)):
+        call = next(calls(number, 1, samples=size))
+        run_call(criterion, device, **call)
+        run_call(each, device, **call)
+        total, samples = total + size * float(each.level_free_loss), samples + size
+    read = criterion.level_free_loss
+    assert read.shape == ()
+    assert read.dtype == torch.float32
+    assert not read.requires_grad
+    assert float(read) == pytest.approx(total / samples, rel=1e-6)
+    assert float(criterion.level_free_loss) == float(read)
+    criterion.eval()
+    run_call(criterion, device, **call)
+    assert float(criterion.level_free_loss) == float(read)
+    criterion.statistics.reset()
+    assert criterion.level_free_loss.isnan()
+
+
+def test_copies_and_state_dict_carry_it(make_criterion, device):
+    criterion, fresh = make_criterion(), make_criterion()
+    *before, after = calls(4, 6, samples=128)
+    for call in before:
+        run_call(criterion, device, **call)
+    copied = copy.deepcopy(criterion)
+    fresh.load_state_dict(criterion.state_dict())
+    for each in (criterion, copied, fresh):
+        run_call(each, device, **after)
+    assert float(criterion.level_free_loss) == float(copied.level_free_loss) == float(fresh.level_free_loss)
+
+
+# Unbiased: against the true loss of streams with known means
+
+
+def mean_loss(log_snr: torch.Tensor) -> torch.Tensor:
+    """Losses that differ 50-fold over the levels drawn below."""
+    return torch.exp(-0.5 * log_snr.clamp(-4, 4))
+
+
+class Stream:
+    """Levels from p, losses m(λ)·f(t)·noise of mean 1, and what they cost."""
+
+    def __init__(self, seed: int, weighting: str = "constant", **options: object) -> None:
+        self.criterion = vadiff.DiffusionLoss(weighting, bins=32, log_snr_range=(-8.0, 8.0), **options)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ratios: list[float] = []
+        self.raw: list[float] = []
+
+    def uniform(self, samples: int) -> torch.Tensor:
+        return torch.rand(samples, generator=self.generator, dtype=torch.float64)
+
+    def call(self, log_snr: torch.Tensor, truth: float, factor: float = 1.0, v: torch.Tensor | None = None) -> None:
+        """One call on losses of mean factor·m(λ). truth: their expectation over the levels, times v."""
+        noise = (0.5 + self.uniform(len(log_snr))).float()  # of mean 1
+        loss = factor * mean_loss(log_snr) * noise
+        self.criterion.reweight(loss, log_snr, v)
+        self.ratios.append(float(self.criterion.level_free_loss) / truth)
+        self.raw.append(float((loss if v is None else loss * v).mean()) / truth)
+
+
+def assert_unbiased(stream: Callable[[int], Stream], skip: int, quieter: float) -> None:
+    """Over eight streams the mean is the truth within its standard error, and varies less than the raw mean.
+
+    Within a stream the calls are correlated: the running shares err in one direction for some half-lives."""
+    streams = [stream(seed) for seed in range(8)]
+    means = np.array([np.mean(each.ratios[skip:]) for each in streams])
+    error = means.std(ddof=1) / math.sqrt(len(means))
+    assert abs(means.mean() - 1) < 3 * error
+    assert error < 0.01
+    noise = np.mean([np.std(each.ratios[skip:]) for each in streams])
+    assert noise < quieter * np.mean([np.std(each.raw[skip:]) for each in streams])
+
+
+def log_uniform(u: torch.Tensor) -> torch.Tensor:
+    return (8 * u - 4).float()  # in (-4, 4)
+
+
+TRUTH = float(mean_loss(torch.linspace(-4, 4, 8001)[:-1] + 5e-4).double().mean())  # of levels from log_uniform
+
+
+def test_unbiased_while_the_loss_falls():
+    def falling(seed: int) -> Stream:
+        stream = Stream(seed)
+        for call in range(800):
+            factor = 0.2 + 0.8 * math.exp(-call / 200)
+            stream.call(log_uniform(stream.uniform(16)), TRUTH * factor, factor)
+        return stream
+
+    assert_unbiased(falling, skip=100, quieter=0.5)
+
+
+def test_unbiased_when_the_loss_jumps():
+    """After a jump the bins lag for a while: the level-free loss is as high as the loss at once."""
+
+    def jumping(seed: int) -> Stream:
+        stream = Stream(seed)
+        for call in range(440):
+            factor = 5.0 if call >= 400 else 1.0
+            stream.call(log_uniform(stream.uniform(16)), TRUTH * factor, factor)
+        return stream
+
+    assert_unbiased(jumping, skip=100, quieter=0.8)
+    assert_unbiased(jumping, skip=400, quieter=0.8)
+
+
+def test_a_spike_of_one_call_shows():
+    spikes = []
+    for seed in range(40):
+        stream = Stream(seed)
+        for call in range(120):
+            factor = 5.0 if call == 110 else 1.0
+            stream.call(log_uniform(stream.uniform(64)), TRUTH * factor, factor)
+        spikes.append(stream.ratios[110])
+    assert np.mean(spikes) == pytest.approx(1.0, abs=4 * np.std(spikes) / math.sqrt(40))
+
+
+def test_unbiased_with_skewed_levels_and_importance_correction():
+    """Three quarters of the draws in the lower quarter of the levels, v = base/p."""
+
+    def skewed(seed: int) -> Stream:
+        stream = Stream(seed)
+        for _ in range(600):
+            low = stream.uniform(32) < 0.75
+            log_snr = log_uniform(torch.where(low, 0.25 * stream.uniform(32), 0.25 + 0.75 * stream.uniform(32)))
+            stream.call(log_snr, TRUTH, v=torch.where(low, 0.25 / 0.75, 0.75 / 0.25).float())
+        return stream
+
+    assert_unbiased(skewed, skip=100, quieter=0.8)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_unbiased_from_the_first_call_after_adaptive_levels_change(corrected):
+    """The sampler tells the criterion its shares: the running ones lag by some half-lives."""
+    grid = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
+
+    def adaptive(seed: int) -> Stream:
+        stream, truth = Stream(seed), TRUTH
+        base = levels.LogUniform(math.exp(-2.0), math.exp(2.0))  # log-SNR in (-4, 4)
+        sampler = levels.SecondMoment(base, 32, (-8.0, 8.0), corrected=corrected)
+        for call in range(300):
+            drawn = sampler(stream.uniform(32))
+            stream.call(drawn.log_snr, truth, v=drawn.sample_weight)
+            if call in (150, 200):
+                sampler.update(stream.criterion)
+                everywhere = sampler(grid)
+                v = torch.ones(1) if everywhere.sample_weight is None else everywhere.sample_weight
+                truth = float((mean_loss(everywhere.log_snr) * v).double().mean())
+        assert abs(truth / TRUTH - 1) < 2e-3 if corrected else truth > 1.5 * TRUTH
+        return stream
+
+    assert_unbiased(adaptive, skip=151, quieter=1.0)
+
+
+def test_unbiased_with_batches_of_many_sizes_read_together():
+    """Gradient accumulation with a small last batch: the mean is over the samples."""
+
+    def uneven(seed: int) -> Stream:
+        stream = Stream(seed)
+        for call in range(1200):
+            stream.call(log_uniform(stream.uniform(4 if call % 3 else 32)), TRUTH)
+        return stream
+
+    assert_unbiased(uneven, skip=200, quieter=0.6)
+
+
+def test_unbiased_with_masked_samples_and_without_some_levels():
+    """A third is masked, and a tenth has no log-SNR: its loss counts, uncorrected."""
+
+    def masked(seed: int) -> Stream:
+        stream = Stream(seed)
+        for _ in range(600):
+            log_snr, v = log_uniform(stream.uniform(32)), (stream.uniform(32) > 1 / 3).float()
+            known = torch.where(stream.uniform(32) < 0.1, math.nan, log_snr)
+            loss = mean_loss(log_snr) * (0.5 + stream.uniform(32)).float()
+            stream.criterion.reweight(loss, known, v)
+            stream.ratios.append(float(stream.criterion.level_free_loss) / (TRUTH * 2 / 3))
+            stream.raw.append(float((loss * v).mean()) / (TRUTH * 2 / 3))
+        return stream
+
+    assert_unbiased(masked, skip=100, quieter=0.9)
+
+
+def _train_on_two_ranks(rank: int, folder: str) -> None:
+    ranks.join_two_ranks(rank, folder)
+    criterion = vadiff.DiffusionLoss(bins=BINS, log_snr_range=(LOW, HIGH))
+    for call in calls(6, 12, samples=128):
+        mine = {name: value[rank * 64 : (rank + 1) * 64] for name, value in call.items()}
+        run_call(criterion, torch.device("cpu"), **mine)
+    if rank == 1:  # no other rank has to read
+        torch.save(criterion.level_free_loss, f"{folder}/level_free")
+    ranks.leave_two_ranks()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_ranks_give_what_one_gives_on_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(_train_on_two_ranks, (str(tmp_path),), nprocs=2)
+    criterion = vadiff.DiffusionLoss(bins=BINS, log_snr_range=(LOW, HIGH))
+    for call in calls(6, 12, samples=128):
+        run_call(criterion, torch.device("cpu"), **call)
+    assert float(torch.load(tmp_path / "level_free")) == pytest.approx(float(criterion.level_free_loss), rel=1e-6)
+
+
+def test_it_moves_under_compile_with_the_same_numbers():
+    torch._dynamo.reset()
+    eager = vadiff.DiffusionLoss(bins=BINS, log_snr_range=(LOW, HIGH))
+    compiled: Callable[..., torch.Tensor]
+    traced = copy.deepcopy(eager)
+    compiled = torch.compile(lambda *x: traced(*x), fullgraph=True, backend="eager")
+    for call in calls(7, 5, samples=128):
+        prediction, log_snr = (torch.as_tensor(call[name]) for name in ("difference", "log_snr"))
+        eager(prediction, torch.zeros_like(prediction), log_snr)
+        compiled(prediction, torch.zeros_like(prediction), log_snr)
+    torch.testing.assert_close(traced.level_free_loss, eager.level_free_loss, rtol=0, atol=0)
