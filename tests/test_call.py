@@ -115,7 +115,7 @@ def test_what_is_reassigned_takes_effect_at_the_next_call(make_criterion: Make, 
     criterion.loss = "mse"
     mse = (prediction - target).square().flatten(1).mean(1)
     torch.testing.assert_close(criterion(prediction, target, log_snr), mse.mean())
-    criterion.weighting = "min_snr"
+    criterion.weighting = MinSNR()
     torch.testing.assert_close(criterion(prediction, target, log_snr), (MinSNR()(log_snr) * mse).mean())
     criterion.weighting = LearnedUncertainty(8)
     assert [name for name, _ in criterion.named_parameters()] == ["weighting.weight"]
@@ -154,7 +154,7 @@ def test_a_backend_that_is_reassigned_runs_the_next_call() -> None:
 def test_an_attribute_out_of_bounds_is_refused_where_it_is_assigned(
     attribute: str, value: object, message: str
 ) -> None:
-    criterion = vadiff.DiffusionLoss("min_snr", loss="huber")
+    criterion = vadiff.DiffusionLoss(MinSNR(), loss="huber")
     before = repr(criterion)
     with pytest.raises(ValueError, match=message):
         setattr(criterion, attribute, value)
@@ -218,7 +218,7 @@ def test_the_contract_s_types_can_be_copied_and_pickled() -> None:
 
 
 def test_threads_that_share_a_criterion_in_eval_mode_get_their_own_losses() -> None:
-    criterion, found, expected = vadiff.DiffusionLoss("min_snr").eval(), {}, {}
+    criterion, found, expected = vadiff.DiffusionLoss(MinSNR()).eval(), {}, {}
     batches = {number: [x.detach() for x in batch()] for number in range(4)}
     for number, one in batches.items():
         expected[number] = criterion(*one)

@@ -18,6 +18,7 @@ from vadiff.extras import MissingExtraError
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.process import loss_ratio
 
+FORMLESS = ("cauchy", "constant", "gaussian", "learned", "loss_level", "loss_zscore", "variance_aware")
 LOW, HIGH = -6.0, 6.0  # log-SNR of the samples: six bands of 2, whose centres are 10 apart
 
 
@@ -74,7 +75,9 @@ def test_the_line_to_change_can_be_run() -> None:
 
 @pytest.mark.parametrize("weighting", vadiff.weighting.available())
 def test_every_weighting_gets_the_verdict_of_its_base_loss(weighting: str) -> None:
-    balanced, uneven = (fed(ratio, weighting).diagnose() for ratio in (2.0, 50.0))
+    form = {} if weighting in FORMLESS else {"prediction_type": "epsilon"}
+    named = vadiff.weighting.from_name(weighting, **form)
+    balanced, uneven = (fed(ratio, named).diagnose() for ratio in (2.0, 50.0))
     assert (balanced.finding, uneven.finding) == ("leave", "try")
     assert "nothing to gain" in balanced.verdict
     assert uneven.verdict in str(uneven)
@@ -85,6 +88,12 @@ def test_adaptive_weighting_is_told_to_be_compared_with_constant() -> None:
     assert 'VarianceAware evens that out; compare its held-out loss with that of weighting="constant"' in uneven.verdict
     assert 'weighting="constant" should do as well' in even.verdict
     assert uneven.spread.weighted_ratio < 1.5
+
+
+def test_weighting_whose_form_is_not_known_yet_can_be_diagnosed() -> None:
+    found = vadiff.DiffusionLoss("min_snr").diagnose()
+    assert found.finding == "few"
+    assert math.isnan(found.spread.weighted_ratio)
 
 
 @pytest.mark.parametrize("weighting", ["loss_zscore", "gaussian"])
@@ -153,6 +162,16 @@ def test_wrong_noise_levels_are_the_verdict_whatever_the_ratio_is(monkeypatch: p
     assert found.verdict == "your log-SNR looks wrong: all of it is timesteps. Convert them."
 
 
+def test_timesteps_in_place_of_log_snr_are_told() -> None:
+    criterion = vadiff.DiffusionLoss("constant")
+    timesteps = torch.randint(0, 1000, (1000,)).float()
+    criterion.reweight(torch.rand(1000) + 1, timesteps)
+    found = criterion.diagnose()
+    assert found.finding == "levels"
+    assert "looks like timesteps" in found.verdict
+    assert found.above > 0.9
+
+
 def test_starved_levels_are_those_between_the_outermost_samples_with_few() -> None:
     criterion = fed(2.0)
     criterion.reweight(torch.ones(3), torch.tensor([-13.0, 7.0, 9.0]))
@@ -164,7 +183,8 @@ def test_starved_levels_are_those_between_the_outermost_samples_with_few() -> No
 
 def test_end_bins_are_counted_with_what_lies_outside_the_range() -> None:
     found = fed(2.0, log_snr_range=(-4.0, 4.0)).diagnose()
-    assert (found.below, found.above) == (pytest.approx(1 / 6, abs=1e-3), pytest.approx(1 / 6, abs=1e-3))
+    assert found.below == pytest.approx(1 / 6, abs=1e-3)
+    assert found.above == pytest.approx(1 / 6, abs=1e-3)
     assert found.end_bins == pytest.approx(1 / 3, abs=0.02)
     assert "16.7% below, 16.7% above" in str(found)
 

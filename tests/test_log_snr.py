@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vadiff.log_snr import from_alphas_cumprod, from_flow_time, from_sigma
+from vadiff import log_snr
+from vadiff.log_snr import from_alpha_sigma, from_alphas_cumprod, from_flow_time, from_sigma
+from vadiff.process import DiscreteVP, Flow, VPCosine
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_ends_of_every_process_give_infinities_and_no_nan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_result_is_float32_unless_float64_came_in(dtype: torch.dtype) -> None:
-    value = torch.tensor([0.25, 0.5], dtype=dtype)
+    value = torch.tensor([0.5, 0.25], dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert from_sigma(value).dtype == expected
     assert from_flow_time(value).dtype == expected
@@ -103,3 +105,94 @@ def test_nan_passes_through_for_the_criterion_to_count() -> None:
 def test_empty_batch_gives_an_empty_tensor() -> None:
     assert from_sigma(torch.empty(0)).shape == (0,)
     assert from_alphas_cumprod(torch.tensor([0.5]), torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+SCHEDULES = {"linear": DiscreteVP.linear(), "SD": DiscreteVP.scaled_linear(), "cosine": DiscreteVP.cosine()}
+
+
+@pytest.mark.parametrize("process", [Flow(), Flow(data_at=1), VPCosine()], ids=repr)
+def test_alpha_and_sigma_of_any_process_give_its_log_snr(process: Flow | VPCosine) -> None:
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    found = from_alpha_sigma(process.alpha(t), process.sigma(t))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, process.log_snr(t), rtol=1e-12, atol=1e-12)
+    assert from_alpha_sigma(process.alpha(t).float(), process.sigma(t).float()).dtype == torch.float32
+
+
+def test_alpha_and_sigma_that_belong_to_no_process_are_refused() -> None:
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match=r"alpha has shape \(2,\).*sigma \(3,\)"):
+        from_alpha_sigma(one, torch.ones(3))
+    with pytest.raises(ValueError, match="sigma runs from -1 to -1"):
+        from_alpha_sigma(one, -one)
+    with pytest.raises(ValueError, match="both 0 for a sample"):
+        from_alpha_sigma(0 * one, 0 * one)
+    with pytest.raises(TypeError, match=r"alpha has dtype torch\.int64"):
+        from_alpha_sigma(one.long(), one)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_whole_schedules_are_taken_in_any_precision(name: str, dtype: torch.dtype) -> None:
+    for process in (SCHEDULES[name], SCHEDULES[name].with_zero_terminal_snr()):
+        assert len(from_alphas_cumprod(process.alphas_cumprod.to(dtype), torch.tensor([0, 500, 999]))) == 3
+
+
+@pytest.mark.parametrize("steps", [2, 20, 50, 100])
+def test_short_schedules_of_tutorials_are_taken(steps: int) -> None:
+    """DDPM's betas over few steps: much of the data is left at the end."""
+    table = (1.0 - torch.linspace(1e-4, 0.02, steps)).cumprod(0)
+    assert from_alphas_cumprod(table, torch.tensor([0, steps - 1])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("made_of", "cause"),
+    [
+        (lambda bar, alphas: 1.0 - alphas, "these rise, like betas"),
+        (lambda bar, alphas: 1.0 - bar, "these rise, like betas or 1 - ᾱ"),
+        (lambda bar, alphas: bar.flip(0), "these rise.*reversed order"),
+        (lambda bar, alphas: alphas, "look like alphas, 1 - beta of each step"),
+        (lambda bar, alphas: bar.sqrt(), "the square root of a common schedule's ᾱ"),
+        (lambda bar, alphas: bar / (1.0 - bar), r"expected ᾱ in \[0, 1\]"),
+        (lambda bar, alphas: torch.arange(1000.0), r"expected ᾱ in \[0, 1\]"),
+    ],
+    ids=["betas", "1 - abar", "reversed", "alphas", "sqrt abar", "SNR", "timesteps"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_table_that_is_no_alphas_cumprod_is_refused_and_named(name: str, made_of, cause: str, dtype) -> None:
+    alpha_bar = SCHEDULES[name].alphas_cumprod
+    alphas = alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    with pytest.raises(ValueError, match=cause):
+        from_alphas_cumprod(made_of(alpha_bar, alphas).to(dtype), torch.tensor([1, 2]))
+
+
+def test_common_schedules_are_those_of_vadiff_process() -> None:
+    expected = [tuple(process.alphas_cumprod[[500, 999]].tolist()) for process in SCHEDULES.values()]
+    for found, exact in zip(log_snr._COMMON, expected, strict=True):
+        assert found == pytest.approx(exact, rel=1e-4)
+
+
+def test_numpy_schedules_times_and_sigmas_are_taken() -> None:
+    """OpenAI's GaussianDiffusion and its descendants have float64 NumPy tables."""
+    table = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
+    table.flags.writeable = False
+    timesteps = np.array([0, 500, 999])
+    expected = from_alphas_cumprod(torch.tensor(table), torch.tensor(timesteps))
+    assert torch.equal(from_alphas_cumprod(table, torch.tensor(timesteps)), expected)
+    assert torch.equal(from_alphas_cumprod(table, timesteps), expected)
+    assert from_sigma(np.array([0.5, 2.0])).tolist() == from_sigma(torch.tensor([0.5, 2.0]).double()).tolist()
+    assert from_flow_time(np.array([0.5], dtype=np.float32)).dtype == torch.float32
+    with pytest.raises(TypeError, match=r"sigma is a list, expected a torch\.Tensor or a NumPy array"):
+        from_sigma([0.5])
+
+
+def test_timesteps_in_place_of_sigma_are_refused_with_the_line_to_write() -> None:
+    line = r"vadiff\.log_snr\.from_alphas_cumprod\(scheduler\.alphas_cumprod, timesteps\)"
+    with pytest.raises(ValueError, match=rf"whole numbers from 3 to 950.*timesteps\. Use {line}"):
+        from_sigma(torch.tensor([3.0, 950.0, 211.0, 512.0]))
+    with pytest.raises(TypeError, match=rf"sigma has dtype torch\.int64.*If these are timesteps, use {line}"):
+        from_sigma(torch.tensor([3, 950]))
+    assert from_sigma(torch.tensor([1.0, 10.0, 100.0])).isfinite().all()  # too few to tell
+    assert from_sigma(torch.full((8,), 100.0)).isfinite().all()
+    assert from_sigma(torch.arange(1.0, 81.0)).isfinite().all()

@@ -484,7 +484,7 @@ def test_a_weighting_of_another_shape_is_refused_and_an_expanded_one_read_right(
 def test_a_fixed_weighting_is_the_same_in_every_precision(backend, device, kernels, dtype):
     if kernels == "triton" and dtype == torch.float64:
         pytest.skip("the Triton kernels have no float64")
-    criterion = vadiff.DiffusionLoss("min_snr", backend=backend).to(device).eval()
+    criterion = vadiff.DiffusionLoss(vadiff.weighting.MinSNR(), backend=backend).to(device).eval()
     prediction, target = (torch.randn(5, 3, 7).to(device, dtype) for _ in range(2))
     log_snr = torch.tensor([-3.0, -1.0, 0.5, 2.0, 6.0], device=device)
     ell = (prediction.double() - target.double()).square().mean((1, 2))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import re
 from typing import Any
 
 import diffusers
@@ -183,3 +186,68 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         for_process(described, **options)
+
+
+# Weightings by name whose formula depends on the form of the loss
+
+SNR_NAMES = [name for name in vadiff.weighting.available() if vadiff.weighting.takes_prediction_type(name)]
+LEVELS = torch.tensor([-3.0, 0.0, 2.0, 6.0])
+
+
+@pytest.mark.parametrize("name", SNR_NAMES)
+def test_a_name_whose_form_nothing_says_is_refused_with_the_line_to_write(name: str) -> None:
+    criterion = vadiff.DiffusionLoss(name)
+    prediction, target = torch.ones(4, 3, requires_grad=True), torch.zeros(4, 3)
+    line = re.escape(f'from_name({name!r}, prediction_type="epsilon")')
+    with pytest.raises(ValueError, match=f"weighting is {name!r}.*{line}.*coefficients="):
+        criterion(prediction, target, LEVELS)
+    with pytest.raises(ValueError, match=f"weighting is {name!r}"):
+        criterion.reweight(torch.ones(4), LEVELS)
+    assert criterion.weights.isnan().all()
+    assert name in repr(criterion)
+    assert criterion.statistics.count.sum() == 0
+    copy.deepcopy(pickle.loads(pickle.dumps(criterion))).summary()
+
+
+@pytest.mark.parametrize("form", vadiff.process.PREDICTION_TYPES)
+def test_coefficients_say_the_form(form: str) -> None:
+    """EDM's residual is the error of x0, "sample"."""
+    criterion = vadiff.DiffusionLoss("min_snr")
+    sigma = (-0.5 * LEVELS).exp() if form == "edm" else (-LEVELS).sigmoid().sqrt()
+    alpha = 1.0 if form == "edm" else LEVELS.sigmoid().sqrt()
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    prediction.requires_grad_()
+    abc = vadiff.process.coefficients(form, alpha, sigma)
+    expected = vadiff.weighting.MinSNR(prediction_type="sample" if form == "edm" else form)
+    losses = [
+        made(prediction, x0, LEVELS, noise=noise, coefficients=abc)
+        for made in (criterion, vadiff.DiffusionLoss(expected))
+    ]
+    assert torch.equal(*losses)
+    assert criterion.weighting == expected
+
+
+def test_coefficients_say_the_form_in_compiled_code_too() -> None:
+    criterion = vadiff.DiffusionLoss("min_snr")
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    found = compiled(prediction, x0, LEVELS, noise=noise, coefficients=(1.0, 0.0, -1.0))
+    expected = vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type="epsilon"))(prediction, noise, LEVELS)
+    torch.testing.assert_close(found, expected)
+
+
+def test_coefficients_of_no_prediction_type_do_not_say_the_form() -> None:
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    with pytest.raises(ValueError, match="weighting is 'min_snr'"):
+        vadiff.DiffusionLoss("min_snr")(prediction, x0, LEVELS, noise=noise, coefficients=(1.0, 0.3, -0.1))
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.2])
+def test_soft_min_snr_by_name_follows_the_std_of_the_data(sigma_data: float) -> None:
+    named = vadiff.weighting.from_name("soft_min_snr", prediction_type="edm", sigma_data=sigma_data)
+    assert named == vadiff.weighting.SoftMinSNR(1.0 / sigma_data**2, "edm", sigma_data)
+    given = vadiff.weighting.from_name("soft_min_snr", prediction_type="edm", sigma_data=sigma_data, gamma=3.0)
+    assert given == vadiff.weighting.SoftMinSNR(3.0, "edm", sigma_data)
+    scheduler = diffusers.EDMEulerScheduler(sigma_data=sigma_data)
+    criterion = vadiff.DiffusionLoss.for_process(scheduler, weighting="soft_min_snr")
+    assert criterion.weighting == vadiff.weighting.SoftMinSNR(1.0 / sigma_data**2, "sample", sigma_data)

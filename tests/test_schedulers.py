@@ -293,3 +293,29 @@ def test_range_is_that_of_the_finite_part_of_the_table() -> None:
     assert high == pytest.approx(9.21, abs=0.01)
     assert log_snr_range_of(scheduler("edm")) == pytest.approx((-8.764, 12.429), abs=1e-3)
     assert log_snr_range_of(scheduler("pndm")) == pytest.approx((-5.364, 7.069), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "flow", "flow, shifted"])
+def test_times_from_0_to_1_are_no_timesteps(name: str) -> None:
+    found = scheduler(name)
+    with pytest.raises(ValueError, match=r"expected 0 to (999|1000): these look like times from 0 to 1"):
+        log_snr_of(found, torch.tensor([0.1, 0.9, 0.35, 0.7]))
+
+
+def test_a_few_timesteps_below_1_may_be_drawn_by_chance() -> None:
+    for name in ("ddpm", "flow"):
+        found = scheduler(name)
+        assert log_snr_of(found, torch.tensor([0.3])).isfinite()
+        assert log_snr_of(found, torch.tensor([0.3, 0.9])).isfinite().all()
+        assert log_snr_of(found, torch.tensor([0.3, 0.9, 0.2, 1.2])).isfinite().all()
+        assert log_snr_of(found, torch.full((4,), 0.5)).isfinite().all()
+    assert log_snr_of(scheduler("edm"), torch.tensor([0.1, 0.9, 0.35, 0.7])).isfinite().all()
+
+
+def test_a_diffusion_with_a_numpy_table_is_a_scheduler() -> None:
+    diffusion = SimpleNamespace(alphas_cumprod=scheduler("ddpm").alphas_cumprod.double().numpy())
+    timesteps = torch.tensor([0, 500, 999])
+    expected = log_snr_of(scheduler("ddpm"), timesteps)
+    assert torch.equal(log_snr_of(diffusion, timesteps), expected)
+    assert torch.equal(log_snr_of(diffusion, timesteps.numpy()), expected)
+    assert log_snr_range_of(diffusion) == pytest.approx((expected[2].item(), expected[0].item()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vadiff
-from vadiff.weighting import LossLevel
+from vadiff.weighting import LossLevel, MinSNR
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -78,7 +78,7 @@ def test_casting_the_module_does_not_cast_its_state(make_criterion, device, cast
         ("deepcopy", "variance_aware"),
         ("pickle", "variance_aware"),
         ("torch.save", "loss_level"),
-        ("deepcopy", "min_snr"),
+        ("deepcopy", MinSNR()),
         ("pickle", "constant"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_copy_taken_between_forward_and_backward_changes_neither(make_criterio
     assert_same_bits(state(criterion), state(other))
 
 
-@pytest.mark.parametrize("weighting", ["variance_aware", "min_snr"])
+@pytest.mark.parametrize("weighting", ["variance_aware", MinSNR()])
 def test_state_dict_restores_every_bit(make_criterion, device, weighting):
     criterion, other = trained(make_criterion, device, weighting=weighting), make_criterion(weighting)
     file = io.BytesIO()

@@ -10,6 +10,7 @@ import torch
 from oracle import LOSS_EPSILON, Oracle, assert_variance_close
 
 import vadiff
+from vadiff.weighting import MinSNR
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -61,7 +62,7 @@ def test_shapes_and_dtypes(make_criterion, device):
     assert criterion.weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize("weighting", ["variance_aware", "loss_level", "min_snr", "constant"])
+@pytest.mark.parametrize("weighting", ["variance_aware", "loss_level", MinSNR(), "constant"])
 def test_base_loss_enters_the_bins_whatever_the_weighting(make_criterion, rng, device, weighting):
     criterion, oracle = make_criterion(weighting), Oracle(16, -8.0, 8.0)
     for size in (24, 3):

@@ -147,10 +147,10 @@ def test_the_band_of_the_plot_is_one_standard_deviation_each_way(seen: Seen, pyp
 
 
 # adaptive, a function of log-SNR, a head, and those that know no weight of a level
-@pytest.mark.parametrize("weighting", ["loss_level", "min_snr", "learned", "gaussian", "loss_zscore"])
+@pytest.mark.parametrize("weighting", ["loss_level", vadiff.weighting.MinSNR(), "learned", "gaussian", "loss_zscore"])
 @pytest.mark.parametrize("samples", [0, 1, 40])
 def test_every_kind_of_weighting_can_be_looked_at_with_and_without_samples(
-    weighting: str, samples: int, pyplot: Any, tmp_path: Path
+    weighting: Any, samples: int, pyplot: Any, tmp_path: Path
 ) -> None:
     criterion = vadiff.DiffusionLoss(weighting)
     if samples:

@@ -18,18 +18,11 @@ import torch
 from torch import Tensor
 
 from .bands import Bands, Criterion, band_of_bins, bands_of
-from .ops.problem import Bins, TableRule
+from .level_checks import problem_with_levels
+from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
 from .weighting import LossLevel, VarianceAware, Weighting
-
-try:
-    from .level_checks import problem_with_levels  # type: ignore[import-not-found,unused-ignore]
-except ImportError:
-
-    def problem_with_levels(count: Tensor, bins: Bins, outside: Tensor, last: Tensor | None) -> str | None:
-        return None
-
 
 LEAVE_BELOW = 5.0
 TRY_FROM = 12.0

@@ -1,4 +1,4 @@
-"""Errors that the user can fix: the command line prints them in one line, without a traceback."""
+"""Errors that the user can fix, which the command line prints in one line, without a traceback; and warnings."""
 
 
 class UserError(Exception):
@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on."""
+
+
+class DiffusionLossWarning(UserWarning):
+    """A criterion is probably used in a wrong way; the message says what it is and what to write instead."""

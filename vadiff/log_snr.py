@@ -1,18 +1,33 @@
-"""Log-SNR per sample, λ = ln(alpha² / sigma²), from sigma, a table of ᾱ or a flow time.
+"""Log-SNR per sample, λ = ln(alpha² / sigma²), from sigma, alpha and sigma, a table of ᾱ or a flow time.
 
-Every function takes one value per sample and returns λ with shape [B], on the same device, as float64 for
-float64 input and float32 otherwise. The limits of a process are legal: they give λ = ±inf, never NaN. Nothing
-here synchronises with a GPU: only CPU tensors are checked for values out of range.
+Every function takes one value per sample, as a tensor or a NumPy array, and returns λ with shape [B], on the same
+device, as float64 for float64 input and float32 otherwise. The limits of a process are legal: they give λ = ±inf, never
+NaN. Nothing here synchronises with a GPU: only CPU tensors are checked for values out of range.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["from_alphas_cumprod", "from_flow_time", "from_sigma"]
+__all__ = ["from_alpha_sigma", "from_alphas_cumprod", "from_flow_time", "from_sigma"]
+
+Values = Tensor | np.ndarray[Any, Any]
+
+# ᾱ at timesteps 500 and 999 of the 1,000 of DDPM's linear, Stable Diffusion's and the cosine schedule.
+_COMMON = ((0.077792, 4.0358e-5), (0.276333, 4.6604e-3), (0.492285, 2.4288e-9))
+_FEWEST_STEPS = 10  # of a table that has to span a schedule
+_FROM_TIMESTEPS = (
+    "vadiff.log_snr.from_alphas_cumprod(scheduler.alphas_cumprod, timesteps), or for any diffusers scheduler "
+    "vadiff.schedulers.log_snr_of(scheduler, timesteps)"
+)
 
 
-def from_sigma(sigma: Tensor) -> Tensor:
+def from_sigma(sigma: Values) -> Tensor:
     """λ = -2 ln σ of a variance-exploding process (EDM, k-diffusion), where alpha = 1.
+
+    For the σ of a variance-preserving process, √(1 - ᾱ), use `from_alpha_sigma` or `from_alphas_cumprod`.
 
     Args:
         sigma: [B] noise levels ≥ 0, any floating dtype. σ = 0 gives λ = +inf.
@@ -22,25 +37,71 @@ def from_sigma(sigma: Tensor) -> Tensor:
 
     Raises:
         TypeError: sigma is not a floating-point tensor.
-        ValueError: sigma is not one-dimensional or, on the CPU, has a negative value.
+        ValueError: sigma is not one-dimensional or, on the CPU, has a negative value, or several whole numbers as
+            large as timesteps are.
 
     Example:
         >>> from_sigma(torch.tensor([0.5, 80.0]))
         tensor([ 1.3863, -8.7641])
     """
-    _require_floating("sigma", sigma)
+    sigma = _tensor("sigma", sigma)
+    if not sigma.is_floating_point():
+        raise TypeError(
+            f"sigma has dtype {sigma.dtype}, expected a floating-point tensor. If these are timesteps, use "
+            f"{_FROM_TIMESTEPS}; if they are noise levels, sigma.float()."
+        )
     _require_one_per_sample("sigma", sigma)
     _require_range("sigma", sigma, 0.0, float("inf"), "sigma is a standard deviation")
+    if _may_read(sigma) and _are_timesteps(sigma):
+        raise ValueError(
+            f"sigma runs over whole numbers from {sigma.min().item():g} to {sigma.max().item():g}, expected standard "
+            f"deviations of noise: these look like timesteps. Use {_FROM_TIMESTEPS}."
+        )
     return (-2.0 * sigma.double().log()).to(_result_dtype(sigma))
 
 
-def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+def from_alpha_sigma(alpha: Values, sigma: Values) -> Tensor:
+    """λ = 2 ln(alpha / sigma) of any process x_t = alpha·x0 + sigma·eps: SiT's paths, v-diffusion, sampled schedules.
+
+    Args:
+        alpha: [B] scales of the data ≥ 0, any floating dtype.
+        sigma: [B] standard deviations of the noise ≥ 0, any floating dtype, on the same device.
+
+    Returns:
+        λ, [B], float32 (float64 if one of them is float64); +inf where sigma = 0, -inf where alpha = 0.
+
+    Raises:
+        TypeError: one is not a floating-point tensor.
+        ValueError: they are not one-dimensional, differ in shape or device or, on the CPU, have a negative value or
+            both are 0 for a sample.
+
+    Example:
+        >>> from_alpha_sigma(torch.tensor([0.8, 1.0]), torch.tensor([0.6, 80.0]))
+        tensor([ 0.5754, -8.7641])
+    """
+    alpha, sigma = _tensor("alpha", alpha), _tensor("sigma", sigma)
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        _require_floating(name, value)
+        _require_one_per_sample(name, value)
+        _require_range(name, value, 0.0, float("inf"), "x_t = alpha·x0 + sigma·eps")
+    if alpha.shape != sigma.shape or alpha.device != sigma.device:
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)} on {alpha.device}, sigma {tuple(sigma.shape)} on {sigma.device}: "
+            "expected the same, one value per sample."
+        )
+    if _may_read(alpha) and bool(((alpha == 0) & (sigma == 0)).any()):
+        raise ValueError("alpha and sigma are both 0 for a sample, expected a sample with data or noise in it.")
+    dtype = torch.promote_types(_result_dtype(alpha), _result_dtype(sigma))
+    return (2.0 * (alpha.double().log() - sigma.double().log())).to(dtype)
+
+
+def from_alphas_cumprod(alphas_cumprod: Values, timesteps: Values) -> Tensor:
     """λ = ln ᾱ - ln(1 - ᾱ) of a discrete variance-preserving schedule; ᾱ = alpha², DDPM's cumulative product.
 
     Args:
-        alphas_cumprod: [T] table of ᾱ in [0, 1], any floating dtype: diffusers' `scheduler.alphas_cumprod`.
-            A table on the CPU is copied to the device of `timesteps` at every call; move it there once to
-            save that. ᾱ = 0 (zero terminal SNR) gives λ = -inf.
+        alphas_cumprod: [T] table of ᾱ in [0, 1], falling, any floating dtype: diffusers' `scheduler.alphas_cumprod`,
+            OpenAI's `diffusion.alphas_cumprod`. A table on the CPU is copied to the device of `timesteps` at every
+            call; move it there once to save that. ᾱ = 0 (zero terminal SNR) gives λ = -inf.
         timesteps: [B] integers in [0, T), an index into the table.
 
     Returns:
@@ -48,13 +109,15 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
     Raises:
         TypeError: the table is not a floating-point tensor, or the timesteps are not integers.
-        ValueError: a wrong shape or device.
+        ValueError: a wrong shape or device; or, on the CPU, a table that is no falling ᾱ in [0, 1] over a schedule:
+            betas, alphas and √ᾱ are named as such.
         IndexError: a timestep on the CPU is out of range.
 
     Example:
         >>> from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]), torch.tensor([1, 2]))
         tensor([0., -inf])
     """
+    alphas_cumprod, timesteps = _tensor("alphas_cumprod", alphas_cumprod), _tensor("timesteps", timesteps)
     _require_floating("alphas_cumprod", alphas_cumprod)
     if alphas_cumprod.dim() != 1 or len(alphas_cumprod) == 0:
         raise ValueError(
@@ -73,6 +136,8 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
             f"alphas_cumprod is on {alphas_cumprod.device}, timesteps on {timesteps.device}: expected the "
             "same device. Use timesteps.to(alphas_cumprod.device)."
         )
+    if _may_read(alphas_cumprod):
+        _require_schedule(alphas_cumprod)
     size = len(alphas_cumprod)
     if _may_read(timesteps):
         low, high = int(timesteps.min()), int(timesteps.max())
@@ -84,7 +149,7 @@ def from_alphas_cumprod(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     return (alpha_bar.log() - torch.log1p(-alpha_bar)).to(_result_dtype(alphas_cumprod))
 
 
-def from_flow_time(t: Tensor, data_at: int = 0) -> Tensor:
+def from_flow_time(t: Values, data_at: int = 0) -> Tensor:
     """λ = 2 ln(alpha / sigma) of the straight path of flow matching (rectified flow).
 
     Args:
@@ -103,6 +168,7 @@ def from_flow_time(t: Tensor, data_at: int = 0) -> Tensor:
         >>> from_flow_time(torch.tensor([0.0, 0.5, 1.0]))
         tensor([inf, 0., -inf])
     """
+    t = _tensor("t", t)
     _require_floating("t", t)
     _require_one_per_sample("t", t)
     if data_at not in (0, 1):
@@ -111,6 +177,51 @@ def from_flow_time(t: Tensor, data_at: int = 0) -> Tensor:
     time = t.double()
     log_t, log_rest = time.log(), torch.log1p(-time)
     return (2.0 * (log_t - log_rest if data_at == 1 else log_rest - log_t)).to(_result_dtype(t))
+
+
+def _require_schedule(table: Tensor) -> None:
+    """Raise ValueError unless nine entries of a table [T] fall from little noise to much, as ᾱ does."""
+    values: list[float] = table[:: max(1, (len(table) - 1) // 8)].tolist()
+    first, middle, last = values[0], table[len(table) // 2].item(), table[-1].item()
+    use = "Use the cumulative product, alphas_cumprod = (1 - betas).cumprod(0)."
+    described = f"alphas_cumprod has values from {first:.4g} (timestep 0) to {last:.4g} (timestep {len(table) - 1})"
+    if not all(0.0 <= value <= 1.0 for value in (*values, last)):
+        raise ValueError(f"{described}, expected ᾱ in [0, 1]: alpha², the share of the data in the variance. {use}")
+    if any(after > before for before, after in zip(values, [*values[1:], last], strict=True)):
+        raise ValueError(
+            f"{described}, expected values that fall from near 1: these rise, like betas or 1 - ᾱ, or like a table in "
+            f"reversed order. {use}"
+        )
+    if len(table) < _FEWEST_STEPS:
+        return
+    if last > 0.95 or middle > 0.97:
+        raise ValueError(
+            f"{described} and {middle:.4g} in the middle, expected ᾱ that falls to near 0 over the schedule: these "
+            f"look like alphas, 1 - beta of each step. {use}"
+        )
+    if len(table) == 1000 and any(
+        abs(middle - at_500**0.5) < 1e-3 and abs(last / at_999**0.5 - 1.0) < 0.05 for at_500, at_999 in _COMMON
+    ):
+        raise ValueError(
+            f"{described} and {middle:.4g} in the middle, the square root of a common schedule's ᾱ: expected ᾱ itself, "
+            "alpha². Use sqrt_alphas_cumprod.square(), or the scheduler's alphas_cumprod."
+        )
+
+
+def _are_timesteps(sigma: Tensor) -> bool:
+    """At least four different whole numbers, some beyond the noise levels of images."""
+    values = sigma.detach()
+    if values.numel() < 4 or not bool((values == values.round()).all()) or not bool((values > 80).any()):
+        return False
+    return len(values.unique()) >= 4
+
+
+def _tensor(name: str, value: Values) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.tensor(np.ascontiguousarray(value))
+    raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor or a NumPy array.")
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import diagnosis
 from ._validation import check_per_sample, check_prediction, is_number
 from .bands import BANDS
-from .diagnosis import Diagnosis, LossCurve, diagnose
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
 from .summary import as_html, log_to, plot, summary
-from .weighting import Weighting, from_name
+from .watch import Watch
+from .weighting import Weighting, for_criterion
 
 LOSSES = ("mse", "huber")
 
@@ -32,7 +33,8 @@ class DiffusionLoss(nn.Module):
     calls corrupt its statistics until `statistics.reset()`.
 
     Args:
-        weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`.
+        weighting: a name from `vadiff.weighting.available()`, or an object from `vadiff.weighting`. A name that depends
+            on the form of the loss ("min_snr", ...) is for calls with `coefficients`, integrations and `for_process`.
         bins: number K of log-SNR bins, 2 to 1024.
         log_snr_range: (low, high) of the bins, natural log of alpha**2/sigma**2; values outside fall in the end bins.
         half_life: mean number of samples per bin after which a sample counts half; `float("inf")` is plain Welford.
@@ -63,6 +65,7 @@ class DiffusionLoss(nn.Module):
     base_loss: Tensor | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
+    _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
@@ -77,17 +80,18 @@ class DiffusionLoss(nn.Module):
         sync: bool = True,
     ) -> None:
         super().__init__()
-        self.weighting = from_name(weighting)
+        self.weighting = for_criterion(weighting)
         self.statistics = LogSNRStatistics(bins, log_snr_range, half_life)
         self.loss = loss
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
+        self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
         if name == "weighting":
-            value = from_name(value)
+            value = for_criterion(value)
             self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
             self.__dict__.pop(name, None)
             self.__dict__["base_loss"] = None  # a learned one may have left it
@@ -170,12 +174,15 @@ class DiffusionLoss(nn.Module):
 
         Raises:
             ValueError, TypeError: a bad argument; the message names it.
+                Also for a weighting by name whose formula depends on the form of the loss, without `coefficients`.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
         inputs = make_inputs(
             prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )  # fmt: skip
         weighting: Weighting = self.weighting
+        if coefficients is not None:
+            weighting = weighting.for_call(self, coefficients)
         if weighting.needs_losses:
             return self._weighted_by_losses(inputs)
         problem = self._current_problem()
@@ -322,6 +329,10 @@ class DiffusionLoss(nn.Module):
         else:  # `nn.Module.__setattr__` costs 2 µs
             object.__setattr__(self, "_last", per_sample)
             object.__setattr__(self, "_last_log_snr", log_snr)
+            watch = self._watch
+            watch.left -= 1
+            if watch.left == 0:
+                watch.look(self)
 
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.
@@ -359,22 +370,11 @@ class DiffusionLoss(nn.Module):
 
         Raises:
             ValueError: bands is not a positive integer.
-
-        Example:
-            >>> print(vadiff.DiffusionLoss("constant").summary())
-            Constant(): base loss by noise level, 0 samples after forgetting
-            no samples recorded yet: recording needs training mode and grad enabled
         """
         return summary(self, bands)
 
-    def diagnose(
-        self, optimal: LossCurve | None = None, prediction_type: str | None = None, sigma_data: float = 0.5
-    ) -> Diagnosis:
-        """Figures of the balance over noise levels and a verdict in words: see `vadiff.diagnosis.diagnose`."""
-        return diagnose(self, optimal, prediction_type, sigma_data)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
+    diagnose = diagnosis.diagnose  # methods documented there
+    _repr_html_ = as_html
 
     def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
         """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.

@@ -4,7 +4,7 @@ A scheduler is recognised by its attributes, so diffusers is not imported here:
 
 | has | noise | timesteps |
 |---|---|---|
-| `alphas_cumprod`: DDPM, DDIM, Euler, ... | variance preserving, ᾱ from the table | 0 to T-1 |
+| `alphas_cumprod`: DDPM, DDIM, Euler, OpenAI's | variance preserving, ᾱ from the table | 0 to T-1 |
 | `sigmas`, `timesteps`: EDM, consistency models | x0 + sigma·eps | values of `timesteps`, in EDM ln(sigma)/4 |
 | `scale_noise`: flow matching | (1 - sigma)·x0 + sigma·eps | sigma·num_train_timesteps, shifted or not |
 
@@ -22,15 +22,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import process
-from .log_snr import from_alphas_cumprod, from_flow_time, from_sigma
+from .log_snr import Values, from_alphas_cumprod, from_flow_time, from_sigma
 from .ops.problem import Coefficient
 
 __all__ = [
     "coefficients_of",
+    "is_flow",
     "log_snr_of",
     "log_snr_range_of",
     "loss_form_of",
@@ -42,14 +44,16 @@ __all__ = [
 
 _FAR = 1e4  # a log-SNR in place of an infinite one
 _BY_ALPHA, _BY_SIGMA, _FLOW = "alphas_cumprod", "sigmas", "flow"
+_LARGEST_UNIT = 20  # of schedules with fewer timesteps, [0, 1] is a part that may be drawn
 
 
-def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
+def log_snr_of(scheduler: Any, timesteps: Values) -> Tensor:
     """λ = ln(alpha²/sigma²) of each sample, as the scheduler's `add_noise` or `scale_noise` mixes data and noise.
 
     Args:
         scheduler: see the table above.
-        timesteps: [B], as passed to `add_noise`; integers if the scheduler has integer timesteps.
+        timesteps: [B], as passed to `add_noise`, a tensor or NumPy array; integers if the scheduler has integer
+            timesteps.
 
     Returns:
         λ, [B] float32 on the device of `timesteps`; -inf at zero terminal SNR (`rescale_betas_zero_snr`) and at t = 1
@@ -57,20 +61,22 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
 
     Raises:
         TypeError: not such a scheduler; integer timesteps for a scheduler with floating-point ones.
-        ValueError: timesteps are not [B] or, on the CPU, out of range; a flow with `invert_sigmas` or
-            `use_flow_sigmas`; sigmas in the opposite order of the timesteps (DPM-Solver, UniPC and DEIS before
-            `set_timesteps`), with which `add_noise` uses the noise level of another timestep.
+        ValueError: timesteps are not [B] or, on the CPU, out of range, or times from 0 to 1 where timesteps go to
+            1,000; a flow with `invert_sigmas` or `use_flow_sigmas`; sigmas in the opposite order of the timesteps
+            (DPM-Solver, UniPC and DEIS before `set_timesteps`), with which `add_noise` uses the noise level of another
+            timestep.
         IndexError: timesteps on the CPU beyond `alphas_cumprod`.
 
     Example:
         >>> loss = criterion(model_pred, target, log_snr_of(noise_scheduler, timesteps))
     """
     kind = _kind_of(scheduler)
-    _check_timesteps(timesteps)
+    timesteps = _checked_timesteps(timesteps)
     if kind == _BY_ALPHA:
         _check_direction(scheduler)
-        table = _to_device_of(scheduler.alphas_cumprod, timesteps)
+        table = _to_device_of(torch.as_tensor(scheduler.alphas_cumprod), timesteps)
         if timesteps.is_floating_point():
+            _check_not_times(timesteps, len(table) - 1)
             return _interpolate_alphas(table, timesteps)
         return from_alphas_cumprod(table, timesteps).float()
     if not timesteps.is_floating_point():
@@ -80,11 +86,12 @@ def log_snr_of(scheduler: Any, timesteps: Tensor) -> Tensor:
             "not indices."
         )
     if kind == _FLOW:
+        _check_not_times(timesteps, _option(scheduler, "num_train_timesteps", 1000))
         return from_flow_time(_flow_time(scheduler, timesteps)).float()
     return _interpolate_sigmas(scheduler, timesteps)
 
 
-def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
+def sigma_of(scheduler: Any, timesteps: Values) -> Tensor:
     """sigma of each sample by the scheduler's own definition, [B] float32.
 
     It is the value of the table `sigmas`: sigma/alpha for Euler and DPM-Solver, the noise level for EDM, the time for
@@ -95,10 +102,19 @@ def sigma_of(scheduler: Any, timesteps: Tensor) -> Tensor:
     kind = _kind_of(scheduler)
     log_snr = log_snr_of(scheduler, timesteps).double()
     if kind == _FLOW:
-        return _flow_time(scheduler, timesteps)
+        return _flow_time(scheduler, torch.as_tensor(timesteps))
     if kind == _BY_ALPHA and not isinstance(getattr(scheduler, "sigmas", None), Tensor):
         return log_snr.neg().sigmoid().sqrt().float()
     return log_snr.mul(-0.5).exp().float()
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether the scheduler is one of flow matching: its timesteps are sigma · num_train_timesteps.
+
+    Raises:
+        TypeError, ValueError: as `log_snr_of`, for a scheduler that it does not take.
+    """
+    return _kind_of(scheduler) == _FLOW
 
 
 def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
@@ -127,8 +143,9 @@ def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
     if log_snr.dim() != 1:
         raise ValueError(f"log_snr has shape {tuple(log_snr.shape)}, expected (B,): one value per sample")
     if _kind_of(scheduler) == _BY_ALPHA:
-        times = torch.arange(len(scheduler.alphas_cumprod))
-        table = from_alphas_cumprod(scheduler.alphas_cumprod.cpu(), times).double()
+        alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).cpu()
+        times = torch.arange(len(alphas_cumprod))
+        table = from_alphas_cumprod(alphas_cumprod, times).double()
     else:
         times = torch.as_tensor(scheduler.timesteps).cpu()
         table = log_snr_of(scheduler, times.float()).double()
@@ -154,7 +171,7 @@ def prediction_type_of(scheduler: Any) -> str:
         ValueError: a prediction type that is none of these.
         TypeError: not such a scheduler.
     """
-    if _kind_of(scheduler) == _FLOW:
+    if is_flow(scheduler):
         return "flow"
     if hasattr(scheduler, "precondition_outputs"):
         return "edm"
@@ -179,7 +196,7 @@ def loss_form_of(scheduler: Any) -> str:
 
 
 def coefficients_of(
-    scheduler: Any, timesteps: Tensor, prediction_type: str | None = None
+    scheduler: Any, timesteps: Values, prediction_type: str | None = None
 ) -> tuple[Coefficient, Coefficient, Coefficient]:
     """(a, b, c) of the residual a·output + b·x0 + c·eps, for `criterion(output, x0, ..., noise=eps, coefficients=)`.
 
@@ -224,7 +241,7 @@ def log_snr_range_of(scheduler: Any) -> tuple[float, float]:
     """
     kind = _kind_of(scheduler)
     if kind == _BY_ALPHA:
-        table = scheduler.alphas_cumprod.cpu()
+        table = torch.as_tensor(scheduler.alphas_cumprod).cpu()
         log_snr = from_alphas_cumprod(table, torch.arange(len(table)))
     else:
         log_snr = log_snr_of(scheduler, torch.as_tensor(scheduler.timesteps).cpu().float())
@@ -242,7 +259,7 @@ def _kind_of(scheduler: Any) -> str:
     continuous = _option(scheduler, "timestep_type") == "continuous"
     if continuous and _option(scheduler, "prediction_type") == "v_prediction":  # EulerDiscreteScheduler
         return _BY_SIGMA
-    if isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+    if isinstance(getattr(scheduler, "alphas_cumprod", None), (Tensor, np.ndarray)):
         return _BY_ALPHA
     if hasattr(scheduler, "scale_noise") and hasattr(scheduler, "config"):
         return _FLOW
@@ -273,12 +290,30 @@ def _option(scheduler: Any, name: str, default: Any = None) -> Any:
     return getattr(getattr(scheduler, "config", None), name, default)
 
 
-def _check_timesteps(timesteps: Tensor) -> None:
+def _checked_timesteps(timesteps: Values) -> Tensor:
+    if isinstance(timesteps, np.ndarray):
+        timesteps = torch.tensor(timesteps)
     if not isinstance(timesteps, Tensor):
         raise TypeError(f"timesteps is a {type(timesteps).__name__}, expected a torch.Tensor of shape (B,)")
     if timesteps.dim() != 1:
         advice = "timesteps.expand(batch_size)" if timesteps.dim() == 0 else "timesteps.flatten()"
         raise ValueError(f"timesteps has shape {tuple(timesteps.shape)}, expected (B,): one per sample. Use {advice}.")
+    return timesteps
+
+
+def _check_not_times(timesteps: Tensor, last: int) -> None:
+    """Raise ValueError for times from 0 to 1 in place of timesteps from 0 to `last`, on the CPU.
+
+    One or two such values may be timesteps, by chance; three are all below 1 once in 10⁹ batches.
+    """
+    if not _on_cpu(timesteps) or len(timesteps) < 3 or last <= _LARGEST_UNIT:
+        return
+    if bool((timesteps <= 1).all()) and bool((timesteps >= 0).all()) and len(timesteps.unique()) >= 3:
+        raise ValueError(
+            f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: these "
+            f"look like times from 0 to 1. Multiply them by {last}; or, for the times of a flow, "
+            "use vadiff.log_snr.from_flow_time(t)."
+        )
 
 
 def _check_direction(scheduler: Any) -> None:

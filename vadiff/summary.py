@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .bands import BANDS, Bands, Criterion, bands_of
 from .diagnosis import diagnose
 from .extras import MissingExtraError, import_extra
+from .watch import judge_at_read
 
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
 
@@ -30,6 +31,7 @@ _WIDE = 10.0  # max/min above which the axis is logarithmic
 def summary(criterion: Criterion, bands: int = BANDS) -> str:
     """A text table of the statistics, without a trailing newline; see `DiffusionLoss.summary`."""
     found = bands_of(criterion, bands)
+    judge_at_read(criterion)
     statistics = criterion.statistics
     lines = [f"{criterion.weighting}: base loss by noise level, {found.samples.sum():,.0f} samples after forgetting"]
     if found.samples.sum() > 0:
@@ -65,6 +67,7 @@ def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
         loss_axes, weight_axes = panels
     except (TypeError, ValueError):
         raise TypeError(f"ax is a {type(ax).__name__}, expected matplotlib axes, a pair of them, or None") from None
+    judge_at_read(criterion)
     _draw(criterion, loss_axes, weight_axes)
     return loss_axes, weight_axes
 
@@ -83,6 +86,7 @@ def as_html(criterion: Criterion) -> str:
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
     """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
     log_values(writer, dict(_scalars(criterion, bands_of(criterion, bands), prefix)), step)
+    judge_at_read(criterion)
     if hasattr(writer, "add_figure"):
         with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged
             writer.add_figure(f"{prefix}/noise_levels", _figure(criterion), int(step))

@@ -17,6 +17,7 @@ from torch import Tensor
 from waits import waits_are_errors
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.ops.reference import moments_of, weight_table
 
 
@@ -294,6 +295,23 @@ def test_a_gradient_scaler_skips_a_batch_with_a_nan_log_snr(backend: str) -> Non
         scaler.update()
         assert torch.equal(layer.weight, before) != moves
     assert criterion.statistics.skipped == 1
+
+
+@pytest.mark.filterwarnings("always::vadiff.errors.DiffusionLossWarning")
+def test_wrong_noise_levels_and_an_untrained_head_are_named_without_a_wait(backend: str) -> None:
+    criterion = vadiff.DiffusionLoss("learned", backend=backend).cuda()
+    prediction, target, _ = batch((64, 32))
+    times = torch.rand(64, device="cuda")  # no log-SNR
+
+    def train() -> None:
+        with waits_are_errors():
+            for _ in range(2000):  # the copy of call 200 is complete long before
+                step(criterion, prediction, target, times)
+
+    with pytest.warns(DiffusionLossWarning) as found:
+        train()
+    assert {True, False} == {"[0, 1]" in str(warning.message) for warning in found}
+    assert len(found) == 2
 
 
 def test_constant_weighting_equals_mse_loss_to_the_ulp(backend: str) -> None:

@@ -343,3 +343,35 @@ def test_flow_timesteps_are_read_as_the_scheduler_counts_them() -> None:
     kohya.post_process_loss(criterion, torch.tensor([1.0, 2.0], requires_grad=True), None, timesteps, scheduler)
     assert criterion.statistics.mean.tolist() == [1.0, 2.0]  # much noise, little noise
     assert log_snr_of(scheduler, timesteps).sign().tolist() == [-1, 1]
+
+
+def test_whole_timesteps_of_a_flow_stand_for_the_middle_of_their_step() -> None:
+    """sd-scripts' HunyuanImage passes int(1000·sigma)."""
+    criterion = vadiff.DiffusionLoss.for_process("flow", weighting="constant")
+    loss = torch.ones(3, requires_grad=True)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    expected = vadiff.log_snr.from_flow_time(torch.tensor([0.0005, 0.5005, 0.9995]))
+    kohya.post_process_loss(criterion, loss, arguments(), torch.tensor([0, 500, 999]), scheduler)
+    recorded = criterion.statistics.count.nonzero().flatten()
+    bins = criterion.statistics.bins
+    index = ((expected - bins.low) * bins.inv_width).floor().clamp(0, bins.size - 1)
+    assert recorded.tolist() == sorted(index.tolist())
+
+
+def test_times_from_0_to_1_of_a_flow_are_refused() -> None:
+    """sd-scripts' Anima passes them; read as thousandths, they would all be next to no noise."""
+    criterion, loss = vadiff.DiffusionLoss.for_process("flow"), torch.ones(4, requires_grad=True)
+    scheduler, times = FlowMatchEulerDiscreteScheduler(), torch.tensor([0.334, 0.9, 0.1, 0.6])
+    with pytest.raises(ValueError, match=r"times from 0 to 1\. Multiply them by 1000"):
+        kohya.post_process_loss(criterion, loss, arguments(), times, scheduler)
+    kohya.post_process_loss(criterion, loss, arguments(), 1000 * times, scheduler)
+
+
+def test_a_weighting_given_by_name_is_made_for_the_trainer_s_form() -> None:
+    criterion, loss = vadiff.DiffusionLoss("min_snr"), torch.ones(4, requires_grad=True)
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments())
+    timesteps = torch.tensor([0, 300, 600, 999])
+    found = kohya.post_process_loss(criterion, loss, arguments(v_parameterization=True), timesteps, scheduler)
+    expected = vadiff.weighting.MinSNR(prediction_type="v_prediction")
+    assert criterion.weighting == expected
+    assert torch.equal(found, expected(log_snr_of(scheduler, timesteps)))

@@ -19,9 +19,9 @@ def criterion_in_form(
 
     Args:
         criterion: a criterion, or the name of a weighting for one with the default settings.
-        prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name is
-            made for it.
-        sigma_data: standard deviation of the data, the trainer's ("edm" only).
+        prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name,
+            here or to `DiffusionLoss`, is made for it.
+        sigma_data: standard deviation of the data, the trainer's.
         loss_is_given: the trainer computes the loss per sample itself, the criterion only weights it.
 
     Returns:
@@ -32,15 +32,14 @@ def criterion_in_form(
         ValueError: an unknown name, or a criterion whose fixed weighting is written for another loss.
     """
     if isinstance(criterion, str):
-        options = {"prediction_type": prediction_type} if weightings.takes_prediction_type(criterion) else {}
-        if options and prediction_type == "edm":
-            return DiffusionLoss(weightings.from_name(criterion, **options, sigma_data=sigma_data))
-        return DiffusionLoss(weightings.from_name(criterion, **options))
+        criterion = DiffusionLoss(criterion)
     if not isinstance(criterion, DiffusionLoss):
         raise TypeError(
             f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss or the name of a weighting "
             f"({', '.join(weightings.available())})"
         )
+    if isinstance(criterion.weighting, weightings.UnknownForm):
+        criterion.weighting = criterion.weighting.in_form(prediction_type, sigma_data)
     weighting = criterion.weighting
     if isinstance(weighting, weightings.SNRWeighting):
         name = type(weighting).__name__

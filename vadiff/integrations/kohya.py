@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..log_snr import from_alphas_cumprod
 from ..loss import DiffusionLoss
-from ..schedulers import log_snr_of, loss_form_of
-from ..weighting import SNRWeighting
+from ..schedulers import is_flow, log_snr_of, loss_form_of
+from ..weighting import SNRWeighting, UnknownForm
 from .form import moved_beside, require_form
 
 __all__ = ["AdaptiveLoss", "post_process_loss", "refresh_all_snr"]
@@ -47,7 +47,9 @@ def post_process_loss(
         loss: [B], already multiplied by the trainer's weights, masked and averaged over the sample. Multiply by weights
             of shape [B, 1, 1, 1] or [B, 1, 1, 1, 1] before averaging.
         args: the trainer's; its `v_parameterization` determines the form of the loss.
-        timesteps: [B], integers for a DDPM scheduler, values of its `timesteps` for a flow.
+        timesteps: [B], integers for a DDPM scheduler; for a flow 1000·sigma, also rounded down to integers
+            (HunyuanImage), whose middle, half a step higher, then stands for the noise level. Times from 0 to 1 (Anima)
+            have to be multiplied by 1000 before.
         noise_scheduler: see `vadiff.schedulers`. Its cached `all_snr` is not used.
         sample_weight: [B], a factor in `loss` that is not part of the objective (share of a mask,
             `batch["loss_weights"]`); the statistics exclude it.
@@ -61,10 +63,12 @@ def post_process_loss(
     """
     if not loss.requires_grad:
         return loss
-    if isinstance(criterion.weighting, SNRWeighting):
+    if isinstance(criterion.weighting, (SNRWeighting, UnknownForm)):
         v_prediction = getattr(args, "v_parameterization", False)  # some versions do not set it in the scheduler
         require_form(criterion, "v_prediction" if v_prediction else loss_form_of(noise_scheduler), loss_is_given=True)
     criterion = moved_beside(criterion, loss)
+    if not timesteps.is_floating_point() and is_flow(noise_scheduler):
+        timesteps = timesteps + 0.5
     log_snr = log_snr_of(noise_scheduler, timesteps.to(loss.device, non_blocking=True))
     if sample_weight is None:
         return criterion.reweight(loss, log_snr)

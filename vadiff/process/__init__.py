@@ -7,7 +7,7 @@ for, see `coefficients` and `loss_ratio`.
 from .base import NoiseProcess
 from .continuous import EDM, Flow, VPCosine, VPLinear, VPScaledLinear
 from .discrete import DiscreteVP
-from .forms import PREDICTION_TYPES, EDMPreconditioning, coefficients, edm_preconditioning, loss_ratio
+from .forms import PREDICTION_TYPES, EDMPreconditioning, coefficients, edm_preconditioning, form_of, loss_ratio
 
 __all__ = [
     "EDM",
@@ -21,5 +21,6 @@ __all__ = [
     "VPScaledLinear",
     "coefficients",
     "edm_preconditioning",
+    "form_of",
     "loss_ratio",
 ]

@@ -102,6 +102,24 @@ def coefficients(
     raise _unknown(prediction_type)
 
 
+def form_of(coefficients: tuple[Coefficient, Coefficient, Coefficient]) -> str | None:
+    """The form of a loss by its (a, b, c), as `coefficients` gives them; None if they are none of these.
+
+    For "edm" that is "sample": the residual is the error of x0.
+    """
+    a, b, c = coefficients
+    if isinstance(a, Tensor) or a != 1.0:
+        return "sample"
+    if isinstance(b, Tensor) and isinstance(c, Tensor):
+        return "v_prediction"
+    if isinstance(b, Tensor) or isinstance(c, Tensor):
+        return None
+    whole = {(0.0, -1.0): "epsilon", (-1.0, 0.0): "sample", (1.0, -1.0): "flow", (-1.0, 1.0): "flow"}
+    if (b, c) in whole:
+        return whole[b, c]
+    return "v_prediction" if abs(b**2 + c**2 - 1.0) < 1e-3 else None
+
+
 def loss_ratio(prediction_type: str, log_snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
     """k(λ): squared error in the form of `prediction_type` = k(λ) × squared error of x0. With S = e^λ:
 

@@ -1,5 +1,6 @@
 """Loss weights per noise level: fixed functions of log-SNR, tables that adapt to the statistics, a learned head."""
 
+import functools
 from typing import Any
 
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
@@ -26,6 +27,7 @@ from .fixed import (
 from .learned import LearnedUncertainty
 from .optimal import GapWeighting, InverseOptimalLoss
 from .table import WeightTable
+from .unknown_form import UnknownForm
 
 __all__ = [
     "EDM",
@@ -52,6 +54,7 @@ __all__ = [
     "Sigmoid",
     "SoftMinSNR",
     "TruncatedSNR",
+    "UnknownForm",
     "VarianceAware",
     "WeightTable",
     "Weighting",
@@ -104,6 +107,8 @@ def takes_prediction_type(name: str) -> bool:
 def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
     """Make the weighting of a name with the options of its class; a weighting object is returned unchanged.
 
+    "soft_min_snr" with a `sigma_data` but without a `gamma` has gamma = 1/sigma_data**2, k-diffusion's.
+
     Raises:
         ValueError: an unknown name, or an option out of bounds.
         TypeError: neither a name nor a weighting, or an option that the class does not take.
@@ -117,7 +122,20 @@ def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
             f"weighting is a {type(weighting).__name__}, expected a name ({', '.join(available())}) "
             f"or an object from vadiff.weighting"
         )
+    if weighting == "soft_min_snr" and "sigma_data" in options:
+        made = SoftMinSNR(**options)  # checks sigma_data
+        options.setdefault("gamma", 1.0 / made.sigma_data**2)
     return _class_of(weighting)(**options)
+
+
+def for_criterion(weighting: str | Weighting) -> Weighting:
+    """The weighting of a `DiffusionLoss`; as `UnknownForm` if its name does not say the form of the loss it is for.
+
+    Raises as `from_name`.
+    """
+    if isinstance(weighting, str) and takes_prediction_type(weighting):
+        return UnknownForm(weighting, functools.partial(from_name, weighting))
+    return from_name(weighting)
 
 
 def _class_of(name: str) -> type[Weighting]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ops.problem import NO_TABLE, Bins, Inputs, TableRule
+from ..ops.problem import NO_TABLE, Bins, Coefficient, Inputs, TableRule
 
 
 class Weighting:
@@ -27,6 +27,10 @@ class Weighting:
 
     has_parameters: ClassVar[bool] = False
     """Whether the weighting is a module with trainable parameters."""
+
+    def for_call(self, criterion: Any, coefficients: tuple[Coefficient, Coefficient, Coefficient]) -> Weighting:
+        """The weighting for the form of the loss that these coefficients show, where that is open (`UnknownForm`)."""
+        return self
 
     @property
     def pointwise(self) -> bool:
