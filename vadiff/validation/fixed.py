@@ -5,6 +5,8 @@ for every counter, so no stream depends on which others are drawn, or in which o
 do: it reads only the low 32 bits of a seed.
 """
 
+from __future__ import annotations  # np.random is imported when noise is drawn: it is not part of `import numpy`
+
 from collections.abc import Sequence
 
 import numpy as np
