@@ -31,8 +31,8 @@ def stream(ratio: float, samples: int = 6000) -> tuple[Tensor, Tensor]:
 
 
 def fed(ratio: float, weighting: Any = "constant", samples: int = 6000, **options: Any) -> vadiff.DiffusionLoss:
-    """A criterion that forgets nothing and has recorded such a stream, in batches over all levels."""
-    criterion = vadiff.DiffusionLoss(weighting, half_life=math.inf, **options)
+    """A criterion that has recorded such a stream, in batches over all levels; it forgets nothing unless told to."""
+    criterion = vadiff.DiffusionLoss(weighting, **{"half_life": math.inf, **options})
     losses, log_snr = stream(ratio, samples)
     order = torch.randperm(samples)
     for part in order.split(1000):
@@ -85,9 +85,17 @@ def test_every_weighting_gets_the_verdict_of_its_base_loss(weighting: str) -> No
 
 def test_adaptive_weighting_is_told_to_be_compared_with_constant() -> None:
     uneven, even = (fed(ratio, "variance_aware").diagnose() for ratio in (50.0, 2.0))
-    assert 'VarianceAware evens that out; compare its held-out loss with that of weighting="constant"' in uneven.verdict
+    brought = f"VarianceAware brings that to {uneven.spread.weighted_ratio:.1f}-fold"
+    assert f'{brought}; compare its held-out loss with that of weighting="constant"' in uneven.verdict
     assert 'weighting="constant" should do as well' in even.verdict
     assert uneven.spread.weighted_ratio < 1.5
+
+
+def test_balanced_start_of_a_training_is_told_to_be_asked_again() -> None:
+    young, old = fed(2.0), fed(2.0, half_life=16.0)
+    assert (young.diagnose().finding, old.diagnose().finding) == ("leave", "leave")
+    assert young.diagnose().verdict.endswith("ask again later.")
+    assert "ask again" not in old.diagnose().verdict
 
 
 def test_weighting_whose_form_is_not_known_yet_can_be_diagnosed() -> None:

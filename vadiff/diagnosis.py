@@ -38,6 +38,7 @@ RELATIVE_ERROR = 0.2
 
 _COVERED = 0.8  # least share of the samples in such bands
 _STARVED = 0.1  # of an even share over the bands that have samples
+_ASK_LATER = " The statistics still hold the first steps, which look balanced whatever comes: ask again later."
 _TRIAL = "criterion.weighting = vadiff.weighting.LossLevel(strength=0.5)"
 
 
@@ -112,7 +113,8 @@ class Diagnosis:
         samples = self.bands.samples.sum().item()
         lines = [f"{self.weighting}: diagnosis from {samples:,.0f} samples after forgetting"]
         if samples > 0:
-            lines += [f"  {name:<34}{value}" for name, value in self._rows()]
+            continued = "\n" + " " * 36
+            lines += [f"  {name:<34}{value.replace(chr(10), continued)}" for name, value in self._rows()]
         return "\n".join([*lines, f"verdict: {self.verdict}"])
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -171,6 +173,7 @@ def diagnose(
     problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
     verdict = verdict_of(bands, type(criterion.weighting).__name__, balances(criterion.weighting), skipped, problem)
     total = max(count.sum().item(), 1e-300)
+    later = verdict.finding in ("leave", "unclear") and _holds_first_steps(total, criterion)
     return Diagnosis(
         weighting=str(criterion.weighting),
         bands=bands,
@@ -184,8 +187,15 @@ def diagnose(
         skipped=skipped,
         gap=None if optimal is None else _gap(criterion, bands, optimal, prediction_type, sigma_data),
         finding=verdict.finding,
-        verdict=verdict.text,
+        verdict=verdict.text + (_ASK_LATER if later else ""),
     )
+
+
+def _holds_first_steps(samples: float, criterion: Criterion) -> bool:
+    """Whether the statistics were not yet forgotten for two half-lives: a quarter or more of them is of the start."""
+    statistics = criterion.statistics
+    most = statistics.half_life * statistics.bins.size / math.log(2.0)  # the effective count of an endless training
+    return samples < 0.75 * most
 
 
 def spread_of(bands: Bands) -> Spread:
@@ -266,16 +276,17 @@ def _by_ratio(bands: Bands, spread: Spread, weighting: str, balanced: bool) -> V
         return Verdict(
             "objective",
             f"{where}. That is more than weights should mend: look at base_weight and the prediction type first. "
-            f"{_trial(balanced, weighting)}",
+            f"{_trial(balanced, weighting, spread)}",
         )
     if spread.mean_ratio >= TRY_FROM:
-        return Verdict("try", f"{where}. {_trial(balanced, weighting)}")
-    return Verdict("unclear", f"{where}: whether balance gains is open. {_trial(balanced, weighting)}")
+        return Verdict("try", f"{where}. {_trial(balanced, weighting, spread)}")
+    return Verdict("unclear", f"{where}: whether balance gains is open. {_trial(balanced, weighting, spread)}")
 
 
-def _trial(balanced: bool, weighting: str) -> str:
+def _trial(balanced: bool, weighting: str, spread: Spread) -> str:
     if balanced:
-        return f'{weighting} evens that out; compare its held-out loss with that of weighting="constant".'
+        weighted = "" if math.isnan(spread.weighted_ratio) else f" brings that to {_figure(spread.weighted_ratio)}-fold"
+        return f'{weighting}{weighted or " weights that"}; compare its held-out loss with that of weighting="constant".'
     return f"Try {_TRIAL} beside what you have, and compare their held-out losses."
 
 
@@ -348,8 +359,9 @@ def _span(bands: Bands, band: int) -> str:
 
 
 def _shares(bands: Bands) -> str:
-    seen = [i for i, n in enumerate(bands.samples.tolist()) if n > 0]
-    return ", ".join(f"{_span(bands, i)}: {bands.share[i]:.1%}" for i in seen)
+    """Four bands to a line."""
+    seen = [f"{_span(bands, i)}: {bands.share[i]:.1%}" for i, n in enumerate(bands.samples.tolist()) if n > 0]
+    return ",\n".join(", ".join(seen[i : i + 4]) for i in range(0, len(seen), 4))
 
 
 def _gap_text(bands: Bands, gap: Tensor) -> str:
