@@ -45,7 +45,9 @@ def test_bands_read_from_a_log_are_those_of_the_criterion(tmp_path: Path) -> Non
     assert list(own) == ["loss"]
 
 
-@pytest.mark.parametrize(("weighting", "words"), [("constant", "Try criterion"), ("loss_level", "The weighting evens")])
+@pytest.mark.parametrize(
+    ("weighting", "words"), [("constant", "Try criterion"), ("loss_level", "The weighting brings that to")]
+)
 def test_verdict_of_a_log_is_that_of_the_criterion(tmp_path: Path, weighting: str, words: str) -> None:
     criterion = trained(tmp_path / "log.jsonl", weighting)
     ((logged,), *_) = read_log(tmp_path / "log.jsonl")
