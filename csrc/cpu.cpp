@@ -152,14 +152,15 @@ void weight_table(const MomentRows& bins, const Update& update) {
 
 void fold_batch(const MomentRows& batch, const Totals& totals, const Update& update) {
   const int size = update.bins.size;
-  std::vector<double> state(5 * size + 9);
+  std::vector<double> state(4 * size + 2 + kStateTotals + 2 * size);
   memcpy(state.data(), update.state, state.size() * sizeof(double));
   const MomentRows bins(state.data(), size);
-  const double* shares = state.data() + 4 * size + 9;
+  const double *shares = state.data() + 4 * size + 2 + kStateTotals, *weights = shares + size;
   BinSums sums = {};
-  for (int k = 0; k < size; ++k) add_bin(&sums, bins[k], batch.n[k]);
+  for (int k = 0; k < size; ++k) add_bin(&sums, bins[k], batch.n[k], batch.mass[k]);
   LevelSums levels = {};
-  for (int k = 0; k < size; ++k) add_levels(&levels, bins[k], batch.mass[k], shares[k], average_loss(sums));
+  const double average = average_loss(sums);
+  for (int k = 0; k < size; ++k) add_level(&levels, bins[k], batch.n[k], batch.mass[k], shares[k], weights[k], average);
   const double rho = forgetting(sums.entered, update.half_life, size);
   StateTotals moved;
   memcpy(&moved, update.state + 4 * size + 2, sizeof(moved));

@@ -290,12 +290,14 @@ __device__ inline void move_statistics(double* batch, const Totals& totals, cons
   }
   double* state = reinterpret_cast<double*>(update.state);
   BinSums sums = {};
-  for (int k = threadIdx.x; k < size; k += kThreads) add_bin(&sums, load_moments(state + k, size), batch[k]);
+  for (int k = threadIdx.x; k < size; k += kThreads) 
+    add_bin(&sums, load_moments(state + k, size), batch[k], batch[3 * size + k]);
   block_sums<kBinSums>(reinterpret_cast<double*>(&sums));
   LevelSums levels = {};
   const double* shares = state + 4 * size + 2 + kStateTotals;
   for (int k = threadIdx.x; k < size; k += kThreads)
-    add_levels(&levels, load_moments(state + k, size), batch[3 * size + k], shares[k], average_loss(sums));
+    add_level(&levels, load_moments(state + k, size), batch[k], batch[3 * size + k], shares[k], shares[size + k],
+              average_loss(sums));
   block_sums<kLevelSums>(reinterpret_cast<double*>(&levels));
   const double rho = forgetting(sums.entered, update.half_life, size);
   if (threadIdx.x == 0) {

@@ -1,12 +1,14 @@
-// Totals of a batch, and the level-free loss: reference.level_free_sums, for host and device.
+// Totals of a batch, and the level-free loss: reference.level_free, for host and device.
 #pragma once
 
 #include "loss_math.h"
 
 namespace vadiff {
 
-constexpr double kYoung = 32;         // mean count per bin up to which the level-free loss is the raw mean
-constexpr double kScaleDecay = 0.9;  // per call, of the sums whose ratio scales the correction
+constexpr double kYoung = 32;  // mean count per bin up to which the level-free loss is the raw mean
+constexpr double kShort = 8;   // half-life below which it always is
+constexpr double kDecay = 0.9;  // per call, of the sums from which it is scaled
+constexpr double kSpike = 10;   // a call whose loss is more times the expected one does not enter them
 
 // Sums over the samples of a batch: what a batch vector [4K + 5] holds after the moments, in this order.
 struct Totals {
@@ -27,12 +29,13 @@ VADIFF_FN void add_sample(Sums* totals, const Sample<C>& sample, float log_snr, 
 
 // Sums over the bins, before a fold.
 struct BinSums {
-  double entered, count, mass, loss;
+  double entered, batch_mass, count, mass, loss;
 };
-constexpr int kBinSums = 4;
+constexpr int kBinSums = 5;
 
-VADIFF_FN void add_bin(BinSums* sums, const Moments& old, double entered) {
+VADIFF_FN void add_bin(BinSums* sums, const Moments& old, double entered, double batch_mass) {
   sums->entered += entered;
+  sums->batch_mass += batch_mass;
   sums->count += old.n;
   sums->mass += old.mass;
   sums->loss += old.mass * old.mean;
@@ -40,36 +43,45 @@ VADIFF_FN void add_bin(BinSums* sums, const Moments& old, double entered) {
 
 VADIFF_FN double average_loss(const BinSums& sums) { return sums.mass > 0 ? sums.loss / sums.mass : 0; }  // of an empty bin
 
-// Of the batch's mass times the mean loss; of the sampler's shares; of these times the mean loss.
+// Of the batch's mass times the mean loss; of the sampler's shares; of these times its v times the mean loss; of its v.
 struct LevelSums {
-  double drawn, shares, shared;
+  double drawn, shares, shared, sampled_mass;
 };
-constexpr int kLevelSums = 3;
+constexpr int kLevelSums = 4;
 
-VADIFF_FN void add_levels(LevelSums* sums, const Moments& old, double mass, double share, double average) {
+VADIFF_FN void add_level(LevelSums* sums, const Moments& old, double entered, double batch_mass, double share, double weight,
+                         double average) {
   const double mean = old.n > 0 ? old.mean : average;
-  sums->drawn += mass * mean;
+  sums->drawn += batch_mass * mean;
   sums->shares += share;
-  sums->shared += share * mean;
+  sums->shared += share * weight * mean;
+  sums->sampled_mass += entered * weight;
 }
 
-// The totals of a state, its seven numbers after the ticket.
+// `StateTotals` of vadiff/ops/problem.py.
 struct StateTotals {
-  double below, above, level_free, samples, decayed_loss, decayed_drawn, last_read;
+  double below, above, level_free, samples, covariance, variance, mass, sampled_mass, since_shares, last_read;
 };
-constexpr int kStateTotals = 7;
+constexpr int kStateTotals = 10;
 
 VADIFF_FN void move_totals(StateTotals* state, const BinSums& sums, const LevelSums& levels, const Totals& batch, double rho,
                            double half_life, int bins) {
-  const double expected = levels.shares > 0 ? levels.shared : sums.loss / sums.count;
-  const double scale = state->decayed_drawn > 0 && state->decayed_loss > 0 ? state->decayed_loss / state->decayed_drawn : 1;
-  const bool known = sums.count > (half_life < kYoung ? half_life : kYoung) * bins;
-  state->level_free += known ? batch.loss + scale * (sums.entered * expected - levels.drawn) : batch.loss;
+  const double drawn = levels.drawn;
+  const bool given = levels.shares > 0, followed = given && state->since_shares < half_life * bins;
+  const double factor = state->mass > 0 && state->sampled_mass > 0 ? state->mass / state->sampled_mass : 1;
+  const double expected = followed ? factor * levels.shared : sums.loss / sums.count;
+  double scale = state->variance > 0 ? state->covariance / state->variance : 1;
+  scale = scale < 0 ? 0 : scale > 2 ? 2 : scale;
+  const bool known = half_life >= kShort && sums.count > (half_life < kYoung ? half_life : kYoung) * bins;
+  state->level_free += known ? batch.loss + scale * (sums.entered * expected - drawn) : batch.loss;
   state->samples += batch.samples;
-  if (batch.skipped == 0 && is_finite(batch.loss) && sums.count > 0) {
-    state->decayed_loss = kScaleDecay * state->decayed_loss + batch.loss;
-    state->decayed_drawn = kScaleDecay * state->decayed_drawn + levels.drawn;
+  if (batch.skipped == 0 && is_finite(batch.loss) && fabs(batch.loss) <= kSpike * fabs(drawn) && sums.count > 0) {
+    state->covariance = kDecay * state->covariance + batch.loss * drawn;
+    state->variance = kDecay * state->variance + drawn * drawn;
   }
+  state->mass = given ? kDecay * state->mass + sums.batch_mass : 0;
+  state->sampled_mass = given ? kDecay * state->sampled_mass + levels.sampled_mass : 0;
+  state->since_shares += sums.entered;
   state->below = state->below * rho + batch.below;
   state->above = state->above * rho + batch.above;
 }

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.problem import ELL, FACTOR, MASKED, SLOPE, TOTALS, Gather, Inputs, Problem, State, Step
+from ..ops.problem import BATCH_TOTALS, ELL, FACTOR, MASKED, SLOPE, Gather, Inputs, Problem, State, Step
 from . import rows as _rows
 from . import statistics as _statistics
 from .launch import Launcher
@@ -138,7 +138,7 @@ def _settle(
     sample in `workspace`; 0: the per-sample losses are the prediction."""
     samples = len(inputs.log_snr)
     tiles = -(-samples // TILE)
-    vector = 4 * problem.bins.size + len(TOTALS)
+    vector = 4 * problem.bins.size + len(BATCH_TOTALS)
     fold_at_once = update and tiles == 1 and gather is None
     parts = workspace.new_empty(tiles, vector) if update and not fold_at_once else None
     mean_ptr = out["mean_ptr"]

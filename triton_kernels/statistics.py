@@ -10,18 +10,12 @@ The workspace is float64: partial [B, splits], base loss [B], bin [B] (-1: not e
 import triton
 import triton.language as tl
 
+from .level_free import is_finite, move_totals
 from .rows import load_weights
 
 TILE = 2048  # samples per program
 NUM_WARPS = 8
 EMPTY = tl.constexpr(2.0**-20)
-YOUNG = tl.constexpr(32.0)
-SCALE_DECAY = tl.constexpr(0.9)
-
-
-@triton.jit
-def is_finite(x):
-    return tl.abs(x) < float("inf")
 
 
 @triton.jit
@@ -55,8 +49,8 @@ def classify_samples(
     bin_ptr,  # [B] float64, out
     first, last, samples, elements, splits, low, inv_width, bins, SAMPLES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell; then, as in TOTALS of problem.py, the
-    number of skipped samples, the sum of v*g, and the numbers of samples below and above the range."""
+    """Step 1: settle each sample of [first, last). Returns the sum of w*u*v*ell; then, as in BATCH_TOTALS,
+    the number of skipped samples, the sum of v*g, and the numbers of samples below and above the range."""
     total = tl.full((), 0.0, tl.float64)
     loss = tl.full((), 0.0, tl.float64)
     skipped_count = tl.full((), 0, tl.int32)
@@ -150,44 +144,11 @@ def chan_merge(n_a, mean_a, m2_a, mass_a, n_b, mean_b, m2_b, mass_b):
 
 
 @triton.jit
-def move_totals(
-    totals_ptr,  # [7 + bins] float64, in and out: of a state, from `below` on; then the level shares
-    n, mean, mass, mass_b,  # [K] float64: of the state before the batch; of the batch
-    entered, skipped, loss, samples_b, below, above, rho, half_life, k, m_k, bins,
-):  # fmt: skip
-    """The sums of `reference.level_free_sums`, and the counts outside the range."""
-    share = tl.load(totals_ptr + 7 + k, mask=m_k, other=0.0)
-    count = tl.sum(n)
-    mass_sum = tl.sum(mass)
-    loss_sum = tl.sum(mass * mean)
-    mean = tl.where(n > 0.0, mean, tl.where(mass_sum > 0.0, loss_sum / mass_sum, 0.0))
-    drawn = tl.sum(mass_b * mean)
-    expected = tl.where(tl.sum(share) > 0.0, tl.sum(share * mean), loss_sum / count)
-    decayed_loss = tl.load(totals_ptr + 4)
-    decayed_drawn = tl.load(totals_ptr + 5)
-    scale = tl.where((decayed_loss > 0.0) & (decayed_drawn > 0.0), decayed_loss / decayed_drawn, 1.0)
-    known = count > tl.minimum(half_life, YOUNG) * bins
-    correction = tl.where(known, scale * (entered * expected - drawn), 0.0)
-    scales = (skipped == 0.0) & is_finite(loss) & (count > 0.0)
-    below += tl.load(totals_ptr) * rho
-    above += tl.load(totals_ptr + 1) * rho
-    level_free = tl.load(totals_ptr + 2) + (loss + correction)
-    samples_b += tl.load(totals_ptr + 3)
-    tl.debug_barrier()  # all warps have to have loaded
-    tl.store(totals_ptr, below)
-    tl.store(totals_ptr + 1, above)
-    tl.store(totals_ptr + 2, level_free)
-    tl.store(totals_ptr + 3, samples_b)
-    tl.store(totals_ptr + 4, tl.where(scales, SCALE_DECAY * decayed_loss + loss, decayed_loss))
-    tl.store(totals_ptr + 5, tl.where(scales, SCALE_DECAY * decayed_drawn + drawn, decayed_drawn))
-
-
-@triton.jit
 def fold_and_weigh(
     n_b, mean_b, m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
     skipped, loss, samples_b, below, above,  # scalars: totals of the batch
-    state_ptr,  # [5*bins + 9] int64, in and out
+    state_ptr,  # [6*bins + 12] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
     n_ptr,  # [bins] float64, scratch
@@ -202,7 +163,7 @@ def fold_and_weigh(
     entered = tl.sum(n_b)
     rho = tl.exp2(-entered / half_life / bins)
     move_totals(
-        moments_ptr + 4 * bins + 2, n, mean, mass, mass_b, entered, skipped, loss, samples_b, below, above, rho,
+        moments_ptr + 4 * bins + 2, n, mean, mass, n_b, mass_b, entered, skipped, loss, samples_b, below, above, rho,
         half_life, k, m_k, bins,
     )  # fmt: skip
     n, mean, m2, mass = chan_merge(n * rho, mean, m2 * rho, mass * rho, n_b, mean_b, m2_b, mass_b)
@@ -291,7 +252,7 @@ def statistics_kernel(
     sample_weight_ptr,  # [B] float32 or None
     weight_ptr,  # [B] float32 or None
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
-    state_ptr,  # [5*bins + 9] int64, in and out (FOLD)
+    state_ptr,  # [6*bins + 12] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
     ell_ptr,  # [B] float32 or None, out
     factor_ptr,  # [B] float32, out: w*u*v
@@ -355,7 +316,7 @@ def fold_kernel(
     loss_parts_ptr,  # [parts] float64 or None
     mean_ptr,  # scalar float32 or None, out
     merged_ptr,  # [4*bins + 5] float64 or None, out
-    state_ptr,  # [5*bins + 9] int64, in and out (FOLD)
+    state_ptr,  # [6*bins + 12] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
     workspace_ptr,  # [2*bins] float64, scratch (FOLD)
     parts, samples, half_life, width, strength, smoothing, log_clip, prior, radius, bins,

@@ -257,14 +257,11 @@ class DiffusionLoss(nn.Module):
         """Mean base loss since this was last read, free of which noise levels were drawn. Detached float32 scalar.
 
         Each training call adds its mean of v*g, corrected by what the levels of its batch cost more or less than the
-        average (post-stratification by the bins' running means, as they were before the call):
-
-            L = (1/B) sum_i v_i g_i + c [sum_k P_k mu_k - (1/B) sum_i v_i mu_k(i)]
-
-        so the curve falls when the model improves and not when easier levels are drawn; a spike or a NaN shows. Until
-        there are 32 samples per bin on average it is the plain mean of v*g. Ranks are merged at each call. Reading
-        copies nothing to the host; it starts a new mean, and repeats the last value if no call came since. NaN before
-        the first training call.
+        average, by the bins' running means before the call (`ops.reference.level_free` has the formula). The curve
+        falls when the model improves, not when easier levels are drawn; a spike or a NaN shows. Until there are 32
+        samples per bin on average it is the plain mean of v*g. Reading copies nothing to the host, starts a new mean,
+        and repeats the last value if no call came since. NaN before the first training call. With `sync`, calls of all
+        ranks are in it; each rank keeps its own reading, so read it on all ranks at the same steps, or in one.
         """
         return self.statistics.read_level_free_loss()
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import is_number
-from .ops.problem import Bins, State, state_size
-from .ops.reference import level_shares_of, moments_of, totals_of, variance
+from .ops.problem import Bins, State, StateTotals, state_size
+from .ops.reference import levels_of, moments_of, totals_of, variance
 
-_LAST_READ = 6  # of the totals: the level-free loss last read
+_SUMS = slice(StateTotals._fields.index("level_free"), StateTotals._fields.index("samples") + 1)
+_SINCE_SHARES = StateTotals._fields.index("since_shares")
+_LAST_READ = StateTotals._fields.index("last_read")
 
 
 class LogSNRStatistics(nn.Module):
@@ -33,7 +35,7 @@ class LogSNRStatistics(nn.Module):
         RuntimeError: from `load_state_dict`, when the saved bins or range differ from these; nothing is loaded then.
     """
 
-    state: Tensor  # int64 [5K + 9], see `ops.problem.State`
+    state: Tensor  # int64 [6K + 12], see `ops.problem.State`
     log_weights: Tensor  # int32 [K]: bits of float32 ln w
     log_snr_range: Tensor  # int64 [2]: bits of float64 low, high
 
@@ -96,43 +98,64 @@ class LogSNRStatistics(nn.Module):
     def read_level_free_loss(self) -> Tensor:
         """See `DiffusionLoss.level_free_loss`. Starts a new mean; does not synchronise."""
         totals = totals_of(self.state, self.bins)
-        loss, samples = totals[2], totals[3]
+        loss, samples = totals[_SUMS]
         read = torch.where(samples > 0, loss / samples, totals[_LAST_READ])
         totals[_LAST_READ] = read
-        totals[2:4] = 0.0
+        totals[_SUMS] = 0.0
         return read.float()
 
-    @torch.no_grad()
-    def use_level_shares(self, shares: Tensor | None) -> None:
-        """Set how the level-free loss averages over the levels.
+    def use_level_shares(self, shares: Tensor | None, sample_weight: Tensor | None = None) -> None:
+        """Set the distribution of the noise levels over which the level-free loss averages.
 
         Without it each bin has its running share of the samples. After a change of the sampler this lags by some
-        half-lives, and the level-free loss is biased towards the old levels. Adaptive samplers call it at each update.
+        half-lives, and the level-free loss is biased towards the old levels. Adaptive samplers call this at each
+        update. Without another call the shares are followed for half_life * K samples.
 
         Args:
-            shares: [K] share of the draws in each bin times their mean sample weight (base/p where p is corrected for);
-                None: the running shares. Copied, without synchronising.
+            shares: [K] share of the draws in each bin, of sum 1; None: the running shares. Copied, without
+                synchronising.
+            sample_weight: [K] mean sample weight that the sampler gives in each bin, base/p; None: 1. Factors of your
+                own in `sample_weight` of the call are found from the calls.
 
         Raises:
-            ValueError: shares is not [K].
+            TypeError: an argument is not a tensor.
+            ValueError: it is not [K]; or, on a CPU, where reading waits for nothing, it has negative or non-finite
+                numbers, or the shares do not add up to 1.
         """
-        used = level_shares_of(self.state, self.bins)
         if shares is None:
-            used.zero_()
+            levels_of(self.state, self.bins).zero_()
             return
-        if shares.shape != used.shape:
-            raise ValueError(f"shares has shape {tuple(shares.shape)}, expected ({self.bins.size},): one per bin")
-        used.copy_(shares)
+        given = {"shares": shares} if sample_weight is None else {"shares": shares, "sample_weight": sample_weight}
+        for name, values in given.items():
+            self._check_per_bin(name, values)
+        if shares.device.type == "cpu" and not math.isclose(shares.double().sum().item(), 1.0, abs_tol=1e-3):
+            raise ValueError(f"shares has sum {shares.sum().item():g}, expected 1: the share of the draws in each bin")
+        self.set_level_shares(shares, sample_weight)
+
+    @torch.no_grad()
+    def set_level_shares(self, shares: Tensor, sample_weight: Tensor | None) -> None:
+        """`use_level_shares` without checks, for samplers: it also runs under torch.compile."""
+        levels = levels_of(self.state, self.bins)
+        levels[0].copy_(shares)
+        levels[1].copy_(torch.ones_like(shares) if sample_weight is None else sample_weight)
+        totals_of(self.state, self.bins)[_SINCE_SHARES] = 0.0
+
+    def _check_per_bin(self, name: str, values: Tensor) -> None:
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}, expected a tensor of shape ({self.bins.size},)")
+        if values.shape != (self.bins.size,):
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({self.bins.size},): one per bin")
+        if values.device.type == "cpu" and not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError(f"{name} has a negative or non-finite number, expected numbers of at least 0")
 
     def reset(self) -> None:
-        """Forget everything: empty bins, weights of 1. The shares that a level sampler gave remain."""
-        self.state[: 4 * self.bins.size + 9].zero_()
+        """Forget everything: empty bins, weights of 1."""
+        self.state.zero_()
         totals_of(self.state, self.bins)[_LAST_READ] = math.nan
         self.log_weights.zero_()
 
     def reset_parameters(self) -> None:
         """Initialise the buffers, as after `to_empty` on a module made on the meta device."""
-        self.state.zero_()
         self.reset()
         limits = torch.tensor([self.bins.low, self.bins.high], dtype=torch.float64, device="cpu")
         self.log_snr_range.copy_(limits.view(torch.int64))
@@ -186,7 +209,7 @@ class LogSNRStatistics(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             found = state_dict.get(prefix + name)
             if isinstance(found, Tensor):
-                reason = self._mismatch(name, found, buffer)
+                reason = self._mismatch(name, found, buffer, state_dict.get(prefix + "log_weights"))
                 if reason:
                     error_msgs.append(f"{prefix}{name} {reason}")
                     return
@@ -210,12 +233,12 @@ class LogSNRStatistics(nn.Module):
         totals_of(state, self.bins)[_LAST_READ] = math.nan
         return state
 
-    def _mismatch(self, name: str, found: Tensor, buffer: Tensor) -> str | None:
-        """Why a saved buffer cannot be loaded; None if it can."""
+    def _mismatch(self, name: str, found: Tensor, buffer: Tensor, log_weights: Tensor | None) -> str | None:
+        """Why a saved buffer cannot be loaded; None if it can. log_weights: the saved one, with an entry per bin."""
         if found.dtype != buffer.dtype:
             return f"has dtype {found.dtype}, expected {buffer.dtype}: bits of floats, which a cast destroys"
         if found.shape != buffer.shape:
-            bins = (found.numel() - state_size(0)) // 5 if name == "state" else found.numel()
+            bins = found.numel() if log_weights is None else log_weights.numel()
             return (
                 f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}, "
                 "or start with fresh statistics"

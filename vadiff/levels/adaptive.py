@@ -67,9 +67,8 @@ class AdaptiveLevels(Table):
         ratio = (1.0 - self.floor) * factors / total + self.floor
         # Factors that are all 0, or not all finite, define no distribution: keep the old one.
         self._set(torch.where(total.isfinite() & (total > 0), ratio, self._numbers(self.ratio)))
-        # What the next batch's levels will be: share of the draws times the sample weight base/p.
-        masses = self._numbers(self.masses)
-        statistics.use_level_shares(masses if self.corrected else masses * self._numbers(self.ratio))
+        ratio = self._numbers(self.ratio)  # of the next batch's levels
+        statistics.set_level_shares(self._numbers(self.masses) * ratio, 1.0 / ratio if self.corrected else None)
 
     @abstractmethod
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .problem import TOTALS, Gather, Inputs, Problem, State, Step, compute_dtype
+from .problem import BATCH_TOTALS, Gather, Inputs, Problem, State, Step, compute_dtype
 
-INTERFACE = 8  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 9  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -155,7 +155,7 @@ def _run(
         _workspace = _place(call, tensor)
         kernel(ctypes.addressof(call))
         return
-    batch = state.state.new_empty(4 * problem.bins.size + len(TOTALS), dtype=torch.float64)
+    batch = state.state.new_empty(4 * problem.bins.size + len(BATCH_TOTALS), dtype=torch.float64)
     call.batch = batch.data_ptr()
     _workspace = _place(call, tensor)
     kernel(ctypes.addressof(call))

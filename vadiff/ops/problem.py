@@ -92,11 +92,10 @@ class Inputs(NamedTuple):
 class State(NamedTuple):
     """The buffers of a criterion that a call reads and, in training, updates in place."""
 
-    # int64 [5K + 9]. At 0: bits of float64 count n, mean, M2 (sum of squared deviations) and mass (sum of v), [4, K].
+    # int64 [6K + 12]. At 0: bits of float64 count n, mean, M2 (sum of squared deviations) and mass (sum of v), [4, K].
     # At 4K: number of skipped samples; ticket by which a CUDA kernel counts its finished blocks, 0 between calls.
-    # At 4K + 2: bits of float64 [7]: samples below and above the range, forgotten like n; sums of B*L and of B since
-    # the last read, L being the level-free loss; decayed sums of v*g and of v*mu; the level-free loss last read.
-    # At 4K + 9: bits of float64 [K]: exact share of the draws in each bin times their mean v; all 0: not known.
+    # At 4K + 2: bits of float64 [10], the fields of `StateTotals`.
+    # At 4K + 12: bits of float64 [2, K]: a level sampler's share of draws in each bin (all 0: not known), mean v there.
     state: Tensor
     log_weights: Tensor  # int32 [K]: bits of float32 ln w at the bin centres
 
@@ -111,12 +110,27 @@ class Step(NamedTuple):
 
 def state_size(bins: int) -> int:
     """Entries of `State.state`."""
-    return 5 * bins + 9
+    return 6 * bins + 12
+
+
+class StateTotals(NamedTuple):
+    """The numbers of a state that belong to no bin, float64 each, in their order."""
+
+    below: Tensor  # samples below and above the range, forgotten like n
+    above: Tensor
+    level_free: Tensor  # sum of B*L since the last read, L being the level-free loss
+    samples: Tensor  # sum of B since then
+    covariance: Tensor  # decayed sum of S*V over calls, S the sum of v*g and V that of v*mu
+    variance: Tensor  # decayed sum of V*V
+    mass: Tensor  # decayed sum of v
+    sampled_mass: Tensor  # decayed sum of the v that the sampler gives
+    since_shares: Tensor  # samples recorded since the sampler's shares were set
+    last_read: Tensor  # the level-free loss last read
 
 
 # What the statistics of a batch [4K + 5] hold after the bins' moments: sums over its samples. Below and above: those
 # that entered an end bin from outside the range.
-TOTALS = ("skipped", "loss", "samples", "below", "above")  # loss: of v*g, samples: B, both over all samples
+BATCH_TOTALS = ("skipped", "loss", "samples", "below", "above")  # loss: of v*g, samples: B, both over all samples
 
 # Rows of `Step.per_sample`.
 ELL = 0  # ell

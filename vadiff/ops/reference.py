@@ -16,9 +16,9 @@ Masked: u = 0 or v = 0. A masked sample has no loss, no gradient and enters no b
 Skipped: a sample that is not masked, with a NaN lambda or a non-finite ell, u, v or g. It enters no bin and is counted.
 Non-finite values propagate to its loss and gradient as in `F.mse_loss`; other samples are unaffected.
 
-State of K bins: `state` int64 [5K + 9], see `vadiff.ops.problem.State`; `log_weights` int32 [K], the bits of float32
+State of K bins: `state` int64 [6K + 12], see `vadiff.ops.problem.State`; `log_weights` int32 [K], the bits of float32
 ln w at the bin centres. Integers, because `module.half()` casts every float buffer. The statistics of a batch are one
-float64 vector [4K + 5]: n, mean, M2, mass, then the totals of `vadiff.ops.problem.TOTALS`.
+float64 vector [4K + 5]: n, mean, M2, mass, then the totals of `vadiff.ops.problem.BATCH_TOTALS`.
 
 Sources: running moments, Welford (1962) and Chan, Golub & LeVeque (1983); Huber's function as in
 `torch.nn.functional.huber_loss`.
@@ -32,13 +32,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import FACTOR, MASKED, TOTALS, Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
+from .problem import (
+    BATCH_TOTALS,
+    FACTOR,
+    MASKED,
+    Bins,
+    Gather,
+    Inputs,
+    Problem,
+    State,
+    StateTotals,
+    Step,
+    TableRule,
+    compute_dtype,
+)
 
 BLOCK = 4096  # elements summed in float32; blocks are summed in float64
 TILE = 2048  # samples per two-pass tile of the batch statistics
 EMPTY = 2.0**-20  # a bin whose count falls below is emptied
 YOUNG = 32  # mean number of samples per bin up to which the level-free loss is the raw mean
-SCALE_DECAY = 0.9  # per call, of the sums whose ratio scales the level-free loss's correction
+SHORT = 8  # half-life below which it always is: the bins' means would be those of the last few samples
+DECAY = 0.9  # per call, of the sums from which the level-free loss is scaled
+SPIKE = 10  # a call whose loss is more times the expected one does not enter them
 
 
 # rows: one value per sample
@@ -193,13 +208,13 @@ def moments_of(state: Tensor, bins: Bins) -> Tensor:
 
 
 def totals_of(state: Tensor, bins: Bins) -> Tensor:
-    """The totals of `vadiff.ops.problem.State`, from `below` to `last_read`: a view of `state` as float64 [7]."""
-    return state[4 * bins.size + 2 : 4 * bins.size + 9].view(torch.float64)
+    """`vadiff.ops.problem.StateTotals`: a view of `state` as float64 [10]."""
+    return state[4 * bins.size + 2 : 4 * bins.size + 12].view(torch.float64)
 
 
-def level_shares_of(state: Tensor, bins: Bins) -> Tensor:
-    """The exact shares of an adaptive level sampler, all 0 where there is none: a view of `state`, float64 [K]."""
-    return state[4 * bins.size + 9 :].view(torch.float64)
+def levels_of(state: Tensor, bins: Bins) -> Tensor:
+    """Shares and mean v of a level sampler's draws in each bin: a view of `state` as float64 [2, K]."""
+    return state[4 * bins.size + 12 :].view(torch.float64).view(2, bins.size)
 
 
 def fold(state: Tensor, batch: Tensor, half_life: float, bins: Bins) -> None:
@@ -207,43 +222,63 @@ def fold(state: Tensor, batch: Tensor, half_life: float, bins: Bins) -> None:
 
     rho = 2**(-N / (half_life * K)) for the N recorded samples of the batch, the same in all bins."""
     moments, totals = moments_of(state, bins), totals_of(state, bins)
-    new, of_batch = batch[: 4 * bins.size].view(4, bins.size), dict(zip(TOTALS, batch[4 * bins.size :], strict=True))
-    totals[2:6] = level_free_sums(moments, new, of_batch, totals, level_shares_of(state, bins), half_life)
+    new = batch[: 4 * bins.size].view(4, bins.size)
+    of_batch = dict(zip(BATCH_TOTALS, batch[4 * bins.size :], strict=True))
     rho = torch.exp2(-new[0].sum() / (half_life * bins.size))
-    totals[:2] = totals[:2] * rho + torch.stack([of_batch["below"], of_batch["above"]])
+    old_totals = StateTotals(*totals.unbind())
+    moved = level_free(moments, new, of_batch, old_totals, levels_of(state, bins), half_life)
+    below, above = (old * rho + of_batch[name] for old, name in zip(old_totals, ("below", "above"), strict=False))
+    totals.copy_(torch.stack(moved._replace(below=below, above=above)))
     old = torch.stack([moments[0] * rho, moments[1], moments[2] * rho, moments[3] * rho])
     folded = torch.stack(_chan(old, new))
     moments.copy_(torch.where(folded[0] < EMPTY, 0.0, folded))
     state[4 * bins.size] += of_batch["skipped"].long()
 
 
-def level_free_sums(
-    moments: Tensor, new: Tensor, of_batch: dict[str, Tensor], totals: Tensor, shares: Tensor, half_life: float
-) -> Tensor:
-    """The level-free loss of a batch, added to the sums that `DiffusionLoss.level_free_loss` reads; float64 [4].
+def level_free(
+    moments: Tensor, new: Tensor, of_batch: dict[str, Tensor], totals: StateTotals, levels: Tensor, half_life: float
+) -> StateTotals:
+    """Add the level-free loss L of a batch to the totals of which `DiffusionLoss.level_free_loss` is made.
 
-        L = (1/B) * (S + c * (N * sum_k P_k mu_k - sum_i v_i mu_k(i)))
+        B*L = S + c * (N * E - V)      S = sum_i v_i g_i over all B samples, V = sum_i v_i mu_k(i) over the N recorded
 
-    with S = sum_i v_i g_i over all B samples, N those that entered a bin, and from before the batch: mu_k the bin's
-    mean, of an empty bin the mean by mass; P_k the sampler's shares, else mass_k over the total count; c the ratio of
-    the decayed sums of v*g and v*mu. Post-stratification: what the batch's levels cost less than average is added. L
-    is S/B while the mean count per bin is at most YOUNG (half_life, if that is less).
+    What the levels of the batch cost less than average is added: post-stratification. All but S, N and V come from
+    before the batch: mu_k, the bin's mean, of an empty bin the mean by mass; E, the average of v*mu; and c in [0, 2],
+    the coefficient by which S follows V, from decayed sums over calls.
 
-    moments, new: [4, K], of the state and of the batch. Returns the sums of B*L and of B since the last read, and the
-    decayed sums of v*g and v*mu. A batch with a sample that was skipped leaves these two as they are."""
+        E = sum_k mass_k mu_k / sum_k n_k           by the running shares of the bins, or, for the sampler that set its
+        E = x * sum_k share_k v_k mu_k              shares less than half_life*K samples ago, by these; x: the mean
+                                                    factor of v that is not the sampler's, from decayed sums
+
+    L is unbiased for any c: it depends on earlier batches only, and lowers the variance. B*L = S while the mean count
+    per bin is at most YOUNG (half_life, if that is less), and with half-lives below SHORT. A batch with a skipped
+    sample, or whose S is a spike, leaves c alone.
+
+    moments, new: [4, K], of the state and of the batch. levels: [2, K], see `levels_of`."""
     n, mean, _, mass = moments
-    total = mass.sum()
-    average = torch.where(total > 0, (mass * mean).sum() / total, 0.0)
-    mean = torch.where(n > 0, mean, average)
-    shares = torch.where(shares.sum() > 0, shares, mass / n.sum())
-    drawn, loss = (new[3] * mean).sum(), of_batch["loss"]
-    scale = torch.where((totals[5] > 0) & (totals[4] > 0), totals[4] / totals[5], 1.0)
-    correction = scale * (new[0].sum() * (shares * mean).sum() - drawn)
-    known = n.sum() > min(YOUNG, half_life) * len(n)
-    level_free = loss + torch.where(known, correction, 0.0)
-    scales = (of_batch["skipped"] == 0) & loss.isfinite() & (n.sum() > 0)
-    decayed = torch.where(scales, SCALE_DECAY * totals[4:6] + torch.stack([loss, drawn]), totals[4:6])
-    return torch.cat([totals[2:4] + torch.stack([level_free, of_batch["samples"]]), decayed])
+    share, level_weight = levels
+    entered, count, loss = new[0].sum(), n.sum(), of_batch["loss"]
+    average = torch.where(mass.sum() > 0, (mass * mean).sum() / mass.sum(), 0.0)
+    filled = torch.where(n > 0, mean, average)
+    drawn = (new[3] * filled).sum()
+    given = share.sum() > 0
+    followed = given & (totals.since_shares < half_life * len(n))
+    factor = torch.where((totals.mass > 0) & (totals.sampled_mass > 0), totals.mass / totals.sampled_mass, 1.0)
+    expected = torch.where(followed, factor * (share * level_weight * filled).sum(), (mass * mean).sum() / count)
+    scale = torch.where(totals.variance > 0, totals.covariance / totals.variance, 1.0).clamp(0.0, 2.0)
+    known = (count > min(YOUNG, half_life) * len(n)) & (half_life >= SHORT)
+    correction = torch.where(known, scale * (entered * expected - drawn), 0.0)
+    scales = (of_batch["skipped"] == 0) & loss.isfinite() & (loss.abs() <= SPIKE * drawn.abs()) & (count > 0)
+    kept, one = torch.where(scales, DECAY, 1.0), torch.where(scales, 1.0, 0.0)
+    return totals._replace(
+        level_free=totals.level_free + loss + correction,
+        samples=totals.samples + of_batch["samples"],
+        covariance=kept * totals.covariance + one * loss.nan_to_num(0.0, 0.0, 0.0) * drawn,
+        variance=kept * totals.variance + one * drawn * drawn,
+        mass=torch.where(given, DECAY * totals.mass + new[3].sum(), 0.0),
+        sampled_mass=torch.where(given, DECAY * totals.sampled_mass + (new[0] * level_weight).sum(), 0.0),
+        since_shares=totals.since_shares + entered,
+    )
 
 
 def variance(n: Tensor, m2: Tensor) -> Tensor:
