@@ -52,7 +52,7 @@ struct Call {
   int64_t mean;  // the loss is the mean, and its upstream gradient a scalar
 
   // state
-  int64_t* state;  // [6K + 12]: see `State` of vadiff/ops/problem.py
+  int64_t* state;  // [6K + 14]: see `State` of vadiff/ops/problem.py
   float* log_weights;  // [K]
   int64_t update;  // move both
   double* batch;  // [4K + 5], out: statistics of the batch, in place of a move; null: one rank

@@ -1,4 +1,4 @@
-// Totals of a batch, and the level-free loss: reference.level_free, for host and device.
+// Totals of a batch, and the level-free loss: vadiff/ops/level_free.py, for host and device.
 #pragma once
 
 #include "loss_math.h"
@@ -9,6 +9,7 @@ constexpr double kYoung = 32;  // mean count per bin up to which the level-free 
 constexpr double kShort = 8;   // half-life below which it always is
 constexpr double kDecay = 0.9;  // per call, of the sums from which it is scaled
 constexpr double kSpike = 10;   // a call whose loss is more times the expected one does not enter them
+constexpr double kCredible = 3;  // more times the loss of the last calls than this, the expected loss is not used
 
 // Sums over the samples of a batch: what a batch vector [4K + 5] holds after the moments, in this order.
 struct Totals {
@@ -60,9 +61,9 @@ VADIFF_FN void add_level(LevelSums* sums, const Moments& old, double entered, do
 
 // `StateTotals` of vadiff/ops/problem.py.
 struct StateTotals {
-  double below, above, level_free, samples, covariance, variance, mass, sampled_mass, since_shares, last_read;
+  double below, above, level_free, samples, covariance, variance, size, recorded, mass, sampled_mass, since_shares, last_read;
 };
-constexpr int kStateTotals = 10;
+constexpr int kStateTotals = 12;
 
 VADIFF_FN void move_totals(StateTotals* state, const BinSums& sums, const LevelSums& levels, const Totals& batch, double rho,
                            double half_life, int bins) {
@@ -72,12 +73,15 @@ VADIFF_FN void move_totals(StateTotals* state, const BinSums& sums, const LevelS
   const double expected = followed ? factor * levels.shared : sums.loss / sums.count;
   double scale = state->variance > 0 ? state->covariance / state->variance : 1;
   scale = scale < 0 ? 0 : scale > 2 ? 2 : scale;
-  const bool known = half_life >= kShort && sums.count > (half_life < kYoung ? half_life : kYoung) * bins;
+  const bool known = half_life >= kShort && sums.count > (half_life < kYoung ? half_life : kYoung) * bins &&
+                     state->recorded * scale * fabs(expected) <= kCredible * state->size;
   state->level_free += known ? batch.loss + scale * (sums.entered * expected - drawn) : batch.loss;
   state->samples += batch.samples;
   if (batch.skipped == 0 && is_finite(batch.loss) && fabs(batch.loss) <= kSpike * fabs(drawn) && sums.count > 0) {
     state->covariance = kDecay * state->covariance + batch.loss * drawn;
     state->variance = kDecay * state->variance + drawn * drawn;
+    state->size = kDecay * state->size + fabs(batch.loss);
+    state->recorded = kDecay * state->recorded + sums.entered;
   }
   state->mass = given ? kDecay * state->mass + sums.batch_mass : 0;
   state->sampled_mass = given ? kDecay * state->sampled_mass + levels.sampled_mass : 0;

@@ -89,7 +89,7 @@ def call_everything(dtype: torch.dtype, shape: tuple[int, ...], k: int, statisti
     each = torch.ones(samples) if every_input else None
     noise = torch.zeros(shape, dtype=dtype) if every_input else None
     a, b, c = (torch.ones(samples),) * 3 if every_input else (1.0, -1.0, 0.0)
-    state = State(torch.zeros(6 * k + 12, dtype=torch.int64), torch.zeros(k, dtype=torch.int32))
+    state = State(torch.zeros(6 * k + 14, dtype=torch.int64), torch.zeros(k, dtype=torch.int32))
     problem = Problem(Bins(k, -16.0, 16.0), half_life=256.0, rule=TableRule(statistic))
     log_snr = torch.zeros(samples)
     inputs = Inputs(prediction, target, noise, a, b, c, log_snr, each, each, weight=None, mean=True)

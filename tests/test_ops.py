@@ -27,7 +27,7 @@ def problem(backend: str) -> dict[str, Any]:
 
 def state(device: torch.device) -> dict[str, Tensor]:
     return {
-        "state": torch.zeros(6 * BINS + 12, dtype=torch.int64, device=device),
+        "state": torch.zeros(6 * BINS + 14, dtype=torch.int64, device=device),
         "log_weights": torch.zeros(BINS, dtype=torch.int32, device=device),
     }
 

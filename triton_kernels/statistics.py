@@ -148,7 +148,7 @@ def fold_and_weigh(
     n_b, mean_b, m2_b,
     mass_b,  # [K] float64 each: statistics of the batch
     skipped, loss, samples_b, below, above,  # scalars: totals of the batch
-    state_ptr,  # [6*bins + 12] int64, in and out
+    state_ptr,  # [6*bins + 14] int64, in and out
     log_weights_ptr,  # [bins] float32, out
     a_ptr,  # [bins] float64, scratch
     n_ptr,  # [bins] float64, scratch
@@ -252,7 +252,7 @@ def statistics_kernel(
     sample_weight_ptr,  # [B] float32 or None
     weight_ptr,  # [B] float32 or None
     log_weights_ptr,  # [bins] float32, in and (FOLD) out
-    state_ptr,  # [6*bins + 12] int64, in and out (FOLD)
+    state_ptr,  # [6*bins + 14] int64, in and out (FOLD)
     workspace_ptr,  # float64, see above
     ell_ptr,  # [B] float32 or None, out
     factor_ptr,  # [B] float32, out: w*u*v
@@ -316,7 +316,7 @@ def fold_kernel(
     loss_parts_ptr,  # [parts] float64 or None
     mean_ptr,  # scalar float32 or None, out
     merged_ptr,  # [4*bins + 5] float64 or None, out
-    state_ptr,  # [6*bins + 12] int64, in and out (FOLD)
+    state_ptr,  # [6*bins + 14] int64, in and out (FOLD)
     log_weights_ptr,  # [bins] float32, out (FOLD)
     workspace_ptr,  # [2*bins] float64, scratch (FOLD)
     parts, samples, half_life, width, strength, smoothing, log_clip, prior, radius, bins,

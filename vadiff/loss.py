@@ -257,7 +257,7 @@ class DiffusionLoss(nn.Module):
         """Mean base loss since this was last read, free of which noise levels were drawn. Detached float32 scalar.
 
         Each training call adds its mean of v*g, corrected by what the levels of its batch cost more or less than the
-        average, by the bins' running means before the call (`ops.reference.level_free` has the formula). The curve
+        average, by the bins' running means before the call (`ops.level_free` has the formula). The curve
         falls when the model improves, not when easier levels are drawn; a spike or a NaN shows. Until there are 32
         samples per bin on average it is the plain mean of v*g. Reading copies nothing to the host, starts a new mean,
         and repeats the last value if no call came since. NaN before the first training call. With `sync`, calls of all

@@ -35,7 +35,7 @@ class LogSNRStatistics(nn.Module):
         RuntimeError: from `load_state_dict`, when the saved bins or range differ from these; nothing is loaded then.
     """
 
-    state: Tensor  # int64 [6K + 12], see `ops.problem.State`
+    state: Tensor  # int64 [6K + 14], see `ops.problem.State`
     log_weights: Tensor  # int32 [K]: bits of float32 ln w
     log_snr_range: Tensor  # int64 [2]: bits of float64 low, high
 

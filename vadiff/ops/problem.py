@@ -92,10 +92,10 @@ class Inputs(NamedTuple):
 class State(NamedTuple):
     """The buffers of a criterion that a call reads and, in training, updates in place."""
 
-    # int64 [6K + 12]. At 0: bits of float64 count n, mean, M2 (sum of squared deviations) and mass (sum of v), [4, K].
+    # int64 [6K + 14]. At 0: bits of float64 count n, mean, M2 (sum of squared deviations) and mass (sum of v), [4, K].
     # At 4K: number of skipped samples; ticket by which a CUDA kernel counts its finished blocks, 0 between calls.
-    # At 4K + 2: bits of float64 [10], the fields of `StateTotals`.
-    # At 4K + 12: bits of float64 [2, K]: a level sampler's share of draws in each bin (all 0: not known), mean v there.
+    # At 4K + 2: bits of float64 [12], the fields of `StateTotals`.
+    # At 4K + 14: bits of float64 [2, K]: a level sampler's share of draws in each bin (all 0: not known), mean v there.
     state: Tensor
     log_weights: Tensor  # int32 [K]: bits of float32 ln w at the bin centres
 
@@ -110,7 +110,7 @@ class Step(NamedTuple):
 
 def state_size(bins: int) -> int:
     """Entries of `State.state`."""
-    return 6 * bins + 12
+    return 6 * bins + 14
 
 
 class StateTotals(NamedTuple):
@@ -122,6 +122,8 @@ class StateTotals(NamedTuple):
     samples: Tensor  # sum of B since then
     covariance: Tensor  # decayed sum of S*V over calls, S the sum of v*g and V that of v*mu
     variance: Tensor  # decayed sum of V*V
+    size: Tensor  # decayed sum of |S|
+    recorded: Tensor  # decayed sum of N, the samples recorded
     mass: Tensor  # decayed sum of v
     sampled_mass: Tensor  # decayed sum of the v that the sampler gives
     since_shares: Tensor  # samples recorded since the sampler's shares were set
