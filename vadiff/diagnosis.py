@@ -38,7 +38,6 @@ from .level_checks import problem_with_levels
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
-from .statistics import LogSNRStatistics
 from .weighting import Constant, LossLevel, VarianceAware, Weighting
 
 LEAVE_BELOW = 5.0
@@ -173,7 +172,7 @@ def diagnose(
     problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
     verdict = verdict_of(bands, criterion.weighting, skipped, problem)
     total = max(count.sum().item(), 1e-300)
-    so_far = _so_far(total, statistics) if verdict.finding in ("leave", "unclear") else ""
+    so_far = _so_far(total, criterion) if verdict.finding in ("leave", "unclear") else ""
     return Diagnosis(
         weighting=str(criterion.weighting),
         bands=bands,
@@ -191,8 +190,9 @@ def diagnose(
     )
 
 
-def _so_far(samples: float, statistics: LogSNRStatistics) -> str:
+def _so_far(samples: float, criterion: Criterion) -> str:
     """What the verdict lacks while the statistics hold the start of the training, where the ratio still changes."""
+    statistics = criterion.statistics
     if math.isinf(statistics.half_life):
         return (
             " The statistics forget nothing (half_life is infinite) and hold the start of the training too: "
@@ -202,8 +202,8 @@ def _so_far(samples: float, statistics: LogSNRStatistics) -> str:
     if samples >= 0.75 * forgotten / math.log(2.0):  # two half-lives: a quarter is of the start
         return ""
     return (
-        " The statistics still hold the first steps, and the ratio may still grow, since losses at low noise fall "
-        f"last: ask again after {2 * forgotten:,.0f} samples."
+        " The statistics still hold the first steps, and the ratio may still change: ask again after "
+        f"{2 * forgotten:,.0f} samples."
     )
 
 

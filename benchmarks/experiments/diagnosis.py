@@ -21,13 +21,14 @@ strength did is beside what `variance_aware` did.
 
     vadiff ablate benchmarks/experiments/objectives_digits.toml --jobs 2 --out RUNS
     for weighting in constant variance_aware; do
-        vadiff train --preset cifar10-mini --device cpu --precision fp32 --batch-size 32 --steps 300 --log-every 10
-            --held-out-images 128 --weighting $weighting --out CIFAR/edm/$weighting
-        (the same with --process vp_linear --out CIFAR/epsilon/$weighting)
+        for process in edm vp_linear; do
+            vadiff train --preset cifar10-mini --process $process --device cpu --precision fp32 --batch-size 32
+                --steps 300 --log-every 10 --held-out-images 128 --weighting $weighting --out CIFAR/$process/$weighting
+        done
     done
     python benchmarks/experiments/diagnosis.py RUNS
         --pair cifar10-mini-edm CIFAR/edm/constant CIFAR/edm/variance_aware
-        --pair cifar10-mini-epsilon CIFAR/epsilon/constant CIFAR/epsilon/variance_aware
+        --pair cifar10-mini-epsilon CIFAR/vp_linear/constant CIFAR/vp_linear/variance_aware
 
 A pair is any two runs of `vadiff train` that differ in their weighting only. Without the pairs, or with fewer seeds,
 give another file by --out: rows of a file that is there are not dropped.
