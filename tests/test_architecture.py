@@ -37,7 +37,7 @@ LIBRARY = {
     "watch": {"errors", "level_checks", "statistics"},
     "bands": {"ops", "statistics", "weighting"},
     "diagnosis": {"bands", "level_checks", "ops", "process", "weighting"},
-    "summary": {"bands", "diagnosis", "extras", "watch"},
+    "summary": {"bands", "diagnosis", "extras", "metrics_file", "watch"},
     "metrics_file": set(),
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {

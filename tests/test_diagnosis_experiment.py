@@ -41,6 +41,14 @@ def test_committed_table_is_made_of_the_committed_figures() -> None:
         assert diagnosis.judged(row, row["variance_aware_did"]) == row
 
 
+def test_committed_rows_are_not_dropped_by_a_call_with_fewer(tmp_path: Path) -> None:
+    content = json.loads((RESULTS / "diagnosis.json").read_text())
+    assert diagnosis.rows_dropped(RESULTS / "diagnosis.json", content) == []
+    lost = diagnosis.rows_dropped(RESULTS / "diagnosis.json", {"digits": content["digits"][1:], "pairs": []})
+    assert lost == ["epsilon-linear 0", "cifar10-mini-edm", "cifar10-mini-epsilon"]
+    assert diagnosis.rows_dropped(tmp_path / "new.json", {"digits": [], "pairs": []}) == []
+
+
 def test_pair_is_two_runs_that_differ_in_their_weighting_only(trained_run: Path, tmp_path: Path) -> None:
     def run(name: str, **fields: Any) -> Path:
         path = shutil.copytree(trained_run, tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,15 @@ from vadiff.training import open_run
 
 
 def trained(
-    path: Path, weighting: str = "constant", steps: int = 20, prefix: str = "vadiff", tilt: float = 0.4
+    path: Path,
+    weighting: Any = "constant",
+    steps: int = 20,
+    prefix: str = "vadiff",
+    tilt: float = 0.4,
+    half_life: float = math.inf,
 ) -> vadiff.DiffusionLoss:
     """A loop of one's own that logs every fifth step; the mean loss is exp(tilt·λ)."""
-    file, criterion = vadiff.MetricsFile(path), vadiff.DiffusionLoss(weighting, half_life=math.inf)
+    file, criterion = vadiff.MetricsFile(path), vadiff.DiffusionLoss(weighting, half_life=half_life)
     for step in range(1, steps + 1):
         log_snr = 12 * torch.rand(512) - 6
         loss = criterion.reweight((tilt * log_snr).exp() * (1 + 0.2 * torch.randn(512)), log_snr)
@@ -35,26 +41,35 @@ def trained(
 def test_bands_read_from_a_log_are_those_of_the_criterion(tmp_path: Path) -> None:
     criterion = trained(tmp_path / "log.jsonl")
     ((logged,), step, own) = read_log(tmp_path / "log.jsonl")
-    bands, expected = logged.bands(), criterion.diagnose().bands
-    assert bands is not None
+    expected = criterion.diagnose().bands
     seen = expected.samples > 0
-    np.testing.assert_allclose(bands.edges, expected.edges[3 + 2 : 11 + 1])  # -6 to 6 of -16 to 16
-    for found, values in zip(bands[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(found, values[seen], rtol=1e-12)
+    np.testing.assert_allclose(logged.edges, expected.edges[3 + 2 : 11 + 1])  # -6 to 6 of -16 to 16
+    for name, values in (("base_loss", expected.mean), ("std", expected.std), ("share", expected.share)):
+        np.testing.assert_allclose(logged.banded[name][-1], values[seen], rtol=1e-12)
     assert step.tolist() == [5, 10, 15, 20]
     assert list(own) == ["loss"]
 
 
-@pytest.mark.parametrize(
-    ("weighting", "words"), [("constant", "Try criterion"), ("loss_level", "The weighting brings that to")]
-)
-def test_verdict_of_a_log_is_that_of_the_criterion(tmp_path: Path, weighting: str, words: str) -> None:
-    criterion = trained(tmp_path / "log.jsonl", weighting)
+@pytest.mark.parametrize("half_life", [16.0, 1e6, math.inf])
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+@pytest.mark.parametrize("weighting", ["constant", "variance_aware", "min_snr", "gaussian"])
+def test_verdict_of_a_log_is_that_of_the_criterion(
+    tmp_path: Path, weighting: str, tilt: float, half_life: float
+) -> None:
+    form = {"prediction_type": "epsilon"} if weighting == "min_snr" else {}
+    named = vadiff.weighting.from_name(weighting, **form)
+    criterion = trained(tmp_path / "log.jsonl", named, tilt=tilt, half_life=half_life)
     ((logged,), *_) = read_log(tmp_path / "log.jsonl")
-    verdict = logged.verdict()
-    assert verdict is not None
-    assert verdict.finding == criterion.diagnose().finding == "try"
-    assert words in verdict.text
+    assert logged.texts == {"weighting": str(named), "verdict": criterion.diagnose().verdict}
+
+
+def test_timesteps_in_place_of_log_snr_are_told_by_a_log_too(tmp_path: Path) -> None:
+    file, criterion = vadiff.MetricsFile(tmp_path / "log.jsonl"), vadiff.DiffusionLoss("constant")
+    criterion.reweight(torch.ones(1000), torch.arange(1000.0))
+    with pytest.warns(vadiff.errors.DiffusionLossWarning, match="looks like timesteps"):
+        criterion.log_to(file, 1)
+    ((logged,), *_) = read_log(file.path)
+    assert logged.texts["verdict"].startswith("your log-SNR looks wrong: ")
 
 
 def test_level_seen_only_at_times_leaves_a_gap(tmp_path: Path) -> None:
@@ -65,6 +80,71 @@ def test_level_seen_only_at_times_leaves_a_gap(tmp_path: Path) -> None:
     ((logged,), *_) = read_log(file.path)
     assert logged.edges.tolist() == [0.0, 2.0, 6.0, 8.0]
     assert np.isnan(logged.banded["base_loss"]).tolist() == [[False, True, True], [False, True, False]]
+
+
+def _logged(path: Path, step: int, prefix: str = "vadiff", bands: int = 16, level_range: float = 16.0) -> None:
+    criterion = vadiff.DiffusionLoss("constant", log_snr_range=(-level_range, level_range))
+    criterion.reweight(torch.ones(400), torch.linspace(-2, 5, 400))
+    criterion.log_to(vadiff.MetricsFile(path), step, prefix=prefix, bands=bands)
+
+
+@pytest.mark.parametrize("change", [{"bands": 5}, {"level_range": 6.0}], ids=str)
+def test_steps_before_a_change_of_bands_are_left_out_and_told(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "log.jsonl"
+    for at in (10, 20):
+        _logged(path, at)
+    for at in (30, 40):
+        _logged(path, at, **change)
+    ((logged,), step, _) = read_log(path)
+    alone = tmp_path / "alone.jsonl"
+    _logged(alone, 30, **change)
+    assert step.tolist() == [10, 20, 30, 40]
+    assert (logged.step.tolist(), logged.left_out) == ([30, 40], 20)
+    np.testing.assert_array_equal(logged.edges, read_log(alone)[0][0].edges)
+    assert np.isfinite(logged.banded["base_loss"]).all()
+    assert main(["report", "--from-log", str(path)]) == 0
+    assert "bands of log-SNR changed after step 20" in path.with_suffix(".html").read_text()
+
+
+def test_prefix_within_a_prefix_is_a_criterion_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    _logged(path, 1, prefix="loss")
+    _logged(path, 1, prefix="loss/vae", level_range=6.0)
+    vadiff.MetricsFile(path).log({"loss/total": 1.0, "note": "begun"}, 1)
+    (outer, inner), _, own = read_log(path)
+    assert (outer.prefix, inner.prefix) == ("loss", "loss/vae")
+    assert (np.diff(outer.edges).max(), np.diff(inner.edges).max()) == (2.0, 0.75)
+    assert outer.scalars["samples"] == 400
+    assert list(own) == ["loss/total"]
+
+
+@pytest.mark.parametrize("value", ['"high"', "[1]"])
+def test_value_that_is_no_number_is_named(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "log.jsonl"
+    _logged(path, 1)
+    with path.open("a") as file:
+        file.write(f'{{"step": 2, "vadiff/base_loss/log_snr_0_to_2": {value}}}\n')
+    with pytest.raises(RunError, match=r"log_snr_0_to_2 is .* at step 2, expected a number"):
+        read_log(path)
+
+
+def test_log_and_pages_of_others_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("log.html", "log", "mine.jsonl"):
+        _logged(tmp_path / name, 1)
+    (tmp_path / "mine.html").write_text("<p>mine</p>")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, words in (("log.html", "replace the log"), ("log", "replace the log"), ("mine.jsonl", "is no report")):
+        with pytest.raises(SystemExit):
+            main(["report", "--from-log", str(tmp_path / name)])
+        assert words in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    arguments = ["report", "--from-log", str(tmp_path / "mine.jsonl"), "--out", str(tmp_path / "other.html")]
+    assert [main(arguments), main(arguments)] == [0, 0]  # a report may be made again
+
+
+def test_log_of_a_run_is_told_to_be_reported_as_a_run(trained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--from-log", str(trained_run / "metrics.jsonl")]) == 1
+    assert f"use `vadiff report {trained_run}`" in capsys.readouterr().err
 
 
 def test_page_of_a_log_has_its_charts_values_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

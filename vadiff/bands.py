@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,17 @@ from .statistics import LogSNRStatistics
 from .weighting import Weighting
 
 BANDS = 16
+
+FEWEST = 64.0
+LEAST_SHARE = 0.01
+RELATIVE_ERROR = 0.2
+"""A band of log-SNR counts if it has this many samples, this share of all, and a mean with a standard error below this
+share of it."""
+
+COVERED = 0.8
+"""Least share of the samples in bands that count: below it no ratio is known."""
+
+_STARVED = 0.1  # of an even share over the bands that have samples
 
 
 class Criterion(Protocol):
@@ -85,3 +97,61 @@ def bands_of(criterion: Criterion, bands: int = BANDS) -> Bands:
 def band_of_bins(bins: int, bands: int) -> Tensor:
     """The band of each bin: [bins] int64, from 0 to bands - 1."""
     return torch.arange(bins) * bands // bins
+
+
+class Spread(NamedTuple):
+    """How much the base loss differs between the bands that count: highest ÷ lowest.
+
+    A ratio is NaN if fewer than two bands count, if they hold too few of the samples (`COVERED`), or if a value is not
+    positive.
+    """
+
+    known: Tensor  # [N] bool: the bands that count
+    mean_ratio: float
+    std_ratio: float
+    weighted_ratio: float  # of weight × mean; NaN also if the weight is unknown
+
+
+def spread_of(bands: Bands) -> Spread:
+    """Highest ÷ lowest mean, std and weight × mean over the bands that count."""
+    known = known_bands(bands)
+    return Spread(
+        known, *(ratio(bands, known, values) for values in (bands.mean, bands.std, bands.weight * bands.mean))
+    )
+
+
+def known_bands(bands: Bands) -> Tensor:
+    """The bands that count, [N] bool: see `FEWEST`, `LEAST_SHARE`, `RELATIVE_ERROR`.
+
+    Others are left out: the highest and the lowest of many noisy means would be noise, and a band with few of the
+    samples has little to give, however high its loss is.
+    """
+    error = bands.std / bands.samples.sqrt()
+    enough = (bands.samples >= FEWEST) & (bands.share >= LEAST_SHARE)
+    return enough & (error <= RELATIVE_ERROR * bands.mean.abs())
+
+
+def ratio(bands: Bands, known: Tensor, values: Tensor) -> float:
+    """Highest ÷ lowest of [N] values over the known bands, or NaN, see `Spread`."""
+    found = values[known]
+    if len(found) < 2 or not bool((found > 0).all()) or share_within(bands, known) < COVERED:
+        return math.nan
+    return (found.max() / found.min()).item()
+
+
+def share_within(bands: Bands, known: Tensor, values: Tensor | float = 1.0) -> float:
+    """Share of the sum of |values| over the samples that lies in the known bands; NaN without samples."""
+    total = (bands.samples * values).abs().nan_to_num()
+    return (total[known].sum() / total.sum()).item()
+
+
+def starved_bands(bands: Bands) -> tuple[tuple[float, float], ...]:
+    """(low, high) of each run of bands with samples, but far less than an even share of them."""
+    seen = bands.samples > 0
+    bound = _STARVED * bands.samples.sum().item() / max(int(seen.sum()), 1)
+    edges = bands.edges.tolist()
+    found: list[tuple[float, float]] = []
+    for i in (seen & (bands.samples < bound)).nonzero().flatten().tolist():
+        low = found.pop()[0] if found and found[-1][1] == edges[i] else edges[i]
+        found.append((low, edges[i + 1]))
+    return tuple(found)

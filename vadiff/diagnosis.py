@@ -3,9 +3,10 @@
 The base loss g = u·ell is what the statistics hold, whatever the weighting is, so that a criterion with constant
 weighting can be diagnosed as well as an adaptive one.
 
-The verdict is about balance alone. It compares the mean base loss of the noise levels, highest ÷ lowest, with two
-thresholds, `LEAVE_BELOW` and `TRY_FROM`. It knows nothing of where the noise levels are drawn, of the learning rate, or
-of the quality of samples; docs/diagnosis.md says how often it was right.
+The verdict is about balance alone. It compares the mean loss of the noise levels, highest ÷ lowest, with two
+thresholds, `LEAVE_BELOW` and `TRY_FROM`: the base loss where the weighting follows the loss, else the loss that is
+trained on, weight × base loss. It knows nothing of where the noise levels are drawn, of the learning rate, or of the
+quality of samples; docs/diagnosis.md says how often it was right.
 """
 
 from __future__ import annotations
@@ -17,28 +18,37 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .bands import Bands, Criterion, band_of_bins, bands_of
+from .bands import (
+    COVERED,
+    FEWEST,
+    LEAST_SHARE,
+    RELATIVE_ERROR,
+    Bands,
+    Criterion,
+    Spread,
+    band_of_bins,
+    bands_of,
+    known_bands,
+    ratio,
+    share_within,
+    spread_of,
+    starved_bands,
+)
 from .level_checks import problem_with_levels
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
-from .weighting import LossLevel, VarianceAware, Weighting
+from .weighting import Constant, LossLevel, VarianceAware, Weighting
 
 LEAVE_BELOW = 5.0
 TRY_FROM = 12.0
 TOO_MUCH = 1000.0
-"""Highest ÷ lowest mean base loss: below the first, weights by the loss have nothing to gain; from the second they are
+"""Highest ÷ lowest mean loss: below the first, weights by the loss have nothing to gain; from the second they are
 worth a trial; from the third the objective itself is to be looked at, since weights beyond clip² = 100 are clipped. The
 first two were fixed on the digits experiment, seeds 0 to 4 (benchmarks/experiments/diagnosis.py); the third was not
 measured."""
 
-FEWEST = 64.0
-RELATIVE_ERROR = 0.2
-"""A band of log-SNR counts if it has this many samples, and its mean a standard error below this share of it."""
-
-_COVERED = 0.8  # least share of the samples in such bands
-_STARVED = 0.1  # of an even share over the bands that have samples
-_ASK_LATER = " The statistics still hold the first steps, which look balanced whatever comes: ask again later."
+_LOSS_COVERED = 0.8  # least share of the loss in bands that count, to find it balanced
 _TRIAL = "criterion.weighting = vadiff.weighting.LossLevel(strength=0.5)"
 
 
@@ -46,21 +56,6 @@ class LossCurve(Protocol):
     """The attribute of a `vadiff.optimal_loss.OptimalLoss` that is read here."""
 
     def log_loss_at(self, log_snr: Tensor) -> Tensor: ...
-
-
-class Spread(NamedTuple):
-    """How much the base loss differs between the bands whose mean is known."""
-
-    known: Tensor  # [N] bool
-    mean_ratio: float  # highest ÷ lowest mean; NaN if fewer than two bands are known or a mean is not positive
-    std_ratio: float  # the same of the standard deviation
-    weighted_ratio: float  # the same of weight × mean; NaN also if the weight is unknown
-    highest: int  # band with the highest mean; -1 if none is known
-    lowest: int
-
-    @property
-    def enough(self) -> bool:
-        return bool(self.known.any())
 
 
 class Verdict(NamedTuple):
@@ -79,19 +74,18 @@ class Diagnosis:
     Attributes:
         weighting: the criterion's weighting, as text.
         bands: samples, mean, std and weight of each band.
-        spread: which bands are known well enough, and highest ÷ lowest mean, std and weighted mean among them.
+        spread: which bands count, and highest ÷ lowest mean, std and weight × mean among them.
         variance_aware: lowest and highest weight that `weighting.VarianceAware()` would use; (1, 1) without samples.
         loss_level: the same of `weighting.LossLevel()`.
-        starved: (low, high) log-SNR where bands between the first and the last with samples have less than a tenth of
-            an even share each.
+        starved: (low, high) log-SNR of bands with samples, but less than a tenth of an even share each.
         below, above: share of the samples with log-SNR below and above the range of the bins.
         end_bins: share of the samples in the first and the last bin, which also hold those outside the range.
         skipped: samples with a NaN log-SNR or a non-finite loss or weight, since the statistics were last reset.
         gap: mean base loss minus the optimal loss J* of each band, [N] float64, NaN where a band is empty; None without
             a curve.
         finding: the verdict in one word: "leave", "try", "unclear", "objective" (the loss differs by more than weights
-            should mend), "levels" (the log-SNR looks wrong), "skipped", "few" (too few samples), "one level" or
-            "no ratio" (a mean loss is not positive).
+            should mend), "levels" (the log-SNR looks wrong), "skipped", "few" (too few samples, or too few where the
+            loss is), "one level" or "no ratio" (a mean loss is not positive).
         verdict: the verdict in words, with the line of code to change.
     """
 
@@ -121,14 +115,14 @@ class Diagnosis:
         spread, bands = self.spread, self.bands
         where = ""
         if math.isfinite(spread.mean_ratio):
-            where = f"   highest at log-SNR {_span(bands, spread.highest)}, lowest at {_span(bands, spread.lowest)}"
+            where = f"   {_where(bands, spread.known, bands.mean)}"
         rows = [
             ("mean loss, highest ÷ lowest", _figure(spread.mean_ratio) + where),
             ("std, highest ÷ lowest", _figure(spread.std_ratio)),
             ("weight × mean, highest ÷ lowest", _figure(spread.weighted_ratio)),
             ("weights of variance_aware", _range(self.variance_aware)),
             ("weights of loss_level", _range(self.loss_level)),
-            ("bands with a known mean", f"{int(spread.known.sum())} of {int((bands.samples > 0).sum())} with samples"),
+            ("bands that count", self._counted()),
             ("samples per band", _shares(bands)),
             ("starved levels, log-SNR", ", ".join(f"{low:.4g} to {high:.4g}" for low, high in self.starved) or "none"),
             ("outside the range of the bins", f"{self.below:.1%} below, {self.above:.1%} above"),
@@ -138,6 +132,12 @@ class Diagnosis:
         if self.gap is not None:
             rows.append(("gap to the optimal loss", _gap_text(bands, self.gap)))
         return rows
+
+    def _counted(self) -> str:
+        bands, known = self.bands, self.spread.known
+        samples, loss = share_within(bands, known), share_within(bands, known, bands.mean)
+        number = f"{int(known.sum())} of {int((bands.samples > 0).sum())} with samples"
+        return f"{number}; they hold {samples:.1%} of the samples, {loss:.1%} of the loss"
 
 
 def diagnose(
@@ -169,15 +169,14 @@ def diagnose(
     outside, last = statistics.outside.cpu(), criterion._last_log_snr
     moments = moments_of(statistics.state.cpu(), statistics.bins)
     count, skipped = moments[0], int(statistics.skipped)
-    spread = spread_of(bands)
     problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
-    verdict = verdict_of(bands, type(criterion.weighting).__name__, balances(criterion.weighting), skipped, problem)
+    verdict = verdict_of(bands, criterion.weighting, skipped, problem)
     total = max(count.sum().item(), 1e-300)
-    later = verdict.finding in ("leave", "unclear") and _holds_first_steps(total, criterion)
+    so_far = _so_far(total, criterion) if verdict.finding in ("leave", "unclear") else ""
     return Diagnosis(
         weighting=str(criterion.weighting),
         bands=bands,
-        spread=spread,
+        spread=spread_of(bands),
         variance_aware=_weights(moments, criterion, VarianceAware().rule),
         loss_level=_weights(moments, criterion, LossLevel().rule),
         starved=starved_bands(bands),
@@ -187,49 +186,37 @@ def diagnose(
         skipped=skipped,
         gap=None if optimal is None else _gap(criterion, bands, optimal, prediction_type, sigma_data),
         finding=verdict.finding,
-        verdict=verdict.text + (_ASK_LATER if later else ""),
+        verdict=verdict.text + so_far,
     )
 
 
-def _holds_first_steps(samples: float, criterion: Criterion) -> bool:
-    """Whether the statistics were not yet forgotten for two half-lives: a quarter or more of them is of the start."""
+def _so_far(samples: float, criterion: Criterion) -> str:
+    """What the verdict lacks while the statistics hold the start of the training, where the ratio still changes."""
     statistics = criterion.statistics
-    most = statistics.half_life * statistics.bins.size / math.log(2.0)  # the effective count of an endless training
-    return samples < 0.75 * most
-
-
-def spread_of(bands: Bands) -> Spread:
-    """Highest ÷ lowest over the bands with enough samples, see `FEWEST` and `RELATIVE_ERROR`.
-
-    Nearly empty bands are left out: the highest and the lowest of many noisy means would be noise.
-    """
-    error = bands.std / bands.samples.sqrt()
-    known = (bands.samples >= FEWEST) & (error <= RELATIVE_ERROR * bands.mean.abs())
-    if bands.samples[known].sum() < _COVERED * bands.samples.sum():
-        known = torch.zeros_like(known)
-    mean = bands.mean[known]
-    place = known.nonzero().flatten()
-    return Spread(
-        known,
-        mean_ratio=_ratio(mean),
-        std_ratio=_ratio(bands.std[known]),
-        weighted_ratio=_ratio((bands.weight * bands.mean)[known]),
-        highest=int(place[mean.argmax()]) if len(place) else -1,
-        lowest=int(place[mean.argmin()]) if len(place) else -1,
+    if math.isinf(statistics.half_life):
+        return (
+            " The statistics forget nothing (half_life is infinite) and hold the start of the training too: "
+            "criterion.statistics.reset() makes them those of the model from now on."
+        )
+    forgotten = statistics.half_life * statistics.bins.size  # samples after which one counts half
+    if samples >= 0.75 * forgotten / math.log(2.0):  # two half-lives: a quarter is of the start
+        return ""
+    return (
+        " The statistics still hold the first steps, and the ratio may still change: ask again after "
+        f"{2 * forgotten:,.0f} samples."
     )
 
 
-def verdict_of(bands: Bands, weighting: str, balanced: bool, skipped: int = 0, problem: str | None = None) -> Verdict:
+def verdict_of(bands: Bands, weighting: Weighting, skipped: int = 0, problem: str | None = None) -> Verdict:
     """The verdict on the statistics of a criterion.
 
     Args:
         bands: of its statistics.
-        weighting: its name at the start of a sentence.
-        balanced: whether it is one that follows the loss, see `balances`.
+        weighting: its weighting.
         skipped: samples that were not recorded.
         problem: what is wrong with the noise levels, if anything.
     """
-    spread, samples = spread_of(bands), bands.samples.sum().item()
+    samples, known = bands.samples.sum().item(), known_bands(bands)
     if skipped > samples:  # of the whole training, where `samples` is what was not forgotten
         return Verdict(
             "skipped",
@@ -238,76 +225,86 @@ def verdict_of(bands: Bands, weighting: str, balanced: bool, skipped: int = 0, p
         )
     if problem is not None:
         return Verdict("levels", f"your log-SNR looks wrong: {problem}")
-    if not spread.enough:
+    loss, name = _judged(bands, known, weighting)
+    if not share_within(bands, known) >= COVERED:  # NaN without samples
         return Verdict(
             "few",
-            f"too few samples for a verdict: the bands with at least {FEWEST:.0f} samples and a mean known to "
-            f"{RELATIVE_ERROR:.0%} hold less than {_COVERED:.0%} of them. Train for some hundred steps and ask again.",
+            f"too few samples for a verdict: the bands with at least {FEWEST:.0f} samples, {LEAST_SHARE:.0%} of all "
+            f"and a mean known to {RELATIVE_ERROR:.0%} hold less than {COVERED:.0%} of them. Train for some hundred "
+            "steps and ask again.",
         )
-    if int(spread.known.sum()) == 1:
+    spread = ratio(bands, known, loss)
+    if not spread >= TRY_FROM and share_within(bands, known, loss) < _LOSS_COVERED:  # the others could only add to it
+        return Verdict("few", _loss_elsewhere(bands, known, loss))
+    if int(known.sum()) == 1:
         return Verdict(
             "one level",
-            f"all noise levels with enough samples lie in log-SNR {_span(bands, spread.highest)}: there is nothing to "
-            "balance. If you train on more levels than that, choose bins and log_snr_range to fit them.",
+            f"all noise levels with enough samples lie in log-SNR {_span(bands, int(known.int().argmax()))}: there is "
+            "nothing to balance. If you train on more levels than that, choose bins and log_snr_range to fit them.",
         )
-    if not math.isfinite(spread.mean_ratio):
+    if not math.isfinite(spread):
         return Verdict(
             "no ratio",
             "the mean loss of a noise level is not positive: levels cannot be compared by ratios, and loss_level has "
             "no weight for it.",
         )
-    return _by_ratio(bands, spread, weighting, balanced)
+    where = f"{name} differs {_figure(spread)}-fold over noise levels, {_where(bands, known, loss)}"
+    return _by_ratio(spread, name, where, weighting, bands, known)
 
 
-def _by_ratio(bands: Bands, spread: Spread, weighting: str, balanced: bool) -> Verdict:
-    """The verdict where highest ÷ lowest mean is known."""
-    ratio = _figure(spread.mean_ratio)
-    if spread.mean_ratio < LEAVE_BELOW:
-        line = 'weighting="constant" should do as well' if balanced else "leave it"
+def _judged(bands: Bands, known: Tensor, weighting: Weighting) -> tuple[Tensor, str]:
+    """The loss [N] whose ratio is judged, and its name at the start of a sentence."""
+    if isinstance(weighting, Constant) or balances(weighting) or _unknown_weights(bands, known):
+        return bands.mean, "the mean loss"
+    return bands.weight * bands.mean, f"the mean loss times the weight of {type(weighting).__name__}"
+
+
+def _unknown_weights(bands: Bands, known: Tensor) -> bool:
+    return bool(bands.weight[known].isnan().any())
+
+
+def _loss_elsewhere(bands: Bands, known: Tensor, loss: Tensor) -> str:
+    rest = (bands.samples * loss).abs().nan_to_num().masked_fill(known, 0.0)
+    most = int(rest.argmax())
+    return (
+        f"{1 - share_within(bands, known, loss):.0%} of the loss lies in bands of log-SNR with less than "
+        f"{LEAST_SHARE:.0%} of the samples or a mean that is not known to {RELATIVE_ERROR:.0%}, most of it at "
+        f"{_span(bands, most)} with {bands.share[most]:.1%} of the samples: no verdict. Train on and ask again; if it "
+        "stays so, look at the samples there."
+    )
+
+
+def _by_ratio(spread: float, name: str, where: str, weighting: Weighting, bands: Bands, known: Tensor) -> Verdict:
+    """The verdict where the ratio of what is judged is known."""
+    follows, kind = balances(weighting), type(weighting).__name__
+    compare = 'compare its held-out loss with that of weighting="constant".'
+    if not follows and _unknown_weights(bands, known):
+        return Verdict("unclear", f"{where}, before the weights of {kind}, which depend on the batch: {compare}")
+    if spread < LEAVE_BELOW:
+        line = 'weighting="constant" should do as well' if follows else "leave it"
         return Verdict(
             "leave",
-            f"the mean loss differs only {ratio}-fold over noise levels so far: nothing to gain by balance, {line}.",
+            f"{name} differs only {_figure(spread)}-fold over noise levels so far: nothing to gain by balance, {line}.",
         )
-    where = (
-        f"the mean loss differs {ratio}-fold over noise levels, highest at log-SNR {_span(bands, spread.highest)}, "
-        f"lowest at {_span(bands, spread.lowest)}"
-    )
-    if spread.mean_ratio >= TOO_MUCH:
-        return Verdict(
-            "objective",
-            f"{where}. That is more than weights should mend: look at base_weight and the prediction type first. "
-            f"{_trial(balanced, weighting, spread)}",
+    if follows:
+        brought = ratio(bands, known, bands.weight * bands.mean)
+        line = (
+            f"{kind} {'weights that' if math.isnan(brought) else f'brings that to {_figure(brought)}-fold'}; {compare}"
         )
-    if spread.mean_ratio >= TRY_FROM:
-        return Verdict("try", f"{where}. {_trial(balanced, weighting, spread)}")
-    return Verdict("unclear", f"{where}: whether balance gains is open. {_trial(balanced, weighting, spread)}")
-
-
-def _trial(balanced: bool, weighting: str, spread: Spread) -> str:
-    if balanced:
-        weighted = "" if math.isnan(spread.weighted_ratio) else f" brings that to {_figure(spread.weighted_ratio)}-fold"
-        return f'{weighting}{weighted or " weights that"}; compare its held-out loss with that of weighting="constant".'
-    return f"Try {_TRIAL} beside what you have, and compare their held-out losses."
+    else:
+        line = f"Try {_TRIAL}: it replaces {kind} by weights of 1/√(mean loss). Compare the held-out losses."
+    if spread >= TOO_MUCH:
+        what = "base_weight" if isinstance(weighting, Constant) or follows else f"{kind}, base_weight"
+        mend = f"That is more than weights should mend: look at {what} and the prediction type first."
+        return Verdict("objective", f"{where}. {mend} {line}")
+    if spread >= TRY_FROM:
+        return Verdict("try", f"{where}. {line}")
+    return Verdict("unclear", f"{where}: whether balance gains is open. {line}")
 
 
 def balances(weighting: Weighting) -> bool:
     """Whether a weighting follows the loss of each noise level."""
     return bool(weighting.rule.statistic and weighting.rule.strength > 0) or weighting.has_parameters
-
-
-def starved_bands(bands: Bands) -> tuple[tuple[float, float], ...]:
-    """(low, high) of each run of bands with far less than an even share, between the outermost bands with samples."""
-    seen = (bands.samples > 0).nonzero().flatten().tolist()
-    if not seen:
-        return ()
-    bound = _STARVED * bands.samples.sum().item() / len(seen)
-    edges, samples = bands.edges.tolist(), bands.samples.tolist()
-    found: list[tuple[float, float]] = []
-    for i in range(seen[0], seen[-1] + 1):
-        if samples[i] < bound:
-            low = found.pop()[0] if found and found[-1][1] == edges[i] else edges[i]
-            found.append((low, edges[i + 1]))
-    return tuple(found)
 
 
 def _weights(moments: Tensor, criterion: Criterion, rule: TableRule) -> tuple[float, float]:
@@ -336,13 +333,6 @@ def _gap(
     return bands.mean - total / bands.samples
 
 
-def _ratio(values: Tensor) -> float:
-    """Highest ÷ lowest of two or more positive values, else NaN."""
-    if len(values) < 2 or not bool((values > 0).all()):
-        return math.nan
-    return (values.max() / values.min()).item()
-
-
 def _figure(ratio: float) -> str:
     if not math.isfinite(ratio):
         return "unknown"
@@ -351,6 +341,13 @@ def _figure(ratio: float) -> str:
 
 def _range(weights: tuple[float, float]) -> str:
     return f"{weights[0]:.3g} to {weights[1]:.3g}"
+
+
+def _where(bands: Bands, known: Tensor, values: Tensor) -> str:
+    """The known bands with the highest and the lowest value."""
+    highest = int(values.masked_fill(~known, -math.inf).argmax())
+    lowest = int(values.masked_fill(~known, math.inf).argmin())
+    return f"highest at log-SNR {_span(bands, highest)}, lowest at {_span(bands, lowest)}"
 
 
 def _span(bands: Bands, band: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .bands import BANDS, Bands, Criterion, bands_of
 from .diagnosis import diagnose
 from .extras import MissingExtraError, import_extra
+from .metrics_file import MetricsFile
 from .watch import judge_at_read
 
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
@@ -85,7 +86,11 @@ def as_html(criterion: Criterion) -> str:
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
     """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
-    log_values(writer, dict(_scalars(criterion, bands_of(criterion, bands), prefix)), step)
+    values: dict[str, Any] = dict(_scalars(criterion, bands_of(criterion, bands), prefix))
+    if isinstance(writer, MetricsFile):  # which takes text
+        values[f"{prefix}/weighting"] = str(criterion.weighting)
+        values[f"{prefix}/verdict"] = diagnose(criterion).verdict
+    log_values(writer, values, step)
     judge_at_read(criterion)
     if hasattr(writer, "add_figure"):
         with contextlib.suppress(MissingExtraError):  # without matplotlib only scalars are logged

@@ -51,8 +51,17 @@ def run(options: argparse.Namespace) -> None:
     if page.suffix != ".html":
         options.parser.error(f"argument --out: {page}, expected a file ending in .html")
     if log is not None:
+        _check_page_of_log(options, log, page)
         files = write_log_report(log, page, title=options.title)
     else:
         groups = group_runs([read_history(open_run(path)) for path in paths])
         files = write_report(groups, page, title=options.title)
     print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")
+
+
+def _check_page_of_log(options: argparse.Namespace, log: Path, page: Path) -> None:
+    """Neither page nor charts take the log's place, and the page replaces no page of others unless it is named."""
+    if log.resolve() in (page.resolve(), page.with_suffix("").resolve()):
+        options.parser.error(f"argument --out: {page} or its folder of charts would replace the log, expected another")
+    if options.out is None and page.exists() and b"Made by vadiff" not in page.read_bytes():
+        options.parser.error(f"argument --out: {page} exists and is no report; give --out to choose the page")

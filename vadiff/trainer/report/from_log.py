@@ -1,17 +1,13 @@
 """`vadiff report --from-log`: the page about a training with any loop, from what `log_to` wrote to a `MetricsFile`."""
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ...bands import Bands
-from ...diagnosis import Verdict, spread_of, verdict_of
 from ...errors import RunError
 from ...extras import import_extra
 from ...metrics_file import MetricsFile
@@ -24,6 +20,7 @@ from .style import LOG_SNR, Chart, line
 _BANDED = re.compile(r"(.+)/(base_loss|std|relative_std|weight|share)/log_snr_(\S+?)_to_(\S+)")
 _STEPS = "optimiser steps"
 _LEVEL_FREE = "level_free_loss"
+_SCALARS, _TEXTS = ("samples", "skipped", _LEVEL_FREE), ("weighting", "verdict")
 
 
 @dataclass(frozen=True)
@@ -34,31 +31,9 @@ class LoggedCriterion:
     step: Array  # [R]
     edges: Array  # [N + 1] log-SNR
     banded: dict[str, Array]  # base_loss, std, weight, share → [R, N]
-    scalars: dict[str, Array]  # samples, skipped, level_free_loss, ... → [R]
-
-    def bands(self) -> Bands | None:
-        """The statistics at the last logged step; None if the number of samples was not logged."""
-        if "samples" not in self.scalars:
-            return None
-        share, mean, std, weight = (
-            torch.from_numpy(self.banded[name][-1].copy()) for name in ("share", "base_loss", "std", "weight")
-        )
-        samples = (share * self.scalars["samples"][-1]).nan_to_num()
-        return Bands(torch.from_numpy(self.edges), samples, mean, std, weight)
-
-    def verdict(self) -> Verdict | None:
-        """The verdict of the last logged step, without a check of the noise levels, which the log does not have.
-
-        None if the number of samples was not logged. A weighting counts as balancing if weight × mean differs less
-        between the bands than the mean does.
-        """
-        bands = self.bands()
-        if bands is None:
-            return None
-        spread = spread_of(bands)
-        balanced = spread.weighted_ratio < 0.9 * spread.mean_ratio
-        skipped = self.scalars.get("skipped", np.zeros(1))[-1]
-        return verdict_of(bands, "The weighting", balanced, 0 if math.isnan(skipped) else int(skipped))
+    scalars: dict[str, Array]  # samples, skipped, level_free_loss → [R]
+    texts: dict[str, str]  # weighting, verdict: of the last step, if it has them
+    left_out: int | None  # last step with other bands than those after it, which is left out with the steps before it
 
 
 def read_log(path: Path) -> tuple[list[LoggedCriterion], Array, dict[str, Array]]:
@@ -69,18 +44,24 @@ def read_log(path: Path) -> tuple[list[LoggedCriterion], Array, dict[str, Array]
     """
     try:
         lines = MetricsFile(path).read()
+        names = sorted({name for entry in lines for name in entry} - {"step"})
+        matches = {name: match for name in names if (match := _BANDED.fullmatch(name))}
+        criteria = [_criterion(prefix, lines, matches) for prefix in sorted({match[1] for match in matches.values()})]
+        theirs = {f"{criterion.prefix}/{name}" for criterion in criteria for name in (*_SCALARS, *_TEXTS)}
+        texts = {name for entry in lines for name, value in entry.items() if isinstance(value, str)}
+        own = [name for name in names if name not in matches and name not in theirs | texts]
+        others = {} if not criteria else {name: _series(lines, name) for name in own}
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
-    names = sorted({name for entry in lines for name in entry} - {"step"})
-    prefixes = sorted({match[1] for name in names if (match := _BANDED.fullmatch(name))})
-    if not prefixes:
-        raise RunError(
-            f"{path} has no loss per noise level: write it with criterion.log_to(vadiff.MetricsFile({str(path)!r}), "
-            "step) after some steps of training"
-        )
-    criteria = [_criterion(prefix, lines, names) for prefix in prefixes]
-    own = [name for name in names if not any(name.startswith(f"{prefix}/") for prefix in prefixes)]
-    return criteria, _steps(lines), {name: _series(lines, name) for name in own}
+    if not criteria:
+        raise RunError(f"{path} has no loss per noise level: {_instead(path, lines)}")
+    return criteria, _steps(lines), others
+
+
+def _instead(path: Path, lines: Sequence[dict[str, Any]]) -> str:
+    if any("statistics" in entry for entry in lines):
+        return f"it is the log of a run of `vadiff train`; use `vadiff report {path.parent}`"
+    return f"write it with criterion.log_to(vadiff.MetricsFile({str(path)!r}), step) after some steps of training"
 
 
 def write_log_report(path: Path, page: Path, *, title: str | None = None) -> list[Path]:
@@ -106,30 +87,62 @@ def write_log_report(path: Path, page: Path, *, title: str | None = None) -> lis
         sections,
         title=title or f"Training logged in {path.name}",
         lead=f"{len(step):,} logged steps, up to step {step[-1]:,}.",
-        notes=[],
+        notes=[
+            f"{criterion.prefix}: the bands of log-SNR changed after step {criterion.left_out:,}. The steps up to it "
+            "are left out."
+            for criterion in criteria
+            if criterion.left_out is not None
+        ],
         source=str(path),
     )
 
 
-def _criterion(prefix: str, lines: Sequence[dict[str, Any]], names: Sequence[str]) -> LoggedCriterion:
-    mine = [name for name in names if name.startswith(f"{prefix}/")]
-    limits = {(match[3], match[4]) for name in mine if (match := _BANDED.fullmatch(name))}
-    edges = np.array(sorted({float(edge) for pair in limits for edge in pair}))
-    held = [entry for entry in lines if any(_BANDED.fullmatch(name) for name in mine if name in entry)]
+def _criterion(prefix: str, lines: Sequence[dict[str, Any]], matches: Mapping[str, re.Match[str]]) -> LoggedCriterion:
+    mine = {name: match for name, match in matches.items() if match[1] == prefix}
+    every = [entry for entry in lines if not mine.keys().isdisjoint(entry)]
+    held = _of_the_last_bands(every, mine)
+    limits = {_limits(match) for entry in held for name, match in mine.items() if name in entry}
+    edges = np.array(sorted({edge for pair in limits for edge in pair}))
     shape = (len(held), len(edges) - 1)
     banded = {name: np.full(shape, np.nan) for name in ("base_loss", "std", "relative_std", "weight", "share")}
-    scalars = {}
-    for name in mine:
-        match = _BANDED.fullmatch(name)
-        if match is None:
-            scalars[name.removeprefix(f"{prefix}/")] = _series(held, name)
-        else:
-            band = int(np.searchsorted(edges, float(match[3])))
-            banded[match[2]][:, band] = _series(held, name)
-    return LoggedCriterion(prefix, _steps(held), edges, banded, scalars)
+    for name, match in mine.items():
+        if _limits(match) in limits:
+            banded[match[2]][:, np.searchsorted(edges, float(match[3]))] = _series(held, name)
+    return LoggedCriterion(
+        prefix,
+        _steps(held),
+        edges,
+        banded,
+        scalars={name: _series(held, f"{prefix}/{name}") for name in _SCALARS},
+        texts={name: str(held[-1][f"{prefix}/{name}"]) for name in _TEXTS if f"{prefix}/{name}" in held[-1]},
+        left_out=every[-len(held) - 1]["step"] if len(held) < len(every) else None,
+    )
+
+
+def _of_the_last_bands(lines: Sequence[dict[str, Any]], mine: Mapping[str, re.Match[str]]) -> Sequence[dict[str, Any]]:
+    """The lines from which on no two bands overlap: before, the criterion or the call had other bands."""
+    known: set[tuple[float, float]] = set()
+    for place in range(len(lines) - 1, -1, -1):
+        new = {_limits(match) for name, match in mine.items() if name in lines[place]} - known
+        if any(one[0] < other[1] and other[0] < one[1] for one in new for other in known):
+            return lines[place + 1 :]
+        known |= new
+    return lines
+
+
+def _limits(match: re.Match[str]) -> tuple[float, float]:
+    return float(match[3]), float(match[4])
 
 
 def _series(lines: Sequence[dict[str, Any]], name: str) -> Array:
+    """The values of a name, [R]; NaN where a line has none.
+
+    Raises:
+        ValueError: a value is not a number.
+    """
+    for entry in lines:
+        if not isinstance(value := entry.get(name), int | float | None):
+            raise ValueError(f"{name} is {value!r} at step {entry['step']}, expected a number")
     return np.array([entry.get(name) for entry in lines], dtype=float)  # None becomes NaN
 
 
@@ -141,11 +154,11 @@ def _overview(criteria: Sequence[LoggedCriterion]) -> Section:
     """Last values and verdict of each criterion."""
 
     def last(criterion: LoggedCriterion, name: str, spoken: Callable[[float], str] = "{:,.0f}".format) -> str:
-        values = criterion.scalars.get(name, np.array([np.nan]))
-        known = values[np.isfinite(values)]
+        known = criterion.scalars[name][np.isfinite(criterion.scalars[name])]
         return spoken(float(known[-1])) if len(known) else "–"
 
     rows = [
+        ["weighting", *(criterion.texts.get("weighting", "–") for criterion in criteria)],
         ["steps", *(f"{criterion.step[-1]:,}" for criterion in criteria)],
         ["samples after forgetting", *(last(criterion, "samples") for criterion in criteria)],
         ["samples skipped", *(last(criterion, "skipped") for criterion in criteria)],
@@ -153,9 +166,8 @@ def _overview(criteria: Sequence[LoggedCriterion]) -> Section:
     ]
     text = []
     for criterion in criteria:
-        verdict = criterion.verdict()
         name = f"{criterion.prefix}: " if len(criteria) > 1 else ""
-        text.append(f"{name}{'no verdict: the log has no number of samples.' if verdict is None else verdict.text}")
+        text.append(f"{name}{criterion.texts.get('verdict', 'no verdict, the log has none.')}")
     return Section(
         "overview",
         "In short",
@@ -174,7 +186,7 @@ def _sections(criterion: LoggedCriterion, several: bool) -> list[Section]:
         charts=[_profile(criterion, tag)],
     )
     curves = Section(f"curves{tag}", f"Over training{of}")
-    if np.isfinite(criterion.scalars.get(_LEVEL_FREE, np.array([np.nan]))).any():
+    if np.isfinite(criterion.scalars[_LEVEL_FREE]).any():
         caption = (
             "Training loss without the part that depends on which noise levels happened to be drawn. Look for a curve "
             "that has stopped falling, and for jumps."

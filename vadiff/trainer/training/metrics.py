@@ -128,7 +128,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         RunError: a line that is not JSON.
     """
     try:
-        return json_lines(path)
+        return [line for _, line in json_lines(path)]
     except ValueError as error:
         raise RunError(str(error)) from error
 
