@@ -124,7 +124,7 @@ class ValidationLogger(Callback):
         self.result = self.validation.result(save_reference=whole)
         if not whole and self.validation.reference is None and trainer.is_global_zero:
             warnings.warn(
-                f"limit_val_batches is {limit}, so no validation becomes the reference and no mean log-ratio is logged. "
+                f"limit_val_batches is {limit}, so no validation becomes the reference, and no ratio is logged. "
                 "Give the loader a part of the held-out set instead",
                 stacklevel=2,
             )

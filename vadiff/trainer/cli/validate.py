@@ -11,9 +11,10 @@ from ...files import replacing
 from .drawing import weights_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ...models import Denoiser
     from ...validation import LevelLosses
-    from ..data import Images
     from ..training import HeldOutLoss, Run, TrainConfig
 
 NAME = "validate"
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
     from ...extras import import_extra
     from ...models import Denoiser
     from ..training import TrainConfig, open_run
+    from ..training.held_out import held_out_loss_of_run
 
     # Whatever can be refused is refused before measuring.
     if options.plot is not None:
@@ -71,15 +73,19 @@ def run(options: argparse.Namespace) -> None:
     config = _config(opened, options)
     images = opened.images()
     try:
-        reference = None if options.reference is None else _reference(options, config, images)
+        reference = None if options.reference is None else _reference(options, config, images.held_out)
     except (OSError, ValueError) as error:
         options.parser.error(f"argument --reference: {error}")
-    measured = _measured(opened.denoiser(options.weights, options.step, options.torch_device), config, images, options)
+
+    def measure(denoiser: Denoiser) -> "HeldOutLoss":
+        return held_out_loss_of_run(config, images, denoiser, limit=options.images, progress=not options.json)
+
+    measured = measure(opened.denoiser(options.weights, options.step, options.torch_device))
     result = measured.by_level
     if reference is not None:
         try:
             if isinstance(reference, Denoiser):
-                other = _measured(reference, config, images, options)
+                other = measure(reference)
                 result = result.compared_with(other.with_sigma_data(measured.sigma_data).by_level)
             else:
                 result = result.compared_with(reference)
@@ -132,7 +138,7 @@ def _config(opened: "Run", options: argparse.Namespace) -> "TrainConfig":
         options.parser.error(f"argument --levels: {error}")
 
 
-def _reference(options: argparse.Namespace, config: "TrainConfig", images: "Images") -> "Denoiser | LevelLosses":
+def _reference(options: argparse.Namespace, config: "TrainConfig", held_out: "Tensor") -> "Denoiser | LevelLosses":
     """The denoiser of another run, or the losses in a file.
 
     Raises:
@@ -150,16 +156,7 @@ def _reference(options: argparse.Namespace, config: "TrainConfig", images: "Imag
         check_reference(losses, held_out_log_snr(config), losses.draws)
         return losses
     other = open_run(options.reference)
-    mine, others = name_of(images.held_out), name_of(other.images().held_out)
+    mine, others = name_of(held_out), name_of(other.images().held_out)
     if mine != others:
         raise ValueError(f"{options.reference} holds out {others}, expected {mine}: a run of the same data set")
     return other.denoiser(options.weights, device=options.torch_device)
-
-
-def _measured(
-    denoiser: "Denoiser", config: "TrainConfig", images: "Images", options: argparse.Namespace
-) -> "HeldOutLoss":
-    """The held-out loss of a denoiser, measured as `config` and the options say."""
-    from ..training.held_out import held_out_loss_of_run
-
-    return held_out_loss_of_run(config, images, denoiser, limit=options.images, progress=not options.json)
