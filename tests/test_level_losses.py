@@ -136,4 +136,4 @@ def test_missing_file_is_an_error_of_the_system(tmp_path: Path) -> None:
 
 def test_path_is_no_reference() -> None:
     with pytest.raises(TypeError, match=r"reference is a str, expected a LevelLosses; LevelLosses.load\(path\) reads"):
-        of(torch.ones(2, 2).double()).mean_log_ratio("levels.csv")  # type: ignore[arg-type]
+        of(torch.ones(2, 2).double()).mean_log_ratio("levels.csv")

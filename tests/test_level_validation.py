@@ -374,7 +374,8 @@ def test_part_of_the_held_out_set_is_kept_from_becoming_the_reference(tmp_path: 
 
 def test_batch_without_samples_is_a_ranks_share_of_a_small_set() -> None:
     validation = ready()
-    for nothing in (torch.empty(0, dtype=torch.int64), []):
+    both: tuple[Any, ...] = (torch.empty(0, dtype=torch.int64), [])
+    for nothing in both:
         log_snr, noise = validation.draw(nothing, (0, 3, 2))
         assert (log_snr.shape, noise.shape) == ((0,), (0, 3, 2))
         validation.add(nothing, log_snr, torch.empty(0))
@@ -382,7 +383,7 @@ def test_batch_without_samples_is_a_ranks_share_of_a_small_set() -> None:
 
 
 def test_levels_of_numpy_are_levels() -> None:
-    validation = LevelValidation(np.int64(3), log_snr_range=(np.float32(-1), 1), seed=np.int64(2))  # type: ignore[arg-type]
+    validation = LevelValidation(np.int64(3), log_snr_range=(np.float32(-1), 1), seed=np.int64(2))
     assert validation.log_snr.tolist() == [-1.0, 0.0, 1.0]
     assert validation.seed == 2
 

@@ -109,7 +109,7 @@ def test_run_that_holds_out_other_images_is_no_reference(
     monkeypatch.setattr(Run, "images", lambda run: changed if run.path == other else images)
     monkeypatch.setattr("vadiff.trainer.training.held_out.held_out_loss", None)  # nothing is measured before
     message = refusal([str(trained_run), "--reference", str(other)], capsys)
-    assert re.search(r"argument --reference: .*other holds out 360 images of shape 1x8x8, with pixels of hash", message)
+    assert re.search(r"argument --reference: .*other holds out 297 images of shape 1x8x8, with pixels of hash", message)
     assert message.endswith(": a run of the same data set")
 
 
@@ -123,5 +123,5 @@ def test_file_of_other_images_or_another_form_of_the_loss_is_no_reference(
     assert re.search("measured on 10 images of shape 1x8x8, .* expected 9 images of shape 1x8x8, ", fewer)
     other = other_run(trained_run, tmp_path / "other", sigma_data=0.25)
     scaled = refusal([str(other), "--images", "10", "--reference", str(file)], capsys)
-    assert re.search(r"seed 0, sigma_data 0\.5, expected .*seed 0, sigma_data 0\.25: the same noise", scaled)
+    assert re.search(r"draws 1, sigma_data 0\.75, expected .*draws 1, sigma_data 0\.25: the same noise", scaled)
     assert main(["validate", str(other), *options, "--reference", str(trained_run)]) == 0  # converted

@@ -18,7 +18,7 @@ _NO_LOSS = 1e-6  # absolute; two losses that differ by less are both zero but fo
 
 def seed_of(seed: Any) -> int:
     """An integer from 0 to 2**63 - 1, of Python or NumPy."""
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed <= _LARGEST:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) <= _LARGEST:
         raise ValueError(f"seed is {seed!r}, expected an integer from 0 to 2**63 - 1")
     return int(seed)
 

@@ -93,8 +93,10 @@ class LevelValidation:
             raise TypeError(
                 f"reference is a {type(reference).__name__}, expected the path of a file, a LevelLosses or None"
             )
-        self.reference = self._load_reference() if self._file is not None else reference
-        if self.reference is not None:
+        self.reference: LevelLosses | None = reference if isinstance(reference, LevelLosses) else None
+        if self._file is not None:
+            self.reference = self._load_reference()
+        elif self.reference is not None:
             self._check(self.reference)
 
     @classmethod

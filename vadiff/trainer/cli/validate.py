@@ -130,12 +130,13 @@ def _config(opened: "Run", options: argparse.Namespace) -> "TrainConfig":
     """The run's config with the number of levels of the options."""
     if options.images is not None and options.images < 1:
         options.parser.error(f"argument --images: {options.images}, expected at least 1")
-    if options.levels is None:
-        return opened.config
+    config = opened.config
     try:
-        return dataclasses.replace(opened.config, held_out_levels=options.levels)
+        if options.levels is not None:
+            config = dataclasses.replace(config, held_out_levels=options.levels)
     except ValueError as error:
         options.parser.error(f"argument --levels: {error}")
+    return config
 
 
 def _reference(options: argparse.Namespace, config: "TrainConfig", held_out: "Tensor") -> "Denoiser | LevelLosses":

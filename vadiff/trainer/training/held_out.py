@@ -173,7 +173,7 @@ def held_out_loss(
             records = validation.result().records
             assert records is not None  # only a result from a file has none
             per_image[records.level, records.sample] += records.loss.float()
-    return HeldOutLoss(levels, per_image, denoiser.sigma_data, f"{draws} draws of a vadiff run's noise, seed {seed}")
+    return HeldOutLoss(levels, per_image, denoiser.sigma_data, f"noise of a vadiff run, seed {seed}, draws {draws}")
 
 
 def _rows(noise: Tensor, samples: Tensor, shape: torch.Size) -> Tensor:
