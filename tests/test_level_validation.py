@@ -348,12 +348,12 @@ def test_other_samples_than_the_references_warn_and_have_no_ratio(
 @pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0])
 def test_result_without_a_logarithm_is_no_reference(bad: float, tmp_path: Path) -> None:
     validation = ready(every_level=True, reference=tmp_path / "reference.csv")
-    with pytest.warns(UserWarning, match=r"not taken as reference, as its loss at log-SNR 6 is .*, expected positive"):
+    with pytest.warns(UserWarning, match=r"not taken as reference, as the loss at log-SNR 6 is .*, expected positive"):
         first = added(validation, range(4), torch.tensor([1.0, bad, 1.0, bad])).result()
     assert first.reference is None
     assert not (tmp_path / "reference.csv").exists()
     assert added(validation, range(4)).result().mean_log_ratio() == 0.0
-    with pytest.raises(ValueError, match=r"its loss at log-SNR 6 is .*, expected positive, finite losses"):
+    with pytest.raises(ValueError, match=r"the loss at log-SNR 6 is .*, expected positive, finite losses"):
         ready(every_level=True, reference=first)
 
 

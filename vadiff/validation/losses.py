@@ -336,8 +336,8 @@ def check_reference(reference: LevelLosses, log_snr: Tensor, draws: str) -> None
     if bool(bad.any()):
         place = int(bad.nonzero()[0])
         raise ValueError(
-            f"its loss at log-SNR {reference.log_snr[place]:.4g} is {reference.loss[place]:.4g}, expected positive, "
-            "finite losses: the logarithm of a ratio to it has no value"
+            f"the loss at log-SNR {reference.log_snr[place]:.4g} is {reference.loss[place]:.4g}, expected positive, "
+            "finite losses of a reference: the logarithm of a ratio to them is taken"
         )
 
 
