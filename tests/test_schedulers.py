@@ -138,7 +138,7 @@ def test_scheduler_without_a_table_of_timesteps_is_named(timesteps: Tensor | Non
     """diffusers' MiniMaxH3Scheduler and PiflowScheduler make theirs for sampling only."""
     bare = SimpleNamespace(timesteps=timesteps, scale_noise=None, config=SimpleNamespace(num_train_timesteps=1000))
     for read in (lambda: timesteps_of(bare, torch.zeros(2)), lambda: log_snr_range_of(bare)):
-        with pytest.raises(ValueError, match=r"SimpleNamespace has no timesteps of training. Use another scheduler"):
+        with pytest.raises(ValueError, match=r"SimpleNamespace has no timesteps of training: use a scheduler"):
             read()
 
 

@@ -288,9 +288,7 @@ def _has_flow_timesteps(scheduler: Any) -> bool:
 def _table_of_timesteps(scheduler: Any) -> Tensor:
     times = getattr(scheduler, "timesteps", None)
     if times is None or len(times) == 0:
-        raise ValueError(
-            f"{type(scheduler).__name__} has no timesteps of training. Use another scheduler of its process."
-        )
+        raise ValueError(f"{type(scheduler).__name__} has no timesteps of training: use a scheduler that has them")
     return torch.as_tensor(times).cpu()  # [T]
 
 
