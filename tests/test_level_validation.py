@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import vadiff
 from vadiff.models import Denoiser
-from vadiff.optimal_loss import OptimalLoss
 from vadiff.process import DiscreteVP, loss_ratio
 from vadiff.training import held_out_loss
-from vadiff.validation import IndexedDataset, LevelLosses, LevelValidation, Records, indices_of, mean_log_ratio
+from vadiff.validation import IndexedDataset, LevelLosses, LevelValidation, indices_of
 
 RANGE = (-6.0, 6.0)
 IMAGES = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
@@ -123,6 +122,12 @@ def rank_main(rank: int, folder: str) -> None:
         dataset = validation.indexed(IMAGES[:49])  # odd: one sample comes twice
         sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=False)
         results.append(validate(validation, DataLoader(dataset, batch_size=8, sampler=sampler), scale))
+    unwritable = LevelValidation(3, log_snr_range=RANGE, reference=Path(folder) / "reference.csv" / "no folder")
+    share = [*batches(50)] if rank == 0 else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ratios = [validate(unwritable, share, scale).mean_log_ratio() for scale in (0.3, 0.2)]
+    torch.save((ratios, [str(warning.message) for warning in caught]), f"{folder}/unwritable-{rank}.pt")
     lonely = LevelValidation(3, log_snr_range=RANGE, sync=False)
     if rank == 0:
         validate(lonely, [*batches(50)])
@@ -146,6 +151,11 @@ def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:
             assert_same(got, wanted)
             assert got.mean_log_ratio() == wanted.mean_log_ratio()
         assert "no losses were added" in error
+    (first, warned), (second, silent) = (torch.load(tmp_path / f"unwritable-{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first[0] == 0.0 != first[1]
+    assert "cannot be written" in warned[0]
+    assert (len(warned), silent) == (1, [])
     assert (tmp_path / "reference.csv").read_text() == (tmp_path / "alone.csv").read_text()
 
 
@@ -183,117 +193,13 @@ def test_loss_of_a_foreign_loop_is_the_trainers_held_out_loss() -> None:
     torch.testing.assert_close(result.stderr, own.by_level.stderr, rtol=1e-4, atol=0)
 
 
-def of(losses: Tensor, **options: Any) -> LevelLosses:
-    """A result of every level of each sample, from losses [N, L]."""
-    number, size = losses.shape
-    records = Records(torch.arange(number).repeat_interleave(size), torch.arange(size).repeat(number), losses.flatten())
-    return LevelLosses.of(torch.arange(size).double(), records, "a test", **options)
-
-
-def test_standard_error_is_that_of_the_mean() -> None:
-    random = torch.Generator().manual_seed(0)
-    losses = 2.0 + 0.5 * torch.randn(
-        400, 1000, dtype=torch.float64, generator=random
-    )  # a thousand levels of 400 samples
-    result = of(losses)
-    assert result.loss.std().item() == pytest.approx(0.025, rel=0.1)
-    assert result.stderr.mean().item() == pytest.approx(0.025, rel=0.01)
-    assert result.stderr[0].item() == pytest.approx(np.std(losses[:, 0].numpy(), ddof=1) / 20.0)
-    assert of(losses[:1]).stderr.isnan().all()
-
-
-def test_standard_errors_of_ratio_and_mean_log_ratio_are_those_of_paired_samples() -> None:
-    random = torch.Generator().manual_seed(0)
-    found: list[tuple[float, float, float, float]] = []
-    for _ in range(300):
-        hardness = torch.rand(60, 1, dtype=torch.float64, generator=random).add(0.5)  # common to both runs
-        noise = 1.0 + 0.1 * torch.randn(60, 1, dtype=torch.float64, generator=random)  # common to a sample's levels
-        scale = torch.tensor([1.0, 30.0], dtype=torch.float64)
-        one, other = of(0.9 * scale * hardness * noise), of(scale * hardness)
-        ratio, error = one.ratio_to(other)
-        found.append((ratio[1].item(), error[1].item(), one.mean_log_ratio(other), one.mean_log_ratio_stderr(other)))
-    ratios, errors, means, mean_errors = np.array(found).T
-    assert ratios.mean() == pytest.approx(0.9, abs=0.003)
-    assert errors.mean() == pytest.approx(ratios.std(), rel=0.1)
-    assert means.mean() == pytest.approx(math.log(0.9), abs=0.003)
-    assert mean_errors.mean() == pytest.approx(means.std(), rel=0.1)
-
-
-def test_mean_log_ratio_is_the_same_in_every_form_of_the_loss() -> None:
-    a, b, log_snr = torch.tensor([[1.0, 2.0, 3.0], [1.5, 1.0, 4.0], [-3.0, 1.0, 5.0]], dtype=torch.float64)
-    expected = np.log([1 / 1.5, 2.0, 0.75]).mean()
-    for form in vadiff.process.PREDICTION_TYPES:
-        k = loss_ratio(form, log_snr)
-        assert mean_log_ratio(k * a, k * b).item() == pytest.approx(expected, rel=1e-9)
-
-
-def test_gap_on_training_images_is_loss_minus_optimal_loss_in_x0_form() -> None:
-    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    curve = OptimalLoss(
-        sigma, torch.tensor([3.2, 8.0, 12.8]).double(), torch.zeros(3).double(), torch.ones(3).int(), 16, 16.0, 50
-    )
-    level = -2.0 * sigma.log()
-    records = Records(
-        torch.arange(6), torch.arange(3).repeat(2), (level.exp() * torch.tensor([0.3, 0.6, 0.9])).repeat(2)
-    )
-    gap = LevelLosses.of(level, records, "a test").training_gap(curve, "epsilon")
-    torch.testing.assert_close(gap.optimal, torch.tensor([0.2, 0.5, 0.8]).double())
-    torch.testing.assert_close(gap.gap, torch.tensor([0.1, 0.1, 0.1]).double(), rtol=1e-6, atol=0)
-
-
-def test_table_has_a_line_per_level_and_the_one_number() -> None:
-    losses = torch.tensor([[1.0, 40.0], [3.0, 60.0]]).double()
-    lines = str(of(losses).compared_with(of(2.0 * losses))).splitlines()
-    assert lines[0] == "loss by noise level (a test)"
-    assert lines[2].split() == ["0.00", "1", "2", "2", "±", "1", "0.5000", "±", "0.0000"]
-    assert lines[3].split()[:6] == ["1.00", "0.6065", "2", "50", "±", "10"]
-    assert lines[4] == "mean over levels of ln(loss / reference): -0.6931 ± 0.0000 (-50.00%)"
-    assert len(lines) == 5
-
-
-def test_csv_gives_back_the_numbers_to_the_bit(tmp_path: Path) -> None:
-    result = of(torch.rand(20, 3, dtype=torch.float64))
-    result.save(tmp_path / "result.csv")
-    assert_same(LevelLosses.load(tmp_path / "result.csv"), result)
-    with (tmp_path / "result.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["sigma"]) for row in rows] == pytest.approx([1.0, math.exp(-0.5), math.exp(-1.0)])
-    assert [path.name for path in tmp_path.iterdir()] == ["result.csv"]
-
-
-def test_plot_draws_loss_and_reference() -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    result = of(torch.rand(20, 3, dtype=torch.float64) + 1.0)
-    axes = result.compared_with(result).plot()
-    assert [line.get_label() for line in axes.get_lines()][-1] == "reference"
-    assert axes.get_lines()[0].get_ydata().tolist() == result.loss.tolist()
-    assert axes.get_yscale() == "log"
-    assert result.plot(axes) is axes
-
-
-def test_tracker_gets_a_number_per_level_and_the_mean_log_ratio() -> None:
-    result, seen = of(torch.ones(4, 2).double()), []
-    result.compared_with(of(2.0 * torch.ones(4, 2).double())).log_to(
-        lambda values, step: seen.append((step, values)), 7
-    )
-    names = ["loss/log_snr_0", "loss/log_snr_1", "mean_log_ratio", "non_finite"]
-    values = dict(zip(names, (1.0, 1.0, -math.log(2.0), 0.0), strict=True))
-    assert seen == [(7, {f"vadiff/validation/{name}": value for name, value in values.items()})]
-    with pytest.raises(TypeError, match=r"step is 0\.5, expected an integer"):
-        result.log_to(print, 0.5)
-
-
-def test_non_finite_loss_shows_in_its_level_and_is_counted(tmp_path: Path) -> None:
-    validation = LevelValidation(2, log_snr_range=RANGE, every_level=True, reference=tmp_path / "reference.csv")
+def test_non_finite_loss_shows_in_its_level_and_is_counted() -> None:
     losses = torch.ones(20)
     losses[3] = torch.nan
-    log_snr, _ = validation.draw(range(20), (20, 1))
-    validation.add(range(20), log_snr, losses)
-    result = validation.result()
+    result = added(ready(every_level=True), range(20), losses).result()
     assert result.loss.isnan().tolist() == [False, True]
     assert result.non_finite.tolist() == [0, 1]
     assert str(result).splitlines()[-1] == "non-finite losses: 1, at log-SNR 6"
-    assert not (tmp_path / "reference.csv").exists(), "all later ratios would be NaN"
 
 
 SCHEDULES = {"linear": DiscreteVP.linear(), "cosine": DiscreteVP.cosine(), "hundred": DiscreteVP.linear(100)}
@@ -318,9 +224,9 @@ def test_levels_of_a_continuous_process_are_within_it() -> None:
 
 
 def added(
-    validation: LevelValidation, indices: Sequence[int], loss: Any = None, log_snr: Any = None
+    validation: LevelValidation, indices: Sequence[int], loss: Any = None, log_snr: Any = None, shape: Any = (1,)
 ) -> LevelValidation:
-    levels, _ = validation.draw(indices, (len(indices), 1))
+    levels, _ = validation.draw(indices, (len(indices), *shape))
     validation.add(indices, levels if log_snr is None else log_snr, torch.ones(len(indices)) if loss is None else loss)
     return validation
 
@@ -337,6 +243,13 @@ def ready(**options: Any) -> LevelValidation:
         (lambda: ready(levels=[math.inf]), ValueError, "levels is .*, expected a number of levels, or finite log-SNRs"),
         (lambda: ready(log_snr_range=None), ValueError, r"log_snr_range is None, .*for_process\(scheduler\)"),
         (lambda: ready(log_snr_range=(3.0, -3.0)), ValueError, r"log_snr_range is \(3.0, -3.0\), expected a lower and"),
+        (lambda: ready(log_snr_range=(2, 1, 4)), ValueError, r"log_snr_range is \(2, 1, 4\), expected a lower and"),
+        (lambda: ready(log_snr_range=(None, 1)), ValueError, r"log_snr_range is \(None, 1\), expected a lower and"),
+        (lambda: ready(levels="12"), ValueError, "levels is '12', expected a number of levels, or finite log-SNRs"),
+        (lambda: ready(reference=123), TypeError, "reference is a int, expected the path of a file, a LevelLosses"),
+        (lambda: ready().draw([2**64 - 1], (1, 2)), ValueError, r"indices cannot be read \(.*expected integers \[B\]"),
+        (lambda: added(ready(), [0], [1.0]), TypeError, "loss_per_sample is a list, expected a torch.Tensor"),
+        (lambda: indices_of(torch.ones(3)), ValueError, r"samples have shape \(3,\), expected \(B, \.\.\.\)"),
         (lambda: ready(seed=-1), ValueError, "seed is -1, expected an integer from 0"),
         (lambda: ready().draw([0.5], (1, 2)), TypeError, "indices have dtype torch.float32, expected integers"),
         (lambda: ready().draw([-3], (1, 2)), ValueError, "indices have -3, expected 0 or more"),
@@ -374,6 +287,7 @@ def test_what_cannot_be_validated_is_named(call: Any, error: type[Exception], me
 def test_padded_samples_count_once() -> None:
     result = added(added(ready(), [0, 1]), [1, 0], torch.tensor([1.001, 1.0])).result()
     assert result.samples.tolist() == [1, 1]
+    assert added(added(ready(), [0, 1], torch.zeros(2)), [0, 1], torch.full((2,), 1e-9)).result().loss.max() < 1e-8
 
 
 def test_a_pass_that_was_broken_off_is_forgotten() -> None:
@@ -383,26 +297,102 @@ def test_a_pass_that_was_broken_off_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "samples", "message"),
+    ("options", "message"),
     [
-        ({"log_snr_range": (-6.0, 5.0)}, 4, "the reference has log-SNR -6, 6, expected -6, 5: the same levels"),
-        ({"seed": 1}, 4, "the reference was drawn with one level per sample, seed 0, expected .*seed 1"),
-        ({}, 6, "the reference has 4 losses, expected 6"),
+        ({"log_snr_range": (-6.0, 5.0)}, "the reference has log-SNR -6, 6, expected -6, 5: the same levels"),
+        ({"seed": 1}, "the reference was drawn with one level per sample, seed 0, expected .*seed 1"),
+        ({"noise": lambda samples, shape: torch.zeros(shape)}, "expected one level per sample, .*noise of <lambda>"),
     ],
 )
-def test_reference_of_other_levels_noise_or_samples_is_refused(
-    options: dict[str, Any], samples: int, message: str, tmp_path: Path
+def test_reference_of_other_levels_or_noise_is_refused_at_once(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "reference.csv"
+    result = added(ready(reference=file), range(4)).result()
+    with pytest.raises(ValueError, match=rf"{message}.* Remove .*reference.csv to begin anew"):
+        ready(reference=file, **options)
+    with pytest.raises(ValueError, match=message):
+        ready(reference=result, **options)
+
+
+@pytest.mark.parametrize("content", [b"step,loss\n1,2\n", bytes(range(256))])
+def test_reference_file_that_is_no_result_is_refused_at_once(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "reference.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"reference.csv is not the result of a validation, expected CSV with"):
+        ready(reference=tmp_path / "reference.csv")
+
+
+@pytest.mark.parametrize(
+    ("indices", "shape", "message"),
+    [
+        (range(6), (1,), "measured on 4 samples of shape 1, .* expected 6 samples of shape 1, .*the same held-out set"),
+        (range(10, 14), (1,), "with indices of hash .* expected 4 samples of shape 1, with indices of hash"),
+        (range(4), (3, 2), "measured on 4 samples of shape 1, .* expected 4 samples of shape 3x2, "),
+    ],
+)
+def test_other_samples_than_the_references_warn_and_have_no_ratio(
+    indices: Sequence[int], shape: tuple[int, ...], message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "reference.csv"
     added(ready(reference=file), range(4)).result()
-    with pytest.raises(ValueError, match=rf"{message}.* Remove .*reference.csv to begin anew"):
-        added(ready(reference=file, **options), range(samples)).result()
+    before, seen = file.read_bytes(), []
+    resumed = added(ready(reference=file), indices, shape=shape)
+    with pytest.warns(UserWarning, match=rf"{message}.* Remove .*reference.csv to begin anew"):
+        result = resumed.result()
+    result.log_to(lambda values, step: seen.extend(values), 1)
+    assert seen == [f"vadiff/validation/{name}" for name in ("loss/log_snr_-6", "loss/log_snr_6", "non_finite")]
+    assert added(resumed, range(4)).result().mean_log_ratio() == 0.0
+    assert file.read_bytes() == before
 
 
-def test_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "reference.csv"
-    file.write_text("step,loss\n1,2\n")
-    with pytest.raises(ValueError, match=r"reference.csv is not the result of a validation, expected CSV with"):
-        added(ready(reference=file), range(4)).result()
-    with pytest.raises(FileNotFoundError):
-        LevelLosses.load(tmp_path / "missing.csv")
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0])
+def test_result_without_a_logarithm_is_no_reference(bad: float, tmp_path: Path) -> None:
+    validation = ready(every_level=True, reference=tmp_path / "reference.csv")
+    with pytest.warns(UserWarning, match=r"not taken as reference, as the loss at log-SNR 6 is .*, expected positive"):
+        first = added(validation, range(4), torch.tensor([1.0, bad, 1.0, bad])).result()
+    assert first.reference is None
+    assert not (tmp_path / "reference.csv").exists()
+    assert added(validation, range(4)).result().mean_log_ratio() == 0.0
+    with pytest.raises(ValueError, match=r"the loss at log-SNR 6 is .*, expected positive, finite losses"):
+        ready(every_level=True, reference=first)
+
+
+def test_reference_that_cannot_be_written_warns_and_serves_until_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    validation = added(ready(reference=tmp_path / "file" / "reference.csv"), range(4))
+    with pytest.warns(UserWarning, match=r"reference.csv cannot be written \(.*Later results are compared with this"):
+        assert validation.result().mean_log_ratio() == 0.0
+    assert added(validation, range(4), torch.full((4,), math.e)).result().mean_log_ratio() == pytest.approx(1.0)
+
+
+def test_part_of_the_held_out_set_is_kept_from_becoming_the_reference(tmp_path: Path) -> None:
+    validation = added(ready(reference=tmp_path / "reference.csv"), range(2))
+    assert validation.result(save_reference=False).reference is None
+    assert list(tmp_path.iterdir()) == []
+    assert added(validation, range(4)).result().mean_log_ratio() == 0.0
+
+
+def test_batch_without_samples_is_a_ranks_share_of_a_small_set() -> None:
+    validation = ready()
+    both: tuple[Any, ...] = (torch.empty(0, dtype=torch.int64), [])
+    for nothing in both:
+        log_snr, noise = validation.draw(nothing, (0, 3, 2))
+        assert (log_snr.shape, noise.shape) == ((0,), (0, 3, 2))
+        validation.add(nothing, log_snr, torch.empty(0))
+    assert added(validation, range(4), shape=(3, 2)).result().samples.tolist() == [2, 2]
+
+
+def test_levels_of_numpy_are_levels() -> None:
+    validation = LevelValidation(np.int64(3), log_snr_range=(np.float32(-1), 1), seed=np.int64(2))
+    assert validation.log_snr.tolist() == [-1.0, 0.0, 1.0]
+    assert validation.seed == 2
+
+
+def test_rounding_of_bfloat16_is_no_other_level_but_a_close_neighbour_is() -> None:
+    coarse = LevelValidation([-20.0, 19.93])
+    added(coarse, range(8), log_snr=coarse.draw(range(8), (8, 1))[0].bfloat16())
+    close = LevelValidation([0.0, 0.01, 0.02])
+    log_snr, _ = close.draw(range(9), (9, 1))
+    close.add(range(9), log_snr, torch.ones(9))
+    with pytest.raises(ValueError, match="log_snr of index"):
+        close.add(range(9), log_snr.roll(1), torch.ones(9))

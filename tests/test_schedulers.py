@@ -133,6 +133,15 @@ def test_log_snr_that_no_timestep_has_is_named(log_snr: Tensor, error: type[Exce
         timesteps_of(scheduler("ddpm"), log_snr)
 
 
+@pytest.mark.parametrize("timesteps", [None, torch.tensor([])])
+def test_scheduler_without_a_table_of_timesteps_is_named(timesteps: Tensor | None) -> None:
+    """diffusers' MiniMaxH3Scheduler and PiflowScheduler make theirs for sampling only."""
+    bare = SimpleNamespace(timesteps=timesteps, scale_noise=None, config=SimpleNamespace(num_train_timesteps=1000))
+    for read in (lambda: timesteps_of(bare, torch.zeros(2)), lambda: log_snr_range_of(bare)):
+        with pytest.raises(ValueError, match=r"SimpleNamespace has no timesteps of training: use a scheduler"):
+            read()
+
+
 def test_between_two_timesteps_log_snr_is_interpolated() -> None:
     found = scheduler("ddpm")
     ends = log_snr_of(found, torch.tensor([10, 11]))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vadiff.trainer.cli import main
-from vadiff.training import open_run
+from vadiff.training import Run, open_run
 
 
 def test_table_has_the_numbers_of_training(
@@ -54,6 +56,10 @@ def test_reference_is_a_run_or_what_was_written_of_it(
         (["--device", "cupboard"], "argument --device: device is 'cupboard'"),
         (["--weights", "best"], "argument --weights: 'best', expected ema, raw"),
         (["--reference", "nothing.csv"], "argument --reference: .*nothing.csv"),
+        (["--reference", "other.txt"], "argument --reference: other.txt is not the result of a validation"),
+        (["--csv", "other.txt"], "argument --csv: other.txt cannot be written: other.txt is not the result of"),
+        (["--csv", "other.txt/levels.csv"], "argument --csv: other.txt/levels.csv cannot be written: .*other.txt"),
+        (["--plot", "levels.xyz"], r"argument --plot: levels.xyz, expected a file ending in \.png, \.svg, \.pdf"),
         (
             ["--levels", "4", "--reference", "other.csv"],
             "argument --reference: the reference has log-SNR .*the same levels",
@@ -65,9 +71,57 @@ def test_invalid_arguments_are_a_usage_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_bytes(b"\xff kept \n")
     if "other.csv" in options:
         assert main(["validate", str(trained_run), "--levels", "3", "--csv", "other.csv", "--device", "cpu"]) == 0
+    monkeypatch.setattr("vadiff.trainer.training.held_out.held_out_loss", None)  # nothing is measured before
     with pytest.raises(SystemExit) as stopped:
         main(["validate", str(trained_run), "--device", "cpu", *options])
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+    assert Path("other.txt").read_bytes() == b"\xff kept \n"
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        main(["validate", *command, "--levels", "3", "--device", "cpu"])
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def other_run(run: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a run with another config."""
+    shutil.copytree(run, folder)
+    file = folder / "config.yaml"
+    text = file.read_text()
+    for name, value in changes.items():
+        text, found = re.subn(rf"(?m)^{name}: .*$", f"{name}: {value}", text)
+        assert found == 1
+    file.write_text(text)
+    return folder
+
+
+def test_run_that_holds_out_other_images_is_no_reference(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = open_run(trained_run).images()
+    changed = images._replace(held_out=255 - images.held_out)
+    other = other_run(trained_run, tmp_path / "other")
+    monkeypatch.setattr(Run, "images", lambda run: changed if run.path == other else images)
+    monkeypatch.setattr("vadiff.trainer.training.held_out.held_out_loss", None)  # nothing is measured before
+    message = refusal([str(trained_run), "--reference", str(other)], capsys)
+    assert re.search(r"argument --reference: .*other holds out 297 images of shape 1x8x8, with pixels of hash", message)
+    assert message.endswith(": a run of the same data set")
+
+
+def test_file_of_other_images_or_another_form_of_the_loss_is_no_reference(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "levels.csv"
+    options = ["--levels", "3", "--images", "10", "--device", "cpu"]
+    assert main(["validate", str(trained_run), *options, "--csv", str(file)]) == 0
+    fewer = refusal([str(trained_run), "--images", "9", "--reference", str(file)], capsys)
+    assert re.search("measured on 10 images of shape 1x8x8, .* expected 9 images of shape 1x8x8, ", fewer)
+    other = other_run(trained_run, tmp_path / "other", sigma_data=0.25)
+    scaled = refusal([str(other), "--images", "10", "--reference", str(file)], capsys)
+    assert re.search(r"draws 1, sigma_data 0\.75, expected .*draws 1, sigma_data 0\.25: the same noise", scaled)
+    assert main(["validate", str(other), *options, "--reference", str(trained_run)]) == 0  # converted

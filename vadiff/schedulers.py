@@ -147,7 +147,7 @@ def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
         times = torch.arange(len(alphas_cumprod))
         table = from_alphas_cumprod(alphas_cumprod, times).double()
     else:
-        times = torch.as_tensor(scheduler.timesteps).cpu()
+        times = _table_of_timesteps(scheduler)
         table = log_snr_of(scheduler, times.float()).double()
     wanted = log_snr.detach().double().cpu()
     ends = table.clamp(-_FAR, _FAR).sort().values  # [T] rising, finite at zero terminal SNR
@@ -244,7 +244,7 @@ def log_snr_range_of(scheduler: Any) -> tuple[float, float]:
         table = torch.as_tensor(scheduler.alphas_cumprod).cpu()
         log_snr = from_alphas_cumprod(table, torch.arange(len(table)))
     else:
-        log_snr = log_snr_of(scheduler, torch.as_tensor(scheduler.timesteps).cpu().float())
+        log_snr = log_snr_of(scheduler, _table_of_timesteps(scheduler).float())
     finite = log_snr[log_snr.isfinite()]
     return finite.min().item(), finite.max().item()
 
@@ -283,6 +283,13 @@ def _has_flow_timesteps(scheduler: Any) -> bool:
     sigmas = torch.as_tensor(scheduler.sigmas).cpu().double()[: len(times)]  # without an appended 0 or 1
     in_range = times.shape == sigmas.shape and bool((sigmas <= 1.0).all())
     return in_range and torch.allclose(times, sigmas * steps, rtol=1e-3, atol=1.0)
+
+
+def _table_of_timesteps(scheduler: Any) -> Tensor:
+    times = getattr(scheduler, "timesteps", None)
+    if times is None or len(times) == 0:
+        raise ValueError(f"{type(scheduler).__name__} has no timesteps of training: use a scheduler that has them")
+    return torch.as_tensor(times).cpu()  # [T]
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:

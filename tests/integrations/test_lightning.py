@@ -235,6 +235,30 @@ def test_validation_is_logged_and_can_be_watched(tmp_path: Path) -> None:
     assert watched != 0.0
 
 
+def test_part_of_the_held_out_set_is_no_reference(tmp_path: Path) -> None:
+    file = tmp_path / "reference.csv"
+
+    def fitted(**options: Any) -> ValidationLogger:
+        validation = LevelValidation(3, log_snr_range=(-4.0, 4.0), reference=file)
+        callback = ValidationLogger(validation)
+        held_out: DataLoader[Any] = DataLoader(validation.indexed(loader(4).dataset), batch_size=5)
+        fitting = trainer(tmp_path, Records(), callbacks=[callback], val_check_interval=2, max_steps=4, **options)
+        fitting.fit(Validated(validation), loader(), held_out)
+        return callback
+
+    assert fitted(fast_dev_run=True).result is None
+    with pytest.warns(UserWarning, match=r"limit_val_batches is 2, so no validation becomes the reference, .*Give the"):
+        limited = fitted(limit_val_batches=2).result
+    assert limited is not None
+    assert limited.reference is None
+    assert not file.exists()
+    whole = fitted().result
+    assert whole is not None
+    assert file.exists()
+    with pytest.warns(UserWarning, match="the same held-out set"):  # and the training goes on
+        assert fitted(limit_val_batches=2).result is not None
+
+
 def test_validation_logger_takes_a_validation_only() -> None:
     with pytest.raises(TypeError, match=r"validation is a int, expected a vadiff\.validation\.LevelValidation"):
         ValidationLogger(12)

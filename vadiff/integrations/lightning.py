@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -88,7 +89,8 @@ class ValidationLogger(Callback):
     """Ends each validation of a `LevelValidation` and logs it with the LightningModule's own values.
 
     The module's `validation_step` draws and adds; see docs/validation.md. `vadiff/validation/mean_log_ratio` can be the
-    `monitor` of a ModelCheckpoint or of EarlyStopping. The batches of Lightning's sanity check are not counted.
+    `monitor` of a ModelCheckpoint or of EarlyStopping. The sanity check and `fast_dev_run` give no result, and with
+    `limit_val_batches` no result becomes the reference: a part of the held-out set is no measure for the whole.
 
     Args:
         validation: the one that the module uses.
@@ -115,8 +117,16 @@ class ValidationLogger(Callback):
         self.validation.reset()  # what a pass left that was broken off
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.result = self.validation.result()
+        limit = trainer.limit_val_batches
+        whole = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
+        self.result = self.validation.result(save_reference=whole)
+        if not whole and self.validation.reference is None and trainer.is_global_zero:
+            warnings.warn(
+                f"limit_val_batches is {limit}, so no validation becomes the reference, and no ratio is logged. "
+                "Give the loader a part of the held-out set instead",
+                stacklevel=2,
+            )
         # On all ranks, as the loss is the same on all of them: callbacks of each may watch it.
         self.result.log_to(lambda values, step: pl_module.log_dict(values), trainer.global_step, self.prefix)

@@ -73,7 +73,15 @@ def indices_of(samples: Tensor) -> Tensor:
 
     Returns:
         [B] int64, 0 to 2**48 - 1, on the CPU.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: samples are [B], without a dimension beside the batch.
     """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"samples is a {type(samples).__name__}, expected a torch.Tensor of shape (B, ...)")
+    if samples.dim() < 2:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}, expected (B, ...): the bytes of each are hashed")
     rows = samples.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
     return torch.tensor(
         [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=_HASH_BYTES).digest(), "little") for row in rows]

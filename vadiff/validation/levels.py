@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +15,14 @@ from torch import Tensor
 from .. import process_defaults, schedulers
 from .._validation import check_log_snr, check_per_sample
 from ..process import NoiseProcess
+from .checks import indices_from, levels_of, once_each, seed_of
 from .dataset import IndexedDataset, Samples
 from .fixed import noise_of, stratified
-from .losses import LevelLosses, Records
+from .losses import LevelLosses, Records, check_reference
 
-_LARGEST = 2**63 - 1
 _WIDEST = 10.0  # a data-to-noise ratio of 1 to 150 and 150 to 1
-_SAME_LEVEL = 0.05  # nats; bfloat16 rounds a log-SNR of 10 by 0.03
-_SAME_LOSS = 0.05  # relative; the same sample in another batch differs by rounding only
+_SAME_LEVEL = 0.07  # nats; bfloat16 rounds a log-SNR of 20 by 0.06
+_SAME_OF_SPACING = 0.45  # of the distance between neighbours, so that swapped levels are seen
 
 NoiseOf = Callable[[Tensor, torch.Size], Tensor]
 """(samples [B] int64, shape [B, ...]) → noise of that shape, a function of each sample's index alone."""
@@ -43,16 +45,21 @@ class LevelValidation:
         every_level: every sample at every level: `levels` times the work, and much smaller standard errors.
         seed: of levels and noise.
         reference: what `result` compares with: a file, which the first result is written to if it does not exist (it
-            must be finite), or a result of another run, `LevelLosses.load(path)`. None compares with nothing.
-        noise: draws the noise in place of the built-in normal noise; see `NoiseOf`.
+            must be finite and positive), or a result of another run, `LevelLosses.load(path)`. None compares with
+            nothing.
+        noise: draws the noise in place of the built-in normal noise; see `NoiseOf`. References are told apart by the
+            function's name.
         sync: merge the losses of all ranks in `result`. False where one rank validates alone.
 
     Attributes:
         log_snr: [L] float64, the levels.
         turns: indices per sample: 1, or L with `every_level`. Sample n has the indices n·turns to (n + 1)·turns - 1.
+        reference: the `LevelLosses` that results are compared with; None until there is one.
 
     Raises:
-        ValueError, TypeError: an argument out of bounds; the message names it.
+        ValueError, TypeError: an argument out of bounds; the message names it. A reference with other levels or other
+            noise, with a loss that is not positive, or a file that is not one.
+        OSError: the reference cannot be read.
 
     Example:
         >>> validation = LevelValidation(levels=4, log_snr_range=(-6.0, 6.0))
@@ -74,14 +81,23 @@ class LevelValidation:
         noise: NoiseOf | None = None,
         sync: bool = True,
     ) -> None:
-        self.log_snr = _levels(levels, log_snr_range)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST:
-            raise ValueError(f"seed is {seed!r}, expected an integer from 0 to 2**63 - 1")
-        self.every_level, self.seed, self.sync = every_level, seed, sync
+        self.log_snr = levels_of(levels, log_snr_range)
+        self.every_level, self.seed, self.sync = every_level, seed_of(seed), sync
         self.turns = len(self.log_snr) if every_level else 1
-        self.reference = Path(reference) if isinstance(reference, str) else reference
         self._noise = noise
         self._added: list[tuple[Tensor, Tensor]] = []  # (indices, losses) of each call
+        self._shapes: set[tuple[int, ...]] = set()  # of the samples drawn for since the last result
+        self._ended = False
+        self._file = Path(reference) if isinstance(reference, (str, Path)) else None
+        if self._file is None and not isinstance(reference, (LevelLosses, type(None))):
+            raise TypeError(
+                f"reference is a {type(reference).__name__}, expected the path of a file, a LevelLosses or None"
+            )
+        self.reference: LevelLosses | None = reference if isinstance(reference, LevelLosses) else None
+        if self._file is not None:
+            self.reference = self._load_reference()
+        elif self.reference is not None:
+            self._check(self.reference)
 
     @classmethod
     def for_process(
@@ -110,7 +126,7 @@ class LevelValidation:
         """
         process = process_defaults.resolved(process)
         low, high = process_defaults.log_snr_range_of(process)
-        chosen = _levels(levels, (max(low, -_WIDEST), min(high, _WIDEST)) if log_snr_range is None else log_snr_range)
+        chosen = levels_of(levels, (max(low, -_WIDEST), min(high, _WIDEST)) if log_snr_range is None else log_snr_range)
         if not isinstance(process, NoiseProcess) or hasattr(process, "alphas_cumprod"):
             wanted = chosen
             chosen = schedulers.log_snr_of(process, schedulers.timesteps_of(process, wanted)).double()
@@ -142,7 +158,7 @@ class LevelValidation:
         Drawn on the CPU and then moved, so that every device gets the same noise.
 
         Args:
-            indices: [B] integers ≥ 0, of the samples in the held-out set.
+            indices: [B] integers ≥ 0, of the samples in the held-out set; B may be 0.
             shape: of the batch, (B, ...), as `clean.shape`.
             device: of the returned tensors; None is that of `indices`.
 
@@ -153,12 +169,15 @@ class LevelValidation:
             TypeError: indices are not integers.
             ValueError: negative indices, or a shape whose first size is not B.
         """
-        given = _checked_indices(indices)
+        given = indices_from(indices)
         shape = torch.Size(shape)
         if len(shape) == 0 or shape[0] != len(given):
             raise ValueError(
                 f"shape is {tuple(shape)}, expected ({len(given)}, ...): that of the whole batch, one row per index"
             )
+        if self._ended:
+            self._shapes, self._ended = set(), False
+        self._shapes.add(tuple(shape[1:]))
         if device is None:
             device = indices.device if isinstance(indices, Tensor) else "cpu"
         samples = given // self.turns
@@ -183,15 +202,16 @@ class LevelValidation:
             TypeError: tensors of a wrong type.
             ValueError: wrong shapes; or a log-SNR that is not the level of that index.
         """
-        given = _checked_indices(indices)
+        given = indices_from(indices)
+        device = loss_per_sample.device if isinstance(loss_per_sample, Tensor) else torch.device("cpu")
         loss = check_per_sample(
-            "loss_per_sample", loss_per_sample, len(given), loss_per_sample.device, torch.float64, differentiable=True
+            "loss_per_sample", loss_per_sample, len(given), device, torch.float64, differentiable=True
         )
         check_log_snr(log_snr)
         if log_snr.shape != given.shape:
             raise ValueError(f"log_snr has shape {tuple(log_snr.shape)}, expected ({len(given)},): one per index")
         expected, found = self.log_snr[self._level_of(given)], log_snr.detach().double().cpu()
-        wrong = ~((found - expected).abs() <= _SAME_LEVEL)  # true for NaN
+        wrong = ~((found - expected).abs() <= self._same_level)  # true for NaN
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise ValueError(
@@ -201,44 +221,56 @@ class LevelValidation:
             )
         self._added.append((given, loss.detach().cpu()))
 
-    def result(self) -> LevelLosses:
+    def result(self, *, save_reference: bool = True) -> LevelLosses:
         """Loss per level over all ranks; the next `add` begins another pass. With `sync`, every rank must call it.
 
+        A result that cannot be compared with the reference (other samples, or a file that appeared since and is none),
+        or that cannot be written as one, warns and has no reference: a training goes on.
+
+        Args:
+            save_reference: whether the first result becomes the reference. False for a pass over a part of the
+                held-out set.
+
         Raises:
-            ValueError: nothing was added; a level without samples; an index with two different losses; a reference at
-                other levels, with other samples or noise, or a file that is not one.
+            ValueError: nothing was added; a level without samples; an index with two different losses.
         """
         added, self._added = self._added, []
+        self._ended = True
         index = torch.cat([indices for indices, _ in added]) if added else torch.empty(0, dtype=torch.int64)
         loss = torch.cat([losses for _, losses in added]) if added else torch.empty(0, dtype=torch.float64)
-        reference: LevelLosses | Exception | None = None
+        shapes, problem = self._shapes, ""
         distributed = self.sync and torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        if rank == 0:
-            reference = self._read_reference()
+        if rank == 0 and self.reference is None and self._file is not None:
+            try:
+                self.reference = self._load_reference()
+            except (OSError, ValueError) as error:
+                problem = str(error)
         if distributed:
             shares: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, (index, loss, reference))
+            reference = self.reference if rank == 0 else None
+            torch.distributed.all_gather_object(shares, (index, loss, shapes, reference, problem))
             index, loss = (torch.cat([share[part] for share in shares]) for part in (0, 1))
-            reference = shares[0][2]  # all ranks raise what the first one met, none waits for another
-        if isinstance(reference, Exception):
-            raise reference
-        index, loss = _once_each(index, loss)
+            shapes = {shape for share in shares for shape in share[2]}
+            self.reference, problem = shares[0][3:]  # all ranks have what the first one read
+        index, loss = once_each(index, loss)
         records = Records(index // self.turns, self._level_of(index), loss)
-        found = LevelLosses.of(self.log_snr, records, self._draws)
-        if reference is None and isinstance(self.reference, Path) and not bool(found.non_finite.any()):
-            if rank == 0:
-                found.save(self.reference)
-            reference = replace(found, records=None)  # what the next result, or a resumed run, reads
-        try:
-            return found.compared_with(reference)
-        except ValueError as error:
-            where = f" Remove {self.reference} to begin anew." if isinstance(self.reference, Path) else ""
-            raise ValueError(f"{error}.{where}") from None
+        found = LevelLosses.of(self.log_snr, records, self._draws, _data_of(index, shapes, self.turns))
+        if self.reference is None and self._file is not None and save_reference and not problem:
+            problem = self._keep(found, write=rank == 0)
+        result = found
+        if self.reference is not None:
+            try:
+                result = found.compared_with(self.reference)
+            except ValueError as error:
+                problem = f"{error}.{self._advice}"
+        if problem and rank == 0:
+            warnings.warn(f"validation without a comparison: {problem}", stacklevel=2)
+        return result
 
     def reset(self) -> None:
         """Forget the losses added since the last `result`: after a pass that was broken off."""
-        self._added = []
+        self._added, self._ended = [], True
 
     def _level_of(self, indices: Tensor) -> Tensor:
         """Place in `log_snr` of each index, [B] int64."""
@@ -249,72 +281,53 @@ class LevelValidation:
     @property
     def _draws(self) -> str:
         kind = "every level of each sample" if self.every_level else "one level per sample"
-        return f"{kind}, seed {self.seed}" + ("" if self._noise is None else ", noise of another function")
-
-    def _read_reference(self) -> LevelLosses | Exception | None:
-        if not isinstance(self.reference, Path):
-            return self.reference
-        try:
-            return LevelLosses.load(self.reference) if self.reference.exists() else None
-        except (OSError, ValueError) as error:
-            return error
-
-
-def _once_each(index: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted by index, each index once; [R] each.
-
-    Raises:
-        ValueError: nothing, or an index with two different losses.
-    """
-    if len(index) == 0:
-        raise ValueError("no losses were added since the last result: call add for each batch of the held-out set")
-    index, order = index.sort(stable=True)
-    loss = loss[order]
-    again = index[1:] == index[:-1]
-    before, after = loss[:-1][again], loss[1:][again]
-    differ = ~torch.isclose(before, after, rtol=_SAME_LOSS, atol=0.0, equal_nan=True)
-    if bool(differ.any()):
-        which = int(differ.nonzero()[0])
-        raise ValueError(
-            f"index {int(index[1:][again][which])} was added twice, with the losses {before[which]:.6g} and "
-            f"{after[which]:.6g}. Indices have to be those of the whole held-out set, not places in a batch (use "
-            "validation.indexed(dataset)), and each pass has to end with result()."
+        return f"{kind}, seed {self.seed}" + (
+            "" if self._noise is None else f", noise of {getattr(self._noise, '__name__', type(self._noise).__name__)}"
         )
-    first = torch.cat([torch.ones(1, dtype=torch.bool), ~again])
-    return index[first], loss[first]
+
+    @property
+    def _same_level(self) -> float:
+        """Distance in nats below which a log-SNR is that of its index's level."""
+        if len(self.log_snr) == 1:
+            return _SAME_LEVEL
+        return min(_SAME_LEVEL, _SAME_OF_SPACING * float(self.log_snr.sort().values.diff().min()))
+
+    @property
+    def _advice(self) -> str:
+        return "" if self._file is None else f" Remove {self._file} to begin anew."
+
+    def _load_reference(self) -> LevelLosses | None:
+        """What the file holds, checked; None if there is none yet."""
+        assert self._file is not None
+        if not self._file.exists():
+            return None
+        loaded = LevelLosses.load(self._file)
+        self._check(loaded)
+        return loaded
+
+    def _check(self, reference: LevelLosses) -> None:
+        try:
+            check_reference(reference, self.log_snr, self._draws)
+        except ValueError as error:
+            raise ValueError(f"{error}.{self._advice}") from None
+
+    def _keep(self, found: LevelLosses, write: bool) -> str:
+        """Take a result as reference; returns what went wrong, if anything."""
+        try:
+            check_reference(found, self.log_snr, self._draws)
+        except ValueError as error:
+            return f"this result is not taken as reference, as {error}"
+        self.reference = replace(found, records=None)  # what a resumed run reads
+        try:
+            if write:
+                found.save(self._file)  # type: ignore[arg-type]
+        except OSError as error:
+            return f"{self._file} cannot be written ({error}). Later results are compared with this one until the end"
+        return ""
 
 
-def _checked_indices(indices: Tensor | Sequence[int]) -> Tensor:
-    """[B] int64 on the CPU."""
-    given = torch.as_tensor(indices).detach()
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"indices have dtype {given.dtype}, expected integers: places in the held-out set")
-    if given.dim() != 1 or len(given) == 0:
-        raise ValueError(f"indices have shape {tuple(given.shape)}, expected (B,): one per sample")
-    given = given.cpu().long()
-    if int(given.min()) < 0:
-        raise ValueError(f"indices have {int(given.min())}, expected 0 or more: places in the held-out set")
-    return given
-
-
-def _levels(levels: int | Sequence[float] | Tensor, log_snr_range: tuple[float, float] | None) -> Tensor:
-    """[L] float64."""
-    if isinstance(levels, int) and not isinstance(levels, bool):
-        if levels < 1:
-            raise ValueError(f"levels is {levels}, expected at least 1")
-        if log_snr_range is None:
-            raise ValueError(
-                "log_snr_range is None, expected (low, high): the log-SNRs between which levels are spaced. "
-                "LevelValidation.for_process(scheduler) takes them from a scheduler or process."
-            )
-        low, high = log_snr_range
-        found = torch.linspace(low, high, levels, dtype=torch.float64)
-        if not (low < high and bool(found.isfinite().all())):
-            raise ValueError(f"log_snr_range is {log_snr_range}, expected a lower and a higher finite number")
-        return found
-    found = torch.as_tensor(levels, dtype=torch.float64).cpu()
-    if found.dim() != 1 or len(found) == 0 or not bool(found.isfinite().all()):
-        raise ValueError(f"levels is {levels!r}, expected a number of levels, or finite log-SNRs [L]")
-    if len(found.unique()) < len(found):
-        raise ValueError(f"levels is {levels!r}, expected each log-SNR once")
-    return found
+def _data_of(index: Tensor, shapes: set[tuple[int, ...]], turns: int) -> str:
+    """Names the samples of a pass: how many, their shapes, and a hash of the indices [R] in ascending order."""
+    shape = " and ".join(sorted("x".join(map(str, shape)) or "scalar" for shape in shapes))
+    digest = hashlib.blake2b(index.numpy().astype("<i8").tobytes(), digest_size=6).hexdigest()
+    return f"{len((index // turns).unique()):,} samples of shape {shape}, with indices of hash {digest}"

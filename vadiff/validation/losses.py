@@ -18,7 +18,7 @@ from ..optimal_loss import ModelGap, OptimalLoss
 from ..process import loss_ratio
 from ..summary import LOG_SNR, log_values
 
-_COLUMNS = ("log_snr", "sigma", "loss", "stderr", "samples", "non_finite", "draws")
+_COLUMNS = ("log_snr", "sigma", "loss", "stderr", "samples", "non_finite", "draws", "data")
 _SAME_LEVEL = 1e-3  # nats
 
 
@@ -58,7 +58,9 @@ class LevelLosses:
         stderr: [L] float64, standard error of `loss` over samples; NaN for a single sample.
         samples: [L] int64, number of samples at each level.
         non_finite: [L] int64, how many of them had a non-finite loss.
-        draws: how levels and noise were drawn, as text. Only results with the same `draws` and `samples` are paired.
+        draws: how levels and noise were drawn, as text.
+        data: which samples were measured, as text: number, shape, and a hash of what tells them apart. Only results
+            with the same `draws`, `data` and `samples` are compared.
         records: the loss of each sample, None if read from a file.
         reference: the result that `mean_log_ratio` and the table compare with by default.
     """
@@ -69,17 +71,18 @@ class LevelLosses:
     samples: Tensor
     non_finite: Tensor
     draws: str
+    data: str = ""
     records: Records | None = None
     reference: LevelLosses | None = None
 
     @classmethod
-    def of(cls, log_snr: Tensor, records: Records, draws: str) -> LevelLosses:
+    def of(cls, log_snr: Tensor, records: Records, draws: str, data: str = "") -> LevelLosses:
         """Means and standard errors of the samples' losses.
 
         Args:
             log_snr: [L], the levels.
             records: with at least one sample at each level.
-            draws: see `LevelLosses`.
+            draws, data: see `LevelLosses`.
 
         Raises:
             ValueError: a level without samples.
@@ -105,6 +108,7 @@ class LevelLosses:
             samples=count,
             non_finite=total((~records.loss.isfinite()).double()).long(),
             draws=draws,
+            data=data,
             records=records,
         )
 
@@ -209,11 +213,11 @@ class LevelLosses:
         return "\n".join(lines)
 
     def as_rows(self) -> list[dict[str, Any]]:
-        """One dict per level: log_snr, sigma (σ/α), loss, stderr, samples, non_finite, draws."""
+        """One dict per level: log_snr, sigma (σ/α), loss, stderr, samples, non_finite, draws, data."""
         sigma = (-0.5 * self.log_snr).exp()
         columns = (self.log_snr, sigma, self.loss, self.stderr, self.samples, self.non_finite)
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [dict(zip(_COLUMNS, (*row, self.draws), strict=True)) for row in rows]
+        return [dict(zip(_COLUMNS, (*row, self.draws, self.data), strict=True)) for row in rows]
 
     def save(self, path: str | Path) -> None:
         """Write the levels as CSV, a line each, which `load` reads. Replaces the file in one step."""
@@ -230,16 +234,16 @@ class LevelLosses:
             OSError: there is no such file.
             ValueError: it is not such a file.
         """
-        with Path(path).open(newline="") as file:
-            rows = list(csv.DictReader(file))
         try:
+            with Path(path).open(newline="") as file:
+                rows = list(csv.DictReader(file))
             log_snr, loss, stderr = (
                 torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
                 for name in ("log_snr", "loss", "stderr")
             )
             samples, non_finite = (torch.tensor([int(row[name]) for row in rows]) for name in ("samples", "non_finite"))
-            return cls(log_snr, loss, stderr, samples, non_finite, rows[0]["draws"])
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+            return cls(log_snr, loss, stderr, samples, non_finite, rows[0]["draws"], rows[0]["data"])
+        except (IndexError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(
                 f"{path} is not the result of a validation, expected CSV with the columns {', '.join(_COLUMNS)}: "
                 "remove it, or give a file that LevelLosses.save wrote"
@@ -298,16 +302,20 @@ class LevelLosses:
             raise ValueError(
                 "reference is None, expected a result to compare with: give it, or reference= to LevelValidation"
             )
+        if not isinstance(other, LevelLosses):
+            raise TypeError(
+                f"reference is a {type(other).__name__}, expected a LevelLosses; LevelLosses.load(path) reads a file"
+            )
         self._check_paired(other)
         return other
 
     def _check_paired(self, other: LevelLosses) -> None:
-        if len(other.log_snr) != len(self.log_snr) or not torch.allclose(
-            other.log_snr, self.log_snr, rtol=0.0, atol=_SAME_LEVEL
-        ):
-            raise ValueError(f"the reference has log-SNR {_levels(other)}, expected {_levels(self)}: the same levels")
-        if other.draws != self.draws:
-            raise ValueError(f"the reference was drawn with {other.draws}, expected {self.draws}: the same noise")
+        _check_drawn_alike(other, self.log_snr, self.draws)
+        if other.data != self.data:
+            raise ValueError(
+                f"the reference was measured on {other.data or 'unknown samples'}, expected "
+                f"{self.data or 'unknown samples'}: the same held-out set"
+            )
         both = self.records is not None and other.records is not None
         same = torch.equal(self.records.sample, other.records.sample) if both else True  # type: ignore[union-attr]
         if not same or not torch.equal(other.samples, self.samples):
@@ -317,5 +325,32 @@ class LevelLosses:
             )
 
 
-def _levels(losses: LevelLosses) -> str:
-    return ", ".join(f"{level:.4g}" for level in losses.log_snr.tolist())
+def check_reference(reference: LevelLosses, log_snr: Tensor, draws: str) -> None:
+    """Check that results with these levels and draws can be compared with a reference.
+
+    Raises:
+        ValueError: other levels or draws, or a loss of the reference that is not positive and finite.
+    """
+    _check_drawn_alike(reference, log_snr, draws)
+    bad = ~((reference.loss > 0) & reference.loss.isfinite())
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0])
+        raise ValueError(
+            f"the loss at log-SNR {reference.log_snr[place]:.4g} is {reference.loss[place]:.4g}, expected positive, "
+            "finite losses of a reference: the logarithm of a ratio to them is taken"
+        )
+
+
+def _check_drawn_alike(reference: LevelLosses, log_snr: Tensor, draws: str) -> None:
+    if len(reference.log_snr) != len(log_snr) or not torch.allclose(
+        reference.log_snr, log_snr, rtol=0.0, atol=_SAME_LEVEL
+    ):
+        raise ValueError(
+            f"the reference has log-SNR {_text(reference.log_snr)}, expected {_text(log_snr)}: the same levels"
+        )
+    if reference.draws != draws:
+        raise ValueError(f"the reference was drawn with {reference.draws}, expected {draws}: the same noise")
+
+
+def _text(log_snr: Tensor) -> str:
+    return ", ".join(f"{level:.4g}" for level in log_snr.tolist())

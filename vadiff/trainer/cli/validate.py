@@ -3,12 +3,18 @@
 import argparse
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...files import replacing
 from .drawing import weights_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...models import Denoiser
+    from ...validation import LevelLosses
     from ..training import HeldOutLoss, Run, TrainConfig
 
 NAME = "validate"
@@ -17,8 +23,9 @@ DESCRIPTION = (
     "Measure EDM's loss of a run on held-out images, at the noise levels and with the noise of its own held-out loss, "
     "and print a table: loss, standard error and, with --reference, the ratio per noise level and the mean over levels "
     "of ln(loss / reference). Another run as reference is measured on the same images with the same noise, so that the "
-    "errors of the ratios are those of the paired difference."
+    "errors of the ratios are those of the paired difference; it must hold out the same images."
 )
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, metavar="RUN|FILE", default=None,
         help="run to compare with (its latest checkpoint, the same --weights), or a file of --csv",
     )  # fmt: skip
-    parser.add_argument("--csv", type=Path, metavar="FILE", default=None, help="also write the levels as CSV")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", default=None, help="also draw loss over log-SNR: .png, .svg"
+        "--csv", type=Path, metavar="FILE", default=None, help="also write the levels as CSV, over an earlier one"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", default=None, help="also draw loss over log-SNR: .png, .svg or .pdf"
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--device", default="auto", help="where to measure: auto (a GPU if there is one), cpu, cuda:N")
@@ -48,27 +57,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ...extras import import_extra
-    from ...validation import LevelLosses
+    from ...models import Denoiser
     from ..training import TrainConfig, open_run
+    from ..training.held_out import held_out_loss_of_run
 
+    # Whatever can be refused is refused before measuring.
     if options.plot is not None:
-        import_extra("matplotlib", "report")  # fail before measuring
+        import_extra("matplotlib", "report")
+    _check_outputs(options)
     opened = open_run(options.run_directory)
     try:
         options.torch_device = TrainConfig(device=options.device).torch_device()
     except ValueError as error:
         options.parser.error(f"argument --device: {error}")
-    measured = _measured(opened, opened.config, options, options.step)
+    config = _config(opened, options)
+    images = opened.images()
+    try:
+        reference = None if options.reference is None else _reference(options, config, images.held_out)
+    except (OSError, ValueError) as error:
+        options.parser.error(f"argument --reference: {error}")
+
+    def measure(denoiser: Denoiser) -> "HeldOutLoss":
+        return held_out_loss_of_run(config, images, denoiser, limit=options.images, progress=not options.json)
+
+    measured = measure(opened.denoiser(options.weights, options.step, options.torch_device))
     result = measured.by_level
-    if options.reference is not None:
+    if reference is not None:
         try:
-            if options.reference.is_dir():
-                other = _measured(open_run(options.reference), opened.config, options)
-                reference = other.with_sigma_data(measured.sigma_data).by_level
+            if isinstance(reference, Denoiser):
+                other = measure(reference)
+                result = result.compared_with(other.with_sigma_data(measured.sigma_data).by_level)
             else:
-                reference = LevelLosses.load(options.reference)
-            result = result.compared_with(reference)
-        except (OSError, ValueError) as error:
+                result = result.compared_with(reference)
+        except ValueError as error:
             options.parser.error(f"argument --reference: {error}")
     if options.json:
         content = {"levels": result.as_rows(), "x0_loss": measured.level_mean}
@@ -77,30 +98,66 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(content))
     else:
         print(f"EDM's {result}\ngeometric mean over levels of the x0 loss: {measured.level_mean:.5g}")
-    if options.csv is not None:
-        result.save(options.csv)
-    if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
-        result.plot().figure.savefig(options.plot)
+    try:
+        if options.csv is not None:
+            result.save(options.csv)
+        if options.plot is not None:
+            with replacing(options.plot) as partial:
+                result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
+    except OSError as error:
+        options.parser.error(f"the result cannot be written: {error}")
 
 
-def _measured(
-    opened: "Run", config: "TrainConfig", options: argparse.Namespace, step: int | None = None
-) -> "HeldOutLoss":
-    """The held-out loss of a run's weights, measured as `config` and the options say."""
-    from ..training.held_out import held_out_loss_of_run
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse files of --csv and --plot that cannot be written, or that hold something else."""
+    from ...validation import LevelLosses
 
+    if options.plot is not None and options.plot.suffix not in PICTURES:
+        options.parser.error(f"argument --plot: {options.plot}, expected a file ending in {', '.join(PICTURES)}")
+    for name, path in (("csv", options.csv), ("plot", options.plot)):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+            if name == "csv" and path.exists():
+                LevelLosses.load(path)
+        except (OSError, ValueError) as error:
+            options.parser.error(f"argument --{name}: {path} cannot be written: {error}")
+
+
+def _config(opened: "Run", options: argparse.Namespace) -> "TrainConfig":
+    """The run's config with the number of levels of the options."""
     if options.images is not None and options.images < 1:
         options.parser.error(f"argument --images: {options.images}, expected at least 1")
+    config = opened.config
     try:
         if options.levels is not None:
             config = dataclasses.replace(config, held_out_levels=options.levels)
     except ValueError as error:
         options.parser.error(f"argument --levels: {error}")
-    return held_out_loss_of_run(
-        config,
-        opened.images(),
-        opened.denoiser(options.weights, step, options.torch_device),
-        limit=options.images,
-        progress=not options.json,
-    )
+    return config
+
+
+def _reference(options: argparse.Namespace, config: "TrainConfig", held_out: "Tensor") -> "Denoiser | LevelLosses":
+    """The denoiser of another run, or the losses in a file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: not a validation, or one of other levels; a run that holds out other images, some of which it may
+            have been trained on.
+    """
+    from ...validation import LevelLosses
+    from ...validation.losses import check_reference
+    from ..training import open_run
+    from ..training.held_out import held_out_log_snr, name_of
+
+    if not options.reference.is_dir():
+        losses = LevelLosses.load(options.reference)
+        check_reference(losses, held_out_log_snr(config), losses.draws)
+        return losses
+    other = open_run(options.reference)
+    mine, others = name_of(held_out), name_of(other.images().held_out)
+    if mine != others:
+        raise ValueError(f"{options.reference} holds out {others}, expected {mine}: a run of the same data set")
+    return other.denoiser(options.weights, device=options.torch_device)

@@ -4,6 +4,7 @@ It is a `vadiff.validation.LevelValidation` of every level of each image, with n
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,7 +22,6 @@ from ..data import Images
 from .progress import progress_bar
 
 _SEEDS_APART = 0x9E3779B1  # between draws; odd, as torch's CPU generator reads the low 32 bits of a seed only
-_DRAWS = "every level of each sample, noise of a vadiff run"
 LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
 
 
@@ -31,6 +31,8 @@ class HeldOutLoss(NamedTuple):
     log_snr: Tensor  # [L] float32
     per_image: Tensor  # [L, N] float32, on the CPU
     sigma_data: float  # of EDM's weight λ(σ) = 1/σ² + 1/sigma_data²
+    noise: str = "noise of a vadiff run"  # how it was drawn
+    images: str = ""  # which images, see `name_of`
 
     @property
     def mean(self) -> Tensor:
@@ -51,7 +53,8 @@ class HeldOutLoss(NamedTuple):
             level=torch.arange(levels).repeat(images),
             loss=self.per_image.T.reshape(-1).double(),
         )
-        return LevelLosses.of(self.log_snr, records, _DRAWS)
+        draws = f"every level of each sample, {self.noise}, sigma_data {self.sigma_data:g}"
+        return LevelLosses.of(self.log_snr, records, draws, self.images)
 
     def with_sigma_data(self, sigma_data: float) -> "HeldOutLoss":
         """The same loss with λ(σ) of another sigma_data, to compare with a run that has it."""
@@ -103,7 +106,7 @@ def held_out_loss_of_run(
     """
     number = config.held_out_images if limit is None else limit
     labels = images.held_out_labels
-    return held_out_loss(
+    found = held_out_loss(
         denoiser,
         normalised(images.held_out[:number]),
         None if labels is None else labels[:number],
@@ -111,6 +114,13 @@ def held_out_loss_of_run(
         draws=config.held_out_draws,
         progress=progress,
     )
+    return found._replace(images=name_of(images.held_out[:number]))
+
+
+def name_of(pixels: Tensor) -> str:
+    """Images as text, equal for equal pixels only: number, shape, and a hash. uint8 [N, C, H, W]."""
+    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=6).hexdigest()
+    return f"{len(pixels):,} images of shape {'x'.join(map(str, pixels.shape[1:]))}, with pixels of hash {digest}"
 
 
 @torch.no_grad()
@@ -163,7 +173,7 @@ def held_out_loss(
             records = validation.result().records
             assert records is not None  # only a result from a file has none
             per_image[records.level, records.sample] += records.loss.float()
-    return HeldOutLoss(levels, per_image, denoiser.sigma_data)
+    return HeldOutLoss(levels, per_image, denoiser.sigma_data, f"noise of a vadiff run, seed {seed}, draws {draws}")
 
 
 def _rows(noise: Tensor, samples: Tensor, shape: torch.Size) -> Tensor:
