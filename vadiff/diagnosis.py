@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .bands import Bands, Criterion, band_of_bins, bands_of
-from .level_checks import problem_with_levels
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
+from .watch import problem_of
 from .weighting import LossLevel, VarianceAware, Weighting
 
 LEAVE_BELOW = 5.0
@@ -166,12 +166,12 @@ def diagnose(
     """
     statistics = criterion.statistics
     bands = bands_of(criterion)
-    outside, last = statistics.outside.cpu(), criterion._last_log_snr
+    outside = statistics.outside.cpu()
     moments = moments_of(statistics.state.cpu(), statistics.bins)
     count, skipped = moments[0], int(statistics.skipped)
     spread = spread_of(bands)
-    problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
-    verdict = verdict_of(bands, type(criterion.weighting).__name__, balances(criterion.weighting), skipped, problem)
+    name, problem = type(criterion.weighting).__name__, problem_of(criterion)
+    verdict = verdict_of(bands, name, balances(criterion.weighting), skipped, problem)
     total = max(count.sum().item(), 1e-300)
     later = verdict.finding in ("leave", "unclear") and _holds_first_steps(total, criterion)
     return Diagnosis(
