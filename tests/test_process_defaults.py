@@ -325,7 +325,7 @@ def test_a_name_that_contains_the_std_of_the_data_does_not_guess_it_from_edm_s_c
 
 
 def test_soft_min_snr_by_name_follows_the_scheduler_of_an_integration() -> None:
-    scheduler = diffusers.EDMEulerScheduler(sigma_data=1.0)
+    scheduler: Any = diffusers.EDMEulerScheduler(sigma_data=1.0)
     criterion = vadiff.DiffusionLoss("soft_min_snr")
     prediction, x0, noise = torch.randn(3, 4, 5)
     scheduler_loss(criterion, scheduler, prediction.requires_grad_(), x0, noise, scheduler.timesteps[:4])

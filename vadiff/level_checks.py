@@ -178,11 +178,12 @@ def _known_mistake(seen: _Seen) -> str | None:
         in_range = ((values >= seen.bins.low) & (values < seen.bins.high)).double().mean().item()
         elsewhere = (edges[1:] < values[0] - padding) | (edges[:-1] > values[-1] + padding)
         strays = seen.inside[elsewhere].sum().item() / seen.samples
-        strays += max(seen.below - (values < seen.bins.low).double().mean().item(), 0.0)
-        strays += max(seen.above - (values >= seen.bins.high).double().mean().item(), 0.0)
+        for outside, beyond in ((seen.below, values < seen.bins.low), (seen.above, values >= seen.bins.high)):
+            if not bool(beyond.any()):  # where some belong outside, the distance counts the others
+                strays += outside
         distance = (found - expected)[:-1].abs().max().item()
         limit = _KNOWN_DISTANCE + 0.5 / math.sqrt(seen.samples)
-        if in_range > 0.9 and strays < 5e-3 and distance < limit:
+        if in_range > 0.4 and strays < 5e-3 and distance < limit:
             return problem
     return None
 

@@ -190,13 +190,16 @@ def _is_first_rank() -> bool:
 
 
 def _calls_at_least(criterion: Watched, calls: int) -> bool:
-    """Whether the statistics hold the samples of so many calls, or as many as they ever will. Waits for the GPU."""
+    """Whether the statistics hold the samples of so many calls, to 1 %. Waits for the GPU."""
     statistics, last = criterion.statistics, criterion._last_log_snr
     if last is None:
         return False
     ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    most = statistics.half_life * statistics.bins.size / math.log(2.0)  # with forgetting
-    return statistics.count.sum().item() >= min(float(calls * len(last) * ranks), 0.9 * most)
+    samples = float(calls * len(last) * ranks)
+    most = statistics.half_life * statistics.bins.size / math.log(2.0)  # effective number, with forgetting
+    if math.isfinite(most):
+        samples = -most * math.expm1(-samples / most)
+    return statistics.count.sum().item() >= 0.99 * samples
 
 
 def _unmoved(criterion: Watched, first_head: Tensor | None) -> Tensor | None:
