@@ -233,7 +233,7 @@ def test_more_skipped_samples_than_recorded_ones_come_first() -> None:
 
 
 def test_wrong_noise_levels_are_the_verdict_whatever_the_ratio_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "problem_with_levels", lambda *given: "all of it is timesteps. Convert them.")
+    monkeypatch.setattr(diagnosis, "problem_of", lambda criterion: "all of it is timesteps. Convert them.")
     found = fed(50.0).diagnose()
     assert found.finding == "levels"
     assert found.verdict == "your log-SNR looks wrong: all of it is timesteps. Convert them."

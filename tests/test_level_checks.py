@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import vadiff
 from vadiff import levels, log_snr
+from vadiff.errors import DiffusionLossWarning
+from vadiff.integrations import flow_matching
 from vadiff.level_checks import problem_with_levels
 from vadiff.ops.problem import Bins
 from vadiff.process import DiscreteVP
@@ -71,8 +74,17 @@ def drawn_by(sampler: levels.LevelSampler) -> Draw:
     return lambda n, g: sampler(uniform(n, g)).log_snr
 
 
-def scheduled(name: str, **options: Any) -> Draw:
+def kohya_flow() -> Draw:
+    """sd-scripts' whole timesteps of a flow, which stand for the middle of a step."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return lambda n, g: log_snr_of(scheduler, steps(n, g).float() + 0.5)
+
+
+def scheduled(name: str, timesteps: int | None = None, **options: Any) -> Draw:
+    """A scheduler's levels; with `timesteps` after `set_timesteps`, before which some take none."""
     scheduler = getattr(diffusers, name)(**options)
+    if timesteps is not None:
+        scheduler.set_timesteps(timesteps)
 
     def draw(n: int, g: torch.Generator) -> Tensor:
         times = getattr(scheduler, "timesteps", None)
@@ -150,6 +162,30 @@ RIGHT: dict[str, Draw] = {
     "EDMEulerScheduler": scheduled("EDMEulerScheduler"),
     "CMStochasticIterativeScheduler": scheduled("CMStochasticIterativeScheduler"),
     "FlowMatchEulerDiscreteScheduler": scheduled("FlowMatchEulerDiscreteScheduler", shift=3.0),
+    **{
+        f"{name}, {options}": scheduled(name, **options)
+        for name in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler")
+        for options in (
+            {"beta_schedule": "linear"},
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            {"beta_schedule": "squaredcos_cap_v2"},
+        )
+    },
+    **{name: scheduled(name) for name in ("HeunDiscreteScheduler", "EDMDPMSolverMultistepScheduler")},
+    **{
+        name: scheduled(name, timesteps=1000)
+        for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler")
+    },
+    "FlowMatchEulerDiscreteScheduler, no shift": scheduled("FlowMatchEulerDiscreteScheduler"),
+    "FlowMatchHeunDiscreteScheduler": scheduled("FlowMatchHeunDiscreteScheduler"),
+    # What integrations compute from the levels that their trainers draw.
+    "torchcfm": lambda n, g: flow_matching.log_snr(uniform(n, g)),
+    "torchcfm, sigma .1": lambda n, g: flow_matching.log_snr(uniform(n, g), sigma=0.1),
+    "k-diffusion, log-normal": lambda n, g: log_snr.from_sigma(sigmas(n, g)),
+    "k-diffusion, cosine-interpolated": lambda n, g: log_snr.from_sigma(
+        (uniform(n, g, 0.003, 0.997) * math.pi / 2).tan()
+    ),
+    "kohya, Flux": kohya_flow(),
 }
 
 
@@ -210,7 +246,6 @@ def judged(draw: Draw, bins: Bins, calls: int, batch: int, seed: int = 0) -> str
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_schedule_in_use_is_left_alone(name: str) -> None:
-    assert len(RIGHT) >= 40
     for bins in RANGES.values():
         for calls, batch in ((200, 1), (200, 4), (200, 64), (60, 512)):
             for seed in range(3):
@@ -225,6 +260,50 @@ def test_what_is_no_log_snr_is_named(name: str) -> None:
         assert problem is not None
         assert re.search(cause, problem), problem
         assert problem.endswith(".")
+
+
+def said(criterion: vadiff.DiffusionLoss, draw: Draw, calls: int, batch: int, seed: int) -> list[str]:
+    """The warnings of a criterion in so many training calls."""
+    generator = torch.Generator().manual_seed(seed)
+    prediction, target = torch.randn(batch, 1, requires_grad=True), torch.zeros(batch, 1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(calls):
+            criterion(prediction, target, draw(batch, generator).float())
+    return [str(warning.message) for warning in found if warning.category is DiffusionLossWarning]
+
+
+PROCESS_OF = {"flow": "flow", "EDM": "edm", "sigma": "edm", "linear": "vp_linear", "cosine": "vp_cosine", "SD": SD}
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_criterion_names_what_is_no_log_snr(name: str, batch: int) -> None:
+    draw, cause = WRONG[name]
+    process = next((process for word, process in PROCESS_OF.items() if word in name), "stable_diffusion")
+    for criterion in (vadiff.DiffusionLoss("constant"), vadiff.DiffusionLoss.for_process(process)):
+        found = said(criterion, draw, 1000, batch, seed=0)
+        assert len(found) == 1
+        # From few samples the sigma of a VP process is told from log-SNR, but not from other sigmas.
+        few = "|for the sigma of a variance-preserving process" if "from_sigma of VP's" in name else ""
+        assert re.search(f"{cause}|log_snr_range{few}", found[0]), found[0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("process", [None, "flow"])
+@pytest.mark.parametrize(("batch", "calls"), [(1, 8000), (2, 2000), (4, 1000), (64, 200)])
+def test_logit_normal_times_in_place_of_log_snr_are_named(
+    shift: float, process: str | None, batch: int, calls: int
+) -> None:
+    """SD3's times, shifted or not: few of them are near 0 or near 1."""
+
+    def times(n: int, g: torch.Generator) -> Tensor:
+        return (normal(n, g) + math.log(shift)).sigmoid()
+
+    for seed in range(2):
+        criterion = vadiff.DiffusionLoss.for_process(process) if process else vadiff.DiffusionLoss()
+        (problem,) = said(criterion, times, calls, batch, seed)
+        assert "all values of log_snr lie in [0, 1]" in problem
 
 
 @pytest.mark.parametrize("name", ["timesteps", "sigma", "time", "SNR, linear", "times for timesteps of a flow"])

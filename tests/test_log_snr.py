@@ -1,12 +1,15 @@
 """vadiff.log_snr: what trainers have at hand → log-SNR."""
 
 import math
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from vadiff import log_snr
+from vadiff import schedule_checks
+from vadiff.errors import DiffusionLossWarning
 from vadiff.log_snr import from_alpha_sigma, from_alphas_cumprod, from_flow_time, from_sigma
 from vadiff.process import DiscreteVP, Flow, VPCosine
 
@@ -167,12 +170,6 @@ def test_a_table_that_is_no_alphas_cumprod_is_refused_and_named(name: str, made_
         from_alphas_cumprod(made_of(alpha_bar, alphas).to(dtype), torch.tensor([1, 2]))
 
 
-def test_common_schedules_are_those_of_vadiff_process() -> None:
-    expected = [tuple(process.alphas_cumprod[[500, 999]].tolist()) for process in SCHEDULES.values()]
-    for found, exact in zip(log_snr._COMMON, expected, strict=True):
-        assert found == pytest.approx(exact, rel=1e-4)
-
-
 def test_numpy_schedules_times_and_sigmas_are_taken() -> None:
     """OpenAI's GaussianDiffusion and its descendants have float64 NumPy tables."""
     table = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
@@ -196,3 +193,138 @@ def test_timesteps_in_place_of_sigma_are_refused_with_the_line_to_write() -> Non
     assert from_sigma(torch.tensor([1.0, 10.0, 100.0])).isfinite().all()  # too few to tell
     assert from_sigma(torch.full((8,), 100.0)).isfinite().all()
     assert from_sigma(torch.arange(1.0, 81.0)).isfinite().all()
+    assert from_sigma(torch.tensor([5.0, 25.0, 50.0, 75.0, 100.0])).isfinite().all()  # denoising of 8-bit images
+
+
+# Tables of schedules
+
+
+def spaced(table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """50 of 1,000 timesteps, as diffusers' timestep_spacing takes them."""
+    every = torch.linspace(0, 999, 50).round().long()
+    return {"leading": table[::20], "leading + 1": table[1::20], "trailing": table[19::20], "linspace": table[every]}
+
+
+def with_one(table: torch.Tensor) -> torch.Tensor:
+    return torch.cat([table.new_ones(1), table])
+
+
+KANDINSKY = DiscreteVP.linear(1000, 0.00085, 0.012)
+
+
+def alphas_of(process: DiscreteVP) -> torch.Tensor:
+    table = with_one(process.alphas_cumprod)
+    return table[1:] / table[:-1]
+
+
+@pytest.mark.parametrize("process", [*SCHEDULES.values(), KANDINSKY], ids=[*SCHEDULES, "Kandinsky"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_parts_and_spacings_of_schedules_are_taken(process: DiscreteVP, dtype: torch.dtype) -> None:
+    whole, zero = process.alphas_cumprod, process.with_zero_terminal_snr().alphas_cumprod
+    tables = [
+        whole[:50],
+        whole[:200],
+        whole[500:],
+        with_one(whole),
+        zero,
+        *spaced(whole).values(),
+        *spaced(zero).values(),
+    ]
+    for table in tables:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not from_alphas_cumprod(table.to(dtype), torch.tensor([0, 1, len(table) - 1])).isnan().any()
+
+
+@pytest.mark.parametrize("process", [*SCHEDULES.values(), KANDINSKY], ids=[*SCHEDULES, "Kandinsky"])
+def test_square_roots_of_schedules_are_refused_in_every_usual_form(process: DiscreteVP) -> None:
+    whole, zero = process.alphas_cumprod, process.with_zero_terminal_snr().alphas_cumprod
+    for table in (whole, zero, with_one(whole), *spaced(whole).values(), *spaced(zero).values()):
+        for dtype in (torch.float64, torch.float32):
+            with pytest.raises(ValueError, match="the square root of a common schedule's ᾱ"):
+                from_alphas_cumprod(table.sqrt().to(dtype), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("steps", [20, 50, 100, 1000])
+@pytest.mark.parametrize("schedule", [DiscreteVP.linear, DiscreteVP.scaled_linear, DiscreteVP.cosine])
+def test_alphas_of_few_steps_are_refused(schedule: Callable[[int], DiscreteVP], steps: int) -> None:
+    for dtype in (torch.float64, torch.float32):
+        with pytest.raises(ValueError, match="look like alphas, 1 - beta of each step"):
+            from_alphas_cumprod(alphas_of(schedule(steps)).to(dtype), torch.tensor([1, 2]))
+
+
+def test_constant_betas_and_their_alphas_are_refused_and_their_product_is_taken() -> None:
+    betas = torch.full((1000,), 0.01)
+    for table in (betas, 1.0 - betas):
+        with pytest.raises(ValueError, match="all the same, like alphas or betas of a schedule with constant betas"):
+            from_alphas_cumprod(table, torch.tensor([1, 2]))
+    assert from_alphas_cumprod((1.0 - betas).cumprod(0), torch.tensor([999])) < 0
+
+
+def test_a_table_that_may_be_alphas_or_a_part_of_a_schedule_is_taken_with_a_warning() -> None:
+    alphas = 1.0 - torch.linspace(0.002, 0.004, 300)
+    with pytest.warns(DiffusionLossWarning, match="may be alphas") as found:
+        from_alphas_cumprod(alphas, torch.tensor([1, 2]))
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_alphas_cumprod(alphas, torch.tensor([1, 2]))
+
+
+def test_a_table_is_read_once_and_again_when_it_was_written(ddpm_table: torch.Tensor, monkeypatch) -> None:
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(schedule_checks, "_require_schedule", read.append)
+    table = ddpm_table * 0.999
+    for _ in range(3):
+        from_alphas_cumprod(table, torch.tensor([1]))
+        from_alphas_cumprod(ddpm_table.clone() * 0.998, torch.tensor([1]))
+    assert len(read) == 2
+    table.mul_(0.5)
+    from_alphas_cumprod(table, torch.tensor([1]))
+    assert len(read) == 3
+
+
+def test_a_table_on_a_gpu_is_read_once_and_not_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a tensor there."""
+    read: list[object] = []
+    capturing = True
+    monkeypatch.setattr(schedule_checks, "_require_schedule", read.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    table = torch.linspace(0.99, 0.01, 1000).as_subclass(OnGPU)
+    schedule_checks.check_schedule(table)
+    assert not read
+    capturing = False
+    for _ in range(3):
+        schedule_checks.check_schedule(table)
+        schedule_checks.check_schedule(table[:])  # another tensor of the same memory, as .to(device) may give
+    assert len(read) == 1
+
+
+# Kinds of arrays
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_timesteps_are_taken(ddpm_table: torch.Tensor, dtype: torch.dtype) -> None:
+    expected = from_alphas_cumprod(ddpm_table, torch.tensor([0, 999]))
+    assert torch.equal(from_alphas_cumprod(ddpm_table, torch.tensor([0, 999]).to(dtype)), expected)
+
+
+def test_arrays_of_a_kind_that_torch_does_not_have_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"sigma is a NumPy array of dtype object.*astype"):
+        from_sigma(np.array([0.5, None], dtype=object))
+    with pytest.raises(TypeError, match=r"t is a NumPy array of dtype (float128|longdouble)"):
+        from_flow_time(np.array([0.5], dtype=np.longdouble))
+
+
+@pytest.mark.parametrize("value", [np.array(0.5), np.float32(0.5), np.float64(0.5)], ids=repr)
+def test_a_single_number_is_not_taken_for_a_batch(value: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"sigma has shape \(\), expected \(B,\)"):
+        from_sigma(value)
+
+
+def test_strided_arrays_are_taken() -> None:
+    assert from_sigma(np.array([1.0, 2.0, 4.0])[::-1]).tolist() == from_sigma(np.array([4.0, 2.0, 1.0])).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import re
@@ -14,6 +15,7 @@ import torch
 
 import vadiff
 from vadiff import process, process_defaults, weighting
+from vadiff.integrations.diffusers import scheduler_loss
 from vadiff.schedulers import log_snr_of
 
 for_process = vadiff.DiffusionLoss.for_process
@@ -236,10 +238,99 @@ def test_coefficients_say_the_form_in_compiled_code_too() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_coefficients_of_no_prediction_type_do_not_say_the_form() -> None:
+@pytest.mark.parametrize("form", vadiff.process.PREDICTION_TYPES)
+def test_a_compiled_step_leaves_the_form_for_the_reads(form: str) -> None:
+    """With coefficients that are computed inside, and no second compilation."""
+    criterion = vadiff.DiffusionLoss("min_snr")
+    compilations = []
+
+    def backend(module, inputs):
+        compilations.append(module)
+        return module.forward
+
+    @functools.partial(torch.compile, fullgraph=True, backend=backend)
+    def step(prediction, x0, noise, log_snr):
+        sigma = (-0.5 * log_snr).exp() if form == "edm" else (-log_snr).sigmoid().sqrt()
+        abc = vadiff.process.coefficients(form, 1.0 if form == "edm" else log_snr.sigmoid().sqrt(), sigma)
+        return criterion(prediction, x0, log_snr, noise=noise, coefficients=abc)
+
     prediction, x0, noise = torch.randn(3, 4, 5)
+    for _ in range(3):
+        step(prediction.requires_grad_(), x0, noise, LEVELS)
+    expected = vadiff.DiffusionLoss(vadiff.weighting.MinSNR(prediction_type="sample" if form == "edm" else form))
+    assert torch.equal(criterion.weights, expected.weights)
+    assert "MinSNR" in criterion.summary()
+    assert len(compilations) <= 2  # the first call creates `_last`
+
+
+def test_coefficients_as_arguments_of_a_compiled_step_say_the_form_too() -> None:
+    criterion = vadiff.DiffusionLoss("min_snr")
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    abc = vadiff.process.coefficients("v_prediction", LEVELS.sigmoid().sqrt(), (-LEVELS).sigmoid().sqrt())
+    compiled(prediction.requires_grad_(), x0, LEVELS, noise=noise, coefficients=abc)
+    assert criterion.weighting.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "abc",
+    [
+        (1.0, 0.3, -0.1),
+        (1.0, torch.ones(4), -torch.ones(4)),  # a flow's, as numbers
+        (1.0, (-LEVELS).sigmoid().sqrt(), -LEVELS.sigmoid().sqrt()),
+        (torch.ones(4), torch.zeros(4), torch.ones(4)),
+    ],
+    ids=["none", "flow", "v", "tensors"],
+)
+def test_coefficients_that_do_not_show_the_form_are_refused(abc) -> None:
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    with pytest.raises(ValueError, match=r"weighting is 'min_snr'.*coefficients=vadiff\.process\.coefficients"):
+        vadiff.DiffusionLoss("min_snr")(prediction, x0, LEVELS, noise=noise, coefficients=abc)
+
+
+@pytest.mark.parametrize(("b", "c", "form"), [(0.0, -1.0, "epsilon"), (-1.0, 0.0, "sample"), (1.0, -1.0, "flow")])
+def test_a_factor_of_the_prediction_does_not_change_the_form(b: float, c: float, form: str) -> None:
+    for a in (1.0, torch.ones(4), torch.full((4,), 0.5), -2.0):
+        assert vadiff.process.form_of((a, b, c)) == form
+
+
+def test_a_call_in_another_form_is_refused() -> None:
+    criterion = vadiff.DiffusionLoss("min_snr")
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    criterion(prediction.requires_grad_(), x0, LEVELS, noise=noise, coefficients=(1.0, 0.0, -1.0))
+    with pytest.raises(ValueError, match=r"in the form 'epsilon', and this one is in the form 'flow'"):
+        criterion(prediction, x0, LEVELS, noise=noise, coefficients=(1.0, 1.0, -1.0))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(criterion)))
+    assert torch.equal(copied.weights, criterion.weights)
+
+
+def test_a_weighting_of_unknown_form_has_no_parameters_and_changes_no_levels() -> None:
+    criterion = vadiff.DiffusionLoss("min_snr", bins=8)
+    with pytest.raises(AttributeError, match=r"'gamma': the weighting is 'min_snr' of a form not known yet"):
+        criterion.weighting.gamma  # noqa: B018
     with pytest.raises(ValueError, match="weighting is 'min_snr'"):
-        vadiff.DiffusionLoss("min_snr")(prediction, x0, LEVELS, noise=noise, coefficients=(1.0, 0.3, -0.1))
+        vadiff.levels.SecondMoment(bins=8).update(criterion)
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    criterion(prediction.requires_grad_(), x0, LEVELS, noise=noise, coefficients=(1.0, 0.0, -1.0))
+    assert criterion.weighting.gamma == 5.0
+    vadiff.levels.SecondMoment(bins=8).update(criterion)
+
+
+@pytest.mark.parametrize("name", ["edm", "monotonic_edm", "soft_min_snr"])
+def test_a_name_that_contains_the_std_of_the_data_does_not_guess_it_from_edm_s_coefficients(name: str) -> None:
+    abc = vadiff.process.coefficients("edm", 1.0, (-0.5 * LEVELS).exp(), sigma_data=1.0)
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    with pytest.raises(ValueError, match=r"standard deviation of the data.*sigma_data=\.\.\."):
+        vadiff.DiffusionLoss(name)(prediction, x0, LEVELS, noise=noise, coefficients=abc)
+
+
+def test_soft_min_snr_by_name_follows_the_scheduler_of_an_integration() -> None:
+    scheduler: Any = diffusers.EDMEulerScheduler(sigma_data=1.0)
+    criterion = vadiff.DiffusionLoss("soft_min_snr")
+    prediction, x0, noise = torch.randn(3, 4, 5)
+    scheduler_loss(criterion, scheduler, prediction.requires_grad_(), x0, noise, scheduler.timesteps[:4])
+    assert criterion.weighting == vadiff.DiffusionLoss.for_process(scheduler, weighting="soft_min_snr").weighting
+    assert criterion.weighting.gamma == 1.0
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 0.2])

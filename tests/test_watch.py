@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,13 +103,79 @@ def test_a_right_criterion_says_nothing() -> None:
     assert not said(criterion.summary)
 
 
+def copies(criterion: vadiff.DiffusionLoss) -> tuple[vadiff.DiffusionLoss, vadiff.DiffusionLoss]:
+    return copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))
+
+
 def test_a_copy_watches_by_itself() -> None:
     criterion = vadiff.DiffusionLoss("constant")
     call(criterion, uniform, 150)
-    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+    for other in copies(criterion):
         assert other.state_dict().keys() == criterion.state_dict().keys()
         assert not said(functools.partial(call, other, uniform, 100))
         assert len(said(functools.partial(call, other, uniform, 100))) == 1
+
+
+def test_a_copy_does_not_say_again_what_was_said() -> None:
+    criterion = vadiff.DiffusionLoss("constant")
+    assert said(lambda: call(criterion, uniform, 200))
+    for other in copies(criterion):
+        assert not said(functools.partial(call, other, uniform, 500))
+        assert not said(other.summary)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_warns(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    criterion = vadiff.DiffusionLoss("constant", sync=False)
+    found = said(lambda: call(criterion, uniform, 210))
+    monkeypatch.undo()
+    assert len(found) == (1 if rank == 0 else 0)
+
+
+def test_calls_without_recording_are_not_counted() -> None:
+    criterion = vadiff.DiffusionLoss("constant")
+    call(criterion, uniform, 150)
+    with torch.no_grad():
+        assert not said(lambda: call(criterion, uniform, 300))
+    assert len(said(lambda: call(criterion, uniform, 50))) == 1
+
+
+def test_weights_of_the_batch_s_losses_count_each_call_once() -> None:
+    criterion = vadiff.DiffusionLoss("loss_zscore")
+    assert not said(lambda: call(criterion, uniform, 199))
+    assert len(said(lambda: call(criterion, uniform, 1))) == 1
+
+
+def test_a_device_without_streams_is_looked_at_too() -> None:
+    count = torch.zeros(128, dtype=torch.float64)
+    count[64:68] = 250.0
+    statistics = SimpleNamespace(
+        state=SimpleNamespace(device=torch.device("mps")),
+        count=count,
+        outside=count.new_zeros(2),
+        bins=Bins(128, -16.0, 16.0),
+    )
+    criterion: Any = SimpleNamespace(
+        statistics=statistics, weighting=vadiff.weighting.Constant(), _last_log_snr=torch.tensor([0.05, 0.95])
+    )
+    watch = Watch()
+
+    def run() -> None:
+        for _ in range(200):
+            watch.left -= 1
+            if watch.left == 0:
+                watch.look(criterion)
+
+    assert len(said(run)) == 1
+
+
+def test_a_package_whose_name_begins_like_vadiff_s_is_the_user_s() -> None:
+    watch = importlib.import_module("vadiff.watch")
+    beside = str(Path(vadiff.__file__).parent) + "_trainer" + os.sep + "loop.py"
+    assert not beside.startswith(watch._INTERNAL)
+    assert str(Path(vadiff.__file__)).startswith(watch._INTERNAL)
 
 
 def test_compiled_calls_are_judged_when_they_are_read() -> None:
@@ -178,9 +247,67 @@ def train_learned(calls: int, optimizer: Callable[..., Any] | None, **options: A
 
 
 def test_a_head_that_no_optimizer_trains_is_named() -> None:
-    (warning,) = train_learned(450, None)
-    assert "has not changed in 200 calls: no optimizer trains it" in str(warning.message)
+    """Its gradient stays, as if it were accumulated: only after 1,000 calls nobody will use it."""
+    assert not train_learned(990, None)
+    (warning,) = train_learned(1050, None)
+    assert "has not changed in 1,000 calls: no optimizer trains it" in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_a_head_whose_gradient_is_thrown_away_is_named_sooner() -> None:
+    criterion = vadiff.DiffusionLoss("learned")
+    prediction, target = torch.randn(8, 3, requires_grad=True), torch.zeros(8, 3)
+
+    def train() -> None:
+        for _ in range(200):
+            criterion.zero_grad()
+            criterion(prediction, target, torch.randn(8)).backward()
+
+    (warning,) = said(train)
+    assert "has not changed in 200 calls" in str(warning.message)
+
+
+def test_a_head_is_not_named_for_calls_that_train_nothing() -> None:
+    """Evaluation before the training, and gradients accumulated over 256 calls."""
+    criterion = vadiff.DiffusionLoss("learned")
+    optimizer = torch.optim.AdamW(criterion.parameters(), lr=1e-3)
+    prediction, target = torch.randn(8, 3, requires_grad=True), torch.zeros(8, 3)
+
+    def train() -> None:
+        criterion.eval()
+        for _ in range(210):
+            criterion(prediction, target, torch.randn(8))
+        criterion.train()
+        with torch.no_grad():
+            for _ in range(210):
+                criterion(prediction, target, torch.randn(8))
+        for call in range(1, 1100):
+            criterion(prediction, target, torch.randn(8)).backward()
+            if call % 256 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert not said(train)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_in_compiled_steps_is_judged_at_reads(trained: bool) -> None:
+    criterion = vadiff.DiffusionLoss("learned", bins=8)  # as many samples as are remembered, after 1,000 calls
+    optimizer = torch.optim.AdamW(criterion.parameters(), lr=1e-3)
+    step = torch.compile(criterion, fullgraph=True, backend="eager")
+    prediction, target = torch.randn(4, 3, requires_grad=True), torch.zeros(4, 3)
+
+    def train() -> None:
+        for call in range(1, 1201):
+            step(prediction, target, torch.randn(4)).backward()
+            if trained:
+                optimizer.step()
+            if call % 100 == 0:
+                criterion.summary()
+
+    found = said(train)
+    assert len(found) == (0 if trained else 1)
+    assert trained or "has not changed in 10 reads of the statistics" in str(found[0].message)
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)

@@ -34,10 +34,10 @@ from .bands import (
     spread_of,
     starved_bands,
 )
-from .level_checks import problem_with_levels
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
+from .watch import problem_of
 from .weighting import Constant, LossLevel, VarianceAware, Weighting
 
 LEAVE_BELOW = 5.0
@@ -166,11 +166,10 @@ def diagnose(
     """
     statistics = criterion.statistics
     bands = bands_of(criterion)
-    outside, last = statistics.outside.cpu(), criterion._last_log_snr
+    outside = statistics.outside.cpu()
     moments = moments_of(statistics.state.cpu(), statistics.bins)
     count, skipped = moments[0], int(statistics.skipped)
-    problem = problem_with_levels(count, statistics.bins, outside, None if last is None else last.cpu())
-    verdict = verdict_of(bands, criterion.weighting, skipped, problem)
+    verdict = verdict_of(bands, criterion.weighting, skipped, problem_of(criterion))
     total = max(count.sum().item(), 1e-300)
     so_far = _so_far(total, criterion) if verdict.finding in ("leave", "unclear") else ""
     return Diagnosis(

@@ -2,7 +2,8 @@
 
 Every function takes one value per sample, as a tensor or a NumPy array, and returns λ with shape [B], on the same
 device, as float64 for float64 input and float32 otherwise. The limits of a process are legal: they give λ = ±inf, never
-NaN. Nothing here synchronises with a GPU: only CPU tensors are checked for values out of range.
+NaN. Values out of range are looked for on the CPU only: nothing here synchronises with a GPU, but for the first use of
+a table there.
 """
 
 from typing import Any
@@ -11,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .schedule_checks import check_schedule
+
 __all__ = ["from_alpha_sigma", "from_alphas_cumprod", "from_flow_time", "from_sigma"]
 
 Values = Tensor | np.ndarray[Any, Any]
 
-# ᾱ at timesteps 500 and 999 of the 1,000 of DDPM's linear, Stable Diffusion's and the cosine schedule.
-_COMMON = ((0.077792, 4.0358e-5), (0.276333, 4.6604e-3), (0.492285, 2.4288e-9))
-_FEWEST_STEPS = 10  # of a table that has to span a schedule
+_PIXEL = 255.5  # noise levels of images with values up to 255 may be whole numbers
 _FROM_TIMESTEPS = (
     "vadiff.log_snr.from_alphas_cumprod(scheduler.alphas_cumprod, timesteps), or for any diffusers scheduler "
     "vadiff.schedulers.log_snr_of(scheduler, timesteps)"
@@ -37,14 +38,14 @@ def from_sigma(sigma: Values) -> Tensor:
 
     Raises:
         TypeError: sigma is not a floating-point tensor.
-        ValueError: sigma is not one-dimensional or, on the CPU, has a negative value, or several whole numbers as
-            large as timesteps are.
+        ValueError: sigma is not one-dimensional or, on the CPU, has a negative value, or several whole numbers, some
+            above 255, as timesteps are.
 
     Example:
         >>> from_sigma(torch.tensor([0.5, 80.0]))
         tensor([ 1.3863, -8.7641])
     """
-    sigma = _tensor("sigma", sigma)
+    sigma = as_tensor("sigma", sigma)
     if not sigma.is_floating_point():
         raise TypeError(
             f"sigma has dtype {sigma.dtype}, expected a floating-point tensor. If these are timesteps, use "
@@ -79,7 +80,7 @@ def from_alpha_sigma(alpha: Values, sigma: Values) -> Tensor:
         >>> from_alpha_sigma(torch.tensor([0.8, 1.0]), torch.tensor([0.6, 80.0]))
         tensor([ 0.5754, -8.7641])
     """
-    alpha, sigma = _tensor("alpha", alpha), _tensor("sigma", sigma)
+    alpha, sigma = as_tensor("alpha", alpha), as_tensor("sigma", sigma)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         _require_floating(name, value)
         _require_one_per_sample(name, value)
@@ -101,7 +102,9 @@ def from_alphas_cumprod(alphas_cumprod: Values, timesteps: Values) -> Tensor:
     Args:
         alphas_cumprod: [T] table of ᾱ in [0, 1], falling, any floating dtype: diffusers' `scheduler.alphas_cumprod`,
             OpenAI's `diffusion.alphas_cumprod`. A table on the CPU is copied to the device of `timesteps` at every
-            call; move it there once to save that. ᾱ = 0 (zero terminal SNR) gives λ = -inf.
+            call; move it there once to save that. ᾱ = 0 (zero terminal SNR) gives λ = -inf, and ᾱ = 1, to which
+            bfloat16 rounds the first timesteps, gives +inf. Each table is checked once, at its first use, which
+            synchronises with its device.
         timesteps: [B] integers in [0, T), an index into the table.
 
     Returns:
@@ -109,21 +112,16 @@ def from_alphas_cumprod(alphas_cumprod: Values, timesteps: Values) -> Tensor:
 
     Raises:
         TypeError: the table is not a floating-point tensor, or the timesteps are not integers.
-        ValueError: a wrong shape or device; or, on the CPU, a table that is no falling ᾱ in [0, 1] over a schedule:
-            betas, alphas and √ᾱ are named as such.
+        ValueError: a wrong shape or device; a table that is no falling ᾱ in [0, 1], or the alphas, betas or √ᾱ of a
+            common schedule.
         IndexError: a timestep on the CPU is out of range.
 
     Example:
         >>> from_alphas_cumprod(torch.tensor([0.9, 0.5, 0.0]), torch.tensor([1, 2]))
         tensor([0., -inf])
     """
-    alphas_cumprod, timesteps = _tensor("alphas_cumprod", alphas_cumprod), _tensor("timesteps", timesteps)
+    alphas_cumprod, timesteps = as_tensor("alphas_cumprod", alphas_cumprod), as_tensor("timesteps", timesteps)
     _require_floating("alphas_cumprod", alphas_cumprod)
-    if alphas_cumprod.dim() != 1 or len(alphas_cumprod) == 0:
-        raise ValueError(
-            f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}, expected (T,): the schedule's whole "
-            "table, not the values of a batch."
-        )
     if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
         raise TypeError(
             f"timesteps has dtype {timesteps.dtype}, expected integers that index alphas_cumprod. "
@@ -131,22 +129,28 @@ def from_alphas_cumprod(alphas_cumprod: Values, timesteps: Values) -> Tensor:
             "log_snr of vadiff.process.VPCosine or VPLinear."
         )
     _require_one_per_sample("timesteps", timesteps)
+    check_schedule(alphas_cumprod)
     if alphas_cumprod.device != timesteps.device and alphas_cumprod.device.type != "cpu":
         raise ValueError(
             f"alphas_cumprod is on {alphas_cumprod.device}, timesteps on {timesteps.device}: expected the "
             "same device. Use timesteps.to(alphas_cumprod.device)."
         )
-    if _may_read(alphas_cumprod):
-        _require_schedule(alphas_cumprod)
-    size = len(alphas_cumprod)
+    timesteps, size = timesteps.long(), len(alphas_cumprod)
     if _may_read(timesteps):
         low, high = int(timesteps.min()), int(timesteps.max())
         if low < 0 or high >= size:
             raise IndexError(
                 f"timesteps run from {low} to {high}, expected 0 to {size - 1}: alphas_cumprod has {size} entries."
             )
-    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps.long()].double()  # [B]
-    return (alpha_bar.log() - torch.log1p(-alpha_bar)).to(_result_dtype(alphas_cumprod))
+    return log_snr_at(alphas_cumprod, timesteps).to(_result_dtype(alphas_cumprod))
+
+
+def log_snr_at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """λ of timesteps, int64 [B] on any device, of a table [T] of ᾱ; without checks. [B] float64."""
+    # Without synchronising where the table is on the CPU and the timesteps are not.
+    table = alphas_cumprod.to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
+    alpha_bar = table[timesteps].double()
+    return alpha_bar.log() - torch.log1p(-alpha_bar)
 
 
 def from_flow_time(t: Values, data_at: int = 0) -> Tensor:
@@ -168,7 +172,7 @@ def from_flow_time(t: Values, data_at: int = 0) -> Tensor:
         >>> from_flow_time(torch.tensor([0.0, 0.5, 1.0]))
         tensor([inf, 0., -inf])
     """
-    t = _tensor("t", t)
+    t = as_tensor("t", t)
     _require_floating("t", t)
     _require_one_per_sample("t", t)
     if data_at not in (0, 1):
@@ -179,49 +183,31 @@ def from_flow_time(t: Values, data_at: int = 0) -> Tensor:
     return (2.0 * (log_t - log_rest if data_at == 1 else log_rest - log_t)).to(_result_dtype(t))
 
 
-def _require_schedule(table: Tensor) -> None:
-    """Raise ValueError unless nine entries of a table [T] fall from little noise to much, as ᾱ does."""
-    values: list[float] = table[:: max(1, (len(table) - 1) // 8)].tolist()
-    first, middle, last = values[0], table[len(table) // 2].item(), table[-1].item()
-    use = "Use the cumulative product, alphas_cumprod = (1 - betas).cumprod(0)."
-    described = f"alphas_cumprod has values from {first:.4g} (timestep 0) to {last:.4g} (timestep {len(table) - 1})"
-    if not all(0.0 <= value <= 1.0 for value in (*values, last)):
-        raise ValueError(f"{described}, expected ᾱ in [0, 1]: alpha², the share of the data in the variance. {use}")
-    if any(after > before for before, after in zip(values, [*values[1:], last], strict=True)):
-        raise ValueError(
-            f"{described}, expected values that fall from near 1: these rise, like betas or 1 - ᾱ, or like a table in "
-            f"reversed order. {use}"
-        )
-    if len(table) < _FEWEST_STEPS:
-        return
-    if last > 0.95 or middle > 0.97:
-        raise ValueError(
-            f"{described} and {middle:.4g} in the middle, expected ᾱ that falls to near 0 over the schedule: these "
-            f"look like alphas, 1 - beta of each step. {use}"
-        )
-    if len(table) == 1000 and any(
-        abs(middle - at_500**0.5) < 1e-3 and abs(last / at_999**0.5 - 1.0) < 0.05 for at_500, at_999 in _COMMON
-    ):
-        raise ValueError(
-            f"{described} and {middle:.4g} in the middle, the square root of a common schedule's ᾱ: expected ᾱ itself, "
-            "alpha². Use sqrt_alphas_cumprod.square(), or the scheduler's alphas_cumprod."
-        )
-
-
 def _are_timesteps(sigma: Tensor) -> bool:
-    """At least four different whole numbers, some beyond the noise levels of images."""
+    """At least four different whole numbers, some beyond the noise levels of images with values up to 255."""
     values = sigma.detach()
-    if values.numel() < 4 or not bool((values == values.round()).all()) or not bool((values > 80).any()):
+    if values.numel() < 4 or not bool((values > _PIXEL).any()) or not bool((values == values.round()).all()):
         return False
     return len(values.unique()) >= 4
 
 
-def _tensor(name: str, value: Values) -> Tensor:
+def as_tensor(name: str, value: Values) -> Tensor:
+    """A tensor as it is, a NumPy array copied.
+
+    Raises:
+        TypeError: neither, or an array of a dtype that torch does not have.
+    """
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, np.ndarray):
-        return torch.tensor(np.ascontiguousarray(value))
-    raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor or a NumPy array.")
+    if not isinstance(value, (np.ndarray, np.generic)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor or a NumPy array.")
+    try:
+        return torch.tensor(np.array(value, order="C"))  # torch takes no negative strides
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a NumPy array of dtype {value.dtype}, expected numbers that torch has. Use "
+            f"{name}.astype(numpy.float64), or int64 for timesteps."
+        ) from error
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:

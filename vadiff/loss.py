@@ -197,7 +197,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             loss = loss + (term.mean() if inputs.mean else term)
-        self._keep(per_sample, inputs.log_snr)
+        self._keep(per_sample, inputs.log_snr, records)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -231,7 +231,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             weighted = weighted + term
-        self._keep(loss.detach().clone()[None], inputs.log_snr)
+        self._keep(loss.detach().clone()[None], inputs.log_snr, records)
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
@@ -244,7 +244,7 @@ class DiffusionLoss(nn.Module):
         if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
-        self._keep(per_sample, inputs.log_snr)
+        self._keep(per_sample, inputs.log_snr, False)  # `reweight` has counted this call
         return loss.mean() if inputs.mean else loss
 
     @property
@@ -320,16 +320,17 @@ class DiffusionLoss(nn.Module):
         dtype = compute_dtype(prediction)
         return check_per_sample("weighting(log_snr)", weight, prediction.shape[0], prediction.device, dtype)
 
-    def _keep(self, per_sample: Tensor, log_snr: Tensor) -> None:
+    def _keep(self, per_sample: Tensor, log_snr: Tensor, records: bool) -> None:
         if torch.compiler.is_compiling():
             self._last, self._last_log_snr = per_sample, log_snr
         else:  # `nn.Module.__setattr__` costs 2 µs
             object.__setattr__(self, "_last", per_sample)
             object.__setattr__(self, "_last_log_snr", log_snr)
-            watch = self._watch
-            watch.left -= 1
-            if watch.left == 0:
-                watch.look(self)
+            if records:
+                watch = self._watch
+                watch.left -= 1
+                if watch.left == 0:
+                    watch.look(self)
 
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.
@@ -337,7 +338,7 @@ class DiffusionLoss(nn.Module):
         For those who destroy the graph and keep the criterion.
         """
         if self._last is not None and self._last_log_snr is not None:
-            self._keep(self._last.clone(), self._last_log_snr.clone())
+            self._keep(self._last.clone(), self._last_log_snr.clone(), False)
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 

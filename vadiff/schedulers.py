@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from . import process
-from .log_snr import Values, from_alphas_cumprod, from_flow_time, from_sigma
+from .log_snr import Values, as_tensor, from_alphas_cumprod, from_flow_time, from_sigma, log_snr_at
 from .ops.problem import Coefficient
+from .schedule_checks import check_schedule
 
 __all__ = [
     "coefficients_of",
@@ -74,10 +75,13 @@ def log_snr_of(scheduler: Any, timesteps: Values) -> Tensor:
     timesteps = _checked_timesteps(timesteps)
     if kind == _BY_ALPHA:
         _check_direction(scheduler)
-        table = _to_device_of(torch.as_tensor(scheduler.alphas_cumprod), timesteps)
+        table = torch.as_tensor(scheduler.alphas_cumprod)
         if timesteps.is_floating_point():
+            check_schedule(table)
             _check_not_times(timesteps, len(table) - 1)
             return _interpolate_alphas(table, timesteps)
+        if table.device.type != "cpu":
+            table = table.to(timesteps.device)
         return from_alphas_cumprod(table, timesteps).float()
     if not timesteps.is_floating_point():
         raise TypeError(
@@ -224,7 +228,7 @@ def coefficients_at(
     if predicted == "edm":
         sigma = log_snr.mul(-0.5).exp()
         c_out, b, c = process.coefficients("edm", 1.0, sigma, sigma_data=sigma_data_of(scheduler))
-        return -c_out if _option(scheduler, "prediction_type") == "v_prediction" else c_out, b, c
+        return process.EDMTerms(-c_out if _option(scheduler, "prediction_type") == "v_prediction" else c_out, b, c)
     # alpha and sigma of a variance-preserving process; a flow's coefficients do not depend on them.
     return process.coefficients(predicted, log_snr.sigmoid().sqrt(), log_snr.neg().sigmoid().sqrt())
 
@@ -298,10 +302,7 @@ def _option(scheduler: Any, name: str, default: Any = None) -> Any:
 
 
 def _checked_timesteps(timesteps: Values) -> Tensor:
-    if isinstance(timesteps, np.ndarray):
-        timesteps = torch.tensor(timesteps)
-    if not isinstance(timesteps, Tensor):
-        raise TypeError(f"timesteps is a {type(timesteps).__name__}, expected a torch.Tensor of shape (B,)")
+    timesteps = as_tensor("timesteps", timesteps)
     if timesteps.dim() != 1:
         advice = "timesteps.expand(batch_size)" if timesteps.dim() == 0 else "timesteps.flatten()"
         raise ValueError(f"timesteps has shape {tuple(timesteps.shape)}, expected (B,): one per sample. Use {advice}.")
@@ -364,10 +365,10 @@ def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: "
             f"alphas_cumprod has {last + 1} entries."
         )
-    table = table.double()
     below = position.clamp(0, last).nan_to_num(0.0).floor().long()
     share = (position - below).clamp(0.0, 1.0)
-    lower, upper = from_alphas_cumprod(table, below), from_alphas_cumprod(table, (below + 1).clamp(max=last))
+    table = _to_device_of(table, timesteps)
+    lower, upper = log_snr_at(table, below), log_snr_at(table, (below + 1).clamp(max=last))
     return _mix(lower, upper, share).masked_fill(outside, math.nan).float()
 
 

@@ -23,6 +23,7 @@ from ..schedulers import (
     log_snr_of,
     loss_form_of,
     prediction_type_of,
+    sigma_data_of,
     sigma_of,
     timesteps_of,
 )
@@ -87,7 +88,7 @@ def scheduler_loss(
     """
     _check_batch_size("timesteps", timesteps, len(model_pred))
     form = _form_of(scheduler, prediction_type)
-    require_form(criterion, form)
+    require_form(criterion, form, sigma_data=sigma_data_of(scheduler))
     log_snr = log_snr_of(scheduler, timesteps)
     if snr_gamma is not None:
         weight = weighting.MinSNR(snr_gamma, prediction_type=form)(log_snr)

@@ -59,7 +59,9 @@ def criterion_in_form(
     return criterion
 
 
-def require_form(criterion: nn.Module, prediction_type: str, *, loss_is_given: bool = False) -> None:
+def require_form(
+    criterion: nn.Module, prediction_type: str, *, sigma_data: float = 0.5, loss_is_given: bool = False
+) -> None:
     """`criterion_in_form` for a criterion that is called as given, possibly wrapped for several processes.
 
     Raises as `criterion_in_form`; also TypeError for a name, which would be a new criterion at every call.
@@ -67,7 +69,7 @@ def require_form(criterion: nn.Module, prediction_type: str, *, loss_is_given: b
     inner = getattr(criterion, "module", criterion)
     if not isinstance(inner, DiffusionLoss):
         raise TypeError(f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss")
-    criterion_in_form(inner, prediction_type, loss_is_given=loss_is_given)
+    criterion_in_form(inner, prediction_type, sigma_data=sigma_data, loss_is_given=loss_is_given)
 
 
 def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:

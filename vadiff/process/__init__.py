@@ -7,18 +7,29 @@ for, see `coefficients` and `loss_ratio`.
 from .base import NoiseProcess
 from .continuous import EDM, Flow, VPCosine, VPLinear, VPScaledLinear
 from .discrete import DiscreteVP
-from .forms import PREDICTION_TYPES, EDMPreconditioning, coefficients, edm_preconditioning, form_of, loss_ratio
+from .forms import (
+    PREDICTION_TYPES,
+    EDMPreconditioning,
+    EDMTerms,
+    VTerms,
+    coefficients,
+    edm_preconditioning,
+    form_of,
+    loss_ratio,
+)
 
 __all__ = [
     "EDM",
     "PREDICTION_TYPES",
     "DiscreteVP",
     "EDMPreconditioning",
+    "EDMTerms",
     "Flow",
     "NoiseProcess",
     "VPCosine",
     "VPLinear",
     "VPScaledLinear",
+    "VTerms",
     "coefficients",
     "edm_preconditioning",
     "form_of",

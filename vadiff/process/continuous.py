@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..betas import cosine_alpha
 from ..log_snr import from_flow_time, from_sigma
 from .base import NoiseProcess, match, require_direction
 
@@ -22,8 +23,7 @@ class VPCosine(NoiseProcess):
     s: float = 0.008
 
     def alpha(self, t: Tensor) -> Tensor:
-        remaining = (1.0 - t.double()) / (1.0 + self.s) * (math.pi / 2)  # π/2 - θ
-        return match(remaining.sin() / math.cos(self._theta0), t)
+        return match(cosine_alpha(t, self.s), t)
 
     def sigma(self, t: Tensor) -> Tensor:
         turned = t.double() / (1.0 + self.s) * (math.pi / 2)  # θ - θ₀

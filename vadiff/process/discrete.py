@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from .. import betas
 from ..log_snr import from_alphas_cumprod
 from .base import NoiseProcess, match
-from .continuous import VPCosine
-
-_LARGEST_BETA = 0.999  # of the cosine schedule, as its paper caps it
 
 
 class DiscreteVP(NoiseProcess):
@@ -44,29 +40,25 @@ class DiscreteVP(NoiseProcess):
     @classmethod
     def linear(cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteVP:
         """Evenly spaced betas: DDPM (arXiv 2006.11239, section 4)."""
-        return cls._of_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64, device="cpu"))
+        return cls._of_betas(betas.linear(timesteps, beta_start, beta_end))
 
     @classmethod
     def scaled_linear(cls, timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteVP:
         """Betas with evenly spaced square roots: latent diffusion (arXiv 2112.10752) and Stable Diffusion."""
-        first, last = math.sqrt(beta_start), math.sqrt(beta_end)
-        return cls._of_betas(torch.linspace(first, last, timesteps, dtype=torch.float64, device="cpu").square())
+        return cls._of_betas(betas.scaled_linear(timesteps, beta_start, beta_end))
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, s: float = 0.008) -> DiscreteVP:
         """ᾱ of the cosine schedule, with betas of at most 0.999: Improved DDPM (arXiv 2102.09672, eq. 17)."""
-        at = torch.arange(timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
-        alphas_cumprod = VPCosine(s).alpha(at).square()
-        return cls._of_betas((1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=_LARGEST_BETA))
+        return cls._of_betas(betas.cosine(timesteps, s))
 
     @classmethod
-    def _of_betas(cls, betas: Tensor) -> DiscreteVP:
-        return cls((1.0 - betas).cumprod(0))
+    def _of_betas(cls, beta: Tensor) -> DiscreteVP:
+        return cls((1.0 - beta).cumprod(0))
 
     def with_zero_terminal_snr(self) -> DiscreteVP:
         """Shifted and scaled so that the last timestep is pure noise: Lin et al. (arXiv 2305.08891, algorithm 1)."""
-        roots = self.alphas_cumprod.sqrt()
-        return DiscreteVP(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square())
+        return DiscreteVP(betas.with_zero_terminal_snr(self.alphas_cumprod))
 
     @property
     def timesteps(self) -> int:

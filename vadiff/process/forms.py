@@ -24,6 +24,22 @@ class EDMPreconditioning(NamedTuple):
     c_noise: Tensor
 
 
+class VTerms(NamedTuple):
+    """(a, b, c) of an error of v = alpha·eps - sigma·x0: what `coefficients` gives for "v_prediction"."""
+
+    a: Coefficient
+    b: Coefficient
+    c: Coefficient
+
+
+class EDMTerms(NamedTuple):
+    """(a, b, c) of an error of x0 by EDM's preconditioned network: what `coefficients` gives for "edm"."""
+
+    a: Coefficient
+    b: Coefficient
+    c: Coefficient
+
+
 def edm_preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> EDMPreconditioning:
     """EDM's preconditioning (arXiv 2206.00364, table 1).
 
@@ -76,21 +92,22 @@ def coefficients(
         data_at: time at which the path reaches data (`flow` only).
 
     Returns:
-        (a, b, c), each a float, or [B] where it depends on a tensor.
+        (a, b, c), each a float, or [B] where it depends on a tensor. The type of the tuple of "v_prediction" and "edm",
+        whose numbers do not show the form, tells it to `form_of`.
 
     Raises:
         ValueError: an unknown prediction type or `data_at`, or `edm` with an alpha other than 1.
 
     Example:
         >>> coefficients("v_prediction", alpha=0.8, sigma=0.6)
-        (1.0, 0.6, -0.8)
+        VTerms(a=1.0, b=0.6, c=-0.8)
     """
     if prediction_type == "epsilon":
         return 1.0, 0.0, -1.0
     if prediction_type == "sample":
         return 1.0, -1.0, 0.0
     if prediction_type == "v_prediction":
-        return 1.0, sigma, -alpha
+        return VTerms(1.0, sigma, -alpha)
     if prediction_type == "flow":
         require_direction(data_at)
         return (1.0, 1.0, -1.0) if data_at == 0 else (1.0, -1.0, 1.0)
@@ -98,26 +115,26 @@ def coefficients(
         _require_variance_exploding(alpha)
         variance = sigma**2
         total = variance + sigma_data**2
-        return sigma * sigma_data / total**0.5, -variance / total, sigma * sigma_data**2 / total
+        return EDMTerms(sigma * sigma_data / total**0.5, -variance / total, sigma * sigma_data**2 / total)
     raise _unknown(prediction_type)
 
 
 def form_of(coefficients: tuple[Coefficient, Coefficient, Coefficient]) -> str | None:
-    """The form of a loss by its (a, b, c), as `coefficients` gives them; None if they are none of these.
+    """The form of a loss with these (a, b, c), or None where they do not show it.
 
-    For "edm" that is "sample": the residual is the error of x0.
+    What the residual a·F + b·x0 + c·eps is an error of, a·F estimates, whatever a is: b and c decide. As numbers they
+    show "epsilon", "sample" and "flow". Those of "v_prediction" and "edm" depend on the noise level, and tensors are
+    not read: only the result of `coefficients` shows these. For "edm" the form is "sample", the error of x0.
     """
-    a, b, c = coefficients
-    if isinstance(a, Tensor) or a != 1.0:
-        return "sample"
-    if isinstance(b, Tensor) and isinstance(c, Tensor):
+    if isinstance(coefficients, VTerms):
         return "v_prediction"
+    if isinstance(coefficients, EDMTerms):
+        return "sample"
+    _, b, c = coefficients
     if isinstance(b, Tensor) or isinstance(c, Tensor):
         return None
-    whole = {(0.0, -1.0): "epsilon", (-1.0, 0.0): "sample", (1.0, -1.0): "flow", (-1.0, 1.0): "flow"}
-    if (b, c) in whole:
-        return whole[b, c]
-    return "v_prediction" if abs(b**2 + c**2 - 1.0) < 1e-3 else None
+    shown = {(0.0, -1.0): "epsilon", (-1.0, 0.0): "sample", (1.0, -1.0): "flow", (-1.0, 1.0): "flow"}
+    return shown.get((b, c))
 
 
 def loss_ratio(prediction_type: str, log_snr: Tensor, *, sigma_data: float = 0.5) -> Tensor:
