@@ -148,18 +148,23 @@ def test_weights_of_the_batch_s_losses_count_each_call_once() -> None:
     assert len(said(lambda: call(criterion, uniform, 1))) == 1
 
 
-def test_a_device_without_streams_is_looked_at_too() -> None:
+def given_times(device: str) -> Any:
+    """A stand-in for a criterion on that device that was given flow times as log-SNR."""
     count = torch.zeros(128, dtype=torch.float64)
     count[64:68] = 250.0
     statistics = SimpleNamespace(
-        state=SimpleNamespace(device=torch.device("mps")),
+        state=SimpleNamespace(device=torch.device(device)),
         count=count,
         outside=count.new_zeros(2),
         bins=Bins(128, -16.0, 16.0),
     )
-    criterion: Any = SimpleNamespace(
+    return SimpleNamespace(
         statistics=statistics, weighting=vadiff.weighting.Constant(), _last_log_snr=torch.tensor([0.05, 0.95])
     )
+
+
+def test_a_device_without_streams_is_looked_at_too() -> None:
+    criterion = given_times("mps")
     watch = Watch()
 
     def run() -> None:
@@ -199,17 +204,7 @@ def test_a_gpu_is_looked_at_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
-    count = torch.zeros(128, dtype=torch.float64)
-    count[64:68] = 250.0
-    statistics = SimpleNamespace(
-        state=SimpleNamespace(device=torch.device("cuda")),
-        count=count,
-        outside=count.new_zeros(2),
-        bins=Bins(128, -16.0, 16.0),
-    )
-    criterion: Any = SimpleNamespace(
-        statistics=statistics, weighting=vadiff.weighting.Constant(), _last_log_snr=torch.tensor([0.05, 0.95])
-    )
+    criterion = given_times("cuda")
     watch = Watch()
 
     def calls(number: int) -> int:

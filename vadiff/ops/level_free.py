@@ -30,8 +30,9 @@ def level_free(
                                                     factor of v that is not the sampler's, from decayed sums
 
     L is unbiased for any c that depends on earlier batches only; c lowers the variance. B*L = S while the mean count
-    per bin is at most YOUNG (half_life, if that is less), with half-lives below SHORT, and while c*E is not CREDIBLE
-    beside the last calls' mean loss. A batch with a skipped sample, or whose S is a spike, leaves c alone.
+    per bin is at most YOUNG (half_life, if that is less), with half-lives below SHORT, and while c*E is more than
+    CREDIBLE times the mean loss of the last calls. A batch with a skipped sample, or with |S| > SPIKE*|V|, leaves c as
+    it is.
 
     moments, new: [4, K], of the state and of the batch. levels: [2, K], see `levels_of`."""
     n, mean, _, mass = moments
