@@ -39,6 +39,7 @@ LIBRARY = {
     "watch": {"errors", "level_checks", "ops", "statistics"},
     "bands": {"ops", "statistics", "weighting"},
     "diagnosis": {"bands", "ops", "process", "watch", "weighting"},
+    "information": {"bands", "files", "ops", "process"},
     "summary": {"bands", "diagnosis", "extras", "metrics_file", "watch"},
     "metrics_file": set(),
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
@@ -58,11 +59,11 @@ LIBRARY = {
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
     "optimal_loss": {"_validation", "files", "process"},
-    "levels": {"_validation", "loss", "ops", "process", "statistics", "weighting"},
+    "levels": {"_validation", "information", "loss", "ops", "process", "statistics", "weighting"},
     "validation": {
         "_validation", "extras", "files", "optimal_loss", "process", "process_defaults", "schedulers", "summary",
     },
-    "sampling": {"errors", "models", "pixels", "process"},
+    "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
         "extras", "levels", "log_snr", "loss", "process", "schedulers", "summary", "validation", "weighting",
     },
