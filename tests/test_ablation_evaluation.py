@@ -239,7 +239,7 @@ def test_network_that_images_are_compared_by_is_looked_for_before_training(
         ("images = 2", "evaluate: images is 2, expected a whole number from 5"),
         ("steps = 1", "evaluate: steps is 1, expected a whole number from 2"),
         ('solver = "ddim"', "evaluate: solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m in quotes"),
-        ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow, timesteps in quotes"),
+        ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow, timesteps, statistics in quotes"),
         ("repeats = 0", "evaluate: repeats is 0, expected a whole number from 1"),
         ('features = "vgg"', "evaluate: features is 'vgg', expected one of inception, digits"),
         ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, features"),

@@ -215,11 +215,14 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
     ("settings", "message"),
     [
         ({"solver": "ddim"}, "solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m"),
-        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow, timesteps"),
+        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow, timesteps, statistics"),
         ({"solver": "euler", "churn": Churn(1.0)}, "churn is for the solver heun, not for euler"),
         ({"spacing": "flow", "rho": 7.0}, "rho is for the spacing edm, not for flow"),
-        ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm, not for flow"),
-        ({"spacing": "timesteps", "sigma_max": 9.0}, "sigma_max is for the spacing edm and flow, not for timesteps"),
+        ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm or statistics, not for flow"),
+        (
+            {"spacing": "timesteps", "sigma_max": 9.0},
+            "sigma_max is for the spacing edm or flow or statistics, not for timesteps",
+        ),
         ({"label": "cat"}, "label is 'cat', expected a class or one of cycle, random"),
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
