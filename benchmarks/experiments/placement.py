@@ -12,7 +12,8 @@ Digits of 8 × 8, a residual MLP, constant weighting, everything below fixed bef
 - Seeds 0 to 9, paired: weights, images, u of the levels and noise are the same for all arms of a seed.
 - Primary figures: A, the mean over 12 noise levels, 0.02 to 20 times the scale of the pixels, of ln(x0 loss of the 297
   held-out digits), averaged weights; B, ln of the Fréchet distance of 1,797 samples to the training digits in the
-  features of the digits classifier, averaged over three sets of sampling seeds, DPM-Solver++(2M), 16 calls, EDM's steps.
+  features of the digits classifier, averaged over three sets of sampling seeds, DPM-Solver++(2M), 16 calls, EDM's
+  steps.
 - Regret of an arm: its figure minus that of the best mean of the grid, which is chosen by seeds 0 to 4 for each figure
   and scored on seeds 5 to 9, paired; mean and 95 % interval by Student's t. Also the difference to the default over all
   ten seeds.
