@@ -95,6 +95,11 @@ class LogSNRStatistics(nn.Module):
         """Effective number of samples with log-SNR below and above the range, in the end bins too. [2] float64."""
         return totals_of(self.state, self.bins)[:2].clone()
 
+    @property
+    def samples_since_shares(self) -> Tensor:
+        """Number of samples recorded since a sampler last set its shares, or since the start. float64 scalar."""
+        return totals_of(self.state, self.bins)[_SINCE_SHARES].clone()
+
     def read_level_free_loss(self) -> Tensor:
         """See `DiffusionLoss.level_free_loss`. Starts a new mean; does not synchronise."""
         totals = totals_of(self.state, self.bins)

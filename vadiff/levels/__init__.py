@@ -10,7 +10,9 @@ from typing import Any
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
+from .information import Information
 from .sampler import LevelSampler, NoiseLevels, uniforms
+from .suggestion import Suggestion, information_density, suggest
 from .table import Table
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Cauchy",
     "CosMap",
     "GapLevels",
+    "Information",
     "Laplace",
     "LevelSampler",
     "LogNormal",
@@ -27,17 +30,21 @@ __all__ = [
     "Mode",
     "NoiseLevels",
     "SecondMoment",
+    "Suggestion",
     "Table",
     "UniformTime",
     "UniformTimesteps",
     "available",
     "from_name",
+    "information_density",
+    "suggest",
     "uniforms",
 ]
 
 _BY_NAME: dict[str, type[LevelSampler]] = {
     "cauchy": Cauchy,
     "cosmap": CosMap,
+    "information": Information,
     "laplace": Laplace,
     "log_normal": LogNormal,
     "log_uniform": LogUniform,
