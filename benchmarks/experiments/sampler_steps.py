@@ -103,11 +103,6 @@ ROWS = [
 ]
 
 
-def bounded(profile: Profile, sigma_data: float) -> Profile:
-    """With errors no larger than that of a constant guess, which every network could make."""
-    return Profile(profile.log_snr, profile.x0_error.clamp(max=sigma_data**2))
-
-
 def generation_of(run: Run, arm: Arm) -> Generation:
     """How the images of an arm are drawn from a run."""
     steps = steps_for_calls(arm.solver, arm.calls)
@@ -117,7 +112,10 @@ def generation_of(run: Run, arm: Arm) -> Generation:
         if arm.objective == "epsilon-linear":
             return Generation(arm.solver, steps, "timesteps")
         return Generation(arm.solver, steps, "flow", sigma_max=80.0 if arm.objective == "edm" else None)
-    profile = run.profile() if arm.spacing == "statistics" else bounded(run.profile(), run.config.sigma_data)
+    sigma_data = run.config.sigma_data
+    profile = Profile.of_criterion(run.criterion(), run.config.form().prediction, sigma_data=sigma_data)
+    if arm.spacing == "bounded":
+        profile = profile.bounded(sigma_data)
     return Generation(arm.solver, steps, "statistics", profile=profile)
 
 
@@ -275,9 +273,9 @@ def main() -> None:
         plan = planned(options.runs)
         list(pool.map(train_missing, plan.values()))
         weights = {place: open_run(run.path).fingerprint()[1] for place, run in plan.items()}
-        jobs = {}  # set by set, so that an experiment that is cut short lacks sets rather than networks
-        for number, (objective, seed) in itertools.product(range(SETS), plan):
-            for arm in (arm for arm in ROWS if arm.objective == objective):
+        jobs = {}  # set by set, solver by solver: an experiment that is cut short lacks no network of what it has
+        for number, solver, (objective, seed) in itertools.product(range(SETS), SOLVERS, plan):
+            for arm in (arm for arm in ROWS if (arm.objective, arm.solver) == (objective, solver)):
                 job = Job(plan[objective, seed].path, arm, seed, number)
                 jobs[key(job, weights[objective, seed])] = job
         distances = {name: value for name, value in distances.items() if name in jobs}

@@ -162,6 +162,8 @@ class Run:
     def profile(self, step: int | None = None) -> Profile:
         """x0 error per noise level, from the training statistics of a checkpoint, of its trained (raw) weights.
 
+        At most 1, the error that no guess of pixels in [-1, 1] needs to exceed: see `Profile.bounded`.
+
         Args:
             step: of the checkpoint; None is the latest.
 
@@ -169,8 +171,9 @@ class Run:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
             ValueError: its statistics are of too few samples.
         """
-        form = self.config.form().prediction
-        return Profile.of_criterion(self.criterion(step), form, sigma_data=self.config.sigma_data)
+        criterion = self._criterion(load_checkpoint(self.path, step))
+        profile = Profile.of_criterion(criterion, self.config.form().prediction, sigma_data=self.config.sigma_data)
+        return profile.bounded(1.0)
 
     def _criterion(self, state: Mapping[str, Any]) -> DiffusionLoss:
         criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
