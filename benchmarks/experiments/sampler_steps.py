@@ -20,7 +20,7 @@ experiment: an epsilon network's x0 error at σ above 10 is larger than the vari
 puts most of its steps there. The errors of the EDM and flow networks are below the bound at every level.
 
     python benchmarks/experiments/sampler_steps.py [RUNS] [--jobs 2]  # hours on two CPU cores; goes on after a stop
-    python benchmarks/experiments/sampler_steps.py --picture          # from the committed results
+    python benchmarks/experiments/sampler_steps.py --picture          # table and picture of what is measured so far
 
 RUNS is the folder of `vadiff ablate benchmarks/experiments/objectives_digits.toml`; runs that it lacks are trained.
 
@@ -261,11 +261,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "sampler_steps.json", help="default: %(default)s")
     parser.add_argument("--image", type=Path, default=ROOT / "docs" / "sampler-steps.png", help="default: %(default)s")
-    parser.add_argument("--picture", action="store_true", help="draw the picture and the table of the result file only")
+    parser.add_argument("--picture", action="store_true", help="table and picture of the result file only")
     options = parser.parse_args()
     distances = read_distances(options.out)
     if options.picture:
-        rows = json.loads(options.out.read_text())["rows"]
+        rows = summarise(distances)
         options.out.with_suffix(".txt").write_text(as_text(rows))
         draw(rows, options.image)
         return

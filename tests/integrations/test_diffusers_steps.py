@@ -11,15 +11,20 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    UNet2DModel,
 )
 
 import vadiff
 from vadiff.integrations.diffusers import log_snr_of, sigmas_for, timesteps_for, timesteps_of
-from vadiff.process import loss_ratio
+from vadiff.models import Denoiser
+from vadiff.models.parameterisation import VPForm
+from vadiff.process import DiscreteVP, loss_ratio
+from vadiff.sampling import euler
 from vadiff.weighting import MinSNR
 
 SPREAD = 0.5
@@ -58,6 +63,65 @@ def test_sigmas_are_the_levels_that_euler_then_takes() -> None:
     told = log_snr_of(DDPMScheduler(), scheduler.timesteps)
     assert told.tolist() == pytest.approx([-2.0 * math.log(sigma) for sigma in sigmas[:-1]], abs=1e-3)
     assert sigmas_for(criterion_of("epsilon"), scheduler, 9) == sigmas  # whatever steps are set
+
+
+class Pipeline(DiffusionPipeline):
+    """An unconditional pipeline that takes sigmas, as those of Stable Diffusion do."""
+
+    unet: Any
+    scheduler: Any
+
+    def __init__(self, unet: UNet2DModel, scheduler: EulerDiscreteScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def __call__(self, noise: torch.Tensor, sigmas: list[float]) -> torch.Tensor:
+        self.scheduler.set_timesteps(sigmas=sigmas)
+        x = noise * self.scheduler.init_noise_sigma
+        for timestep in self.scheduler.timesteps:
+            output = self.unet(self.scheduler.scale_model_input(x, timestep), timestep).sample
+            x = self.scheduler.step(output, timestep, x).prev_sample
+        return x
+
+
+class Timesteps(torch.nn.Module):
+    """The network of a denoiser, which is told timestep / 100."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.unet(x, 100.0 * c_noise).sample
+        return output
+
+
+def test_state_of_a_criterion_gives_a_pipeline_its_steps() -> None:
+    """Train, save the criterion, read it elsewhere, draw: the images are those of vadiff's own Euler."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    noise_scheduler: Any = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    criterion = vadiff.DiffusionLoss.for_process(noise_scheduler)
+    for _ in range(8):
+        clean, noise, timesteps = torch.randn(32, 1, 8, 8), torch.randn(32, 1, 8, 8), torch.randint(1000, (32,))
+        output = unet(noise_scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        criterion(output, noise, log_snr_of(noise_scheduler, timesteps)).backward()
+    read = vadiff.DiffusionLoss.for_process(noise_scheduler)
+    read.load_state_dict(criterion.state_dict())
+
+    pipeline = Pipeline(unet, EulerDiscreteScheduler.from_config(noise_scheduler.config))
+    sigmas = sigmas_for(read, pipeline.scheduler, 6)
+    noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    drawn = pipeline(noise, sigmas)
+
+    form = VPForm(DiscreteVP(noise_scheduler.alphas_cumprod), "epsilon")
+    denoiser = Denoiser(Timesteps(unet), 0.5, image_shape=(1, 8, 8), process=form)
+    ours = euler(denoiser, (1, 8, 8), range(3), levels=torch.tensor(sigmas, dtype=torch.float64))
+    torch.testing.assert_close(drawn, ours, rtol=1e-3, atol=1e-3)
 
 
 def test_base_weight_of_the_loop_does_not_move_the_levels() -> None:

@@ -46,8 +46,8 @@ def noise_levels(
         ValueError: fewer than 2 steps, not 0 < sigma_min < sigma_max, rho not a positive number, or rho with a profile.
 
     Example:
-        >>> noise_levels(3, sigma_min=0.01, sigma_max=100.0, rho=1.0)
-        tensor([100.0000,  50.0050,   0.0100,   0.0000], dtype=torch.float64)
+        >>> noise_levels(3, sigma_min=1.0, sigma_max=9.0, rho=1.0)
+        tensor([9., 5., 1., 0.], dtype=torch.float64)
     """
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2.")
