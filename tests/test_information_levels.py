@@ -168,15 +168,16 @@ def test_eps_networks_do_not_draw_all_levels_at_high_noise() -> None:
         return gaussian(0.5)(log_snr) + 0.005 * (-log_snr).exp()
 
     base = UniformTime("vp_linear", t_min=1e-3)
-    bounded, unbounded = (
+    known, bounded, unbounded = (
         Information(base, prediction_type="epsilon", half_life=4.0, largest_error=limit, **BINS)
-        for limit in (None, 1e9)
+        for limit in (0.25, None, 1e9)
     )
-    for sampler in (bounded, unbounded):
+    for sampler in (known, bounded, unbounded):
         train(sampler, criterion_of(), error, 60, form="epsilon")
     best = Information(base, prediction_type="epsilon", profile=profile_of(gaussian(0.5)), **BINS)
     assert 1.0 - share_below(unbounded, 20.0) > 0.7
-    assert share_below(bounded, 20.0) == pytest.approx(share_below(best, 20.0), abs=0.1)
+    assert 1.0 - share_below(bounded, 20.0) < 0.6
+    assert share_below(known, 20.0) == pytest.approx(share_below(best, 20.0), abs=0.1)
 
 
 def test_an_untrained_network_leaves_the_levels_on_their_base_and_says_so() -> None:
