@@ -71,7 +71,8 @@ LIBRARY = {
 # The trainer may use all of the library; within it:
 TRAINER = {
     "trainer": set(),
-    "trainer.config": set(),
+    "trainer.config": {"trainer.config_fields"},
+    "trainer.config_fields": set(),
     "trainer.presets": {"trainer.config"},
     "trainer.data": set(),
     "trainer.doctor": set(),

@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any
 
-from ..config import TrainConfig, choices
+from ..config import TrainConfig
 
 
 def add_config_flags(parser: argparse._ArgumentGroup) -> None:
@@ -17,7 +17,7 @@ def add_config_flags(parser: argparse._ArgumentGroup) -> None:
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
         keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        allowed = choices(field)
+        allowed = field.metadata.get("choices")
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif allowed is not None:
