@@ -12,15 +12,17 @@ Digits of 8 × 8, a residual MLP, constant weighting, everything below fixed bef
 - Seeds 0 to 9, paired: weights, images, u of the levels and noise are the same for all arms of a seed.
 - Primary figures: A, the mean over 12 noise levels, 0.02 to 20 times the scale of the pixels, of ln(x0 loss of the 297
   held-out digits), averaged weights; B, ln of the Fréchet distance of 1,797 samples to the training digits in the
-  features of the digits classifier, averaged over three sets of sampling seeds, DPM-Solver++(2M), 16 calls, EDM's steps.
+  features of the digits classifier, averaged over three sets of sampling seeds, DPM-Solver++(2M), 16 calls, EDM's
+  steps.
 - Regret of an arm: its figure minus that of the best mean of the grid, which is chosen by seeds 0 to 4 for each figure
   and scored on seeds 5 to 9, paired; mean and 95 % interval by Student's t. Also the difference to the default over all
   ten seeds.
 
-    python benchmarks/experiments/placement.py --work FOLDER [--jobs 2]    # goes on where it was stopped
+    python benchmarks/experiments/placement.py --work FOLDER [--jobs 2]
 
 Every run is a file in FOLDER, so that a stopped experiment goes on. At the end it writes
 benchmarks/results/placement.json; placement_picture.py draws it and prints the tables of docs/levels.md.
+placement_cifar.py is the same on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import argparse
 import copy
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -69,9 +72,40 @@ class Task:
     default: tuple[float, float]  # mean and standard deviation of ln sigma
     grid_std: float
 
+    batch = BATCH
+
     @property
     def sigma_data(self) -> float:
         return SIGMA_DATA * self.scale
+
+    def images(self) -> Tensor:
+        """What is trained on, [N, C, H, W]."""
+        return load_digits().train * self.scale
+
+    def network(self) -> nn.Module:
+        return Network()
+
+    def figures(self, denoiser: Denoiser, seed: int) -> dict[str, Any]:
+        """Both primary figures, and the x0 loss of each level."""
+        digits = load_digits()
+        log_snr = from_sigma(HELD_OUT * self.scale)
+        measured = held_out_loss(denoiser, digits.held_out * self.scale, log_snr_levels=log_snr.tolist())
+        mean = level_mean(measured.mean, measured.log_snr, sigma_data=self.sigma_data)
+        at = noise_levels(CALLS, 0.002 * self.scale, 80.0 * self.scale)
+        distances = []
+        for first in range(0, SETS * SAMPLES, SAMPLES):
+            drawn = dpmpp_2m(denoiser, (1, 8, 8), range(first, first + SAMPLES), levels=at, batch_size=SAMPLES)
+            found = image_metrics(
+                pixels(drawn / self.scale), pixels(digits.train), metrics=("fid",), features="digits", batch_size=512,
+                progress=False,
+            )  # fmt: skip
+            distances.append(found["fd-digits"])
+        return {
+            "A": float(mean.log()),
+            "B": math.log(sum(distances) / SETS),
+            "loss": measured.mean.tolist(),
+            "distances": distances,
+        }
 
 
 TASKS = (
@@ -129,17 +163,17 @@ def sampler_of(task: Task, arm: str, suggestion: dict[str, float] | None) -> lev
 
 def train(task: Task, sampler: levels.LevelSampler, seed: int) -> tuple[Denoiser, vadiff.DiffusionLoss]:
     """The averaged denoiser, and the criterion with its statistics."""
-    data = load_digits().train * task.scale
+    data = task.images()
     torch.manual_seed(seed)
-    denoiser = Denoiser(Network(), task.sigma_data, image_shape=(1, 8, 8), process=task.process)
+    denoiser = Denoiser(task.network(), task.sigma_data, image_shape=tuple(data.shape[1:]), process=task.process)
     average = copy.deepcopy(denoiser).requires_grad_(False)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, STEPS)
     criterion = vadiff.DiffusionLoss("constant")
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
-        x0 = data[torch.randint(len(data), (BATCH,), generator=generator)]
-        sigma = sampler(levels.uniforms(BATCH, generator, stratified=True)).sigma
+        x0 = data[torch.randint(len(data), (task.batch,), generator=generator)]
+        sigma = sampler(levels.uniforms(task.batch, generator, stratified=True)).sigma
         eps = torch.randn(x0.shape, generator=generator)
         output = denoiser.training_output(x0, eps, sigma)
         loss = OBJECTIVES[task.process](criterion, output, x0, eps, sigma, task.sigma_data, None)
@@ -154,29 +188,6 @@ def train(task: Task, sampler: levels.LevelSampler, seed: int) -> tuple[Denoiser
             for kept, now in zip(average.parameters(), denoiser.parameters(), strict=True):
                 kept.lerp_(now, 1.0 - DECAY)
     return average.eval(), criterion
-
-
-def figures_of(task: Task, denoiser: Denoiser) -> dict[str, Any]:
-    """Both primary figures, and the x0 loss of each level."""
-    digits = load_digits()
-    log_snr = from_sigma(HELD_OUT * task.scale)
-    measured = held_out_loss(denoiser, digits.held_out * task.scale, log_snr_levels=log_snr.tolist())
-    mean = level_mean(measured.mean, measured.log_snr, sigma_data=task.sigma_data)
-    at = noise_levels(CALLS, 0.002 * task.scale, 80.0 * task.scale)
-    distances = []
-    for first in range(0, SETS * SAMPLES, SAMPLES):
-        drawn = dpmpp_2m(denoiser, (1, 8, 8), range(first, first + SAMPLES), levels=at, batch_size=SAMPLES)
-        found = image_metrics(
-            pixels(drawn / task.scale), pixels(digits.train), metrics=("fid",), features="digits", batch_size=512,
-            progress=False,
-        )  # fmt: skip
-        distances.append(found["fd-digits"])
-    return {
-        "A": float(mean.log()),
-        "B": math.log(sum(distances) / SETS),
-        "loss": measured.mean.tolist(),
-        "distances": distances,
-    }
 
 
 @dataclass(frozen=True)
@@ -212,7 +223,7 @@ def run(job: Job) -> dict[str, Any]:
         found["std"] = suggested.logit_std if flow else suggested.p_std
         found["profile"] = {"log_snr": profile.log_snr.tolist(), "x0_error": profile.x0_error.tolist()}
     else:
-        found |= figures_of(job.task, denoiser)
+        found |= job.task.figures(denoiser, job.seed)
         u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
         drawn = sampler(u).sigma.log()
         found["levels"] = {"mean": float(drawn.mean()), "std": float(drawn.std())}
@@ -224,48 +235,89 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
-def jobs_of(folder: Path) -> tuple[list[Job], list[Job]]:
+def jobs_of(
+    tasks: Sequence[Task], seeds: Sequence[int], grid_seeds: Sequence[int], folder: Path
+) -> tuple[list[Job], list[Job]]:
     """The runs that suggestions are made from, and all others, the grid's last."""
-    sources = [Job(task, "suggestion's source", SUGGESTING, folder) for task in TASKS]
+    sources = [Job(task, "suggestion's source", SUGGESTING, folder) for task in tasks]
     jobs = []
     for grid in (False, True):
-        for task in TASKS:
+        for task in tasks:
             arms: tuple[str, ...] = tuple(f"mean {mean}" for mean in GRID)
             if not grid:
                 arms = (*PLACED, *(FLOW_ONLY if task.process == "flow" else ()))
-            jobs += [Job(task, arm, seed, folder) for seed in SEEDS for arm in arms]
+            jobs += [Job(task, arm, seed, folder) for seed in (grid_seeds if grid else seeds) for arm in arms]
     return sources, jobs
 
 
-def collected(folder: Path) -> dict[str, Any]:
+def winners_of(jobs: Sequence[Job], seeds: Sequence[int], choosing: Sequence[int]) -> list[Job]:
+    """The runs of all seeds of each task's best mean of the grid, by either figure, over the choosing seeds."""
+    found = []
+    for task in dict.fromkeys(job.task for job in jobs):
+        means = [f"mean {mean}" for mean in GRID]
+        grid = {arm: [job for job in jobs if job.task == task and job.arm == arm] for arm in means}
+        for figure in ("A", "B"):
+
+            def score(arm: str, figure: str = figure, grid: dict[str, list[Job]] = grid) -> float:
+                return sum((job.done() or {})[figure] for job in grid[arm] if job.seed in choosing)
+
+            best = min(means, key=score)
+            found += [Job(task, best, seed, jobs[0].folder) for seed in seeds]
+    return list(dict.fromkeys(found))
+
+
+def collected(sources: Sequence[Job], jobs: Sequence[Job]) -> dict[str, Any]:
     """Figures of every arm and seed, and the suggestions, for the result file."""
-    sources, jobs = jobs_of(folder)
     found: dict[str, Any] = {job.task.name: {"suggestion": job.done(), "arms": {}} for job in sources}
     for job in jobs:
         done = job.done()
         assert done is not None
-        arm = found[job.task.name]["arms"].setdefault(job.arm, {"A": [], "B": [], "levels": []})
+        arm = found[job.task.name]["arms"].setdefault(job.arm, {"A": {}, "B": {}, "levels": {}})
         for name, values in arm.items():
-            values.append(done[name])
+            values[str(job.seed)] = done[name]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def experiment(
+    name: str,
+    tasks: Sequence[Task],
+    arguments: argparse.Namespace,
+    seeds: Sequence[int] = SEEDS,
+    choosing: Sequence[int] = CHOOSING,
+    grid_seeds: Sequence[int] = SEEDS,
+) -> None:
+    """Do the runs that are missing, and write the result file.
+
+    Of the grid, `grid_seeds` are run for every mean, and all seeds for those that are best on the choosing ones."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    sources, jobs = jobs_of(tasks, seeds, grid_seeds, arguments.work)
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+
+        def do(what: str, wanted: Sequence[Job]) -> None:
+            left = [job for job in wanted if job.done() is None]
+            for count, _ in enumerate(pool.map(run, left), 1):
+                print(f"{what}: {count} of {len(left)}", flush=True)
+
+        do("sources", sources)
+        do("runs", jobs)
+        winners = winners_of(jobs, seeds, choosing)
+        do("best means", winners)
+    settings = {
+        "steps": STEPS, "batch": tasks[0].batch, "seeds": list(seeds), "choosing": list(choosing), "grid": list(GRID)
+    }  # fmt: skip
+    tables = collected(sources, list(dict.fromkeys([*jobs, *winners])))
+    print(write_results(name, {"settings": settings, "tasks": tables}, arguments.out))
+
+
+def parser_of(description: str, name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
-    parser.add_argument("--out", type=Path, help="file for the results (benchmarks/results/placement.json)")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    find_network("digits")  # trained once, before the processes ask for it
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        for number, jobs in enumerate(jobs_of(arguments.work)):
-            left = [job for job in jobs if job.done() is None]
-            for count, _ in enumerate(pool.map(run, left), 1):
-                print(f"{('sources', 'runs')[number]}: {count} of {len(left)}", flush=True)
-    settings = {"steps": STEPS, "batch": BATCH, "seeds": list(SEEDS), "choosing": list(CHOOSING), "grid": list(GRID)}
-    print(write_results("placement", {"settings": settings, "tasks": collected(arguments.work)}, arguments.out))
+    parser.add_argument("--out", type=Path, help=f"file for the results (benchmarks/results/{name}.json)")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    options = parser_of(__doc__ or "", "placement").parse_args()
+    find_network("digits")  # trained once, before the processes ask for it
+    experiment("placement", TASKS, options)
