@@ -86,8 +86,8 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
     },
     "trainer.cli": {
-        "trainer.ablation", "trainer.config", "trainer.doctor", "trainer.evaluation", "trainer.pictures",
-        "trainer.presets", "trainer.report", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.doctor", "trainer.evaluation",
+        "trainer.pictures", "trainer.presets", "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

@@ -27,12 +27,13 @@ WEIGHTINGS = (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
 LEVELS = (AUTO, *levels.available(), GAP)  # TABLE among them
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
-_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, equal to the width; "images": image_size
+_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # "images" have 3 and image_size
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
 _TIMESTEPS = 1000  # of DDPM
+_FLUX_PATCH = 16  # pixels in height and width that are one of Flux's tokens
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ class TrainConfig:
     levels_options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "arguments of the level sampler, e.g. floor=0.2"}
     )
+    shift: float | str = setting(
+        1.0,
+        "factor of the sigma of all levels, above 1 for more noise; or a rule for it by the size of the images: sd3 "
+        "(pixels), rae (numbers), flux (patches of 16 x 16). With adaptive levels, of their base",
+        above=0, below=math.inf,
+    )  # fmt: skip
+    uniform_share: float = setting(
+        0.0, "share of draws from uniform times of the process, of a flow for edm; with adaptive levels, in their base",
+        at_least=0, below=1,
+    )  # fmt: skip
+    profile: str | None = setting(
+        None,
+        "levels=information: place them from the first step by the x0 errors of a finished run (its directory) or of "
+        "a CSV that `vadiff validate --csv` wrote",
+    )
     levels_every: int = setting(10, "steps between two updates of adaptive levels", at_least=1)
     p_mean: float = setting(
         -1.2,
@@ -98,6 +114,9 @@ class TrainConfig:
     )
     p_std: float = setting(1.2, "standard deviation of ln sigma in log_normal levels", above=0)
     stratified: bool = setting(False, "spread the noise levels of a batch evenly over their distribution")
+    stratified_epoch: bool = setting(
+        False, "also spread the noise levels of each pass over the data evenly; stratified is part of it"
+    )
     antithetic: bool = setting(
         False, "draw noise levels in mirrored pairs: the quantiles u and 1 - u of their distribution"
     )
@@ -190,9 +209,14 @@ class TrainConfig:
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
-        height = _HEIGHTS.get(self.dataset, self.image_size)
-        check_halvings((1, height, height), self.channels)
-        check_attention(height, self.channels, self.attention_resolutions)
+        check_halvings(self.image_shape, self.channels)
+        check_attention(self.image_shape[1], self.channels, self.attention_resolutions)
+        if isinstance(self.shift, str) and self.shift not in levels.SHIFT_RULES:
+            raise ValueError(f"shift is {self.shift!r}, expected a number or one of {', '.join(levels.SHIFT_RULES)}")
+        if self.stratified_epoch and self.antithetic:
+            raise ValueError(
+                "antithetic is true, but so is stratified_epoch, whose numbers are not in pairs: choose one"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if len(set(self.sigma_rel)) < len(self.sigma_rel):
@@ -225,6 +249,20 @@ class TrainConfig:
             self.process, None if self.prediction == AUTO else self.prediction, sigma_data=self.sigma_data,
             timesteps=discrete, zero_terminal_snr=self.zero_terminal_snr,
         )  # fmt: skip
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return _SHAPES.get(self.dataset, (3, self.image_size, self.image_size))
+
+    @property
+    def shift_alpha(self) -> float:
+        """`shift` as a number."""
+        if isinstance(self.shift, float):
+            return self.shift
+        channels, height, width = self.image_shape
+        size = {"sd3": height * width, "rae": channels * height * width, "flux": height * width / _FLUX_PATCH**2}
+        return levels.shift_alpha(self.shift, size[self.shift])
 
     def held_out_range(self) -> tuple[float, float]:
         """`held_out_sigma`, as far as the process has these noise levels: a network knows no time for others.

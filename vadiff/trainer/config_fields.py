@@ -1,5 +1,6 @@
 """Fields of a training config: help texts, bounds, and values from YAML, TOML and flags converted to their types."""
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -25,9 +26,12 @@ def setting(default: Any, text: str, **bounds: Any) -> Any:
 def typed(name: str, value: Any, kind: Any) -> Any:
     """Convert `value` to its field's type: YAML and TOML have no tuples, and YAML reads 1e-4 as text."""
     if isinstance(kind, types.UnionType):
-        if value is None:
+        if value is None and types.NoneType in typing.get_args(kind):
             return None
-        kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+        *others, kind = alternatives(kind)
+        for other in others:
+            with contextlib.suppress(ValueError):
+                return typed(name, value, other)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     try:
         if origin is tuple:
@@ -50,6 +54,13 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return kind(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, expected {_type_name(kind)}") from None
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types that a field takes, None left out, in the order in which they are tried."""
+    if not isinstance(kind, types.UnionType):
+        return (kind,)
+    return tuple(option for option in typing.get_args(kind) if option is not types.NoneType)
 
 
 def _type_name(kind: Any) -> str:
