@@ -73,7 +73,7 @@ def test_adaptive_levels_start_from_the_shifted_base_with_its_share_of_uniform_t
 
 
 def test_shifted_timesteps_stay_within_those_of_the_process() -> None:
-    """Without a limit, a shift by 3 would train the last timestep with every tenth image."""
+    """Without a limit, a shift by 3 would draw the last timestep for 12 % of the images."""
     config = dataclasses.replace(TINY, process="vp_linear", shift=3.0)
     sampler, process = build_levels(config), DiscreteVP.linear(1000)
     counts = process.timestep(sampler((torch.arange(4000) + 0.5).double() / 4000).log_snr).bincount(minlength=1000)

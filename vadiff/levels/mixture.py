@@ -32,7 +32,7 @@ class Mixture(LevelSampler):
         ValueError: a share out of bounds, or a sampler that corrects its draws.
 
     Example:
-        >>> Mixture(LogitNormal(), LogNormal(), share=0.1)
+        >>> Mixture(vadiff.levels.LogitNormal(), vadiff.levels.LogNormal(), share=0.1)
         Mixture(LogitNormal(mean=0, std=1), LogNormal(p_mean=-1.2, p_std=1.2), share=0.1)
     """
 

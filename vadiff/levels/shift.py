@@ -36,7 +36,7 @@ class Shift(LevelSampler):
         ValueError: an argument out of bounds, or a range for a base that corrects its draws.
 
     Example:
-        >>> Shift(LogitNormal(), alpha=3.0)
+        >>> Shift(vadiff.levels.LogitNormal(), alpha=3.0)
         Shift(LogitNormal(mean=0, std=1), alpha=3)
     """
 
@@ -77,14 +77,15 @@ class Shift(LevelSampler):
 def shift_alpha(rule: str, dimension: float) -> float:
     """The factor of `Shift` by a published rule, from the size of an image.
 
-    | rule | dimension | alpha | source |
-    | --- | --- | --- | --- |
-    | "sd3" | pixels, height times width | √(dimension / 256²) | SD3 (arXiv 2403.03206, section 5.3.2), from 256 × 256 |
-    | "rae" | numbers of the latent, tokens times channels | √(dimension / 4096) | RAE (arXiv 2510.11690) |
-    | "flux" | image tokens | e^mu, mu on a line from 0.5 at 256 to 1.15 at 4096 tokens | Flux's code |
-
     The rules suppose the levels and the data of their papers: they say how a distribution that suits one size moves
     with size, and not whether it suits other data.
+
+    Args:
+        rule: "sd3", √(dimension / 256²) (SD3, arXiv 2403.03206, section 5.3.2, with 256 × 256 as the size without a
+            shift); "rae", √(dimension / 4096) (RAE, arXiv 2510.11690); "flux", e^mu with mu on a line from 0.5 at 256
+            to 1.15 at 4096 tokens (Flux's code).
+        dimension: pixels, height times width, for "sd3"; numbers of the latent, tokens times channels, for "rae"; image
+            tokens for "flux".
 
     Raises:
         ValueError: an unknown rule, or a dimension that is not above 0.
