@@ -12,7 +12,7 @@ from .fixed import EVERYWHERE, UniformTime
 from .sampler import LARGEST, SMALLEST, LevelSampler, require_number
 
 _REACH, _STEP = 37.5, 1 / 64  # nodes of the quantile in logit(u), which ends at 53·ln 2 = 36.7
-_BISECTIONS, _ROUNDS = 80, 13  # for a node, and from two nodes to a level
+_ROUNDS_FOR_NODES, _ROUNDS = 80, 26  # two nodes are some hundredths apart in log-SNR, except across gaps
 
 
 class Mixture(LevelSampler):
@@ -59,39 +59,23 @@ class Mixture(LevelSampler):
         self.log_snr_range = (min(low for low, _ in ranges), max(high for _, high in ranges))
 
     def _bisected(self, u: Tensor) -> Tensor:
-        """Log-SNR at u, to the last bit and slowly: it lies between the quantiles of the two."""
+        """Log-SNR at u: it lies between the quantiles of the two."""
         u = u.clamp(SMALLEST, LARGEST)
         ends = torch.stack([self.first._levels(u), self.second._levels(u)])
-        low, high = ends.amin(0), ends.amax(0)
-        for _ in range(_BISECTIONS):
+        return self._halved(u, ends.amin(0), ends.amax(0), _ROUNDS_FOR_NODES)
+
+    def _halved(self, u: Tensor, low: Tensor, high: Tensor, rounds: int) -> Tensor:
+        """Log-SNR at u between low and high, by halving the interval."""
+        for _ in range(rounds):
             middle = 0.5 * (low + high)
             noisier = self._cdf(middle) > u  # than the level sought
             low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
         return 0.5 * (low + high)
 
     def _quantile(self, u: Tensor) -> Tensor:
-        """Between two nodes by false position in logit(u), where tails are nearly straight (Illinois's variant)."""
         nodes = self.nodes.view(torch.float64)
-        wanted = u.logit()
-        place = ((wanted + _REACH) / _STEP).floor().clamp(0, len(nodes) - 2).long()
-        less, more = nodes[place], nodes[place + 1]  # noise
-        below = place * _STEP - _REACH - wanted  # logit(u) there, less the one sought
-        above = below + _STEP
-        found, last = less, torch.zeros_like(u)
-        for number in range(_ROUNDS):
-            part = (below / (below - above)).nan_to_num(0.5).clamp(0.0, 1.0)
-            if number % 3 == 2:  # where the CDF has a bend or is flat, false position hardly moves
-                part = torch.full_like(part, 0.5)
-            found = less + (more - less) * part
-            error = self._cdf(found).logit(SMALLEST) - wanted
-            side = error.sign()
-            again = side == last  # the same end moves again: let the other one count half
-            below = torch.where(again & (side > 0), 0.5 * below, below)
-            above = torch.where(again & (side < 0), 0.5 * above, above)
-            less, below = torch.where(side < 0, found, less), torch.where(side < 0, error, below)
-            more, above = torch.where(side < 0, more, found), torch.where(side < 0, above, error)
-            last = side
-        return found
+        place = ((u.logit() + _REACH) / _STEP).floor().clamp(0, len(nodes) - 2).long()
+        return self._halved(u, nodes[place + 1], nodes[place], _ROUNDS)
 
     def _cdf(self, log_snr: Tensor) -> Tensor:
         return torch.lerp(self.first.cdf(log_snr), self.second.cdf(log_snr), self.share)
