@@ -2,9 +2,9 @@
 
 With σ̃ = sigma/alpha = e^(-λ/2), a network's x0 error m(λ), per element, is at most σ̃² for a network that does no worse
 than returning its noisy input. The **information rate** min(m/σ̃², 1) is what a step of ln σ̃ towards less noise tells
-about x0: it is 1 where the noise is smaller than every detail of the data, and falls as σ̃⁻² where the noise hides all
-of it. Levels of training (`vadiff.levels.Information`, `vadiff.levels.suggest`) and the steps of a sampler
-(`vadiff.sampling.noise_levels`) are placed by it.
+about x0: it is 1 where the noise is smaller than every detail of data without redundancy, and falls as σ̃⁻² where the
+noise hides all of it. Levels of training (`vadiff.levels.Information`, `vadiff.levels.suggest`) and the steps of a
+sampler (`vadiff.sampling.noise_levels`) are placed by it.
 
 Sources: InfoNoise (arXiv 2602.18647) for training, rescaled entropic time (arXiv 2504.13612) for sampling.
 
@@ -33,7 +33,8 @@ from .process import loss_ratio
 BaseWeight = Callable[[Tensor], Tensor]
 """u as a function of log-SNR, [B] → [B]."""
 
-PIVOT_RATE = 0.5  # information rate at the gate's pivot
+TAIL = 0.01  # share of the information, at the noisiest levels, that the gate leaves out
+_OUTSIDE = 0.1  # share of an end bin's samples from outside the range above which it has no error
 FEWEST = 16.0  # smoothed samples that a bin needs to enter a profile
 _COLUMNS = ("log_snr", "x0_error")
 
@@ -122,7 +123,8 @@ class Profile:
         moments = moments_of(criterion.statistics.state.cpu(), bins)
         centers = criterion.bin_centers.cpu().double()
         scale = x0_scale(centers, prediction_type, sigma_data=sigma_data, base_weight=base_weight)
-        log_error, samples = smoothed_log_error(moments, scale, bins, smoothing)
+        outside = criterion.statistics.outside.cpu()
+        log_error, samples = smoothed_log_error(moments, outside, scale, bins, smoothing)
         known = samples >= FEWEST
         if int(known.sum()) < 2:
             raise ValueError(
@@ -212,7 +214,7 @@ class Profile:
 
     @property
     def pivot(self) -> float | None:
-        """sigma/alpha of the gate, c in `gate`; None without one. See `log_pivot`."""
+        """sigma/alpha of the gate, c of `gate`: where the rate is half of its highest; None without one."""
         known = torch.ones_like(self.log_snr, dtype=torch.bool)
         found = float(log_pivot(self.log_snr, self.x0_error.log(), known))
         return None if math.isnan(found) else math.exp(found)
@@ -223,7 +225,6 @@ def x0_scale(
 ) -> Tensor:
     """k·u, by which the base loss differs from the x0 error per element: g = k·u·m. [B] float64.
 
-    The one conversion from a criterion's statistics to x0 errors.
 
     Args:
         log_snr: [B].
@@ -232,17 +233,22 @@ def x0_scale(
         base_weight: u as a function of log-SNR; None is 1.
 
     Raises:
+        TypeError: base_weight is no function.
         ValueError: an unknown prediction type, or a base weight that does not give a positive number for each level.
     """
     scale = loss_ratio(prediction_type, log_snr.double(), sigma_data=sigma_data)
     if base_weight is None:
         return scale
+    if not callable(base_weight):
+        raise TypeError(f"base_weight is {base_weight!r}, expected a function of log-SNR [B] that returns u [B]")
     weight: Any = base_weight(log_snr.float())
     if not isinstance(weight, Tensor) or weight.shape != log_snr.shape:
-        got = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
-        raise ValueError(f"base_weight gave {got}, expected a tensor of shape {tuple(log_snr.shape)}: u of each level")
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"type {type(weight).__name__}"
+        raise ValueError(
+            f"the result of base_weight has {got}, expected a tensor of shape {tuple(log_snr.shape)}: u of each level"
+        )
     if not bool((weight.isfinite() & (weight > 0)).all()):
-        raise ValueError("base_weight gave a number that is not positive and finite, expected u > 0 at every level")
+        raise ValueError("the result of base_weight has a number that is not positive and finite, expected u > 0")
     return scale * weight.double().to(scale.device)
 
 
@@ -254,13 +260,21 @@ def check_has_profile(criterion: Criterion) -> None:
         )
 
 
-def smoothed_log_error(moments: Tensor, scale: Tensor, bins: Bins, smoothing: float) -> tuple[Tensor, Tensor]:
+def smoothed_log_error(
+    moments: Tensor, outside: Tensor, scale: Tensor, bins: Bins, smoothing: float
+) -> tuple[Tensor, Tensor]:
     """ln of the x0 error per bin, smoothed as weights are, and the smoothed number of samples; 0 where there are none.
 
-    moments: [4, K] of the base loss. scale: [K], k·u at the bin centres. Runs on the device, without synchronising.
+    An end bin has no error if more than a tenth of its samples are from outside the range, where k·u is not that of its
+    centre.
+
+    moments: [4, K] of the base loss. outside: [2], samples below and above the range. scale: [K], k·u at the bin
+    centres. Runs on the device, without synchronising.
     """
     count, mean = moments[0], moments[1]
-    has_value = (count > 0) & (mean > 0)
+    from_outside = torch.zeros_like(count)
+    from_outside[0], from_outside[-1] = outside[0], outside[1]
+    has_value = (count > 0) & (mean > 0) & (from_outside <= _OUTSIDE * count)
     log_error = torch.where(has_value, (mean / scale).log(), 0.0)
     count = torch.where(has_value, count, 0.0)
     if smoothing > 0:
@@ -269,17 +283,19 @@ def smoothed_log_error(moments: Tensor, scale: Tensor, bins: Bins, smoothing: fl
 
 
 def log_pivot(log_snr: Tensor, log_error: Tensor, known: Tensor) -> Tensor:
-    """ln c, c the highest σ̃ with an information rate of at least ½; NaN without one. Scalar float64.
+    """ln c, c the highest σ̃ with at least half of the highest information rate; NaN without one. Scalar float64.
 
-    NaN also if that is the highest of the known levels: then the error does not yet fall below the noise there, as
-    that of an untrained network that predicts eps, and says nothing of the data.
+    NaN also if no known level has e times as much noise: then the rate does not yet fall there, as that of an untrained
+    network that predicts eps, and says nothing of the data. The highest rate is 1 where every element has details of
+    its own, and less where elements repeat each other or are constant, as in grey images in three channels.
 
     log_snr, log_error: [K] float64, by rising log-SNR. known: [K] bool. Runs on the device, without synchronising.
     """
-    informative = known & (log_error + log_snr >= math.log(PIVOT_RATE))
+    rate = torch.where(known, (log_error + log_snr).clamp(max=0.0), -math.inf)
     levels = torch.where(known, -0.5 * log_snr, -math.inf)
+    informative = known & (rate >= rate.amax() - math.log(2.0))
     highest = torch.where(informative, levels, -math.inf).amax()
-    return torch.where(highest.isfinite() & (highest < levels.amax()), highest, math.nan)
+    return torch.where(highest.isfinite() & (highest + 1.0 <= levels.amax()), highest, math.nan)
 
 
 def gate(log_sigma: Tensor, log_pivot: Tensor) -> Tensor:
@@ -289,3 +305,15 @@ def gate(log_sigma: Tensor, log_pivot: Tensor) -> Tensor:
     the lowest noise level; this one does not.
     """
     return torch.sigmoid(3.0 * (log_sigma - log_pivot))
+
+
+def tail_gate(information: Tensor) -> Tensor:
+    """F/(F + 0.01), F the share of the information at a level and all noisier ones: closes on the last hundredth.
+
+    Where a loss weighs high noise little, as that of eps does, levels that hold next to no information would take most
+    of the draws to make up for it.
+
+    information: [K] by rising log-SNR, not negative. Runs on the device, without synchronising.
+    """
+    share = information.cumsum(0) / information.sum()
+    return share / (share + TAIL)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validation import is_number
 from ..information import (
     BaseWeight,
     Profile,
@@ -15,16 +16,18 @@ from ..information import (
     gate,
     log_pivot,
     smoothed_log_error,
+    tail_gate,
     x0_scale,
 )
 from ..loss import DiffusionLoss
 from ..ops.reference import moments_of
-from .adaptive import AdaptiveLevels
+from .adaptive import AdaptiveLevels, require_not_adaptive
 from .fixed import LogNormal
 from .sampler import LevelSampler, require_number
 
 _REACH = 1e-9  # least mass of a bin that may be tilted: the base's quantile resolves no levels in smaller ones
 _SURE = 0.5  # confidence of a bin that the pivot may be read from
+_MOVED = 0.005  # share of the draws below which the levels are on their base
 
 
 class Information(AdaptiveLevels):
@@ -35,22 +38,25 @@ class Information(AdaptiveLevels):
     adaptive weighting therefore changes the draws and not the contributions: with Information, prefer constant weights.
     There is no 1/p correction, which would restore the base.
 
-    The gate is σ̃³/(σ̃³ + c³) with the pivot c the highest σ̃ where m/σ̃² ≥ ½. Below it a network is far from optimal, and
-    m/σ̃² would draw ever more levels that teach it nothing. While there is no pivot, or it is the highest level with
-    samples, as in an untrained network, the levels stay on the base; `state` says so.
+    The gate closes at both ends. At low noise it is σ̃³/(σ̃³ + c³): below the pivot c, the highest σ̃ with half of the
+    highest m/σ̃², a network is far from optimal, and m/σ̃² would draw ever more levels that teach it nothing. At high
+    noise it closes on the levels that hold the last hundredth of the information, which a loss of eps, whose weight
+    falls as σ̃⁻², would draw most. While the rate does not fall at the noisiest levels with samples, as that of an
+    untrained network, there is no pivot, and the levels stay on the base; `state` says so.
 
     Levels with few samples stay near the base, by n/(n + prior); `floor` of all draws come from it, so that no level
-    starves; and the levels move half way to the profile in `half_life` samples per bin. All of this is in buffers: a
-    resumed run goes on exactly.
+    starves; and the levels move half way to what the statistics say in `half_life` samples per bin. All of this is in
+    buffers: a resumed run goes on exactly. A batch that diverged stays in the statistics for their own half-life, and
+    so in the levels.
 
     Sources: InfoNoise (arXiv 2602.18647); VDM++ (arXiv 2303.00848, appendix F) for levels that follow an average loss.
 
     Args:
-        base: the distribution to start from, and to move away from only as far as samples allow; `LogNormal()` by
-            default. It must reach wherever the information is: bins with less than 1e-9 of its mass keep their share.
+        base: the distribution to start from; `LogNormal()` by default. It must reach wherever the information is: bins
+            with less than 1e-9 of its draws keep that share. Not an adaptive one.
         bins, log_snr_range: the criterion's.
         floor: share of levels drawn from the base, > 0.
-        gate: False leaves the gate out.
+        gate: False leaves the gate open at both ends.
         prediction_type: form of the criterion's loss, one of `vadiff.process.PREDICTION_TYPES`; "edm" for EDM's
             objective, λ(σ)·(D - x0)².
         sigma_data: standard deviation of the data, for "edm".
@@ -60,13 +66,17 @@ class Information(AdaptiveLevels):
         half_life: mean number of samples per bin in which the levels move half way to the profile.
         largest_error: x0 errors above this count as this. A network that predicts eps can be worse than the mean of the
             data at high noise, where a small error of eps is a large one of x0: unbounded, it would draw most levels
-            there. None is 1 for "epsilon", enough for pixels in [-1, 1] and latents of unit variance, else no bound.
+            there. Give the variance of your data. None is 1 for "epsilon", enough for pixels in [-1, 1] and latents of
+            unit variance, else infinity: no bound.
         profile: errors to place the levels by, in place of those of the criterion: of a finished run or of a
-            validation. Then they are there from the first draw, and only the weights are read in training.
+            validation. Then the levels are there from the first draw, an update reads only the criterion's weights and
+            follows them at once, and smoothing, prior and half_life are not used.
 
     Raises:
-        TypeError: the profile is not a `vadiff.information.Profile`; an optimal loss J* is none, see there.
+        TypeError: the profile is not a `vadiff.information.Profile` (an optimal loss J* is none, see there); base is
+            not a `LevelSampler`, or is an adaptive one; base_weight is no function.
         ValueError: an argument out of bounds.
+        RuntimeError: from `load_state_dict`, as `Table`, and for a sampler of another form of the loss.
 
     Example:
         >>> Information(LogNormal(-1.2, 1.2), bins=64).state
@@ -93,21 +103,25 @@ class Information(AdaptiveLevels):
         largest_error: float | None = None,
         profile: Profile | None = None,
     ) -> None:
-        super().__init__(base or LogNormal(), bins, log_snr_range, floor, corrected=False)
+        base = LogNormal() if base is None else require_not_adaptive("base", base)
+        super().__init__(base, bins, log_snr_range, floor, corrected=False)
+        if gate not in (0, 1):  # numbers on a command line
+            raise ValueError(f"gate is {gate!r}, expected True or False")
         self.gate = bool(gate)
         self.smoothing = require_number("smoothing", smoothing, at_least=0.0)
         self.prior = require_number("prior", prior, above=0.0)
         self.half_life = require_number("half_life", half_life, above=0.0)
-        unbounded = 1.0 if prediction_type == "epsilon" else math.inf
-        self.largest_error = (
-            unbounded if largest_error is None else require_number("largest_error", largest_error, above=0.0)
-        )
+        if largest_error is None:
+            largest_error = 1.0 if prediction_type == "epsilon" else math.inf
+        if not is_number(largest_error) or not largest_error > 0.0:
+            raise ValueError(f"largest_error is {largest_error!r}, expected a positive number, or infinity")
+        self.largest_error = float(largest_error)
         self.profile = _checked(profile)
         scale = x0_scale(
             self.bin_centers.double(), prediction_type,
             sigma_data=require_number("sigma_data", sigma_data, above=0.0), base_weight=base_weight,
         )  # fmt: skip
-        self.register_buffer("scale", scale.detach().cpu().contiguous().view(torch.int64), persistent=False)
+        self.register_buffer("scale", scale.detach().cpu().contiguous().view(torch.int64))
         progress = torch.full((2,), math.nan, dtype=torch.float64).view(torch.int64)
         self.register_buffer("progress", progress)
         self.register_buffer("given", None, persistent=False)
@@ -130,7 +144,9 @@ class Information(AdaptiveLevels):
         check_has_profile(criterion)
         statistics = criterion.statistics
         moments = moments_of(statistics.state, self.bins)
-        log_error, samples = smoothed_log_error(moments, self._numbers(self.scale), self.bins, self.smoothing)
+        log_error, samples = smoothed_log_error(
+            moments, statistics.outside, self._numbers(self.scale), self.bins, self.smoothing
+        )
         wanted = self._tilt(log_error, samples / (samples + self.prior), weight)
         if self.floor == 1.0:
             return wanted
@@ -146,11 +162,13 @@ class Information(AdaptiveLevels):
         levels, masses = self.bin_centers.double(), self._numbers(self.masses)
         total = weight * self._numbers(self.scale)
         pivot = log_pivot(levels, log_error, confidence >= _SURE)
-        bounded = log_error.clamp(max=math.log(self.largest_error))
-        target = (bounded + levels).clamp(max=0.0) - total.log()
+        rate = (log_error.clamp(max=math.log(self.largest_error)) + levels).clamp(max=0.0)
+        within = (confidence > 0) & (masses >= _REACH)
         if self.gate:
-            target = target + gate(-0.5 * levels, pivot).log()
-        known = (confidence > 0) & (masses >= _REACH) & target.isfinite()
+            rate = rate + gate(-0.5 * levels, pivot).log()
+            rate = rate + tail_gate(torch.where(within, rate.exp(), 0.0)).log()
+        target = rate - total.log()
+        known = within & target.isfinite()
         shares, base = (torch.where(known, values, -math.inf).log_softmax(0) for values in (target, masses.log()))
         factors = torch.where(known, confidence * (shares - base), 0.0).exp()
         self._numbers(self.progress).copy_(torch.stack([(masses * confidence).sum() / masses.sum(), pivot]))
@@ -160,20 +178,25 @@ class Information(AdaptiveLevels):
     def state(self) -> str:
         """In words: whether the levels are on their base and why, or how far they have moved. Synchronises."""
         confidence, pivot = self._numbers(self.progress).tolist()
+        moved = self.moved
         if math.isnan(confidence):
             return f"on its base {self.base}: no update yet"
         if confidence == 0.0:
-            return f"on its base {self.base}: the criterion has no samples"
-        if self.gate and math.isnan(pivot):
-            return (
-                f"on its base {self.base}: the x0 error is not yet between half of σ̃² and far less over the levels "
-                "with samples, so that the gate has no pivot"
+            reason = "the criterion has no samples"
+        elif self.gate and math.isnan(pivot):
+            reason = (
+                "the x0 error falls no faster than the noise at the noisiest levels that are known: the network is "
+                "untrained, or the base does not reach noise that hides the data"
             )
-        return (
-            f"{self.moved:.0%} of the draws moved from its base {self.base}"
-            + (f", gate at sigma {math.exp(pivot):.3g}" if self.gate else "")
-            + f", confidence {confidence:.0%}"
-        )
+        else:
+            return (
+                f"{moved:.0%} of the draws moved from its base {self.base}"
+                + (f", gate at sigma {math.exp(pivot):.3g}" if self.gate else "")
+                + f", confidence {confidence:.0%}"
+            )
+        if moved < _MOVED:
+            return f"on its base {self.base}: {reason}"
+        return f"{moved:.0%} of the draws are away from its base {self.base}, and return: {reason}"
 
     @property
     def moved(self) -> float:
@@ -183,6 +206,29 @@ class Information(AdaptiveLevels):
 
     def extra_repr(self) -> str:
         return self.state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        scale = state_dict.get(prefix + "scale")
+        if isinstance(scale, Tensor) and scale.shape == self.scale.shape and scale.dtype == torch.int64:
+            mine, saved = self._numbers(self.scale.cpu()), self._numbers(scale.cpu())
+            if not torch.allclose(mine, saved, rtol=1e-6, atol=0.0):
+                error_msgs.append(
+                    f"{prefix}scale belongs to another form of the loss: make the sampler with the prediction_type, "
+                    "sigma_data and base_weight that were saved"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _checked(profile: Any) -> Profile | None:
