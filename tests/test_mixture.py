@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from vadiff.levels import Information, LogitNormal, LogNormal, LogUniform, Mixture, Table, UniformTime, uniforms
+from vadiff.levels import (
+    Information,
+    LogitNormal,
+    LogNormal,
+    LogUniform,
+    Mixture,
+    Table,
+    UniformTime,
+    UniformTimesteps,
+    uniforms,
+)
+from vadiff.process import DiscreteVP
 
 U = (torch.arange(4001, dtype=torch.float64) + 0.5) / 4001
 
@@ -66,3 +79,12 @@ def test_state_and_float_casts_leave_the_draws_alone() -> None:
     before = mixed(U).log_snr
     assert torch.equal(mixed.half()(U).log_snr, before)
     assert not mixed.state_dict()
+
+
+@pytest.mark.parametrize("timesteps", [10, 1000])
+def test_pure_noise_is_drawn_as_often_as_its_share_at_zero_terminal_snr(timesteps: int) -> None:
+    last = UniformTimesteps(DiscreteVP.cosine(timesteps).with_zero_terminal_snr())
+    drawn = Mixture(LogNormal(), last, 0.1)((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000).log_snr
+    share = float((drawn == -math.inf).double().mean())
+    # A timestep of a discrete process is spread over half a step to each side in its CDF.
+    assert 0.1 / timesteps - 1e-5 <= share <= 0.15 / timesteps + 1e-5

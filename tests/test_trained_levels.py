@@ -132,11 +132,13 @@ def test_diagnose_and_the_end_of_training_say_where_the_levels_are(
     assert capsys.readouterr().out.endswith(f"\n\n{state}")
 
 
-def test_levels_are_placed_by_a_finished_run_from_the_first_step(run: Path, tmp_path: Path) -> None:
+def test_levels_are_placed_by_a_run_from_the_first_step(run: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(run, source)
-    config = dataclasses.replace(TINY, levels="information", profile=str(source), levels_options={"gate": 0.0})
-    train(config, out=tmp_path / "placed", progress=False)
+    config = dataclasses.replace(
+        TINY, levels="information", profile=str(source), levels_options={"gate": 0.0}, schedule="constant"
+    )
+    train(dataclasses.replace(config, steps=4), out=tmp_path / "placed", progress=False)
     placed = open_run(tmp_path / "placed")
     expected = Profile.of_criterion(open_run(source).criterion(), "edm", sigma_data=TINY.sigma_data)
     profile = read_profile(placed.config, placed.path)
@@ -145,7 +147,8 @@ def test_levels_are_placed_by_a_finished_run_from_the_first_step(run: Path, tmp_
     assert torch.equal(profile.x0_error, expected.x0_error)
     assert build_levels(config, profile=profile).moved > 0.02
     shutil.rmtree(source)  # the run has a copy
-    train(dataclasses.replace(config, steps=6), out=tmp_path / "placed", resume=True, progress=False)
+    resumed = train(dataclasses.replace(config, steps=6), out=tmp_path / "placed", resume=True, progress=False)
+    assert resumed.metrics[-1]["step"] == 6
     assert main(["diagnose", str(tmp_path / "placed")]) == 0
 
 
@@ -162,7 +165,8 @@ def test_levels_are_placed_by_the_losses_of_a_validation(run: Path, tmp_path: Pa
     again = read_profile(dataclasses.replace(config, profile=str(tmp_path / "errors.csv")), None)
     assert again is not None
     assert torch.equal(again.x0_error, profile.x0_error)
-    assert read_profile(dataclasses.replace(config, levels="log_normal"), None) is None
+    with pytest.raises(ValueError, match="expected none with levels log_normal: information reads it"):
+        dataclasses.replace(config, levels="log_normal")
 
 
 @pytest.mark.parametrize("content", [None, "", "nothing", "log_snr,x0_error\n1.0,-1.0\n0.0,1.0\n"])

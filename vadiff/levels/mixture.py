@@ -12,6 +12,7 @@ from .fixed import EVERYWHERE, UniformTime
 from .sampler import LARGEST, SMALLEST, LevelSampler, require_number
 
 _REACH, _STEP = 37.5, 1 / 64  # nodes of the quantile in logit(u), which ends at 53·ln 2 = 36.7
+_FAR = 200.0  # log-SNR beyond which a level is pure noise (zero terminal SNR) or none
 _ROUNDS_FOR_NODES, _ROUNDS = 80, 26  # two nodes are some hundredths apart in log-SNR, except across gaps
 
 
@@ -65,12 +66,15 @@ class Mixture(LevelSampler):
         return self._halved(u, ends.amin(0), ends.amax(0), _ROUNDS_FOR_NODES)
 
     def _halved(self, u: Tensor, low: Tensor, high: Tensor, rounds: int) -> Tensor:
-        """Log-SNR at u between low and high, by halving the interval."""
+        """Log-SNR at u between low and high, by halving the interval; an infinite end where draws remain there."""
+        less, more = low.clamp(min=-_FAR), high.clamp(max=_FAR)
+        noisiest, cleanest = (low < less) & (self._cdf(less) < u), (high > more) & (self._cdf(more) > u)
         for _ in range(rounds):
-            middle = 0.5 * (low + high)
+            middle = 0.5 * (less + more)
             noisier = self._cdf(middle) > u  # than the level sought
-            low, high = torch.where(noisier, middle, low), torch.where(noisier, high, middle)
-        return 0.5 * (low + high)
+            less, more = torch.where(noisier, middle, less), torch.where(noisier, more, middle)
+        found = torch.where(noisiest, -math.inf, 0.5 * (less + more))
+        return torch.where(cleanest, math.inf, found)
 
     def _quantile(self, u: Tensor) -> Tensor:
         nodes = self.nodes.view(torch.float64)

@@ -23,7 +23,7 @@ class LogLogistic(LevelSampler):
 
     Args:
         mean: of ln(sigma/alpha).
-        scale: √3/π = 0.55 standard deviations.
+        scale: √3/π = 0.55 standard deviations; at most 2, above which some draws have no finite float32 sigma.
         log_snr_range: (low, high) to which the distribution is truncated.
 
     Raises:
@@ -34,6 +34,8 @@ class LogLogistic(LevelSampler):
         super().__init__()
         self.mean = require_number("mean", mean)
         self.scale = require_number("scale", scale, above=0.0)
+        if self.scale > 2.0:
+            raise ValueError(f"scale is {scale!r}, expected at most 2")
         self._restrict(log_snr_range)
 
     def _quantile(self, u: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .sampler import LevelSampler, NoiseLevels, require_number
 SHIFT_RULES = ("flux", "rae", "sd3")
 _SD3_PIXELS = 256**2  # of the resolution without a shift
 _RAE_DIMENSION = 4096  # of the latent without a shift
+_FLUX_MOST = 65_536  # tokens: 4096 × 4096 pixels, alpha 3e4
 _FLUX_MU = ((256, 0.5), (4096, 1.15))  # (image tokens, mu), on a straight line
 
 
@@ -97,5 +98,10 @@ def shift_alpha(rule: str, dimension: float) -> float:
         return math.sqrt(dimension / _RAE_DIMENSION)
     if rule == "flux":
         (tokens, mu), (more_tokens, more_mu) = _FLUX_MU
+        if dimension > _FLUX_MOST:
+            raise ValueError(
+                f"dimension is {dimension:g}, expected at most {_FLUX_MOST:,} image tokens: the rule's line was made "
+                "for 256 to 4096 and runs away far beyond"
+            )
         return math.exp(mu + (more_mu - mu) * (dimension - tokens) / (more_tokens - tokens))
     raise ValueError(f"rule is {rule!r}, expected one of {', '.join(SHIFT_RULES)}")

@@ -15,6 +15,7 @@ from .sampler import require_number
 _BEYOND = 12.0  # the integrals reach this far beyond the levels, in ln σ̃
 _POINTS = 8001
 _SEEN = 0.8  # least share of the suggested density between the lowest and the highest level
+_GROWTH = 1.5  # of the error over the last factor 2 of noise, above which it is not the data's variance
 _MEAN_ONLY = 0.1  # information rate below which a network is left with little but the mean image
 
 
@@ -140,12 +141,13 @@ def _standard_deviation(profile: Profile) -> float:
             "standard deviation of the data, or train for longer"
         )
     highest = (rate <= max(_MEAN_ONLY, float(rate[0]))).cumprod(0).bool()  # not the least noise, as of two points
-    error, sigma = profile.x0_error[highest], profile.sigma[highest]
-    if float(error[0] / error[-1]) > float(
-        sigma[0] / sigma[-1]
-    ):  # from the least noisy of these levels to the noisiest
+    top = profile.log_snr[:1]
+    growth = float(profile.error_at(top) / profile.error_at(top + 2.0 * math.log(2.0)))  # over a factor 2 of noise
+    if growth > _GROWTH:
         raise ValueError(
-            f"x0_error grows from {error[-1].item():.3g} at sigma {sigma[-1].item():.3g} to {error[0].item():.3g} at "
-            f"{sigma[0].item():.3g}, as that of a network that predicts eps: give sigma_data, which it does not show"
+            f"x0_error still grows at the highest noise, {growth:.2f} times over the last factor 2 of sigma to "
+            f"{profile.sigma[0].item():.3g}: give sigma_data, which a network that predicts eps does not show; or "
+            "measure at higher noise"
         )
+    error = profile.x0_error[highest]
     return math.sqrt(float((error / (1.0 - rate[highest])).mean()))

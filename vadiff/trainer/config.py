@@ -103,8 +103,8 @@ class TrainConfig:
     )  # fmt: skip
     profile: str | None = setting(
         None,
-        "levels=information: place them from the first step by the x0 errors of a finished run (its directory) or of "
-        "a CSV that `vadiff validate --csv` wrote",
+        "levels=information: place them from the first step by the x0 errors of a run (its directory, latest "
+        "checkpoint) or of a CSV that `vadiff validate --csv` wrote",
     )
     levels_every: int = setting(10, "steps between two updates of adaptive levels", at_least=1)
     p_mean: float = setting(
@@ -224,6 +224,10 @@ class TrainConfig:
         if TABLE in (self.weighting, self.levels) and self.table is None:
             raise ValueError(
                 "table is None, but weighting or levels is 'table': give the run directory to take it from"
+            )
+        if self.profile is not None and self.levels != "information":
+            raise ValueError(
+                f"profile is {self.profile}, expected none with levels {self.levels}: information reads it"
             )
         if self.process not in VP and self.timesteps != _TIMESTEPS:
             raise ValueError(

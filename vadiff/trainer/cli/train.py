@@ -52,6 +52,11 @@ def run(options: argparse.Namespace) -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
         print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
+        if config.levels == "information" and config.weighting != "constant":
+            print(
+                f"Levels information divide by the weight: {config.weighting} moves the draws, and what a noise level "
+                "contributes stays the same. --weighting constant is plainer."
+            )
     try:
         trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
     except Stopped as stop:
