@@ -22,6 +22,7 @@ import torch
 from ...diagnosis import Diagnosis
 from ...errors import RunError
 from ...files import sha256_of
+from ...information import Profile
 from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
@@ -157,6 +158,19 @@ class Run:
         if optimal is not None and facts is not None:
             check_curve_of(optimal, self.config, facts.train, math.prod(state["image_shape"]))
         return self._criterion(state).diagnose(optimal, self.config.form().prediction, self.config.sigma_data)
+
+    def profile(self, step: int | None = None) -> Profile:
+        """x0 error per noise level, from the training statistics of a checkpoint, of its trained (raw) weights.
+
+        Args:
+            step: of the checkpoint; None is the latest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
+            ValueError: its statistics are of too few samples.
+        """
+        criterion = self._criterion(load_checkpoint(self.path, step))
+        return Profile.of_criterion(criterion, self.config.form().prediction, sigma_data=self.config.sigma_data)
 
     def _criterion(self, state: Mapping[str, Any]) -> DiffusionLoss:
         criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
