@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trained.add_argument("--images", type=int, metavar="N", help=f"maximum number of images; default: {_LIMIT}")
     length = trained.add_mutually_exclusive_group()
     length.add_argument(
-        "--minutes", type=float, metavar="X", help=f"of all four trainings together; default: {_MINUTES:g}"
+        "--minutes",
+        type=float,
+        metavar="X",
+        help=f"of all four trainings together, which have 100 steps or more in any case; default: {_MINUTES:g}",
     )
     length.add_argument("--steps", type=int, metavar="N", help="of each training, for the same result everywhere")
     suggest.add_argument(
