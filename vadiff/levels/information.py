@@ -71,6 +71,7 @@ class Information(AdaptiveLevels):
     """
 
     scale: Tensor  # int64 [K]: k·u at the bin centres, bits of float64 as all here
+    given: Tensor | None  # int64 [K]: ln of the error of `profile`
     progress: Tensor  # int64 [2]: mean confidence, NaN before the first update; ln of the pivot, NaN without one
 
     def __init__(
@@ -101,10 +102,12 @@ class Information(AdaptiveLevels):
         self.register_buffer("scale", scale.detach().cpu().contiguous().view(torch.int64), persistent=False)
         progress = torch.full((2,), math.nan, dtype=torch.float64).view(torch.int64)
         self.register_buffer("progress", progress)
+        self.register_buffer("given", None, persistent=False)
         if self.profile is not None:
-            log_error, confidence = self._of_profile(self.profile)
-            factors = self._tilt(log_error, confidence, torch.ones_like(scale))
-            self._set((1.0 - self.floor) * factors + self.floor)
+            log_error = self.profile.error_at(self.bin_centers).log()
+            self.given = log_error.view(torch.int64)
+            ones = torch.ones_like(log_error)
+            self._set((1.0 - self.floor) * self._tilt(log_error, ones, ones) + self.floor)
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
         weighting = criterion.weighting
@@ -114,9 +117,8 @@ class Information(AdaptiveLevels):
                 "which Information divides the draws: give it a center, or use another weighting"
             )
         weight = criterion.weight_at(self.bin_centers).double()
-        if self.profile is not None:
-            log_error, confidence = self._of_profile(self.profile)
-            return self._tilt(log_error.to(weight.device), confidence.to(weight.device), weight)
+        if self.given is not None:
+            return self._tilt(self._numbers(self.given), torch.ones_like(weight), weight)
         check_has_profile(criterion)
         statistics = criterion.statistics
         moments = moments_of(statistics.state, self.bins)
@@ -129,17 +131,12 @@ class Information(AdaptiveLevels):
         now = (self._numbers(self.ratio) - self.floor) / (1.0 - self.floor)
         return torch.lerp(wanted, now, kept)
 
-    def _of_profile(self, profile: Profile) -> tuple[Tensor, Tensor]:
-        """ln of the error per bin, and full confidence in all of them. [K] float64 each, on the CPU."""
-        error = profile.error_at(self.bin_centers.cpu())
-        return error.log(), torch.ones_like(error)
-
     def _tilt(self, log_error: Tensor, confidence: Tensor, weight: Tensor) -> Tensor:
         """Profile ÷ base in each bin, drawn towards 1 where confidence is low; its mean over the base is 1.
 
         log_error, confidence, weight: [K] float64, of the x0 error and of the criterion."""
         levels, masses = self.bin_centers.double(), self._numbers(self.masses)
-        total = weight * self._numbers(self.scale).to(weight.device)
+        total = weight * self._numbers(self.scale)
         pivot = log_pivot(levels, log_error, confidence >= _SURE)
         target = (log_error + levels).clamp(max=0.0) - total.log()
         if self.gate:

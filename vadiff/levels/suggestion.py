@@ -128,11 +128,11 @@ def _standard_deviation(profile: Profile) -> float:
         ValueError: the error is still near the noise there.
     """
     rate = profile.rate_at(profile.log_snr)
-    if not float(rate.min()) < 0.5:
+    if not float(rate[0]) < 0.5:
         raise ValueError(
-            f"x0_error is {rate.min().item():.0%} of the noise's or more at every level, expected far less at the "
-            f"highest, sigma {profile.sigma[0].item():.3g}: measure it at higher noise, up to many times the standard "
-            "deviation of the data, or train for longer"
+            f"x0_error is {rate[0].item():.0%} of the noise's square at the highest level, sigma "
+            f"{profile.sigma[0].item():.3g}, expected far less: measure it at higher noise, up to many times the "
+            "standard deviation of the data, or train for longer"
         )
-    highest = rate <= max(_MEAN_ONLY, float(rate.min()))
+    highest = (rate <= max(_MEAN_ONLY, float(rate[0]))).cumprod(0).bool()  # not the least noise, as of two points
     return math.sqrt(float((profile.x0_error / (1.0 - rate))[highest].mean()))
