@@ -192,6 +192,15 @@ def test_run_is_read_from_its_statistics_or_its_held_out_images(
     assert held_out["source"].endswith("on 20 held-out images")
 
 
+def test_error_above_the_datas_variance_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = gaussian_profile(0.5)
+    rate_left = 0.01 * data.sigma**2  # as of a network that predicts eps, at high noise
+    Profile(data.log_snr, data.x0_error + rate_left).save(tmp_path / "errors.csv")
+    found = suggested(capsys, "--errors", str(tmp_path / "errors.csv"), "--sigma-data", "0.5")
+    assert found["p_mean"] == pytest.approx(math.log(0.5), abs=0.05)
+    assert found["p_std"] == pytest.approx(GAUSSIAN_STD, abs=0.05)
+
+
 def test_run_of_a_few_steps_has_no_statistics_to_suggest_from(
     trained_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
