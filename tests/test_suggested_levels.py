@@ -97,7 +97,7 @@ def test_short_trainings_on_gaussian_images_find_their_scale(quick: None) -> Non
     assert evidence.suggestion.p_mean == pytest.approx(math.log(0.2), abs=0.05)
     assert evidence.suggestion.p_std == pytest.approx(GAUSSIAN_STD, abs=0.05)
     assert len(evidence.profiles) == 4
-    assert list(evidence.differences) == ["halves", "seeds", "steps / 2"]
+    assert list(evidence.differences) == ["halves", "seeds", "half the steps"]
     apart = [abs(changes["p_mean"]) for changes in evidence.differences.values()]
     assert evidence.uncertainty("p_mean") == max(apart)
     assert 0.0 < max(apart) < 0.1
@@ -136,7 +136,7 @@ def test_folder_of_pictures_is_trained_on_and_its_numbers_have_their_spread(
     found = suggested(capsys, *options, "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "seeds on each half of 70 images of 3 x 8 x 8" in found["source"]
-    assert found["differences"].keys() == {"halves", "seeds", "steps / 2"}
+    assert found["differences"].keys() == {"halves", "seeds", "half the steps"}
     assert all(found["uncertainty"][name] > 0.0 for name in NUMBERS)
     assert {default["name"] for default in found["defaults"]} == {"EDM", "EDM2", "SD3"}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...extras import import_extra
 from ...levels import information_density
-from ..training.level_evidence import NUMBERS, Evidence
+from ..training.level_evidence import LENGTH, NUMBERS, Evidence
 
 # Least share of draws that a default which fits has in common with the suggestion. On CIFAR-10 at 16 x 16 EDM's default
 # has 83 %, and training on the profile changed no figure; on digits 65 %, and it halved the Fréchet distance.
@@ -66,14 +66,14 @@ def suggestion_table(evidence: Evidence) -> str:
     """The suggestion for people: numbers, how sure they are, defaults, and the lines to type."""
     found = evidence.suggestion
     lines = [f"From {evidence.source}.", ""]
-    heads = [f"{'from ' if name == 'steps / 2' else 'between '}{name}" for name in evidence.differences]
-    lines.append(f"{'':<12}{'suggested':>10}" + "".join(f"{head:>18}" for head in heads))
+    heads = [f"{'since ' if name == LENGTH else 'between '}{name}" for name in evidence.differences]
+    lines.append(f"{'':<12}{'suggested':>10}" + "".join(f"{head:>22}" for head in heads))
     lines.append(f"{'sigma_data':<12}{found.sigma_data:>10.3f}")
     for name in NUMBERS:
         row = f"{name:<12}{_two_digits(getattr(found, name)):>10}"
         for what, changes in evidence.differences.items():
             change = changes[name]
-            row += f"{_two_digits(change, sign=True) if what == 'steps / 2' else _two_digits(abs(change)):>18}"
+            row += f"{_two_digits(change, sign=True) if what == LENGTH else _two_digits(abs(change)):>22}"
         lines.append(row)
     if not evidence.differences:
         lines.append("How sure this is cannot be seen from one network: --data trains four, on halves of the data.")
@@ -108,6 +108,7 @@ def suggestion_content(evidence: Evidence) -> dict[str, Any]:
             dict(zip(("sigma", "log_snr", "x0_error", "rate"), row, strict=True))
             for row in zip(*(column.tolist() for column in columns), strict=True)
         ],
+        "x0_error_of_each": [each.x0_error.tolist() for each in evidence.profiles],
     }
 
 
@@ -132,7 +133,7 @@ def suggestion_figure(evidence: Evidence) -> Any:
     rates.plot(at.exp(), profile.rate_at(-2.0 * at), color=_SUGGESTED, linewidth=2)
     rates.set_title("information rate min(x0 error / σ², 1)", fontsize=10)
     rates.set_ylim(0.0, 1.05)
-    names = {"edm": "EDM's objective", "flow": "flow matching: σ/α = t/(1 − t)"}
+    names = {"edm": "EDM's objective", "flow": "flow matching, σ/α = t/(1 − t)"}
     for panel, (objective, defaults) in zip(panels, DEFAULTS.items(), strict=True):
         mean, std = suggested_normal(evidence, objective)
         density = information_density(profile, at, objective, evidence.suggestion.sigma_data)
@@ -145,7 +146,7 @@ def suggestion_figure(evidence: Evidence) -> Any:
                 at.exp(), _normal(at, default.mean, default.std), color=_COLORS[default.name], linestyle="--",
                 label=label,
             )  # fmt: skip
-        panel.set_title(f"{names[objective]}: density of the training levels over ln(σ/α)", fontsize=10)
+        panel.set_title(f"{names[objective]}: density of training levels over ln(σ/α)", fontsize=10)
         panel.set_ylim(bottom=0.0)
         panel.legend(frameon=False, fontsize=9)
     for panel in (rates, *panels):

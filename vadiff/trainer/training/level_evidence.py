@@ -17,6 +17,7 @@ from .held_out import HeldOutLoss, held_out_loss_of_run
 from .run import Run
 from .short import SEEDS, short_trainings, sigma_data_of
 
+HALVES, APART, LENGTH = "halves", "seeds", "half the steps"  # what independent ways to get a suggestion differ by
 NUMBERS = ("p_mean", "p_std", "logit_mean", "logit_std", "alpha")
 _LEVELS = 20  # at which a run's held-out images are measured
 
@@ -29,7 +30,7 @@ class Evidence:
         suggestion: of the geometric mean of `profiles`.
         source: what it is from, in words.
         profiles: the x0 errors of each network, or of each half of the images.
-        differences: between what → name in `NUMBERS` → difference of that number.
+        differences: `HALVES`, `APART` (seeds) or `LENGTH` → name in `NUMBERS` → difference of that number.
     """
 
     suggestion: Suggestion
@@ -58,9 +59,9 @@ def of_short_trainings(
         f"{shape}, measured on the other half",
         profiles,
         {
-            "halves": _difference(halves[0], halves[1], sigma_data),
-            "seeds": _difference(seeds[0], seeds[1], sigma_data),
-            "steps / 2": _difference([run.halfway for run in runs], profiles, sigma_data),
+            HALVES: _difference(halves[0], halves[1], sigma_data),
+            APART: _difference(seeds[0], seeds[1], sigma_data),
+            LENGTH: _difference([run.halfway for run in runs], profiles, sigma_data),
         },
     )
 
@@ -102,7 +103,7 @@ def of_held_out(
         _suggest([_profile_of(found)], scale),
         f"averaged weights of {run.path} on {found.per_image.shape[1]:,} held-out images",
         halves,
-        {"halves": _difference(halves[:1], halves[1:], scale)},
+        {HALVES: _difference(halves[:1], halves[1:], scale)},
     )
 
 
