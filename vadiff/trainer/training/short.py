@@ -27,6 +27,7 @@ FEWEST_STEPS, _MOST_STEPS = 100, 2000
 _FOLDER_SIZE = 32  # height and width to which pictures in a folder are scaled by default
 _CHANNELS = (32, 48, 64)
 _LEARNING_RATE = 4e-3
+_AVERAGED = 0.1  # half-life of the averaged weights, as a share of the steps so far
 _LEVELS = 20
 _LOWEST, _HIGHEST = 0.02, 40.0  # sigma of training and measurement, in standard deviations of the data
 _MEASURED = 256  # held-out images
@@ -172,7 +173,7 @@ def _config(images: Images, sigma_data: float, steps: int, device: str, seed: in
     return TrainConfig(
         dataset="images", image_size=height, sigma_data=sigma_data, weighting="constant", levels="log_uniform",
         levels_options=limits, stratified=True, channels=_CHANNELS[:depth], steps=steps,
-        learning_rate=_LEARNING_RATE, warmup=steps // 10, seed=seed, device=device,
+        learning_rate=_LEARNING_RATE, warmup=steps // 10, ema_rampup=_AVERAGED, seed=seed, device=device,
         held_out_levels=_LEVELS, held_out_sigma=(limits["sigma_min"], limits["sigma_max"]), held_out_images=_MEASURED,
         held_out_every=(steps + 1) // 2, log_every=steps, tensorboard=False,
     )  # fmt: skip
