@@ -71,7 +71,8 @@ LIBRARY = {
 # The trainer may use all of the library; within it:
 TRAINER = {
     "trainer": set(),
-    "trainer.config": set(),
+    "trainer.config": {"trainer.config_fields"},
+    "trainer.config_fields": set(),
     "trainer.presets": {"trainer.config"},
     "trainer.data": set(),
     "trainer.doctor": set(),
@@ -85,8 +86,8 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
     },
     "trainer.cli": {
-        "trainer.ablation", "trainer.config", "trainer.doctor", "trainer.evaluation", "trainer.pictures",
-        "trainer.presets", "trainer.report", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.doctor", "trainer.evaluation",
+        "trainer.pictures", "trainer.presets", "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

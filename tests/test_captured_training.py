@@ -57,6 +57,8 @@ def assert_same_runs(one: Path, other: Path) -> None:
         {"process": "vp_linear", "prediction": "v_prediction", "zero_terminal_snr": True, "ema_rampup": 0.05},
         {"dropout": 0.2, "weighting": "learned", "sigma_rel": (0.05, 0.1)},
         {"levels": "second_moment", "levels_every": 1, "schedule": "cosine"},
+        {"levels": "information", "levels_every": 1, "stratified_epoch": True, "accumulate": 2, "shift": 2.0},
+        {"levels": "beta", "uniform_share": 0.2, "process": "flow"},
         {"process": "flow", "precision": "bf16", "optimizer": "adamw", "weight_decay": 0.01},
     ],
     ids=str,

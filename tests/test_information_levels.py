@@ -161,6 +161,25 @@ def test_a_network_far_from_optimal_at_low_noise_does_not_draw_all_levels_there(
     assert share_below(open_, quarter) < 0.5  # σ̃² bounds the information
 
 
+def test_eps_networks_do_not_draw_all_levels_at_high_noise() -> None:
+    """An error of 0.005 in eps is an x0 error of 50 at σ 100, where the mean of the data leaves 0.25."""
+
+    def error(log_snr: Tensor) -> Tensor:
+        return gaussian(0.5)(log_snr) + 0.005 * (-log_snr).exp()
+
+    base = UniformTime("vp_linear", t_min=1e-3)
+    known, bounded, unbounded = (
+        Information(base, prediction_type="epsilon", half_life=4.0, largest_error=limit, **BINS)
+        for limit in (0.25, None, 1e9)
+    )
+    for sampler in (known, bounded, unbounded):
+        train(sampler, criterion_of(), error, 60, form="epsilon")
+    best = Information(base, prediction_type="epsilon", profile=profile_of(gaussian(0.5)), **BINS)
+    assert 1.0 - share_below(unbounded, 20.0) > 0.7
+    assert 1.0 - share_below(bounded, 20.0) < 0.6
+    assert share_below(known, 20.0) == pytest.approx(share_below(best, 20.0), abs=0.1)
+
+
 def test_an_untrained_network_leaves_the_levels_on_their_base_and_says_so() -> None:
     base = LogNormal(-1.2, 1.2)
     sampler = Information(base, prediction_type="epsilon", half_life=4.0, **BINS)

@@ -14,16 +14,20 @@ from torch import Tensor
 import vadiff
 from vadiff import levels, process
 from vadiff.levels import (
+    Beta,
     Cauchy,
     CosMap,
     Laplace,
     LevelSampler,
     LogitNormal,
+    LogLogistic,
     LogNormal,
     LogUniform,
     LossSpread,
+    Mixture,
     Mode,
     SecondMoment,
+    Shift,
     Table,
     UniformTime,
     uniforms,
@@ -47,6 +51,14 @@ FIXED: dict[str, Callable[[], LevelSampler]] = {
     "uniform sigma": lambda: UniformTime(process.EDM(), 0.1, 3.0),
     "table": lambda: Table([1.0, 0.0, 3.0, 2.0], (-4.0, 4.0)),
     "table on log normal": lambda: Table([1.0, 0.5, 3.0, 2.0], (-2.0, 6.0), base=LogNormal(), corrected=True),
+    "log logistic": lambda: LogLogistic(-0.7, 0.5),
+    "beta": Beta,
+    "beta, cut off": lambda: Beta(0.6, 3.0, log_snr_range=(-10.0, 10.0)),
+    "shifted logit normal": lambda: Shift(LogitNormal(), 3.0),
+    "shifted uniform linear time, cut off": lambda: Shift(UniformTime("vp_linear"), 3.0, log_snr_range=(-10.0, 9.0)),
+    "shifted table": lambda: Shift(Table([1.0, 0.0, 3.0, 2.0], (-4.0, 4.0)), 0.25),
+    "mixture with uniform time": lambda: Mixture(LogitNormal(0.0, 0.3)),
+    "mixture of a table": lambda: Mixture(Table([1.0, 0.0, 3.0, 2.0], (-4.0, 4.0)), LogUniform(), 0.2),
     "table on a table": lambda: Table([1.0, 4.0], (-4.0, 4.0), base=Table([1.0, 2.0, 3.0], (-4.0, 4.0))),
 }
 
@@ -112,6 +124,9 @@ def test_no_density_outside_the_range():
         (Cauchy(1.0, 2.0, (-math.inf, math.inf)), scipy.stats.cauchy(1.0, 2.0)),
         (CosMap(), scipy.stats.hypsecant(0.0, 2.0)),
         (UniformTime("flow"), scipy.stats.logistic(0.0, 2.0)),
+        (LogLogistic(-0.7, 0.5), scipy.stats.logistic(1.4, 1.0)),
+        (Beta(1.0, 1.0), scipy.stats.logistic(0.0, 2.0)),
+        (Shift(LogitNormal(0.3, 0.7), 2.0), scipy.stats.norm(-0.6 - 2.0 * math.log(2.0), 1.4)),
         (LogUniform(math.exp(-2.0), math.exp(1.0)), scipy.stats.uniform(-2.0, 6.0)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, LevelSampler) else "",
@@ -122,6 +137,27 @@ def test_named_distributions_are_scipys(sampler, distribution):
     torch.testing.assert_close(sampler(u).log_snr.double(), expected, rtol=1e-6, atol=1e-6)
     density = torch.from_numpy(distribution.logpdf(expected.numpy()))
     torch.testing.assert_close(sampler.log_density(expected), density, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.25, 0.5), (0.8, 1.0), (2.0, 5.0), (100.0, 100.0), (100.0, 2.0)])
+def test_noise_shares_of_beta_are_scipys(a, b):
+    sampler, u = Beta(a, b), midpoints(997)
+    t = (-0.5 * sampler._levels(u)).sigmoid()
+    found = torch.from_numpy(scipy.stats.beta.cdf(t.numpy(), a, b))
+    torch.testing.assert_close(found, u, rtol=0, atol=2e-6)
+    at = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    density = sampler.log_density(-2.0 * at.logit()) - (0.5 * at * (1.0 - at)).log()
+    torch.testing.assert_close(
+        density, torch.from_numpy(scipy.stats.beta.logpdf(at.numpy(), a, b)), rtol=1e-9, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("b", [0.25, 2.0])
+def test_smallest_noise_shares_of_beta_follow_its_power_law(b):
+    u = torch.tensor([1e-15, 1e-12], dtype=torch.float64)
+    t = (-0.5 * Beta(0.5, b)._levels(u)).exp()
+    expected = (0.5 * scipy.special.beta(0.5, b) * u) ** 2
+    torch.testing.assert_close(t, expected, rtol=1e-6, atol=0)
 
 
 def test_flow_densities_are_those_of_diffusers():
@@ -410,6 +446,9 @@ def test_representations_name_the_arguments():
         (lambda: Mode(1.8), "at most 2/"),
         (lambda: Laplace(scale=-1.0), "scale is -1.0"),
         (lambda: Cauchy(scale=0), "scale is 0"),
+        (lambda: LogLogistic(scale=0), "scale is 0"),
+        (lambda: Beta(0.1, 1.0), "a is 0.1, expected a finite number of at least 0.25"),
+        (lambda: Beta(1.0, 101.0), "a and b are 1 and 101, expected at most 100"),
         (lambda: LogUniform(1.0, 0.5), "sigma_max is 0.5"),
         (lambda: UniformTime("cosine"), "process is 'cosine'.*vp_cosine"),
         (lambda: UniformTime("flow", 0.5, 0.5), "t_max is 0.5"),

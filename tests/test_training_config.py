@@ -32,6 +32,10 @@ TINY = TrainConfig(steps=5, batch_size=8, channels=(8, 16), device="cpu", backen
         ({"weighting_options": {"alpha": "x"}}, "weighting_options is .*, expected"),
         ({"weighting": "table"}, "table is None, but weighting or levels is 'table'"),
         ({"held_out_sigma": (2.0, 1.0)}, "held_out_sigma is .* expected a lower and a higher number"),
+        ({"shift": 0.0}, "shift is 0.0, expected above 0 and below inf"),
+        ({"shift": "sd2"}, "shift is 'sd2', expected a number or one of flux, rae, sd3"),
+        ({"uniform_share": 1.0}, "uniform_share is 1.0, expected at least 0 and below 1"),
+        ({"stratified_epoch": True, "antithetic": True}, "antithetic is true, but so is stratified_epoch"),
         ({"device": "toaster"}, "device is 'toaster', expected auto, cpu, cuda"),
     ],
 )

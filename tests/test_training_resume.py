@@ -33,6 +33,11 @@ EVERYTHING = dataclasses.replace(
     CONFIG, batch_size=16, accumulate=2, flips=True, class_conditional=True, dropout=0.2, clip=1.0,
     levels="second_moment", levels_every=1, stratified=True, precision="bf16", log_every=4, checkpoint_every=100,
 )  # fmt: skip
+# Levels that move within these few steps.
+INFORMATION = dataclasses.replace(
+    CONFIG, levels="information", levels_every=1, bins=16, uniform_share=0.1, shift="sd3", stratified_epoch=True,
+    levels_options={"gate": 0.0, "prior": 0.1, "half_life": 0.1},
+)  # fmt: skip
 
 GAP = dataclasses.replace(CONFIG, weighting="gap", levels="gap", batch_size=8, levels_every=1)
 LEARNED = dataclasses.replace(CONFIG, weighting="learned", learning_rate=8e-3, batch_size=8)
@@ -83,7 +88,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return state, [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
-@pytest.mark.parametrize("config", [CONFIG, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("config", [CONFIG, EVERYTHING, INFORMATION], ids=["plain", "everything", "information"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_resumed_is_as_never_stopped(tmp_path: Path, config: TrainConfig, number: signal.Signals) -> None:
     train(config, out=tmp_path / "whole", progress=False)
@@ -296,7 +301,9 @@ def rank_main(rank: int, folder: str) -> None:
     with pytest.raises(RunError, match="is not an optimal-loss curve"):  # on both: none waits for the other
         train(scheduled, out=out / "no gap", progress=False)
     everything = dataclasses.replace(EVERYTHING, precision="fp32")
-    for config, name in ((CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages")):
+    for config, name in (
+        (CONFIG, "plain"), (everything, "everything"), (AVERAGES, "averages"), (INFORMATION, "information"),
+    ):  # fmt: skip
         train(config, out=out / name / "whole", progress=False)
         objective: Callable[..., Tensor] = edm_objective
         if rank == 1:  # the signal reaches one rank only: both stop after the same step
@@ -335,7 +342,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "everything", "averages"])
+@pytest.mark.parametrize("name", ["plain", "everything", "averages", "information"])
 def test_two_ranks_resumed_are_as_never_stopped(two_ranks: Path, name: str) -> None:
     whole, parted = outcome(two_ranks / name / "whole"), outcome(two_ranks / name / "parted")
     assert_same(list(whole), list(parted))
@@ -371,6 +378,15 @@ def test_one_rank_of_64_trains_as_two_of_32(two_ranks: Path, tmp_path: Path) -> 
         for name in ("mean", "variance"):
             pairs = zip(line["statistics"][name], other["statistics"][name], strict=True)
             assert all(a == b or b == pytest.approx(a, rel=1e-3) for a, b in pairs)
+
+
+def test_levels_by_information_move_alike_on_one_rank_and_two(two_ranks: Path, tmp_path: Path) -> None:
+    train(INFORMATION, out=tmp_path, progress=False)
+    one, two = open_run(tmp_path).metrics(), open_run(two_ranks / "information" / "whole").metrics()
+    assert one[-1]["levels"]["moved"] > 0.02
+    for line, other in zip(one, two, strict=True):
+        assert other["levels"]["moved"] == pytest.approx(line["levels"]["moved"], rel=1e-3)
+        assert other["statistics"]["count"] == line["statistics"]["count"]
 
 
 def test_learned_weighting_is_trained_alike_on_one_rank_and_two(two_ranks: Path, tmp_path: Path) -> None:

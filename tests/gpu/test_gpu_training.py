@@ -33,7 +33,14 @@ CONFIG = TrainConfig(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"model": "unet"}, {"levels": "second_moment"}, {"weighting": "learned", "sigma_rel": (0.05, 0.1)}],
+    [
+        {},
+        {"model": "unet"},
+        {"levels": "second_moment"},
+        {"weighting": "learned", "sigma_rel": (0.05, 0.1)},
+        {"levels": "information", "shift": 2.0, "uniform_share": 0.1, "stratified_epoch": True},
+        {"levels": "beta", "uniform_share": 0.1},
+    ],
     ids=str,
 )
 def test_step_does_not_wait_for_the_device(graph: bool, precision: str, settings: dict[str, Any]) -> None:
@@ -117,6 +124,7 @@ def test_a_finished_run_holds_no_memory_of_its_graph() -> None:
         {"model": "unet", "norm_groups": 4, "precision": "bf16"},
         {"dropout": 0.1, "weighting": "learned", "sigma_rel": (0.05, 0.1), "precision": "bf16"},
         {"levels": "second_moment", "levels_every": 1, "accumulate": 2, "stratified": True},
+        {"levels": "information", "levels_every": 1, "accumulate": 2, "stratified_epoch": True},
     ],
     ids=str,
 )

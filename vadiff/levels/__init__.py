@@ -8,28 +8,38 @@ levels.log_snr, levels.sigma, levels.sample_weight
 from typing import Any
 
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
+from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
 from .information import Information
+from .mixture import Mixture
+from .noise_share import Beta, LogLogistic
 from .sampler import LevelSampler, NoiseLevels, uniforms
+from .shift import SHIFT_RULES, Shift, shift_alpha
 from .suggestion import Suggestion, information_density, suggest
 from .table import Table
 
 __all__ = [
+    "SHIFT_RULES",
     "AdaptiveLevels",
+    "Beta",
     "Cauchy",
     "CosMap",
+    "EpochUniforms",
     "GapLevels",
     "Information",
     "Laplace",
     "LevelSampler",
+    "LogLogistic",
     "LogNormal",
     "LogUniform",
     "LogitNormal",
     "LossSpread",
+    "Mixture",
     "Mode",
     "NoiseLevels",
     "SecondMoment",
+    "Shift",
     "Suggestion",
     "Table",
     "UniformTime",
@@ -37,15 +47,18 @@ __all__ = [
     "available",
     "from_name",
     "information_density",
+    "shift_alpha",
     "suggest",
     "uniforms",
 ]
 
 _BY_NAME: dict[str, type[LevelSampler]] = {
+    "beta": Beta,
     "cauchy": Cauchy,
     "cosmap": CosMap,
     "information": Information,
     "laplace": Laplace,
+    "log_logistic": LogLogistic,
     "log_normal": LogNormal,
     "log_uniform": LogUniform,
     "logit_normal": LogitNormal,

@@ -82,6 +82,20 @@ class AdaptiveLevels(Table):
         return (self.bins.low + (ks + 0.5) * self.bins.width).float()
 
 
+def require_not_adaptive(name: str, sampler: object) -> LevelSampler:
+    """Check that a sampler neither adapts nor holds one that does: an adaptive one reads its bins where it draws."""
+    if not isinstance(sampler, LevelSampler):
+        raise TypeError(f"{name} is a {type(sampler).__name__}, expected an object from vadiff.levels")
+    for module in sampler.modules():
+        if isinstance(module, AdaptiveLevels):
+            kind = type(module).__name__
+            raise TypeError(
+                f"{name} is adaptive ({kind}) and follows the criterion at the levels that it draws itself, expected a "
+                f"fixed sampler: make the changed one the base of {kind}"
+            )
+    return sampler
+
+
 class _StatisticLevels(AdaptiveLevels):
     """Levels tilted by w·s, s a smoothed statistic of the base loss, shrunk to the average where samples are few."""
 

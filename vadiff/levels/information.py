@@ -58,6 +58,9 @@ class Information(AdaptiveLevels):
         smoothing: width of the local fit over neighbouring bins, in log-SNR units.
         prior: number of samples at which a bin is half way between base and profile.
         half_life: mean number of samples per bin in which the levels move half way to the profile.
+        largest_error: x0 errors above this count as this. A network that predicts eps can be worse than the mean of the
+            data at high noise, where a small error of eps is a large one of x0: unbounded, it would draw most levels
+            there. None is 1 for "epsilon", enough for pixels in [-1, 1] and latents of unit variance, else no bound.
         profile: errors to place the levels by, in place of those of the criterion: of a finished run or of a
             validation. Then they are there from the first draw, and only the weights are read in training.
 
@@ -87,6 +90,7 @@ class Information(AdaptiveLevels):
         smoothing: float = 0.5,
         prior: float = 32.0,
         half_life: float = 32.0,
+        largest_error: float | None = None,
         profile: Profile | None = None,
     ) -> None:
         super().__init__(base or LogNormal(), bins, log_snr_range, floor, corrected=False)
@@ -94,6 +98,10 @@ class Information(AdaptiveLevels):
         self.smoothing = require_number("smoothing", smoothing, at_least=0.0)
         self.prior = require_number("prior", prior, above=0.0)
         self.half_life = require_number("half_life", half_life, above=0.0)
+        unbounded = 1.0 if prediction_type == "epsilon" else math.inf
+        self.largest_error = (
+            unbounded if largest_error is None else require_number("largest_error", largest_error, above=0.0)
+        )
         self.profile = _checked(profile)
         scale = x0_scale(
             self.bin_centers.double(), prediction_type,
@@ -138,7 +146,8 @@ class Information(AdaptiveLevels):
         levels, masses = self.bin_centers.double(), self._numbers(self.masses)
         total = weight * self._numbers(self.scale)
         pivot = log_pivot(levels, log_error, confidence >= _SURE)
-        target = (log_error + levels).clamp(max=0.0) - total.log()
+        bounded = log_error.clamp(max=math.log(self.largest_error))
+        target = (bounded + levels).clamp(max=0.0) - total.log()
         if self.gate:
             target = target + gate(-0.5 * levels, pivot).log()
         known = (confidence > 0) & (masses >= _REACH) & target.isfinite()

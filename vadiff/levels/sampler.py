@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._validation import is_number
 from ..loss import DiffusionLoss
 
-_SMALLEST, _LARGEST = 2.0**-54, 1.0 - 2.0**-53  # bounds of u, so that it is never 0 or 1
+SMALLEST, LARGEST = 2.0**-54, 1.0 - 2.0**-53  # bounds of u, so that it is never 0 or 1
 
 
 class NoiseLevels(NamedTuple):
@@ -59,7 +59,7 @@ def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = Fal
         u = (torch.arange(samples, dtype=torch.float64, device=u.device) + u) / samples
     if stratified or antithetic:
         u = u[torch.randperm(samples, generator=generator, device=u.device)]
-    return u.clamp(_SMALLEST, _LARGEST)
+    return u.clamp(SMALLEST, LARGEST)
 
 
 class LevelSampler(nn.Module, ABC):
@@ -72,6 +72,7 @@ class LevelSampler(nn.Module, ABC):
     """
 
     log_snr_range: tuple[float, float]
+    corrected: bool = False  # whether calls return sample weights
 
     @abstractmethod
     def _quantile(self, u: Tensor) -> Tensor:

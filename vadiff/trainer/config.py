@@ -2,10 +2,8 @@
 
 import dataclasses
 import math
-import operator
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +17,23 @@ from ..extras import import_extra
 from ..models import PREDICTIONS, PROCESSES, Parameterisation, check_attention, check_halvings, parameterisation
 from ..models.parameterisation import VP, sigma_range
 from ..ops import backends
+from .config_fields import check, setting, typed
 
 TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
 AUTO = "auto"  # levels or prediction: those that are usual for the process
 GAP = "gap"  # weighting or levels from the optimal loss J*
 CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # need J*
+WEIGHTINGS = (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
+LEVELS = (AUTO, *levels.available(), GAP)  # TABLE among them
 
 DATASETS = ("digits", "cifar10", "cifar100", "images")
-_HEIGHTS = {"digits": 8, "cifar10": 32, "cifar100": 32}  # in pixels, equal to the width; "images": image_size
+_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # "images" have 3 and image_size
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 PRECISIONS = ("fp32", "bf16", "fp16")
 _TIMESTEPS = 1000  # of DDPM
-
-
-_BOUNDS: dict[str, Callable[[float, float], bool]] = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
-
-
-def _setting(default: Any, text: str, **bounds: Any) -> Any:
-    """Config field with help text and constraints: `choices`, `at_least`, `above`, `below`, `at_most`."""
-    return dataclasses.field(default=default, metadata={"help": text, **bounds})
+_FLUX_PATCH = 16  # pixels in height and width that are one of Flux's tokens
 
 
 @dataclass(frozen=True)
@@ -57,156 +46,177 @@ class TrainConfig:
         ValueError: a field is out of bounds, of the wrong type, or inconsistent with another.
     """
 
-    dataset: str = _setting("digits", "data set", choices=DATASETS)
-    data: str | None = _setting(
+    dataset: str = setting("digits", "data set", choices=DATASETS)
+    data: str | None = setting(
         None,
         "path of the data set: a folder, or CIFAR's official tar.gz, whole or a folder with it cut into parts by "
         "`split`; CIFAR is downloaded if not given",
     )
-    image_size: int = _setting(32, "height and width in pixels, for dataset images", at_least=4)
-    flips: bool = _setting(False, "mirror each training image with probability 1/2")
-    sigma_data: float = _setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
+    image_size: int = setting(32, "height and width in pixels, for dataset images", at_least=4)
+    flips: bool = setting(False, "mirror each training image with probability 1/2")
+    sigma_data: float = setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
 
-    process: str = _setting(
+    process: str = setting(
         "edm",
         "noise process: edm, flow, or variance preserving with the betas of DDPM (vp_linear), Stable Diffusion "
         "(vp_scaled_linear) or Improved DDPM (vp_cosine)",
         choices=PROCESSES,
     )
-    prediction: str = _setting(
+    prediction: str = setting(
         AUTO,
         "what the network predicts; auto: edm (EDM's F), flow (velocity), or epsilon of a vp process, for which it can "
         "also be v_prediction or sample (x0)",
         choices=(AUTO, *sorted({name for names in PREDICTIONS.values() for name in names})),
     )
-    timesteps: int = _setting(
-        _TIMESTEPS, "number of discrete timesteps of a vp process; 0: continuous time", at_least=0
-    )
-    zero_terminal_snr: bool = _setting(
+    timesteps: int = setting(_TIMESTEPS, "number of discrete timesteps of a vp process; 0: continuous time", at_least=0)
+    zero_terminal_snr: bool = setting(
         False,
         "make the last of these timesteps pure noise, for v_prediction and sample (arXiv 2305.08891); min_snr gives it "
         "the weight 1, as its paper's code does, unless --weighting-options terminal=0 says otherwise",
     )
-    weighting: str = _setting(
+    weighting: str = setting(
         "variance_aware",
         "of noise levels; table: final weights of the run in --table; gap, inverse_optimal_loss: see --optimal-loss",
-        choices="weightings",
+        choices=WEIGHTINGS,
     )
     weighting_options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "arguments of the weighting, e.g. strength=0.5"}
     )
-    levels: str = _setting(
+    levels: str = setting(
         AUTO,
         "distribution of noise levels; auto: log_normal, of a vp process uniform_time; table: density times the final "
         "weights of --table; gap: see --optimal-loss",
-        choices="levels",
+        choices=LEVELS,
     )
     levels_options: dict[str, float] = dataclasses.field(
         default_factory=dict, metadata={"help": "arguments of the level sampler, e.g. floor=0.2"}
     )
-    levels_every: int = _setting(10, "steps between two updates of adaptive levels", at_least=1)
-    p_mean: float = _setting(
+    shift: float | str = setting(
+        1.0,
+        "factor of the sigma of all levels, above 1 for more noise; or a rule for it by the size of the images: sd3 "
+        "(pixels), rae (numbers), flux (patches of 16 x 16). With adaptive levels, of their base",
+        above=0, below=math.inf,
+    )  # fmt: skip
+    uniform_share: float = setting(
+        0.0, "share of draws from uniform times of the process, of a flow for edm; with adaptive levels, in their base",
+        at_least=0, below=1,
+    )  # fmt: skip
+    profile: str | None = setting(
+        None,
+        "levels=information: place them from the first step by the x0 errors of a finished run (its directory) or of "
+        "a CSV that `vadiff validate --csv` wrote",
+    )
+    levels_every: int = setting(10, "steps between two updates of adaptive levels", at_least=1)
+    p_mean: float = setting(
         -1.2,
         "log_normal levels, for edm and flow also the base of table and adaptive ones: ln sigma ~ N(p_mean, p_std^2); "
         "of a vp process their base is uniform_time",
     )
-    p_std: float = _setting(1.2, "standard deviation of ln sigma in log_normal levels", above=0)
-    stratified: bool = _setting(False, "spread the noise levels of a batch evenly over their distribution")
-    antithetic: bool = _setting(
+    p_std: float = setting(1.2, "standard deviation of ln sigma in log_normal levels", above=0)
+    stratified: bool = setting(False, "spread the noise levels of a batch evenly over their distribution")
+    stratified_epoch: bool = setting(
+        False, "also spread the noise levels of each pass over the data evenly; stratified is part of it"
+    )
+    antithetic: bool = setting(
         False, "draw noise levels in mirrored pairs: the quantiles u and 1 - u of their distribution"
     )
-    table: str | None = _setting(None, "run directory with the final weights for weighting=table or levels=table")
-    optimal_loss: str | None = _setting(
+    table: str | None = setting(None, "run directory with the final weights for weighting=table or levels=table")
+    optimal_loss: str | None = setting(
         None,
         "CSV of `vadiff optimal-loss` for the training images, used by gap and inverse_optimal_loss; if not given, J* "
         "is estimated before the first step",
     )
-    bins: int = _setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
-    log_snr_range: tuple[float, float] = _setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
-    half_life: float = _setting(128.0, "half-life of the statistics, in samples per bin on average", above=0)
+    bins: int = setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
+    log_snr_range: tuple[float, float] = setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
+    half_life: float = setting(128.0, "half-life of the statistics, in samples per bin on average", above=0)
 
-    model: str = _setting("unet", "network: unet (diffusers) or edm2 (EDM2's, config G)", choices=MODELS)
-    channels: tuple[int, ...] = _setting((32, 48), "channels per resolution, highest resolution first", at_least=1)
-    layers_per_block: int = _setting(1, "residual blocks per resolution", at_least=1)
-    attention_resolutions: tuple[int, ...] = _setting((), "heights in pixels of the resolutions with self-attention")
-    norm_groups: int = _setting(8, "groups of group normalisation in unet; must divide all channels", at_least=1)
-    dropout: float = _setting(0.0, "dropout rate in the residual blocks", at_least=0, below=1)
-    class_conditional: bool = _setting(False, "condition the network on the class")
-    label_dropout: float = _setting(
+    model: str = setting("unet", "network: unet (diffusers) or edm2 (EDM2's, config G)", choices=MODELS)
+    channels: tuple[int, ...] = setting((32, 48), "channels per resolution, highest resolution first", at_least=1)
+    layers_per_block: int = setting(1, "residual blocks per resolution", at_least=1)
+    attention_resolutions: tuple[int, ...] = setting((), "heights in pixels of the resolutions with self-attention")
+    norm_groups: int = setting(8, "groups of group normalisation in unet; must divide all channels", at_least=1)
+    dropout: float = setting(0.0, "dropout rate in the residual blocks", at_least=0, below=1)
+    class_conditional: bool = setting(False, "condition the network on the class")
+    label_dropout: float = setting(
         0.1, "probability of dropping a label, for classifier-free guidance", at_least=0, at_most=1
     )
 
-    steps: int = _setting(450, "optimiser steps", at_least=1)
-    batch_size: int = _setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
-    accumulate: int = _setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
-    optimizer: str = _setting("adam", "optimiser", choices=OPTIMIZERS)
-    learning_rate: float = _setting(8e-3, "learning rate after the warm-up", above=0, below=math.inf)
-    betas: tuple[float, float] = _setting((0.9, 0.99), "beta1 and beta2 of the optimiser", at_least=0, below=1)
-    weight_decay: float = _setting(0.0, "weight decay of adamw", at_least=0, below=math.inf)
-    warmup: int = _setting(50, "steps of linear learning-rate warm-up; 0 for none", at_least=0)
-    warmup_from_zero: bool = _setting(False, "start the warm-up with a rate of 0, as EDM does, and not with 1/warmup")
-    schedule: str = _setting(
+    steps: int = setting(450, "optimiser steps", at_least=1)
+    batch_size: int = setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
+    accumulate: int = setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
+    optimizer: str = setting("adam", "optimiser", choices=OPTIMIZERS)
+    learning_rate: float = setting(8e-3, "learning rate after the warm-up", above=0, below=math.inf)
+    betas: tuple[float, float] = setting((0.9, 0.99), "beta1 and beta2 of the optimiser", at_least=0, below=1)
+    weight_decay: float = setting(0.0, "weight decay of adamw", at_least=0, below=math.inf)
+    warmup: int = setting(50, "steps of linear learning-rate warm-up; 0 for none", at_least=0)
+    warmup_from_zero: bool = setting(False, "start the warm-up with a rate of 0, as EDM does, and not with 1/warmup")
+    schedule: str = setting(
         "linear", "learning rate after the warm-up; linear and cosine decay to 0", choices=SCHEDULES
     )
-    schedule_steps: int = _setting(1000, "inverse_sqrt: steps before the learning rate decays", at_least=1)
-    clip: float = _setting(math.inf, "maximum gradient norm; inf for no clipping", above=0)
-    ema_decay: float = _setting(0.99, "decay of the exponential moving average of the weights", at_least=0, below=1)
-    ema_rampup: float = _setting(
+    schedule_steps: int = setting(1000, "inverse_sqrt: steps before the learning rate decays", at_least=1)
+    clip: float = setting(math.inf, "maximum gradient norm; inf for no clipping", above=0)
+    ema_decay: float = setting(0.99, "decay of the exponential moving average of the weights", at_least=0, below=1)
+    ema_rampup: float = setting(
         0.0, "EDM's ramp-up: the average's half-life is at most this share of the images so far; 0: none", at_least=0
     )
-    sigma_rel: tuple[float, ...] = _setting(
+    sigma_rel: tuple[float, ...] = setting(
         (), "relative widths of power-function EMAs to track, e.g. 0.05 0.1; `vadiff ema` makes other widths from them",
         above=0, below=12**-0.5,
     )  # fmt: skip
-    snapshot_every: int = _setting(100, "steps between snapshots of these EMAs; the last step has one too", at_least=1)
-    snapshot_precision: str = _setting("fp16", "number format of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
-    max_skipped_steps: int = _setting(25, "stop after this many consecutive non-finite steps", at_least=1)
+    snapshot_every: int = setting(100, "steps between snapshots of these EMAs; the last step has one too", at_least=1)
+    snapshot_precision: str = setting("fp16", "number format of the snapshots", choices=tuple(SNAPSHOT_PRECISIONS))
+    max_skipped_steps: int = setting(25, "stop after this many consecutive non-finite steps", at_least=1)
 
-    seed: int = _setting(
+    seed: int = setting(
         0, "seed of the initial weights and dropout, and of the data unless data_seed is given", at_least=0
     )
-    data_seed: int | None = _setting(None, "seed of the image order, the noise levels and the noise", at_least=0)
-    device: str = _setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
-    backend: str = _setting("auto", "which kernels compute the loss", choices=backends.BACKENDS)
-    precision: str = _setting("fp32", "of the network's computation; weights stay fp32", choices=PRECISIONS)
-    compile: bool | None = _setting(None, "torch.compile the network; default: on a CUDA device with --graph")
-    graph: bool = _setting(
+    data_seed: int | None = setting(None, "seed of the image order, the noise levels and the noise", at_least=0)
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    backend: str = setting("auto", "which kernels compute the loss", choices=backends.BACKENDS)
+    precision: str = setting("fp32", "of the network's computation; weights stay fp32", choices=PRECISIONS)
+    compile: bool | None = setting(None, "torch.compile the network; default: on a CUDA device with --graph")
+    graph: bool = setting(
         False, "on a CUDA device, capture the training step in a CUDA graph, which takes the host out of its way"
     )
-    tf32: bool = _setting(True, "on a CUDA device, let float32 products round their factors to TF32")
-    deterministic: bool = _setting(False, "deterministic algorithms only; slower on a GPU")
+    tf32: bool = setting(True, "on a CUDA device, let float32 products round their factors to TF32")
+    deterministic: bool = setting(False, "deterministic algorithms only; slower on a GPU")
 
-    log_every: int = _setting(20, "steps between two lines of metrics.jsonl", at_least=1)
-    tensorboard: bool = _setting(True, "also write the metrics for TensorBoard")
-    log_rms: bool = _setting(False, "also log the RMS of weights, updates and activations per layer")
-    checkpoint_every: int = _setting(1000, "steps between checkpoints; the last step has one too", at_least=1)
-    keep_checkpoints: int = _setting(3, "number of latest checkpoints to keep", at_least=1)
-    samples_every: int = _setting(0, "steps between two grids of samples; 0 for none", at_least=0)
-    sample_count: int = _setting(64, "samples in a grid", at_least=1)
-    held_out_every: int = _setting(
+    log_every: int = setting(20, "steps between two lines of metrics.jsonl", at_least=1)
+    tensorboard: bool = setting(True, "also write the metrics for TensorBoard")
+    log_rms: bool = setting(False, "also log the RMS of weights, updates and activations per layer")
+    checkpoint_every: int = setting(1000, "steps between checkpoints; the last step has one too", at_least=1)
+    keep_checkpoints: int = setting(3, "number of latest checkpoints to keep", at_least=1)
+    samples_every: int = setting(0, "steps between two grids of samples; 0 for none", at_least=0)
+    sample_count: int = setting(64, "samples in a grid", at_least=1)
+    held_out_every: int = setting(
         0, "steps between measurements of the held-out loss; the last step has one too; 0: only that one",
         at_least=0,
     )  # fmt: skip
-    held_out_images: int = _setting(1000, "maximum number of held-out images to measure on", at_least=1)
-    held_out_draws: int = _setting(1, "noise draws per held-out image and noise level", at_least=1)
-    held_out_levels: int = _setting(12, "noise levels of the held-out loss, evenly spaced in ln sigma", at_least=2)
-    held_out_sigma: tuple[float, float] = _setting(
+    held_out_images: int = setting(1000, "maximum number of held-out images to measure on", at_least=1)
+    held_out_draws: int = setting(1, "noise draws per held-out image and noise level", at_least=1)
+    held_out_levels: int = setting(12, "noise levels of the held-out loss, evenly spaced in ln sigma", at_least=2)
+    held_out_sigma: tuple[float, float] = setting(
         (0.02, 20.0), "lowest and highest sigma of the held-out loss; of a vp process at most those it has", above=0
     )
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
-            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            value = typed(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
-            _check(field, value)
+            check(field, value)
         for name in ("log_snr_range", "held_out_sigma"):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} is {(low, high)}, expected a lower and a higher number")
-        height = _HEIGHTS.get(self.dataset, self.image_size)
-        check_halvings((1, height, height), self.channels)
-        check_attention(height, self.channels, self.attention_resolutions)
+        check_halvings(self.image_shape, self.channels)
+        check_attention(self.image_shape[1], self.channels, self.attention_resolutions)
+        if isinstance(self.shift, str) and self.shift not in levels.SHIFT_RULES:
+            raise ValueError(f"shift is {self.shift!r}, expected a number or one of {', '.join(levels.SHIFT_RULES)}")
+        if self.stratified_epoch and self.antithetic:
+            raise ValueError(
+                "antithetic is true, but so is stratified_epoch, whose numbers are not in pairs: choose one"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}")
         if len(set(self.sigma_rel)) < len(self.sigma_rel):
@@ -239,6 +249,20 @@ class TrainConfig:
             self.process, None if self.prediction == AUTO else self.prediction, sigma_data=self.sigma_data,
             timesteps=discrete, zero_terminal_snr=self.zero_terminal_snr,
         )  # fmt: skip
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        return _SHAPES.get(self.dataset, (3, self.image_size, self.image_size))
+
+    @property
+    def shift_alpha(self) -> float:
+        """`shift` as a number."""
+        if isinstance(self.shift, float):
+            return self.shift
+        channels, height, width = self.image_shape
+        size = {"sd3": height * width, "rae": channels * height * width, "flux": height * width / _FLUX_PATCH**2}
+        return levels.shift_alpha(self.shift, size[self.shift])
 
     def held_out_range(self) -> tuple[float, float]:
         """`held_out_sigma`, as far as the process has these noise levels: a network knows no time for others.
@@ -327,66 +351,3 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no such field; `vadiff train --help` lists them")
         return cls(**fields)
-
-
-def choices(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
-    """The names that a field of `TrainConfig` accepts; None if it is not an enumeration."""
-    allowed = field.metadata.get("choices")
-    if allowed == "weightings":
-        return (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
-    if allowed == "levels":
-        return (AUTO, *levels.available(), GAP)  # TABLE among them
-    return allowed
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Convert `value` to its field's type: YAML and TOML have no tuples, and YAML reads 1e-4 as text."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    try:
-        if origin is tuple:
-            if isinstance(value, str) or not isinstance(value, (tuple, list)):
-                raise TypeError
-            variable = arguments[-1] is Ellipsis
-            if not variable and len(value) != len(arguments):
-                raise TypeError
-            return tuple(_typed(name, item, arguments[0]) for item in value)
-        if origin is dict:
-            return {str(key): _typed(name, item, float) for key, item in dict(value).items()}
-        if kind is bool or isinstance(value, bool):
-            if kind is not bool or not isinstance(value, bool):
-                raise TypeError
-            return value
-        if kind is int and isinstance(value, float) and not value.is_integer():
-            raise TypeError
-        if kind is str and not isinstance(value, (str, Path)):
-            raise TypeError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}, expected {_type_name(kind)}") from None
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if typing.get_origin(kind) is tuple:
-        arguments = typing.get_args(kind)
-        number = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
-        return f"a list of {number}numbers"
-    return names.get(kind, "a mapping of names to numbers")
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ValueError unless `value` is among the choices and within the bounds; None always passes."""
-    allowed = choices(field)
-    if allowed is not None and value not in allowed:
-        raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(allowed)}")
-    bounds = [(key, field.metadata[key]) for key in _BOUNDS if key in field.metadata]
-    for number in value if isinstance(value, tuple) else (value,):
-        if not isinstance(number, (int, float)):
-            continue
-        if math.isnan(number) or not all(_BOUNDS[key](number, bound) for key, bound in bounds):
-            expected = " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds)
-            raise ValueError(f"{field.name} is {number}, expected {expected or 'a number'}")

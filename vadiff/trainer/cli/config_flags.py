@@ -2,22 +2,22 @@
 
 import argparse
 import dataclasses
-import types
 import typing
 from typing import Any
 
-from ..config import TrainConfig, choices
+from ..config import TrainConfig
+from ..config_fields import alternatives
 
 
 def add_config_flags(parser: argparse._ArgumentGroup) -> None:
     """Add a flag for every field; flags that are not given are absent from the parsed options."""
     hints = typing.get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        kind = _without_none(hints[field.name])
+        kind = alternatives(hints[field.name])[-1]
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"].replace("%", "%%")
         keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        allowed = choices(field)
+        allowed = field.metadata.get("choices")
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif allowed is not None:
@@ -54,9 +54,3 @@ def _option(text: str) -> tuple[str, float]:
         return name, float(number)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a number after {name}=") from None
-
-
-def _without_none(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        return next(option for option in typing.get_args(kind) if option is not types.NoneType)
-    return kind

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ...levels import Information
     from ...optimal_loss import OptimalLoss
     from ..training import open_run
 
@@ -32,4 +33,9 @@ def run(options: argparse.Namespace) -> None:
             optimal = OptimalLoss.load(options.optimal)
         except (OSError, ValueError) as error:
             options.parser.error(f"argument --optimal: {error}")
-    print(open_run(options.run_directory).diagnose(optimal, options.step))
+    opened = open_run(options.run_directory)
+    print(opened.diagnose(optimal, options.step))
+    if opened.config.levels == "information":
+        levels = opened.levels(options.step)
+        assert isinstance(levels, Information)
+        print(f"\nNoise levels: {levels.state}.")

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ...levels import Information
     from ..report import held_out_table
     from ..training import Stopped, train
 
@@ -62,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
     if main_rank:
         print("\nEDM's loss on held-out images per noise level, averaged weights:")
         print(held_out_table({config.weighting: trained.held_out}))
+        if isinstance(trained.levels, Information):
+            print(f"\nNoise levels: {trained.levels.state}.")
 
 
 def training_config(options: argparse.Namespace) -> TrainConfig:

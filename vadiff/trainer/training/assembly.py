@@ -1,6 +1,8 @@
 """Builds the parts of a run from its config: network, criterion, level sampler, data."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,19 @@ from torch import nn
 
 from ... import levels, weighting
 from ...errors import DataError, RunError
+from ...information import Profile
 from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser, EDM2UNet, unet
-from ...models.parameterisation import VPForm
+from ...models.parameterisation import VPForm, sigma_range
 from ...optimal_loss import OptimalLoss
 from ...process import DiscreteVP
 from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 from ..data import Images, cifar, digits, folder
+from .optimal_curve import read_curve
 
-_ADAPTIVE_LEVELS = ("second_moment", "loss_spread")
+_ADAPTIVE_LEVELS = ("information", "loss_spread", "second_moment")
 TABLE_FILE = "table.json"  # in a run directory: copy of the weight table that the config names
 
 
@@ -85,13 +89,23 @@ def build_criterion(config: TrainConfig, run: Path | None = None, optimal: Optim
     )
 
 
-def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> LevelSampler:
+def saved_criterion(config: TrainConfig, run: Path, state: Mapping[str, Any]) -> DiffusionLoss:
+    """The criterion of a run with the statistics of one of its checkpoints, on the CPU."""
+    criterion = build_criterion(config, run, read_curve(config, run))
+    criterion.load_state_dict(state["criterion"])
+    return criterion
+
+
+def build_levels(
+    config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None, profile: Profile | None = None
+) -> LevelSampler:
     """A sampler of noise levels, on the CPU.
 
     Args:
         config: of the run.
         run: folder with its weight table, for levels "table".
         optimal: the optimal loss of its training images, for levels "gap".
+        profile: x0 errors for levels "information", in place of those of training.
 
     Raises:
         ValueError: an option is unknown to the sampler or out of bounds, or `optimal` is missing.
@@ -105,7 +119,7 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
         uniform = levels.UniformTimesteps(process)
     elif process is not None:
         uniform = levels.UniformTime(process)
-    base = uniform or levels.LogNormal(config.p_mean, config.p_std)
+    base = _placed(config, uniform or levels.LogNormal(config.p_mean, config.p_std), uniform)
     if config.levels == TABLE:
         table = read_table(config, run)
         return levels.Table(table.weights, table.log_snr_range, base)
@@ -116,14 +130,34 @@ def build_levels(config: TrainConfig, run: Path | None = None, optimal: OptimalL
         options = {"p_mean": config.p_mean, "p_std": config.p_std, **options}
     if config.levels in _ADAPTIVE_LEVELS:
         options = {"base": base, "bins": config.bins, "log_snr_range": config.log_snr_range, **options}
+    if config.levels == "information":
+        form_of_loss = {"prediction_type": form.prediction, "sigma_data": config.sigma_data}
+        options = {**form_of_loss, "profile": profile, **options}
     try:
         if config.levels == GAP:
+            options = {"base": _placed(config, levels.LogUniform(), uniform), **options}
             return _gap_levels(config, run, _required(optimal, "levels"), options)
+        if config.levels in _ADAPTIVE_LEVELS:
+            return levels.from_name(config.levels, **options)
         if isinstance(options.get("process"), DiscreteVP):
-            return levels.UniformTimesteps(**options)
-        return levels.from_name(config.levels, **options)
+            return _placed(config, levels.UniformTimesteps(**options), uniform)
+        return _placed(config, levels.from_name(config.levels, **options), uniform)
     except TypeError as error:
         raise ValueError(f"levels_options is {config.levels_options}: {error}") from None
+
+
+def _placed(config: TrainConfig, sampler: LevelSampler, uniform: LevelSampler | None) -> LevelSampler:
+    """A fixed sampler with the config's shift, within the levels of the process, and its share of uniform times.
+
+    uniform: in the times of the process; None is a flow's.
+    """
+    if config.shift_alpha != 1.0:
+        lowest, highest = sigma_range(config.form())
+        log_snr_range = (-2.0 * math.log(highest), -2.0 * math.log(lowest) if lowest > 0.0 else math.inf)
+        sampler = levels.Shift(sampler, config.shift_alpha, log_snr_range)
+    if config.uniform_share:
+        sampler = levels.Mixture(sampler, uniform, config.uniform_share)
+    return sampler
 
 
 def read_table(config: TrainConfig, run: Path | None) -> WeightTable:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...levels import LevelSampler, uniforms
+from ...levels import EpochUniforms, LevelSampler, uniforms
 from ...models.parameterisation import VPForm
 from ...pixels import normalised
 from ...process import DiscreteVP
@@ -81,6 +81,11 @@ class Batches:
         self._classes = images.classes
         self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
         self._chosen = torch.empty(config.batch_size, dtype=torch.int64, device=device)  # images of the batch
+        self._uniforms: EpochUniforms | None = None
+        if config.stratified_epoch:
+            batches = max(1, len(images.train) // config.batch_size)
+            self._uniforms = EpochUniforms(config.batch_size, batches, streams.epoch_levels)
+        self._u = torch.empty(config.batch_size, dtype=torch.float64, device=device)  # of that batch
 
     def at(self, step: int) -> list[Batch]:
         """This rank's share of the batch of step 0, 1, ..., in `accumulate` parts."""
@@ -88,9 +93,14 @@ class Batches:
         return self.draw()
 
     def prepare(self, step: int) -> None:
-        """What the host does for a batch: seed the streams, choose the images."""
+        """What the host does for a batch: seed the streams, choose the images and the strata of an epoch."""
         self.streams.seed(step)
         self._chosen.copy_(self._indices.at(step))
+        if self._uniforms is not None:
+            u = self._uniforms(step)
+            if self.device.type == "cuda":
+                u = u.pin_memory()  # from other memory the host would wait for the copy
+            self._u.copy_(u, non_blocking=True)
 
     def draw(self) -> list[Batch]:
         """The batch prepared before: work of the device alone.
@@ -98,7 +108,9 @@ class Batches:
         The random numbers of the whole batch are drawn, then sliced: they do not depend on ranks and parts.
         """
         config, size, generators = self._config, self._config.batch_size, self.streams.generators
-        u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
+        u = self._u
+        if self._uniforms is None:
+            u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
         noise = generators["noise"]
         eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
         mirrored = self._coins("flips", 0.5) if config.flips else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...ema import PowerFunctionEMA, remove_after
 from ...errors import RunError, TrainingError
 from ...extras import import_extra
+from ...levels import LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
@@ -29,7 +30,8 @@ from .batches import Batches
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
-from .metrics import MetricsLog, memory_bytes, statistics_of
+from .level_profile import read_profile
+from .metrics import MetricsLog, levels_state, memory_bytes, statistics_of
 from .objective import Objective, objective_of
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import LateReading, Optimisation, RunningAverage, learning_rate_at
@@ -48,6 +50,7 @@ class TrainedRun:
     denoiser: Denoiser  # averaged weights, eval mode, on the training device
     criterion: DiffusionLoss
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    levels: LevelSampler  # with its final state
     held_out: HeldOutLoss  # of the averaged weights; under torchrun empty except on the main rank
 
 
@@ -108,7 +111,10 @@ def train(
                 path.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(run_folder.lock(path))
                 run_folder.check(path, config, resume=resume, overwrite=overwrite)  # again, under the lock
-            run_folder.begin(path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal)
+            run_folder.begin(
+                path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal,
+                profile=trainer.profile,
+            )  # fmt: skip
         trainer.open_log()
         try:
             return trainer.run(progress)
@@ -151,7 +157,8 @@ class _Trainer:
         earlier = out if resume else None  # folder to resume from
         self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
         self.criterion = build_criterion(config, earlier, self.optimal).to(device)
-        self.levels = build_levels(config, earlier, self.optimal).to(device)
+        self.profile = group.from_main(lambda: read_profile(config, earlier))
+        self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # of a learned weighting
         self.optimisation = Optimisation(config, parameters, device)
@@ -212,7 +219,7 @@ class _Trainer:
                     self._stop(number)
         if held_out is None:  # the run was finished before
             held_out = held_out_loss_of_run(self.config, self.images, self.average)
-        return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, held_out)
+        return TrainedRun(config, self.average, self.criterion.eval(), self.log.entries, self.levels, held_out)
 
     def _due(self, every: int, step: int | None = None) -> bool:
         step = self.step if step is None else step
@@ -243,6 +250,7 @@ class _Trainer:
             "memory_bytes": memory_bytes(self.device),
             "seconds": self.seconds + now - self.resumed,
             **statistics_of(self.criterion),
+            **levels_state(self.levels),
         }
         held_out = None
         if self.group.is_main:

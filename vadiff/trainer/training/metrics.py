@@ -12,6 +12,7 @@ A line has, with K the number of bins:
     learning_rate, images_per_second, seconds, memory_bytes
     statistics                count, mean, variance, mass of the base loss, [K] each
     weights                   w at the bin centres, [K]
+    levels                    if information: state in words, moved (share of draws that are not where the base's are)
 
 and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noise level, of the trained weights and of
 their running average), rms (weights, updates and activations per layer) and evaluation. NaN and infinities are null.
@@ -30,6 +31,7 @@ from torch import Tensor
 from ...errors import RunError
 from ...extras import import_extra
 from ...files import replacing
+from ...levels import Information, LevelSampler
 from ...loss import DiffusionLoss
 from ...metrics_file import finite, json_lines
 
@@ -51,6 +53,13 @@ def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
         "statistics": {name: values.tolist() for name, values in per_bin.items()},
         "weights": criterion.weights.tolist(),
     }
+
+
+def levels_state(levels: LevelSampler) -> dict[str, Any]:
+    """Entry of a line about levels that say where they are. Waits for the device."""
+    if not isinstance(levels, Information):
+        return {}
+    return {"levels": {"state": levels.state, "moved": levels.moved}}
 
 
 def memory_bytes(device: torch.device) -> int:

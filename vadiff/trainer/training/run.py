@@ -3,6 +3,7 @@
 config.yaml          the config
 data.json            how many images, and whether those held out are a test set
 optimal_loss.csv     the optimal loss, if the weighting or the levels need it
+profile.csv          x0 errors that the levels are placed by, if the config names them
 metrics.jsonl        one JSON object per line, every `log_every` steps, see `vadiff.trainer.training.metrics`
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
@@ -23,14 +24,16 @@ from ...diagnosis import Diagnosis
 from ...errors import RunError
 from ...files import sha256_of
 from ...information import Profile
+from ...levels import LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..data import Images
 from . import averages
-from .assembly import build_criterion, build_denoiser, load_images
+from .assembly import build_denoiser, build_levels, load_images, saved_criterion
 from .checkpoint import checksum, load_checkpoint, steps_saved
+from .level_profile import read_profile
 from .metrics import METRICS, read_metrics
 from .optimal_curve import check_curve_of, read_curve
 
@@ -139,7 +142,7 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
         """
-        return self._criterion(load_checkpoint(self.path, step))
+        return saved_criterion(self.config, self.path, load_checkpoint(self.path, step))
 
     def diagnose(self, optimal: OptimalLoss | None = None, step: int | None = None) -> Diagnosis:
         """The diagnosis of the criterion of a checkpoint, with its gap where the optimal loss is known.
@@ -153,11 +156,12 @@ class Run:
             RunError: `optimal` belongs to other images.
         """
         state = load_checkpoint(self.path, step)
+        criterion = saved_criterion(self.config, self.path, state)
         optimal = read_curve(self.config, self.path) if optimal is None else optimal
         facts = self.data_facts()
         if optimal is not None and facts is not None:
             check_curve_of(optimal, self.config, facts.train, math.prod(state["image_shape"]))
-        return self._criterion(state).diagnose(optimal, self.config.form().prediction, self.config.sigma_data)
+        return criterion.diagnose(optimal, self.config.form().prediction, self.config.sigma_data)
 
     def profile(self, step: int | None = None) -> Profile:
         """x0 error per noise level, from the training statistics of a checkpoint, of its trained (raw) weights.
@@ -169,13 +173,19 @@ class Run:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
             ValueError: its statistics are of too few samples.
         """
-        criterion = self._criterion(load_checkpoint(self.path, step))
-        return Profile.of_criterion(criterion, self.config.form().prediction, sigma_data=self.config.sigma_data)
+        form = self.config.form().prediction
+        return Profile.of_criterion(self.criterion(step), form, sigma_data=self.config.sigma_data)
 
-    def _criterion(self, state: Mapping[str, Any]) -> DiffusionLoss:
-        criterion = build_criterion(self.config, self.path, read_curve(self.config, self.path))
-        criterion.load_state_dict(state["criterion"])
-        return criterion
+    def levels(self, step: int | None = None) -> LevelSampler:
+        """The sampler of noise levels with the state of a checkpoint, on the CPU.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
+        """
+        config, path = self.config, self.path
+        sampler = build_levels(config, path, read_curve(config, path), read_profile(config, path))
+        sampler.load_state_dict(load_checkpoint(path, step)["levels"])
+        return sampler
 
     def images(self) -> Images:
         """The data set it is trained on, read again from its path.

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from ...errors import RunError
 from ...files import replacing
+from ...information import Profile
 from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
 from ..data import Images
 from . import averages
 from .assembly import TABLE_FILE, keep_table, read_table
 from .checkpoint import FOLDER
+from .level_profile import PROFILE_FILE
 from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
 from .run import CONFIG, DATA, open_run
@@ -96,6 +98,7 @@ def begin(
     resume: bool,
     step: int = 0,
     optimal: OptimalLoss | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """Make `path` the run directory of `config`, after `check`: an existing run is removed unless it is resumed.
 
@@ -106,6 +109,7 @@ def begin(
         resume: keep the existing run, except files made after `step`.
         step: from which the run is resumed.
         optimal: the optimal loss that the run is trained with, saved in the folder.
+        profile: the x0 errors that its levels are placed by, saved in the folder.
 
     Raises:
         RunError: the weight table that the config names is missing.
@@ -120,6 +124,8 @@ def begin(
             keep_table(table, path)
     if optimal is not None and not (path / CURVE_FILE).exists():
         optimal.save(path / CURVE_FILE)
+    if profile is not None and not (path / PROFILE_FILE).exists():
+        profile.save(path / PROFILE_FILE)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
@@ -171,7 +177,7 @@ def is_in_use(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, "report.html"):
+    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",

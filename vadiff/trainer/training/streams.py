@@ -26,12 +26,14 @@ class Streams:
 
     Attributes:
         generators: of each stream on the device, by name: "levels", "noise", "flips", "labels".
+        epoch_levels: seed of noise levels that are stratified over an epoch, which the host draws.
     """
 
     def __init__(self, seed: int, data_seed: int, device: torch.device) -> None:
         self.initialisation = _derived(seed, 0)
         self._dropout = _derived(seed, 1)
         self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate((_ORDER, *DEVICE_STREAMS))}
+        self.epoch_levels = _derived(data_seed, 2 + len(self._data))
         self._order = torch.Generator()
         # One for each stream, as a CUDA graph draws from all of them and cannot seed a generator.
         self.generators = {name: torch.Generator(device) for name in DEVICE_STREAMS}
