@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,11 @@ from torch import Tensor
 from vadiff.errors import DataError
 from vadiff.information import Profile
 from vadiff.process import loss_ratio
-from vadiff.trainer.cli import main
+from vadiff.trainer.cli import _parser, main
 from vadiff.trainer.report.suggested_levels import Default, fits, shared_draws, suggestion_table
 from vadiff.trainer.training import level_evidence, short
 from vadiff.trainer.training.level_evidence import NUMBERS, Evidence
-from vadiff.training import Run
+from vadiff.training import Run, Stopped
 from vadiff.validation import LevelLosses
 
 GAUSSIAN_STD = math.pi / (2.0 * math.sqrt(3.0))  # of ln sigma, for Gaussian data
@@ -141,6 +142,21 @@ def test_folder_of_pictures_is_trained_on_and_its_numbers_have_their_spread(
     assert {default["name"] for default in found["defaults"]} == {"EDM", "EDM2", "SD3"}
 
 
+def test_signal_ends_the_trainings_with_its_exit_code_and_no_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped_training(*arguments: Any, **options: Any) -> Any:
+        raise Stopped("stopped by SIGTERM after step 1", signal.SIGTERM)
+
+    monkeypatch.setattr(short, "train", stopped_training)
+    with pytest.raises(SystemExit) as stopped:
+        main(["levels", "suggest", "--dataset", "digits", "--steps", "100"])
+    assert stopped.value.code == 143
+    printed = capsys.readouterr()
+    assert printed.err.endswith("vadiff: stopped before the end of the short trainings: no suggestion\n")
+    assert printed.out == ""
+
+
 def test_time_is_turned_into_steps_enough_to_learn_and_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     def training(config: Any, **options: Any) -> Any:
         return SimpleNamespace(metrics=[{"images_per_second": speed}])
@@ -231,7 +247,7 @@ def test_run_of_a_few_steps_has_no_statistics_to_suggest_from(
         (["--errors", "x0.csv", "--prediction-type", "flow"], "prediction_type is 'flow', expected none: x0.csv has"),
         (["--errors", "losses.csv"], "prediction_type is None, expected the form of the losses in losses.csv"),
         (["--errors", "losses.csv", "--prediction-type", "edm"], "sigma_data is None, expected that of the losses"),
-        (["--errors", "low.csv"], "x0_error is .* of the noise's or more at every level"),
+        (["--errors", "low.csv"], "x0_error is 92% of the noise's square at the highest level"),
         (["--errors", "high.csv"], r"log_snr reaches from sigma .* of the suggested levels are below that"),
     ],
 )
@@ -293,6 +309,8 @@ def test_text_says_what_to_type_or_that_the_default_fits(evidence_of: Callable[.
     assert [line.split()[2:] for line in lines if line.startswith("p_mean")] == [["0.01"]]
     flow = next(line for line in lines if line.startswith("Type: vadiff train --process flow"))
     assert re.fullmatch(r".* --levels logit_normal --levels-options mean=-\d\.\d\d std=\d\.\d\d", flow)
+    for line in (flow, *(line for line in lines if "--shift" in line)):  # what is to be typed is a command
+        _parser().parse_args(line.partition("vadiff ")[2].split())
 
 
 def test_help_names_the_sources(capsys: pytest.CaptureFixture[str]) -> None:

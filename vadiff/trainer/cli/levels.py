@@ -163,6 +163,7 @@ def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidenc
 
 
 def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
+    from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
     from ..training.progress import progress_bar
     from ..training.short import TRAININGS, load_pixels, steps_within
@@ -170,7 +171,10 @@ def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
     limit = _LIMIT if options.images is None else options.images
     pixels = load_pixels(options.dataset or "images", options.data, options.image_size, limit)
     steps = options.steps
-    if steps is None:
-        steps = steps_within(pixels, 60.0 * (_MINUTES if options.minutes is None else options.minutes), device)
-    with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
-        return of_short_trainings(pixels, steps, device, bar.update)
+    try:
+        if steps is None:
+            steps = steps_within(pixels, 60.0 * (_MINUTES if options.minutes is None else options.minutes), device)
+        with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
+            return of_short_trainings(pixels, steps, device, bar.update)
+    except Stopped as stop:
+        options.parser.exit(stop.exit_code, "vadiff: stopped before the end of the short trainings: no suggestion\n")

@@ -175,10 +175,12 @@ def _verdict(evidence: Evidence, objective: str) -> list[str]:
         kept = f"--p-mean {_two_digits(mean)} --p-std {std:.2f}" if usual not in fitting else ""
         lines.append(f"Type: vadiff train --sigma-data {evidence.suggestion.sigma_data:.3g} {kept}".rstrip())
     elif usual not in fitting:
-        alpha = evidence.suggestion.alpha
+        alpha = f"{evidence.suggestion.alpha:.2f}"
         options = f"mean={_two_digits(mean)} std={std:.2f}"
         lines.append(f"Type: vadiff train --process flow --levels logit_normal --levels-options {options}")
-        lines.append(f"or, of {usual.name}'s levels or uniform times, a shift alpha of {alpha:.2f}")
+        lines.append(
+            f"or shift {usual.name}'s levels: vadiff train --process flow --levels logit_normal --shift {alpha}"
+        )
     return lines
 
 
