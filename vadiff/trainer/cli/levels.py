@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,4 +178,5 @@ def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
         with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
             return of_short_trainings(pixels, steps, device, bar.update)
     except Stopped as stop:
-        options.parser.exit(stop.exit_code, "vadiff: stopped before the end of the short trainings: no suggestion\n")
+        print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
