@@ -10,9 +10,9 @@ from ...extras import import_extra
 from ...levels import information_density
 from ..training.level_evidence import LENGTH, NUMBERS, Evidence
 
-# Least share of draws that a default which fits has in common with the suggestion. In first trials EDM's default had 83 %
-# on CIFAR-10 at 16 x 16, where training on the profile won nothing, and 65 % on digits, where it halved the Fréchet
-# distance.
+# Least share of draws that a default which fits has in common with the suggestion. In first trials EDM's default had
+# 83 % on CIFAR-10 at 16 x 16, where training on the profile won nothing, and 65 % on digits, where it halved the
+# Fréchet distance.
 FITS = 0.8
 _REACH = 9.0  # standard deviations over which two densities are compared
 
