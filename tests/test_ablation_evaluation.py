@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ablation_runs import GRID, grid_file, two_arms, two_finished_arms
 
 from vadiff.errors import UserError
+from vadiff.information import Profile
 from vadiff.trainer.ablation import Evaluation, collect, read_grid, train_all
 from vadiff.trainer.ablation.evaluation import drawn_with, first_difference
 from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
@@ -19,6 +22,7 @@ from vadiff.trainer.cli import main
 from vadiff.trainer.evaluation.digits_classifier import trained_classifier
 from vadiff.trainer.evaluation.fidelity import content_key
 from vadiff.trainer.training.assembly import load_images
+from vadiff.training import Run
 
 
 def evaluated(run: PlannedRun, **settings: Any) -> None:
@@ -89,9 +93,35 @@ def test_evaluation_of_version_0_1_counts_as_done_and_equals_one_of_now(tmp_path
     assert not evaluation.was_done(new.path, config, steps, "published", "real")
 
 
+def test_evaluation_by_statistics_is_done_again_if_the_statistics_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = Evaluation(metrics=("fid",), features="inception", layer="64", images=6, spacing="statistics")
+    _, runs = two_arms(tmp_path, 1)
+    run, level = runs["constant", 0], torch.tensor([-6.0, 0.0, 6.0])
+    profile = Profile(level, torch.tensor([0.3, 0.2, 0.002]))
+    evaluated(run, generation=evaluation.generation("edm", profile=profile).recorded())
+    run.config.save(run.path / "config.yaml")
+    was_done = functools.partial(
+        evaluation.was_done, run.path, run.config, run.config.steps, network="published", reference="real"
+    )
+    monkeypatch.setattr("vadiff.trainer.training.run.Run.profile", lambda run, step: profile)
+    assert was_done()
+    monkeypatch.setattr("vadiff.trainer.training.run.Run.profile", lambda run, step: profile.bounded(0.5))
+    assert not was_done()
+
+    def none(run: Run, step: int) -> Profile:
+        raise ValueError("the criterion has 0 samples")
+
+    monkeypatch.setattr("vadiff.trainer.training.run.Run.profile", none)
+    assert not was_done()
+
+
 def test_evaluation_passes_the_solver_on() -> None:
     options = Evaluation(solver="dpmpp_2m", spacing="edm", steps=16).arguments("digits")
     assert options[-6:] == ["--solver", "dpmpp_2m", "--spacing", "edm", "--steps", "16"]
+    by_statistics = Evaluation(solver="euler", spacing="statistics").arguments("digits")
+    assert by_statistics[-4:] == ["--solver", "euler", "--steps-from", "statistics"]
     assert "--solver" not in Evaluation().arguments("cifar10")
 
 
@@ -239,7 +269,7 @@ def test_network_that_images_are_compared_by_is_looked_for_before_training(
         ("images = 2", "evaluate: images is 2, expected a whole number from 5"),
         ("steps = 1", "evaluate: steps is 1, expected a whole number from 2"),
         ('solver = "ddim"', "evaluate: solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m in quotes"),
-        ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow, timesteps in quotes"),
+        ("spacing = 1", "evaluate: spacing is 1, expected one of edm, flow, timesteps, statistics in quotes"),
         ("repeats = 0", "evaluate: repeats is 0, expected a whole number from 1"),
         ('features = "vgg"', "evaluate: features is 'vgg', expected one of inception, digits"),
         ("seed = 2", r"evaluate: evaluate is \{'seed': 2\}, expected only metrics, features"),

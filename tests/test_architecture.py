@@ -65,7 +65,8 @@ LIBRARY = {
     },
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
-        "extras", "levels", "log_snr", "loss", "process", "schedulers", "summary", "validation", "weighting",
+        "extras", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
+        "validation", "weighting",
     },
 }  # fmt: skip
 # The trainer may use all of the library; within it:

@@ -1,6 +1,7 @@
 """vadiff.trainer.cli.drawing: options of how images are drawn, as `vadiff sample` and `vadiff evaluate` take them."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from PIL import Image
 
 from vadiff.models import Denoiser
 from vadiff.pixels import pixels
+from vadiff.process import loss_ratio
+from vadiff.sampling import noise_levels
 from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class, solve
 from vadiff.sampling.seeds import recorded_seeds
 from vadiff.sampling.solvers import SOLVERS
 from vadiff.trainer.cli import main
+from vadiff.trainer.cli.drawing import STATISTICS_MEASURED
 from vadiff.trainer.pictures import read_pictures
+from vadiff.trainer.training.checkpoint import load_checkpoint, save_checkpoint
 from vadiff.trainer.training.samples import save_grid
 from vadiff.training import open_run
 
@@ -53,6 +58,57 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     assert torch.equal(drawn("itself", "--guidance", "3", "--guide", str(trained_run)), plain)
     assert torch.equal(drawn("ema", "--guidance", "3", "--guide", f"{trained_run}:ema/4"), plain)
     assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
+
+
+def with_statistics(trained_run: Path, folder: Path) -> Path:
+    """The run with the statistics of a long training, in which the error is 0.25 at high noise and falls below."""
+    run = shutil.copytree(trained_run, folder / "run")
+    criterion = open_run(run).criterion()
+    centers = criterion.bin_centers.repeat(32)
+    sigma = (-0.5 * centers).exp()
+    error = 0.25 * sigma**2 / (0.25 + sigma**2)
+    criterion.train()
+    criterion.reweight(error * loss_ratio("edm", centers, sigma_data=open_run(run).config.sigma_data), centers)
+    save_checkpoint(run, 4, load_checkpoint(run, 4) | {"criterion": criterion.state_dict()}, keep=2)
+    return run
+
+
+def test_sample_places_steps_by_the_statistics_of_the_checkpoint(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = with_statistics(trained_run, tmp_path)
+    command = ["sample", str(run), "--images", "3", "--steps", "5", "--devices", "cpu", "--steps-from", "statistics"]
+    assert main([*command, "--out", str(tmp_path / "euler.npz")]) == 0
+    assert "steps by statistics" not in capsys.readouterr().err
+    profile = open_run(run).profile(4)
+    expected = torch.linspace(math.atan(160.0), math.atan(0.004), 5, dtype=torch.float64).tan() * 0.5
+    assert torch.allclose(noise_levels(5, profile=profile)[:-1], expected, rtol=0.05)
+    [batch] = generate(open_run(run), range(3), Generation("euler", 5, "statistics", profile=profile))
+    assert torch.equal(read_pictures(tmp_path / "euler.npz"), batch.images)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "ddpm"])
+def test_sample_says_what_was_measured_of_steps_from_statistics_with_other_solvers(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], solver: str
+) -> None:
+    run = with_statistics(trained_run, tmp_path)
+    command = ["sample", str(run), "--images", "1", "--steps", "3", "--devices", "cpu", "--steps-from", "statistics"]
+    assert main([*command, "--solver", solver, "--out", str(tmp_path / "drawn.npz")]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "steps by statistics" in line]
+    assert STATISTICS_MEASURED[solver] in line
+
+
+def test_run_without_enough_statistics_is_a_usage_error(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    criterion = open_run(run).criterion()
+    criterion.statistics.reset()
+    save_checkpoint(run, 4, load_checkpoint(run, 4) | {"criterion": criterion.state_dict()}, keep=2)
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--steps-from", "statistics", "--out", str(tmp_path / "png")])
+    assert "the criterion has 0 samples" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "png").exists()
 
 
 def test_seeds_too_large_for_a_generator_are_a_usage_error(
@@ -135,6 +191,11 @@ def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
         (["--solver", "ddim"], "argument --solver: invalid choice: 'ddim'"),
         (["--rho", "0"], "rho is 0.0, expected a positive number"),
         (["--spacing", "flow", "--rho", "7"], "rho is for the spacing edm, not for flow"),
+        (
+            ["--steps-from", "statistics", "--spacing", "edm"],
+            "argument --spacing: not allowed with argument --steps-from",
+        ),
+        (["--spacing", "statistics"], "argument --spacing: invalid choice: 'statistics'"),
         (["--images", "0"], "argument --images: 0, expected at least 1"),
         (["--first-seed", "-1"], "argument --first-seed: -1, expected 0 or more"),
         (["--churn", "-3"], "churn amount is -3.0, expected"),

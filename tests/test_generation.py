@@ -15,11 +15,13 @@ from torch import Tensor
 
 from vadiff.ema.archive import write_archive
 from vadiff.errors import RunError
+from vadiff.information import Profile
 from vadiff.models import Denoiser, parameterisation
 from vadiff.models.parameterisation import EDMForm, sigma_range
+from vadiff.pixels import pixels
 from vadiff.process import DiscreteVP
 from vadiff.sampling import Churn, noise_levels
-from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class
+from vadiff.sampling.generation import Generation, Guide, default_generation, generate, random_class, solve
 from vadiff.trainer.pictures import PictureWriter, read_pictures
 from vadiff.trainer.training.averages import average_file
 from vadiff.trainer.training.checkpoint import load_checkpoint, save_checkpoint
@@ -81,6 +83,33 @@ def test_random_class_of_a_seed_is_uniform_and_leaves_its_noise_alone(run: Run) 
     counts = torch.tensor([random_class(seed, 10) for seed in range(10_000)]).bincount(minlength=10)
     assert len(counts) == 10
     assert (counts - 1000).abs().max() < 4 * 30  # standard deviation 30
+
+
+def test_steps_from_statistics_are_those_of_the_profile_and_made_for_euler(run: Run) -> None:
+    profile = Profile(torch.tensor([-6.0, 0.0, 6.0]), torch.tensor([0.3, 0.2, 0.002]))
+    how = default_generation("edm", spacing="statistics", profile=profile)
+    assert (how.solver, how.steps, how.sigma_min, how.sigma_max, how.rho) == ("euler", 50, 0.002, 80.0, None)
+    assert torch.equal(how.levels(EDMForm(0.5)), noise_levels(50, profile=profile))
+    few = dataclasses.replace(how, steps=4)
+    [batch] = generate(run, [3], few)
+    expected = solve(run.denoiser(), [3], few, CPU)
+    assert torch.equal(batch.images, pixels(expected))
+    assert not torch.equal(expected, solve(run.denoiser(), [3], Generation("euler", 4), CPU))
+
+
+def test_profiles_are_told_apart_in_what_is_recorded_and_other_spacings_record_none() -> None:
+    levels = torch.tensor([-6.0, 0.0, 6.0])
+    recorded = [
+        default_generation("flow", spacing="statistics", profile=Profile(levels, error)).recorded()
+        for error in (
+            torch.tensor([0.3, 0.2, 0.002]),
+            torch.tensor([0.3, 0.2, 0.0021]),
+            torch.tensor([0.3, 0.2, 0.002]),
+        )
+    ]
+    assert recorded[0] == recorded[2] != recorded[1]
+    assert json.loads(json.dumps(recorded[0])) == recorded[0]
+    assert "profile" not in default_generation("flow").recorded()  # and images drawn before need not be drawn again
 
 
 def test_flows_are_sampled_by_euler_at_even_times_unless_told_otherwise() -> None:
@@ -215,11 +244,19 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
     ("settings", "message"),
     [
         ({"solver": "ddim"}, "solver is 'ddim', expected one of heun, euler, ddpm, dpmpp_2m"),
-        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow, timesteps"),
+        ({"spacing": "even"}, "spacing is 'even', expected one of edm, flow, timesteps, statistics"),
         ({"solver": "euler", "churn": Churn(1.0)}, "churn is for the solver heun, not for euler"),
         ({"spacing": "flow", "rho": 7.0}, "rho is for the spacing edm, not for flow"),
-        ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm, not for flow"),
-        ({"spacing": "timesteps", "sigma_max": 9.0}, "sigma_max is for the spacing edm and flow, not for timesteps"),
+        ({"spacing": "flow", "sigma_min": 0.1}, "sigma_min is for the spacing edm or statistics, not for flow"),
+        (
+            {"spacing": "timesteps", "sigma_max": 9.0},
+            "sigma_max is for the spacing edm or flow or statistics, not for timesteps",
+        ),
+        ({"spacing": "statistics"}, "spacing is statistics with no profile: spacing statistics needs one"),
+        (
+            {"profile": Profile(torch.tensor([0.0, 1.0]), torch.ones(2))},
+            "spacing is edm with a profile: spacing statistics needs one, the others none",
+        ),
         ({"label": "cat"}, "label is 'cat', expected a class or one of cycle, random"),
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),

@@ -145,3 +145,15 @@ def test_saved_and_read_again(tmp_path: object) -> None:
         file.write("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected CSV with the columns log_snr,x0_error"):
         Profile.load(path)
+
+
+def test_bounded_errors_are_those_of_a_network_that_is_no_worse_than_the_mean() -> None:
+    """An eps network with error .01 at every level has an x0 error of .01·σ², above the data's variance from σ 5."""
+    sigma = torch.logspace(-2, 2, 41, dtype=torch.float64)
+    profile = Profile(from_sigma(sigma), 0.01 * sigma**2)
+    bounded = profile.bounded(0.5)
+    below, above = torch.tensor([0.1, 1.0, 3.0]), torch.tensor([10.0, 50.0, 1000.0])
+    assert torch.allclose(bounded.rate_at(from_sigma(below)), profile.rate_at(from_sigma(below)))
+    assert torch.allclose(bounded.rate_at(from_sigma(above)), 0.25 / above.double() ** 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="sigma_data is 0, expected"):
+        profile.bounded(0)

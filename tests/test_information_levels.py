@@ -409,3 +409,12 @@ def test_errors_that_are_still_those_of_the_noise_are_refused() -> None:
     profile = profile_of(lambda log_snr: (-log_snr).exp())
     with pytest.raises(ValueError, match="measure it at higher noise"):
         suggest(profile.log_snr, profile.x0_error)
+
+
+def test_errors_of_eps_networks_need_sigma_data_and_are_bounded_by_it() -> None:
+    profile = profile_of(lambda log_snr: gaussian(0.5)(log_snr) + 0.005 * (-log_snr).exp())
+    with pytest.raises(ValueError, match="as that of a network that predicts eps: give sigma_data"):
+        suggest(profile.log_snr, profile.x0_error)
+    found = suggest(profile.log_snr, profile.x0_error, sigma_data=0.5)
+    assert found.p_mean == pytest.approx(math.log(0.5), abs=0.05)
+    assert found.logit_std == pytest.approx(1.1, abs=0.15)

@@ -166,6 +166,23 @@ class Profile:
             writer.writerow(_COLUMNS)
             writer.writerows(zip(self.log_snr.tolist(), self.x0_error.tolist(), strict=True))
 
+    def bounded(self, sigma_data: float) -> Profile:
+        """With errors of at most sigma_data², that of the guess that is right on average.
+
+        For networks that predict eps: at σ̃ far above sigma_data a small error of eps is a large one of x0, worse than
+        that guess, and the network's rate there is error and no information. Such a profile puts most steps of a
+        sampler where there is nothing to do.
+
+        Args:
+            sigma_data: standard deviation of the data, or more: 1 for pixels in [-1, 1].
+
+        Raises:
+            ValueError: sigma_data is not a positive number.
+        """
+        if not 0.0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data is {sigma_data}, expected a positive number")
+        return Profile(self.log_snr, self.x0_error.clamp(max=sigma_data**2))
+
     @property
     def sigma(self) -> Tensor:
         """sigma/alpha of the levels, falling. [T] float64."""

@@ -1,4 +1,4 @@
-"""HF diffusers' training scripts: log-SNR from the scheduler, and replacements for their losses.
+"""HF diffusers: log-SNR from the scheduler, replacements for the losses of its scripts, and steps for its pipelines.
 
 The line to change in train_text_to_image.py, train_text_to_image_lora.py and similar scripts:
 
@@ -10,17 +10,21 @@ Nothing here imports diffusers: `vadiff.schedulers` reads the scheduler's tables
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import weighting
+from ..information import BaseWeight, Profile
 from ..loss import DiffusionLoss
+from ..sampling import noise_levels
 from ..schedulers import (
     coefficients_at,
     coefficients_of,
     log_snr_of,
+    log_snr_range_of,
     loss_form_of,
     prediction_type_of,
     sigma_data_of,
@@ -39,7 +43,9 @@ __all__ = [
     "reweight_elements",
     "scheduler_loss",
     "sigma_of",
+    "sigmas_for",
     "snr_gamma_weight",
+    "timesteps_for",
     "timesteps_of",
 ]
 
@@ -207,6 +213,106 @@ def per_sample(weight: Tensor | None, samples: int) -> Tensor | None:
         )
     _check_batch_size("weight", weight, samples)
     return weight.detach().flatten().float()
+
+
+def sigmas_for(
+    criterion: DiffusionLoss,
+    scheduler: Any,
+    steps: int,
+    *,
+    prediction_type: str | None = None,
+    base_weight: BaseWeight | None = None,
+    sigma_data: float = 1.0,
+) -> list[float]:
+    """Noise levels for a pipeline with Euler's method, placed by what the criterion recorded in training.
+
+    Equal steps of the rescaled entropic time from the scheduler's highest noise level to its lowest, then 0: see
+    `vadiff.sampling.noise_levels`. Copies the statistics to the host.
+
+    Args:
+        criterion: with the statistics of the network's training, of squared errors.
+        scheduler: the pipeline's EulerDiscreteScheduler.
+        steps: number of steps, at least 2: network calls of an image, twice that with guidance.
+        prediction_type: form of the loss that was recorded, one of `vadiff.process.PREDICTION_TYPES`, if not the
+            scheduler's (`loss_form_of`).
+        base_weight: u of the training loop as a function of log-SNR, [B] → [B], if it had one.
+        sigma_data: standard deviation of the images or latents that the network sees, or more. Errors are taken to be
+            at most its square, see `Profile.bounded`.
+
+    Returns:
+        steps + 1 numbers, falling, the last 0: `pipeline(prompt, sigmas=...)`, `scheduler.set_timesteps(sigmas=...)`.
+
+    Raises:
+        TypeError: another scheduler.
+        ValueError: too few statistics, or as `vadiff.information.Profile.of_criterion` and `noise_levels`.
+    """
+    _require_scheduler(scheduler, "EulerDiscreteScheduler", "sigmas")
+    profile = _profile_of(criterion, scheduler, prediction_type, base_weight).bounded(sigma_data)
+    levels: list[float] = _levels_of(scheduler, steps, profile).tolist()
+    return levels
+
+
+def timesteps_for(
+    criterion: DiffusionLoss,
+    scheduler: Any,
+    steps: int,
+    *,
+    prediction_type: str | None = None,
+    base_weight: BaseWeight | None = None,
+    sigma_data: float = 1.0,
+) -> list[int]:
+    """`sigmas_for` in timesteps, for a pipeline with DPM-Solver++: the nearest ones, all different.
+
+    The levels are made for a solver of first order: compare them with the scheduler's own before using them.
+
+    Args:
+        scheduler: the pipeline's DPMSolverMultistepScheduler, without Karras or other sigmas of its own.
+        criterion, steps, prediction_type, base_weight, sigma_data: as for `sigmas_for`.
+
+    Returns:
+        `steps` numbers, falling: `pipeline(prompt, timesteps=...)`, `scheduler.set_timesteps(timesteps=...)`.
+
+    Raises:
+        TypeError: another scheduler.
+        ValueError: more steps than the scheduler has timesteps, or as for `sigmas_for`.
+    """
+    _require_scheduler(scheduler, "DPMSolverMultistepScheduler", "timesteps")
+    last = len(scheduler.alphas_cumprod) - 1
+    if steps > last + 1:
+        raise ValueError(f"steps is {steps}, expected at most {last + 1}: the scheduler has no more timesteps")
+    profile = _profile_of(criterion, scheduler, prediction_type, base_weight).bounded(sigma_data)
+    sigma = _levels_of(scheduler, steps, profile)[:-1]
+    timesteps: list[int] = timesteps_of(scheduler, -2.0 * sigma.log()).tolist()
+    for place in range(steps - 2, -1, -1):  # the lowest stays, the others make room
+        timesteps[place] = max(timesteps[place], timesteps[place + 1] + 1)
+    timesteps[0] = min(timesteps[0], last)
+    for place in range(1, steps):
+        timesteps[place] = min(timesteps[place], timesteps[place - 1] - 1)
+    return timesteps
+
+
+def _profile_of(
+    criterion: DiffusionLoss, scheduler: Any, prediction_type: str | None, base_weight: BaseWeight | None
+) -> Profile:
+    return Profile.of_criterion(
+        criterion, _form_of(scheduler, prediction_type), sigma_data=sigma_data_of(scheduler), base_weight=base_weight
+    )
+
+
+def _levels_of(scheduler: Any, steps: int, profile: Profile) -> Tensor:
+    """Levels between the ends of the scheduler's own. [steps + 1] float64"""
+    lowest, highest = log_snr_range_of(scheduler)
+    return noise_levels(steps, math.exp(-0.5 * highest), math.exp(-0.5 * lowest), profile=profile)
+
+
+def _require_scheduler(scheduler: Any, name: str, argument: str) -> None:
+    """Raise unless the scheduler is of the named class of diffusers, or made from it."""
+    if name not in (base.__name__ for base in type(scheduler).__mro__):
+        raise TypeError(
+            f"scheduler is a {type(scheduler).__name__}, expected an {name}, whose {argument}= takes the result. "
+            "sigmas_for is for EulerDiscreteScheduler, timesteps_for for DPMSolverMultistepScheduler; for other "
+            "samplers use vadiff.sampling.noise_levels(steps, profile=...)"
+        )
 
 
 def _form_of(scheduler: Any, prediction_type: str | None) -> str:

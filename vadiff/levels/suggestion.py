@@ -56,8 +56,9 @@ def suggest(log_snr: Tensor, x0_error: Tensor, *, sigma_data: float | None = Non
     Args:
         log_snr: [T] natural log of alpha²/sigma².
         x0_error: [T] mean squared error of x0 per element, of a network that was trained on all of these levels.
-        sigma_data: standard deviation of the data, for EDM; None takes the error that is left at the highest noise,
-            which does not count how the mean image varies over its pixels.
+        sigma_data: standard deviation of the data, for EDM; errors above its square count as that, see
+            `Profile.bounded`. None takes the error that is left at the highest noise, which does not count how the mean
+            image varies over its pixels, and which a network that predicts eps does not show.
 
     Raises:
         TypeError, ValueError: as `vadiff.information.Profile`; or the levels do not reach far enough to either side.
@@ -68,7 +69,11 @@ def suggest(log_snr: Tensor, x0_error: Tensor, *, sigma_data: float | None = Non
         sigma_data 1; EDM: P_mean 0.00, P_std 0.91; flow: logit-normal (0.00, 1.01), or shift alpha 1.00
     """
     profile = Profile(log_snr, x0_error)
-    spread = _standard_deviation(profile) if sigma_data is None else require_number("sigma_data", sigma_data, above=0.0)
+    if sigma_data is None:
+        spread = _standard_deviation(profile)
+    else:
+        spread = require_number("sigma_data", sigma_data, above=0.0)
+        profile = profile.bounded(spread)
     edm_mean, edm_std = _moments(profile, "edm", spread)
     flow_mean, flow_std = _moments(profile, "flow", spread)
     return Suggestion(spread, edm_mean, edm_std, flow_mean, flow_std, math.exp(flow_mean), profile)
@@ -135,4 +140,12 @@ def _standard_deviation(profile: Profile) -> float:
             "standard deviation of the data, or train for longer"
         )
     highest = (rate <= max(_MEAN_ONLY, float(rate[0]))).cumprod(0).bool()  # not the least noise, as of two points
-    return math.sqrt(float((profile.x0_error / (1.0 - rate))[highest].mean()))
+    error, sigma = profile.x0_error[highest], profile.sigma[highest]
+    if float(error[0] / error[-1]) > float(
+        sigma[0] / sigma[-1]
+    ):  # from the least noisy of these levels to the noisiest
+        raise ValueError(
+            f"x0_error grows from {error[-1].item():.3g} at sigma {sigma[-1].item():.3g} to {error[0].item():.3g} at "
+            f"{sigma[0].item():.3g}, as that of a network that predicts eps: give sigma_data, which it does not show"
+        )
+    return math.sqrt(float((error / (1.0 - rate[highest])).mean()))

@@ -1,6 +1,6 @@
 """Sampling from a trained denoiser: solvers, their steps, and many images on several devices."""
 
-from .generation import draw
+from .devices import draw
 from .solvers import ddpm, dpmpp_2m, euler, heun
 from .steps import Churn, flow_levels, network_calls, noise_levels, steps_for_calls, timestep_levels
 

@@ -1,12 +1,10 @@
 """Generation of many images from a trained denoiser, on any number of devices."""
 
 import dataclasses
+import hashlib
 import math
-import queue
 import random
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
+from ..information import Profile
 from ..models import Denoiser, Parameterisation
 from ..models.parameterisation import VPForm, sigma_range
 from ..pixels import pixels
 from ..process import DiscreteVP
+from .devices import draw
 from .solvers import SOLVERS
 from .steps import FLOW_SIGMA_MAX, RHO, SIGMA_MAX, SIGMA_MIN, Churn, flow_levels, noise_levels, timestep_levels
 
@@ -31,6 +31,7 @@ SPACINGS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "edm": (noise_levels, {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": RHO}),
     "flow": (flow_levels, {"sigma_max": FLOW_SIGMA_MAX}),
     "timesteps": (timestep_levels, {}),
+    "statistics": (noise_levels, {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}),
 }
 
 
@@ -102,11 +103,13 @@ class Generation:
         solver: "heun" (2·steps - 1 network calls), "euler" (DDIM), "ddpm" (ancestral) or "dpmpp_2m"
             (DPM-Solver++(2M)), `steps` calls each; see `vadiff.sampling.solvers`. Guidance doubles the calls.
         steps: number of steps; None is 18 for "heun", 16 for "dpmpp_2m", else 50.
-        spacing: of the noise levels: "edm" (`noise_levels`); "flow", evenly spaced times (`flow_levels`); or
-            "timesteps", those of the model's own discrete process (`timestep_levels`).
-        sigma_min: lowest noise level before 0, spacing "edm"; None is 0.002.
-        sigma_max: highest noise level, spacings "edm" and "flow"; None is 80, with "flow" 1000.
+        spacing: of the noise levels: "edm" (`noise_levels`); "flow", evenly spaced times (`flow_levels`);
+            "timesteps", those of the model's own discrete process (`timestep_levels`); or "statistics", by `profile`
+            (`noise_levels` with a profile).
+        sigma_min: lowest noise level before 0, spacings "edm" and "statistics"; None is 0.002.
+        sigma_max: highest noise level, every spacing but "timesteps"; None is 80, with "flow" 1000.
         rho: spacing "edm": larger values put more of the steps at low noise; None is 7.
+        profile: x0 errors of the model by noise level, spacing "statistics".
         churn: EDM's stochastic sampler ("heun"); None is deterministic.
         clip: clamp every estimate of x0 to [-1, 1].
         label: the class of every image, or for each image "cycle", its seed mod number of classes, or "random", drawn
@@ -128,6 +131,7 @@ class Generation:
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float | None = None
+    profile: Profile | None = None
     churn: Churn | None = None
     clip: bool = False
     label: int | str = "cycle"
@@ -159,8 +163,11 @@ class Generation:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, defaults.get(name))
             elif name not in defaults:
-                suitable = " and ".join(spacing for spacing, (_, options) in SPACINGS.items() if name in options)
+                suitable = " or ".join(spacing for spacing, (_, options) in SPACINGS.items() if name in options)
                 raise ValueError(f"{name} is for the spacing {suitable}, not for {self.spacing}")
+        if (self.profile is None) == (self.spacing == "statistics"):
+            given = "no profile" if self.profile is None else "a profile"
+            raise ValueError(f"spacing is {self.spacing} with {given}: spacing statistics needs one, the others none")
         if self.spacing != "timesteps":  # whose levels depend on the model
             self._spaced()
 
@@ -186,7 +193,8 @@ class Generation:
 
     def _spaced(self) -> Tensor:
         make, defaults = SPACINGS[self.spacing]
-        return make(self.steps, **{name: getattr(self, name) for name in defaults})
+        profile = {} if self.profile is None else {"profile": self.profile}
+        return make(self.steps, **{name: getattr(self, name) for name in defaults}, **profile)
 
     def labels(self, seeds: Sequence[int], classes: int) -> Tensor | None:
         """The class of each seed, [len(seeds)] int64, or None for a model without classes.
@@ -212,66 +220,28 @@ class Generation:
 
     def recorded(self) -> dict[str, Any]:
         """What the images depend on apart from their seeds and the checkpoint's step, for a JSON file."""
-        left_out = ("batch_size", "devices", "step")
+        left_out = ("batch_size", "devices", "step", "profile")
         fields = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         values = {name: getattr(self, name) for name in fields}
-        return values | {
+        values |= {
             "churn": None if self.churn is None else repr(self.churn),
             "guide": None if self.guide is None else self.guide.recorded(),
         }
+        if self.profile is not None:
+            values["profile"] = _fingerprint(self.profile)
+        return values
+
+
+def _fingerprint(profile: Profile) -> str:
+    """A text that is equal for equal profiles only."""
+    numbers = torch.stack([profile.log_snr, profile.x0_error]).numpy()
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
 
 
 def random_class(seed: int, classes: int) -> int:
     """A class from 0 to classes - 1, uniform over seeds, and independent of the noise that the seed draws."""
     # Not from the noise's generator: its first numbers are the noise, and drawing from it would change the image.
     return int(random.Random(f"class of seed {seed}").random() * classes)
-
-
-def draw(
-    sample: Callable[[torch.device, Sequence[int]], Tensor],
-    seeds: Sequence[int],
-    devices: Sequence[torch.device],
-    batch_size: int = 256,
-) -> Iterator[tuple[int, Tensor]]:
-    """Draw images on several devices, each of which takes the next batch when it is free.
-
-    Args:
-        sample: (device, seeds of a batch) → images [B, ...], called in one thread per device.
-        seeds: one per image.
-        devices: at least one; a device named twice gets two threads.
-        batch_size: images per batch on each device.
-
-    Yields:
-        (index of its first image among the seeds, images) of each batch, in order of completion.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
-    free: queue.SimpleQueue[torch.device] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-
-    stopped = threading.Event()
-
-    def work(start: int) -> tuple[int, Tensor] | None:
-        if stopped.is_set():
-            return None
-        device = free.get()
-        try:
-            return start, sample(device, seeds[start : start + batch_size])
-        except BaseException:
-            stopped.set()
-            raise
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(len(devices)) as threads:
-        batches = [threads.submit(work, start) for start in range(0, len(seeds), batch_size)]
-        try:
-            for batch in as_completed(batches):
-                if (drawn := batch.result()) is not None:
-                    yield drawn
-        finally:  # after an error or an early stop of the caller, batches not yet begun return at once
-            stopped.set()
 
 
 def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) -> Iterator[Generated]:
@@ -358,15 +328,18 @@ def default_generation(
     spacing: str | None = None,
     *,
     sigmas: tuple[float, float] = (0.0, math.inf),
+    profile: Profile | None = None,
 ) -> Generation:
     """Default options for a run with the given process and the lowest and highest noise level that its network knows.
 
-    A flow is sampled by "euler", everything else by "heun". "heun" has EDM's noise levels; the other solvers have them
-    too, except for a flow, where their times are evenly spaced.
+    A flow is sampled by "euler", and so is everything with spacing "statistics", which is made for it; all else by
+    "heun". "heun" has EDM's noise levels; the other solvers have them too, except for a flow, where their times are
+    evenly spaced.
     """
     flow = process == "flow"
-    solver = solver or ("euler" if flow else "heun")
-    generation = Generation(solver, spacing=spacing or ("flow" if flow and solver != "heun" else "edm"))
+    solver = solver or ("euler" if flow or spacing == "statistics" else "heun")
+    spacing = spacing or ("flow" if flow and solver != "heun" else "edm")
+    generation = Generation(solver, spacing=spacing, profile=profile)
     lowest, highest = sigmas
     limits: dict[str, float] = {}
     if generation.sigma_max is not None and generation.sigma_max > highest:

@@ -6,40 +6,75 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..information import Profile
 from ..process import DiscreteVP
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM's (arXiv 2206.00364, table 1)
 FLOW_SIGMA_MAX = 1000.0  # in place of pure noise: at t = 1 sigma is infinite, which a denoiser cannot take
+_GRID = 8192  # points between sigma_min and sigma_max; from 0.002 to 80 the steps are 0.0013 in ln σ
 
 
 def noise_levels(
-    steps: int = 18, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+    steps: int = 18,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float | None = None,
+    profile: Profile | None = None,
 ) -> Tensor:
     """Noise levels from sigma_max down to sigma_min, then 0.
 
-    sigma_i = (sigma_max^(1/ρ) + i/(N-1)·(sigma_min^(1/ρ) - sigma_max^(1/ρ)))^ρ for i < N, and sigma_N = 0.
-    Source: EDM (arXiv 2206.00364), eq. 5.
+    Without a profile sigma_i = (sigma_max^(1/ρ) + i/(N-1)·(sigma_min^(1/ρ) - sigma_max^(1/ρ)))^ρ for i < N, and
+    sigma_N = 0. Source: EDM (arXiv 2206.00364), eq. 5.
+
+    With one, the levels are equally far apart in the rescaled entropic time τ(σ) = ∫_0^σ min(m(s)/s², 1) ds, where m is
+    the profile's x0 error per element: τ(sigma_i) = τ(sigma_max) + i/(N-1)·(τ(sigma_min) - τ(sigma_max)). Source: arXiv
+    2504.13612. Meant for `euler`, a solver of first order; for Gaussian data of standard deviation s, τ is
+    s·arctan(σ/s).
 
     Args:
         steps: N, at least 2.
         sigma_min: lowest level before 0, > 0.
         sigma_max: highest level.
-        rho: larger values put more of the steps at low noise.
+        rho: larger values put more of the steps at low noise; None is 7. Not with a profile.
+        profile: x0 errors of the network by noise level, as `vadiff.information.Profile.of_criterion` makes of the
+            statistics of its training.
 
     Returns:
         [N + 1] float64, falling.
 
     Raises:
-        ValueError: fewer than 2 steps, not 0 < sigma_min < sigma_max, or rho not a positive number.
+        ValueError: fewer than 2 steps, not 0 < sigma_min < sigma_max, rho not a positive number, or rho with a profile.
+
+    Example:
+        >>> noise_levels(3, sigma_min=1.0, sigma_max=9.0, rho=1.0)
+        tensor([9., 5., 1., 0.], dtype=torch.float64)
     """
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2.")
     if not 0.0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}, expected 0 < sigma_min < sigma_max.")
+    if profile is not None:
+        if rho is not None:
+            raise ValueError(f"rho is {rho}, expected None with a profile: the profile places the levels.")
+        return _by_information(steps, sigma_min, sigma_max, profile)
+    rho = RHO if rho is None else rho
     if not 0.0 < rho < math.inf:
         raise ValueError(f"rho is {rho}, expected a positive number.")
     roots = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64)
     return torch.cat([roots**rho, roots.new_zeros(1)])
+
+
+def _by_information(steps: int, sigma_min: float, sigma_max: float, profile: Profile) -> Tensor:
+    """Levels at equal steps of ∫ rate dσ = ∫ rate·σ d ln σ, by the trapezium rule on a grid that is even in ln σ."""
+    log_sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), _GRID, dtype=torch.float64)
+    density = profile.rate_at(-2.0 * log_sigma) * log_sigma.exp()
+    time = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density, log_sigma)])  # rising
+    wanted = torch.linspace(float(time[-1]), 0.0, steps, dtype=torch.float64)[1:-1]
+    above = torch.searchsorted(time, wanted).clamp(1, _GRID - 1)
+    share = (wanted - time[above - 1]) / (time[above] - time[above - 1])
+    between = log_sigma[above - 1] + share * (log_sigma[above] - log_sigma[above - 1])
+    ends = between.new_tensor([sigma_max, sigma_min, 0.0])
+    return torch.cat([ends[:1], between.exp(), ends[1:]])
 
 
 def flow_levels(steps: int = 50, sigma_max: float = FLOW_SIGMA_MAX) -> Tensor:

@@ -8,7 +8,7 @@ images = 5000                # drawn from the same seeds for every run
 first_seed = 0
 repeats = 1                  # sets of images, each from seeds of its own: the metrics are means over them
 # solver = "dpmpp_2m"        # as for `vadiff sample`, and so are spacing and steps; default: by the process of each run
-# spacing = "edm"
+# spacing = "edm"            # "statistics": by each run's own, as --steps-from statistics
 # steps = 16
 """
 
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
+from ...information import Profile
 from ...models.parameterisation import sigma_range
 from ...sampling.generation import SPACINGS, Generation, default_generation, with_options
 from ...sampling.solvers import SOLVERS
 from ...sampling.steps import RHO
 from ..config import TrainConfig
 from ..evaluation.fidelity import FEATURES, LAYERS, METRICS, check_metrics, features_for, result_name
-from ..training.run import is_complete
+from ..training.run import is_complete, open_run
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,23 @@ class Evaluation:
             "--images", str(self.images), "--first-seed", str(self.first_seed), "--repeats", str(self.repeats),
             "--no-held-out",
             *(["--solver", self.solver] if self.solver else []),
-            *(["--spacing", self.spacing] if self.spacing else []),
+            *self._spacing_arguments(),
             *(["--steps", str(self.steps)] if self.steps else []),
         ]  # fmt: skip
 
-    def generation(self, process: str, sigmas: tuple[float, float] = (0.0, math.inf)) -> Generation:
-        """What `arguments` make of a run with that process, whose noise levels have the range `sigmas`."""
-        chosen = default_generation(process, self.solver, self.spacing, sigmas=sigmas)
+    def _spacing_arguments(self) -> list[str]:
+        if self.spacing is None:
+            return []
+        return ["--steps-from" if self.spacing == "statistics" else "--spacing", self.spacing]
+
+    def generation(
+        self, process: str, sigmas: tuple[float, float] = (0.0, math.inf), profile: Profile | None = None
+    ) -> Generation:
+        """What `arguments` make of a run with that process, whose noise levels have the range `sigmas`.
+
+        profile: of the run, for spacing "statistics".
+        """
+        chosen = default_generation(process, self.solver, self.spacing, sigmas=sigmas, profile=profile)
         return with_options(chosen, steps=self.steps)
 
     def was_done(self, run: Path, config: TrainConfig, step: int, network: str, reference: str) -> bool:
@@ -118,7 +129,11 @@ class Evaluation:
         if found is None:
             return False
         features = self.features_of(config.dataset)
-        generation = self.generation(config.process, sigma_range(config.form()))
+        try:
+            profile = open_run(run).profile(step) if self.spacing == "statistics" else None
+        except ValueError:  # no statistics to draw by: `vadiff evaluate` says so
+            return False
+        generation = self.generation(config.process, sigma_range(config.form()), profile)
         wanted: dict[str, Any] = {
             "features": features,
             "images": self.images,

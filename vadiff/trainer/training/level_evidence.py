@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,13 +135,8 @@ def of_file(path: Path, prediction_type: str | None = None, sigma_data: float | 
 
 
 def _suggest(profiles: Sequence[Profile], sigma_data: float | None) -> Suggestion:
-    """Of the geometric mean of errors at the same levels.
-
-    Errors above sigma_data², which the mean image has, count as that: a network that predicts eps can be far above it
-    at high noise, which says nothing of the data.
-    """
+    """Of the geometric mean of errors at the same levels."""
     error = torch.stack([profile.x0_error.log() for profile in profiles]).mean(0).exp()
-    error = error.clamp(max=math.inf if sigma_data is None else sigma_data**2)
     return suggest(profiles[0].log_snr, error, sigma_data=sigma_data)
 
 

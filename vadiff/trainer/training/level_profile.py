@@ -32,7 +32,9 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
         if copy is not None and copy.exists():
             return Profile.load(copy)
         source = Path(config.profile)
-        return _of_run(source) if source.is_dir() else _of_csv(source)
+        if source.is_dir():
+            return profile_of_run(TrainConfig.load(source / "config.yaml"), source)
+        return _of_csv(source)
     except (OSError, ValueError) as error:
         raise RunError(
             f"profile is {config.profile}, of which no x0 errors can be read: {error}. Give the directory of a run, or "
@@ -40,10 +42,10 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
         ) from error
 
 
-def _of_run(path: Path) -> Profile:
-    config = TrainConfig.load(path / "config.yaml")
-    criterion = saved_criterion(config, path, load_checkpoint(path))
-    return Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data)
+def profile_of_run(config: TrainConfig, path: Path, step: int | None = None) -> Profile:
+    """The errors that a checkpoint's statistics hold, at most 1: see `Run.profile`, also for its errors."""
+    criterion = saved_criterion(config, path, load_checkpoint(path, step))
+    return Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data).bounded(1.0)
 
 
 def _of_csv(path: Path) -> Profile:

@@ -33,7 +33,7 @@ from ..data import Images
 from . import averages
 from .assembly import build_denoiser, build_levels, load_images, saved_criterion
 from .checkpoint import checksum, load_checkpoint, steps_saved
-from .level_profile import read_profile
+from .level_profile import profile_of_run, read_profile
 from .metrics import METRICS, read_metrics
 from .optimal_curve import check_curve_of, read_curve
 
@@ -166,6 +166,8 @@ class Run:
     def profile(self, step: int | None = None) -> Profile:
         """x0 error per noise level, from the training statistics of a checkpoint, of its trained (raw) weights.
 
+        At most 1, which the error of a guess of pixels in [-1, 1] need not exceed: see `Profile.bounded`.
+
         Args:
             step: of the checkpoint; None is the latest.
 
@@ -173,8 +175,7 @@ class Run:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
             ValueError: its statistics are of too few samples.
         """
-        form = self.config.form().prediction
-        return Profile.of_criterion(self.criterion(step), form, sigma_data=self.config.sigma_data)
+        return profile_of_run(self.config, self.path, step)
 
     def levels(self, step: int | None = None) -> LevelSampler:
         """The sampler of noise levels with the state of a checkpoint, on the CPU.

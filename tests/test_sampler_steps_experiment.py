@@ -1,0 +1,52 @@
+"""benchmarks/experiments/sampler_steps.py: how each arm is drawn, and what its table is made of."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import sampler_steps  # benchmarks/experiments
+from sampler_steps import Arm
+
+from vadiff.sampling import network_calls
+from vadiff.training import open_run
+
+
+@pytest.mark.parametrize("solver", sampler_steps.SOLVERS)
+@pytest.mark.parametrize("spacing", sampler_steps.ARMS)
+def test_every_arm_has_the_calls_it_is_named_for(trained_run: Path, solver: str, spacing: str) -> None:
+    for calls in sampler_steps.CALLS:
+        how = sampler_steps.generation_of(open_run(trained_run), Arm("edm", solver, spacing, calls))
+        assert how.solver == solver
+        assert network_calls(solver, how.steps) == (calls - 1 if solver == "heun" else calls)
+
+
+def test_table_compares_the_sets_that_both_arms_have() -> None:
+    distances = {}
+    for seed in range(5):
+        for number in range(3):
+            base = 10.0 + seed + number
+            distances[f"edm/euler/rho/8/seed-{seed}/set-{number}/abc"] = base
+            if number < 2:
+                distances[f"edm/euler/statistics/8/seed-{seed}/set-{number}/abc"] = 0.5 * base
+    rows = {
+        (row["objective"], row["solver"], row["spacing"], row["calls"]): row
+        for row in sampler_steps.summarise(distances)
+    }
+    row = rows["edm", "euler", "statistics", 8]
+    assert row["sets"] == 2
+    assert row["distance"] == pytest.approx(0.5 * (10.0 + 2.0 + 0.5))
+    assert row["ln_ratio_to_rho"]["mean"] == pytest.approx(math.log(0.5))
+    assert math.isnan(rows["flow", "heun", "rho", 4]["distance"])
+    text = sampler_steps.as_text(rows.values())
+    assert "6.25   -50 % (-50 to -50)" in text
+
+
+def test_distances_of_other_weights_have_other_names() -> None:
+    job = sampler_steps.Job(Path("run"), Arm("flow", "euler", "rho", 8), 2, 1)
+    assert sampler_steps.key(job, "0123456789abcdef") == "flow/euler/rho/8/seed-2/set-1/0123456789ab"
+    assert sampler_steps.key(job, "fedcba") != sampler_steps.key(job, "0123456789abcdef")
