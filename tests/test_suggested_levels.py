@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from results import RESULTS  # benchmarks/experiments
 from torch import Tensor
 
 from vadiff.errors import DataError
 from vadiff.information import Profile
+from vadiff.levels import suggest
 from vadiff.process import loss_ratio
 from vadiff.trainer.cli import _parser, main
 from vadiff.trainer.report.suggested_levels import Default, fits, shared_draws, suggestion_table
@@ -322,3 +324,26 @@ def test_help_names_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["levels"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_committed_text_is_that_of_the_committed_figures(name: str) -> None:
+    content = json.loads((RESULTS / "levels-suggest" / f"{name}.json").read_text())
+    log_snr, error = (
+        torch.tensor([row[column] for row in content["profile"]], dtype=torch.float64)
+        for column in ("log_snr", "x0_error")
+    )
+    suggestion = suggest(log_snr, error, sigma_data=content["sigma_data"])
+    evidence = Evidence(suggestion, content["source"], [], content["differences"])
+    assert suggestion_table(evidence) + "\n" == (RESULTS / "levels-suggest" / f"{name}.txt").read_text()
+
+
+def test_page_has_the_figures_of_the_five_objectives() -> None:
+    page = (RESULTS.parent.parent / "docs" / "levels.md").read_text()
+    content = json.loads((RESULTS / "suggested_levels.json").read_text())
+    for rows in content["objectives"].values():
+        cells = []
+        for source in ("statistics", "held_out"):
+            means = [row[source]["p_mean"] for row in rows]
+            cells.append(f"{min(means):.2f} to {max(means):.2f}".replace("-", "−"))
+        assert f"| {cells[0]} | {cells[1]} |" in page
