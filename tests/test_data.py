@@ -333,6 +333,14 @@ def test_folder_of_pictures_is_cut_square_scaled_and_classed(tmp_path: Path) -> 
     assert torch.equal(folder.load(tmp_path, 8).train, images.train)
 
 
+def test_folder_gives_no_more_pictures_than_asked_for(tmp_path: Path) -> None:
+    for number in range(9):
+        picture(tmp_path / str(number % 3) / f"{number}.png", (8, 8), (number, 0, 0))
+    whole, few = folder.load(tmp_path, 8), folder.load(tmp_path, 8, limit=4)
+    assert (len(few.train), len(few.held_out), few.classes) == (3, 1, 3)
+    assert torch.equal(torch.cat([few.train, few.held_out]), torch.cat([whole.train, whole.held_out])[:4])
+
+
 def test_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
     for number in range(3):
         picture(tmp_path / f"{number}.png", (8, 8), (number, 0, 0))

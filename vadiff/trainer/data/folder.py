@@ -14,7 +14,7 @@ from .images import Images, hold_out_last
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
-def load(path: Path, size: int) -> Images:
+def load(path: Path, size: int, limit: int | None = None) -> Images:
     """Every picture below a folder, cut to the square in its middle and scaled to `size` × `size`, in colour.
 
     If every picture is in a subfolder of `path`, the subfolder's name is its class. The pictures are shuffled with a
@@ -23,6 +23,7 @@ def load(path: Path, size: int) -> Images:
     Args:
         path: the folder.
         size: height and width in pixels.
+        limit: maximum number of pictures to read, the first in the shuffled order; None reads all.
 
     Raises:
         DataError: no such folder, fewer than two pictures, or one that cannot be read; the message names it.
@@ -34,10 +35,13 @@ def load(path: Path, size: int) -> Images:
     if len(files) < 2:
         raise DataError(f"{path} has {len(files)} pictures, expected two or more ({', '.join(sorted(_SUFFIXES))})")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))  # names are often sorted by class
+    order = order[:limit]
     image_module = import_extra("PIL.Image", "train")
-    pictures = torch.stack([_read(image_module, file, size) for file in files])  # uint8 [N, 3, size, size]
+    pictures = torch.stack(
+        [_read(image_module, files[place], size) for place in order.tolist()]
+    )  # uint8 [N, 3, size, size]
     labels, classes = _labels(path, files)
-    return hold_out_last(pictures[order], None if labels is None else labels[order], classes)
+    return hold_out_last(pictures, None if labels is None else labels[order], classes)
 
 
 def _read(image_module: Any, file: Path, size: int) -> Tensor:

@@ -22,6 +22,7 @@ from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TABLE, TrainConfig
+from ..data import Images
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
 from .averages import SNAPSHOTS
@@ -61,6 +62,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    images: Images | None = None,
 ) -> TrainedRun:
     """Train a denoiser.
 
@@ -73,6 +75,7 @@ def train(
         resume: go on from the latest checkpoint in `out`, or start if there is none.
         overwrite: replace a run in `out`.
         progress: show a progress bar where stderr is a terminal.
+        images: the data set; that of the config by default.
 
     Returns:
         The averaged denoiser, the criterion, the metrics and the loss on held-out images.
@@ -100,7 +103,7 @@ def train(
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
         trainer = _Trainer(
-            config, objective or objective_of(config), path, device, group, resume=resume, progress=progress
+            config, objective or objective_of(config), path, device, group, images, resume=resume, progress=progress
         )
         group.wait()
         if path is not None and group.is_main:  # after all parts are made: an invalid config writes nothing
@@ -130,6 +133,7 @@ class _Trainer:
         out: Path | None,
         device: torch.device,
         group: Ranks,
+        images: Images | None = None,
         *,
         resume: bool = False,
         progress: bool = False,
@@ -140,7 +144,7 @@ class _Trainer:
         self.bar_type = import_extra("tqdm", "train").tqdm
         data_seed = config.seed if config.data_seed is None else config.data_seed
         self.streams = Streams(config.seed, data_seed, device)
-        self.images = load_images(config)
+        self.images = load_images(config) if images is None else images
         torch.manual_seed(self.streams.initialisation)
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step

@@ -1,0 +1,182 @@
+"""`vadiff levels suggest`."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...files import replacing
+from ...process import PREDICTION_TYPES
+from ..config import DATASETS
+
+if TYPE_CHECKING:
+    from ..training.level_evidence import Evidence
+
+NAME = "levels"
+HELP = "noise levels for your data: suggest P_mean and P_std, a logit-normal, a shift, sigma_data"
+DESCRIPTION = "Noise levels to train on."
+SUGGEST = (
+    "Suggest noise levels from the x0 error of a network per noise level: sigma_data, P_mean and P_std of EDM, mean "
+    "and standard deviation of the logit-normal and the shift alpha of a flow, beside the usual defaults. The errors "
+    "are those that a run recorded (RUN), those in a file (--errors), or of four short trainings of a small network "
+    "that this command does itself (--data, --dataset), two seeds on each half of the images, which show how sure the "
+    "numbers are. They hold for images of the size and scale that were measured."
+)
+PICTURES = (".png", ".svg", ".pdf")
+_LIMIT, _MINUTES = 4000, 4.0
+_FLAGS = {  # of each source
+    "RUN": ("origin", "step", "sigma_data"),
+    "--errors": ("prediction_type", "sigma_data"),
+    "--data": ("image_size", "images", "minutes", "steps"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True, title="actions")
+    suggest = actions.add_parser(
+        "suggest", help="levels for a data set or a run", description=SUGGEST, formatter_class=parser.formatter_class
+    )
+    suggest.set_defaults(run=run, parser=suggest)
+    _add_sources(suggest)
+    trained = suggest.add_argument_group("short trainings, with --data or --dataset")
+    trained.add_argument(
+        "--image-size", type=int, metavar="N",
+        help="height and width in pixels, that of the images to generate; default: the images' own, 32 for a folder",
+    )  # fmt: skip
+    trained.add_argument("--images", type=int, metavar="N", help=f"maximum number of images; default: {_LIMIT}")
+    length = trained.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes",
+        type=float,
+        metavar="X",
+        help=f"of all four trainings together, which have 100 steps or more in any case; default: {_MINUTES:g}",
+    )
+    length.add_argument("--steps", type=int, metavar="N", help="of each training, for the same result everywhere")
+    suggest.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw profile, suggestion and defaults: .png, .svg or .pdf"
+    )
+    suggest.add_argument("--json", action="store_true", help="print JSON in place of the text")
+    suggest.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:N")
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_directory", type=Path, nargs="?", metavar="RUN", help="run directory that `vadiff train` wrote"
+    )
+    parser.add_argument(
+        "--errors", type=Path, metavar="FILE",
+        help="CSV with the columns log_snr and x0_error, or what LevelLosses.save or `vadiff validate --csv` wrote",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="PATH", help="path of a data set; by default a folder of pictures")
+    parser.add_argument("--dataset", choices=DATASETS, help="which data set; default with --data: images")
+    parser.add_argument(
+        "--from", dest="origin", choices=("statistics", "held-out"),
+        help="of RUN: errors recorded in training, the default, or measured now on its held-out images",
+    )  # fmt: skip
+    parser.add_argument("--step", type=int, metavar="N", help="of RUN's checkpoint; default: the latest")
+    parser.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES,
+        help="form of the losses in --errors without a column x0_error; edm for `vadiff validate --csv`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sigma-data", type=float, metavar="X",
+        help="standard deviation of the data, with RUN or --errors; default: of RUN's images, or as the errors say",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    from ...extras import import_extra
+    from ..report.suggested_levels import suggestion_content, suggestion_figure, suggestion_table
+    from ..training import TrainConfig
+
+    # Whatever can be refused is refused before minutes of training.
+    source = _check(options)
+    if options.plot is not None:
+        import_extra("matplotlib", "report")
+    try:
+        device = TrainConfig(device=options.device).torch_device()
+    except ValueError as error:
+        options.parser.error(f"argument --device: {error}")
+    try:
+        evidence = _evidence(options, source, str(device))
+    except (OSError, ValueError) as error:
+        options.parser.error(str(error))
+    print(json.dumps(suggestion_content(evidence)) if options.json else suggestion_table(evidence))
+    if options.plot is not None:
+        try:
+            with replacing(options.plot) as partial:
+                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:])
+        except OSError as error:
+            options.parser.error(f"the picture cannot be written: {error}")
+
+
+def _check(options: argparse.Namespace) -> str:
+    """The source of the errors; refuses several or none, flags of another one, and numbers out of bounds."""
+    error = options.parser.error
+    given = {
+        "RUN": options.run_directory is not None,
+        "--errors": options.errors is not None,
+        "--data": options.data is not None or options.dataset is not None,
+    }
+    if sum(given.values()) != 1:
+        error("one of RUN, --errors FILE and --data PATH (or --dataset) is required, and only one")
+    source = next(name for name, there in given.items() if there)
+    for name in {name for names in _FLAGS.values() for name in names} - set(_FLAGS[source]):
+        if getattr(options, name) is not None:
+            error(f"argument {_flag(name)}: not with {source}, see --help")
+    for name in ("sigma_data", "images", "minutes", "steps"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            error(f"argument {_flag(name)}: {value}, expected a positive number")
+    if options.plot is not None:
+        if options.plot.suffix not in PICTURES:
+            error(f"argument --plot: {options.plot}, expected a file ending in {', '.join(PICTURES)}")
+        try:
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=options.plot.parent).close()
+        except OSError as problem:
+            error(f"argument --plot: {options.plot} cannot be written: {problem}")
+    return source
+
+
+def _flag(name: str) -> str:
+    return "--from" if name == "origin" else f"--{name.replace('_', '-')}"
+
+
+def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidence":
+    """The suggestion of the chosen source.
+
+    Raises:
+        OSError, ValueError: see `vadiff.trainer.training.level_evidence`.
+    """
+    from ..training import level_evidence, open_run
+
+    if source == "--errors":
+        return level_evidence.of_file(options.errors, options.prediction_type, options.sigma_data)
+    if source == "--data":
+        return _of_short_trainings(options, device)
+    opened = open_run(options.run_directory)
+    if options.origin == "held-out":
+        return level_evidence.of_held_out(opened, options.step, options.sigma_data, device, progress=not options.json)
+    return level_evidence.of_statistics(opened, options.step, options.sigma_data)
+
+
+def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
+    from ..training import Stopped
+    from ..training.level_evidence import of_short_trainings
+    from ..training.progress import progress_bar
+    from ..training.short import TRAININGS, load_pixels, steps_within
+
+    limit = _LIMIT if options.images is None else options.images
+    pixels = load_pixels(options.dataset or "images", options.data, options.image_size, limit)
+    steps = options.steps
+    try:
+        if steps is None:
+            steps = steps_within(pixels, 60.0 * (_MINUTES if options.minutes is None else options.minutes), device)
+        with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
+            return of_short_trainings(pixels, steps, device, bar.update)
+    except Stopped as stop:
+        print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None

@@ -1,0 +1,185 @@
+"""Short trainings of a small network on halves of a data set, for the x0 error per level that levels are placed by."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import DataError
+from ...information import Profile
+from ...loss import DiffusionLoss
+from ...pixels import normalised
+from ...process import loss_ratio
+from ..config import TrainConfig
+from ..data import Images, cifar, digits, folder
+from .loop import train
+from .objective import edm_objective
+
+SEEDS = (0, 1)  # of the trainings on each half
+TRAININGS = 2 * len(SEEDS)
+FEWEST_IMAGES = 64
+FEWEST_STEPS, _MOST_STEPS = 100, 2000
+_FOLDER_SIZE = 32  # height and width to which pictures in a folder are scaled by default
+_CHANNELS = (32, 48, 64)
+_LEARNING_RATE = 4e-3
+_AVERAGED = 0.1  # half-life of the averaged weights, as a share of the steps so far
+_LEVELS = 20
+_LOWEST, _HIGHEST = 0.02, 40.0  # sigma of training and measurement, in standard deviations of the data
+_MEASURED = 256  # held-out images
+_TRIAL_STEPS = 6
+# Each training measures raw and averaged weights at half its length and at its end; a forward is a third of a step.
+_MEASURING = 4 * _LEVELS * _MEASURED // 3  # in images trained on
+
+
+@dataclass(frozen=True)
+class ShortTraining:
+    """The x0 errors of one short training, on images that it did not see."""
+
+    half: int  # of the data, 0 or 1
+    seed: int
+    halfway: Profile  # after half of the steps
+    profile: Profile  # at the end
+
+
+def load_pixels(dataset: str, data: str | None, size: int | None, limit: int) -> Tensor:
+    """Images for short trainings. uint8 [N, C, H, H].
+
+    Args:
+        dataset: one of `vadiff.trainer.config.DATASETS`.
+        data: path of the data set, as in a training config.
+        size: height and width in pixels, to which images are averaged over squares, and pictures in a folder scaled;
+            None is the images' own, 32 for a folder.
+        limit: maximum number of images, the first of a shuffled order.
+
+    Raises:
+        DataError: the data set is missing, corrupt or has fewer than `FEWEST_IMAGES`.
+        ValueError: a size that does not divide the images' own, or is below 4.
+        MissingExtraError: a package that reads it is not installed.
+    """
+    path = None if data is None else Path(data)
+    if dataset == "images":
+        if path is None:
+            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
+        images = folder.load(path, _FOLDER_SIZE if size is None else _checked(size), limit)
+    elif dataset == "digits":
+        images = digits.digits()
+    else:
+        images = cifar.load(dataset, path)
+    found = torch.cat([images.train, images.held_out])
+    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]]
+    if len(found) < FEWEST_IMAGES:
+        raise DataError(
+            f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected {FEWEST_IMAGES} or "
+            "more: a network learns fewer by heart"
+        )
+    own = found.shape[-1]
+    if size is None or size == own:
+        return found
+    if own % _checked(size):
+        raise ValueError(f"image size is {size}, expected a divisor of {own}, the size of {dataset}")
+    return nn.functional.avg_pool2d(found.float(), own // size).round().to(torch.uint8)
+
+
+def sigma_data_of(pixels: Tensor) -> float:
+    """Standard deviation of all pixels of images [N, C, H, W], uint8, scaled to [-1, 1].
+
+    Raises:
+        DataError: the pixels do not differ.
+    """
+    found = float(normalised(pixels).double().std())
+    if found == 0.0:
+        raise DataError("all pixels of all images are equal, expected images that a network can learn something of")
+    return found
+
+
+def steps_within(pixels: Tensor, seconds: float, device: str = "auto") -> int:
+    """The steps per training with which `short_trainings` takes about this time, from a short trial.
+
+    At least `FEWEST_STEPS`, however long they take, and 2,000 at most."""
+    started = time.monotonic()
+    images = _split(pixels, 0)
+    config = _config(images, sigma_data_of(pixels), _TRIAL_STEPS, device, 0)
+    trial = dataclasses.replace(config, log_every=_TRIAL_STEPS // 2, held_out_every=0, held_out_images=1)
+    images_per_second = train(trial, progress=False, images=images).metrics[-1]["images_per_second"]
+    left = seconds - (time.monotonic() - started)
+    each = images_per_second * left / TRAININGS - _MEASURING
+    return min(max(int(each / config.batch_size), FEWEST_STEPS), _MOST_STEPS)
+
+
+def short_trainings(
+    pixels: Tensor, steps: int, device: str = "auto", on_step: Callable[[], object] | None = None
+) -> list[ShortTraining]:
+    """Train on each half of the images with each of `SEEDS`, and measure on the other half.
+
+    EDM's objective with ln(sigma) uniform over more than the data's scale, so that the choice of levels does not shape
+    the result; the trainer's small U-Net, with averaged weights.
+
+    Args:
+        pixels: uint8 [N, C, H, H].
+        steps: of each training, of 64 images.
+        device: as in a training config.
+        on_step: called at every step.
+
+    Raises:
+        DataError: the pixels do not differ.
+        ValueError: fewer steps than `FEWEST_STEPS`.
+    """
+    if steps < FEWEST_STEPS:
+        raise ValueError(f"steps is {steps}, expected at least {FEWEST_STEPS}: an untrained network knows no scale")
+    sigma_data = sigma_data_of(pixels)
+
+    def objective(
+        criterion: DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, scale: float,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if on_step is not None:
+            on_step()
+        return edm_objective(criterion, output, x0, eps, sigma, scale, sample_weight)
+
+    found = []
+    for half in (0, 1):
+        images = _split(pixels, half)
+        for seed in SEEDS:
+            config = _config(images, sigma_data, steps, device, seed)
+            trained = train(config, objective, progress=False, images=images)
+            halfway, end = [_profile(line["held_out"], sigma_data) for line in trained.metrics if "held_out" in line]
+            found.append(ShortTraining(half, seed, halfway, end))
+    return found
+
+
+def _profile(held_out: Mapping[str, Any], sigma_data: float) -> Profile:
+    """The x0 errors of averaged weights in a line of metrics."""
+    log_snr, loss = (torch.tensor(held_out[name], dtype=torch.float64) for name in ("log_snr", "loss_ema"))
+    return Profile(log_snr, loss / loss_ratio("edm", log_snr, sigma_data=sigma_data))
+
+
+def _split(pixels: Tensor, half: int) -> Images:
+    """Half number `half` to train on, the other one to measure on."""
+    halves = pixels.chunk(2)
+    return Images(halves[half], None, halves[1 - half], None, held_out_is_test=False)
+
+
+def _config(images: Images, sigma_data: float, steps: int, device: str, seed: int) -> TrainConfig:
+    _, height, _ = images.shape
+    depth = 1
+    while depth < len(_CHANNELS) and height % 2**depth == 0 and height >> depth >= 4:
+        depth += 1
+    limits = {"sigma_min": _LOWEST * sigma_data, "sigma_max": _HIGHEST * sigma_data}
+    return TrainConfig(
+        dataset="images", image_size=height, sigma_data=sigma_data, weighting="constant", levels="log_uniform",
+        levels_options=limits, stratified=True, channels=_CHANNELS[:depth], steps=steps,
+        learning_rate=_LEARNING_RATE, warmup=steps // 10, ema_rampup=_AVERAGED, seed=seed, device=device,
+        held_out_levels=_LEVELS, held_out_sigma=(limits["sigma_min"], limits["sigma_max"]), held_out_images=_MEASURED,
+        held_out_every=(steps + 1) // 2, log_every=steps, tensorboard=False,
+    )  # fmt: skip
+
+
+def _checked(size: int) -> int:
+    if size < 4:
+        raise ValueError(f"image size is {size}, expected at least 4")
+    return size
