@@ -3,7 +3,7 @@
 All as there, and fixed before the first run, except: CIFAR-10's training images, averaged over 2 × 2 pixels; sigma_data
 their standard deviation; a U-Net of 0.64 million weights, 700 steps of 64 images; seeds 0 to 2, of which 0 chooses the
 best mean of the grid and 1 and 2 score it, so that there are no intervals; figure A on 500 test images; figure B, ln of
-the Fréchet distance in 768 Inception features of 500 samples to 5,000 training images, one set of sampling seeds.
+the Fréchet distance in 768 Inception features of 500 samples to 1,000 training images, one set of sampling seeds.
 
     python benchmarks/experiments/placement_cifar.py --cifar FOLDER --inception-weights FILE --work FOLDER [--jobs 2]
 
@@ -31,7 +31,7 @@ from vadiff.trainer.evaluation.fidelity import image_metrics
 from vadiff.trainer.training.held_out import held_out_loss, level_mean
 
 SEEDS = range(3)
-SAMPLES, REFERENCES, HELD_OUT_IMAGES = 500, 5000, 500
+SAMPLES, REFERENCES, HELD_OUT_IMAGES = 500, 1000, 500
 
 
 @functools.cache
