@@ -1,6 +1,6 @@
 """Regrets and picture of placement.py and placement_cifar.py.
 
-    python benchmarks/experiments/placement_picture.py    # prints the tables, writes docs/placement.png
+    python benchmarks/experiments/placement_picture.py    # benchmarks/results/placement.md and docs/placement.png
 
 Regret: the figure of an arm minus that of the grid's best mean, chosen on some seeds and scored on the others, paired.
 """
@@ -65,9 +65,14 @@ def percent(value: Interval) -> str:
 def table(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
     """One task as Markdown."""
     arms = task["arms"]
-    lines = [f"**{name}**; best mean of the grid: {best_text(arms, settings)}", ""]
+    suggested = task["suggestion"]
+    lines = [
+        f"**{name}**; best mean of the grid: {best_text(arms, settings)}; suggested: {suggested['mean']:.2f}, "
+        f"{suggested['std']:.2f}",
+        "",
+    ]
     lines += [
-        "| arm | mean, std of ln σ | A: regret | A: change from default | B: regret | B: change from default |",
+        "| arm | mean, std of ln σ | loss: regret | loss: from default | distance: regret | distance: from default |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for arm in (arm for arm in COLORS if arm in arms):
@@ -82,7 +87,8 @@ def table(name: str, task: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def best_text(arms: dict[str, Any], settings: dict[str, Any]) -> str:
-    return ", ".join(f"{best_mean(arms, figure, settings['choosing']).split()[1]} by {figure}" for figure in FIGURES)
+    found = (f"{best_mean(arms, key, settings['choosing']).split()[1]} by {label}" for key, label in FIGURES.items())
+    return ", ".join(found)
 
 
 def picture(tasks: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> Figure:
@@ -108,6 +114,9 @@ def picture(tasks: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> Figure:
                     at = sum(arms[arm]["levels"][seed]["mean"] for seed in every) / len(every)
                     axes.plot(at, height(arm), "o", color=color, label=arm)
             axes.set_yscale("log")
+            for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_formatter("{x:g}")
+            axes.tick_params(axis="y", which="both", labelsize="small")
             axes.axhline(1.0, color="0.85", linewidth=0.8, zorder=0)
             if row == 0:
                 axes.set_title(name, fontsize="medium")
@@ -131,10 +140,8 @@ def main() -> None:
         if path.exists():
             content = json.loads(path.read_text())
             tasks += [(task, found, content["settings"]) for task, found in content["tasks"].items()]
-    for name, task, settings in tasks:
-        suggested = task["suggestion"]
-        print(table(name, task, settings), end="\n\n")
-        print(f"Suggested: mean {suggested['mean']:.2f}, standard deviation {suggested['std']:.2f}.\n")
+    text = "\n\n".join(table(name, task, settings) for name, task, settings in tasks)
+    (RESULTS / "placement.md").write_text(text + "\n")
     picture(tasks).savefig(DOCS / "placement.png", dpi=110)
 
 
