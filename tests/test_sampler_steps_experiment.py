@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("diffusers")
 
 import sampler_steps  # benchmarks/experiments
+import torch
 from sampler_steps import Arm
 
+from vadiff.information import Profile
 from vadiff.sampling import network_calls
 from vadiff.training import open_run
 
@@ -23,6 +25,19 @@ def test_every_arm_has_the_calls_it_is_named_for(trained_run: Path, solver: str,
         how = sampler_steps.generation_of(open_run(trained_run), Arm("edm", solver, spacing, calls))
         assert how.solver == solver
         assert network_calls(solver, how.steps) == (calls - 1 if solver == "heun" else calls)
+
+
+@pytest.mark.parametrize(("spacing", "largest"), [("statistics", 4.0), ("bounded", 0.75**2)])
+def test_only_the_arm_of_that_name_is_bounded(
+    trained_run: Path, spacing: str, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = Profile(torch.tensor([-6.0, 0.0, 6.0]), torch.tensor([4.0, 0.3, 0.01]))
+    monkeypatch.setattr(Profile, "of_criterion", lambda *_, **__: errors)
+    assert open_run(trained_run).config.sigma_data == 0.75
+    how = sampler_steps.generation_of(open_run(trained_run), Arm("epsilon-linear", "euler", spacing, 8))
+    assert how.spacing == "statistics"
+    assert how.profile is not None
+    assert how.profile.x0_error.max() == largest
 
 
 def test_table_compares_the_sets_that_both_arms_have() -> None:

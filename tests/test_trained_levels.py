@@ -141,6 +141,7 @@ def test_levels_are_placed_by_a_run_from_the_first_step(run: Path, tmp_path: Pat
     train(dataclasses.replace(config, steps=4), out=tmp_path / "placed", progress=False)
     placed = open_run(tmp_path / "placed")
     expected = Profile.of_criterion(open_run(source).criterion(), "edm", sigma_data=TINY.sigma_data)
+    expected = expected.bounded(TINY.sigma_data)  # no network of eps needs to be worse than the mean image
     profile = read_profile(placed.config, placed.path)
     assert profile is not None
     assert torch.equal(profile.log_snr, expected.log_snr)

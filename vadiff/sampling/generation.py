@@ -233,9 +233,9 @@ class Generation:
 
 
 def _fingerprint(profile: Profile) -> str:
-    """A text that is equal for equal profiles only."""
-    numbers = torch.stack([profile.log_snr, profile.x0_error]).numpy()
-    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+    """A text that differs between profiles, but not by the rounding of another machine."""
+    numbers = [f"{value:.4g}" for value in (*profile.log_snr.tolist(), *profile.x0_error.tolist())]
+    return hashlib.sha256(" ".join(numbers).encode()).hexdigest()[:16]
 
 
 def random_class(seed: int, classes: int) -> int:

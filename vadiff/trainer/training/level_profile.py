@@ -43,9 +43,10 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
 
 
 def profile_of_run(config: TrainConfig, path: Path, step: int | None = None) -> Profile:
-    """The errors that a checkpoint's statistics hold, at most 1: see `Run.profile`, also for its errors."""
+    """The errors that a checkpoint's statistics hold, at most sigma_data²: see `Run.profile`, also for its errors."""
     criterion = saved_criterion(config, path, load_checkpoint(path, step))
-    return Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data).bounded(1.0)
+    found = Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data)
+    return found.bounded(config.sigma_data)
 
 
 def _of_csv(path: Path) -> Profile:
