@@ -226,6 +226,7 @@ def test_minutes_that_cannot_be_kept_are_said_before_training(
         (["--dataset", "digits", "--image-size", "4"], None),
         (["--data", "my pictures"], "vadiff train --preset images --data 'my pictures' --image-size 32"),
         (["--data", "x", "--image-size", "16"], "vadiff train --preset images --data x --image-size 16"),
+        (["--data", "x", "--image-size", "12"], None),
         (["--dataset", "cifar10", "--data", "x"], "vadiff train --preset cifar10 --data x"),
         (["--dataset", "cifar100", "--data", "x"], "vadiff train --preset cifar10 --dataset cifar100 --data x"),
         (["--dataset", "cifar10", "--data", "x", "--image-size", "16"], None),

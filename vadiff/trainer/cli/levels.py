@@ -225,13 +225,17 @@ def _affordable_steps(pixels: "Tensor", minutes: float, device: str) -> int:
 
 
 def _command(dataset: str, data: str | None, size: int) -> str | None:
-    """`vadiff train` for a data set of this size; None if it trains on another size only."""
-    from ..config import TrainConfig
+    """`vadiff train` for a data set of this size; None if no preset trains on that size."""
     from ..presets import PRESETS
 
-    if TrainConfig(dataset=dataset, data=data, image_size=size).image_shape[-1] != size:
+    preset = dataset if dataset in PRESETS else "cifar10"
+    try:
+        config = dataclasses.replace(PRESETS[preset], dataset=dataset, data=data, image_size=size)
+    except ValueError:  # attention at 16 x 16 of smaller images
         return None
-    command = ["vadiff", "train", "--preset", dataset if dataset in PRESETS else "cifar10"]
+    if config.image_shape[-1] != size:
+        return None
+    command = ["vadiff", "train", "--preset", preset]
     if dataset not in PRESETS:
         command += ["--dataset", dataset]
     if data is not None:
