@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,16 @@ from vadiff.information import Profile
 from vadiff.levels import suggest
 from vadiff.process import loss_ratio
 from vadiff.trainer.cli import _parser, main
-from vadiff.trainer.report.suggested_levels import Default, fits, shared_draws, suggestion_table
+from vadiff.trainer.cli.train import training_config
+from vadiff.trainer.report.suggested_levels import (
+    DEFAULTS,
+    Default,
+    lines_to_type,
+    shared_draws,
+    suggestion_content,
+    suggestion_table,
+    verdict,
+)
 from vadiff.trainer.training import level_evidence, short
 from vadiff.trainer.training.level_evidence import NUMBERS, Evidence
 from vadiff.training import Run, Stopped
@@ -43,10 +54,12 @@ def gaussian_pixels(scale: float, number: int = 256) -> Tensor:
     return (127.5 * (values + 1.0)).round().clamp(0, 255).to(torch.uint8)
 
 
-def level_losses(profile: Profile, prediction_type: str, sigma_data: float = 0.5) -> LevelLosses:
+def level_losses(
+    profile: Profile, prediction_type: str, sigma_data: float = 0.5, draws: str = "some draws"
+) -> LevelLosses:
     loss = profile.x0_error * loss_ratio(prediction_type, profile.log_snr, sigma_data=sigma_data)
     ones = torch.ones(len(loss), dtype=torch.int64)
-    return LevelLosses(profile.log_snr, loss, 0.01 * loss, 100 * ones, 0 * ones, "some draws", "some images")
+    return LevelLosses(profile.log_snr, loss, 0.01 * loss, 100 * ones, 0 * ones, draws, "some images")
 
 
 @pytest.fixture
@@ -80,6 +93,7 @@ def test_file_of_gaussian_errors_gives_the_closed_form(
     assert found["p_std"] == pytest.approx(GAUSSIAN_STD, abs=1e-2)
     assert found["alpha"] == pytest.approx(math.exp(found["logit_mean"]))
     assert found["uncertainty"] == dict.fromkeys(NUMBERS)
+    assert found["sigma_data_from"] == "inferred"
     assert found["profile"][0]["rate"] == pytest.approx(1e-4, rel=0.01)  # at sigma = 100 times the scale
 
 
@@ -94,16 +108,25 @@ def test_losses_of_every_form_give_the_same_levels(
     assert found["p_std"] == pytest.approx(GAUSSIAN_STD, abs=1e-2)
 
 
-def test_short_trainings_on_gaussian_images_find_their_scale(quick: None) -> None:
-    evidence = level_evidence.of_short_trainings(gaussian_pixels(0.2), 4, "cpu")
-    assert evidence.suggestion.sigma_data == pytest.approx(0.2, rel=0.02)
-    assert evidence.suggestion.p_mean == pytest.approx(math.log(0.2), abs=0.05)
-    assert evidence.suggestion.p_std == pytest.approx(GAUSSIAN_STD, abs=0.05)
+def test_short_trainings_learn_that_pixels_repeat_and_find_the_closed_form(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 2 x 2 equal pixels are seen four times: m = s²σ²/(4s² + σ²), and ln σ has mean ln s + ln(2)/2.
+
+    EDM's untrained denoiser knows pixels alone, m = s²σ²/(s² + σ²), of mean ln s.
+    """
+    for name, value in {"_CHANNELS": (16,), "_LEARNING_RATE": 1.2e-2}.items():
+        monkeypatch.setattr(short, name, value)
+    blocks = gaussian_pixels(0.2, 512)[..., :2, :2]
+    pixels = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)  # [512, 1, 4, 4]
+    evidence = level_evidence.of_short_trainings(pixels, 100, "cpu")
+    assert evidence.suggestion.sigma_data == pytest.approx(0.2, rel=0.03)
+    assert -0.14 < evidence.suggestion.p_mean - (math.log(0.2) + 0.5 * math.log(2.0)) < 0.03  # untrained: -0.35
     assert len(evidence.profiles) == 4
     assert list(evidence.differences) == ["halves", "seeds", "half the steps"]
     apart = [abs(changes["p_mean"]) for changes in evidence.differences.values()]
     assert evidence.uncertainty("p_mean") == max(apart)
-    assert 0.0 < max(apart) < 0.1
+    assert evidence.differences["half the steps"]["p_mean"] > 0.03
 
 
 def test_each_half_is_trained_on_and_measured_with_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,17 +182,83 @@ def test_signal_ends_the_trainings_with_its_exit_code_and_no_suggestion(
     assert printed.out == ""
 
 
-def test_time_is_turned_into_steps_enough_to_learn_and_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    def training(config: Any, **options: Any) -> Any:
-        return SimpleNamespace(metrics=[{"images_per_second": speed}])
+def test_time_is_turned_into_steps_enough_to_learn_and_no_more_than_that() -> None:
+    steps = short.steps_within(240.0, 1000.0)
+    assert 100 < steps < 2000
+    assert short.seconds_of(steps, 1000.0) == pytest.approx(240.0, rel=0.01)
+    assert short.steps_within(24000.0, 1000.0) == 2000
+    assert short.steps_within(3.0, 1000.0) == 100
 
-    monkeypatch.setattr(short, "train", training)
-    pixels = gaussian_pixels(0.2, 64)
-    speed = 1000.0
-    steps = short.steps_within(pixels, 240.0)
-    assert steps == pytest.approx((1000.0 * 60.0 - short._MEASURING) / 64, abs=2)
-    assert short.steps_within(pixels, 24000.0) == 2000
-    assert short.steps_within(pixels, 3.0) == 100
+
+@pytest.fixture
+def trained_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of the trainings that the command asked for, which are not done; its trial has 1,000 images a second."""
+    steps: list[int] = []
+
+    def trainings(pixels: Tensor, asked: int, *arguments: Any) -> Evidence:
+        steps.append(asked)
+        return Evidence(level_evidence._suggest([gaussian_profile(0.5)], 0.5), "a test", [gaussian_profile(0.5)])
+
+    monkeypatch.setattr(short, "training_speed", lambda pixels, device: 1000.0)
+    monkeypatch.setattr(level_evidence, "of_short_trainings", trainings)
+    return steps
+
+
+def test_minutes_that_cannot_be_kept_are_said_before_training(
+    trained_steps: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    minutes = short.seconds_of(100, 1000.0) / 60.0  # of the fewest steps
+    takes = f"4 trainings of 100 steps, the fewest, take about {minutes:.2g} minutes here; a smaller --image-size is"
+    assert main(["levels", "suggest", "--dataset", "digits", "--minutes", str(minutes / 4.0)]) == 0
+    assert takes in capsys.readouterr().err
+    assert trained_steps == [100]
+    message = usage_error(capsys, "--dataset", "digits", "--minutes", str(minutes / 6.0))
+    assert takes in message
+    assert "--steps 100 trains however long it takes" in message
+    assert trained_steps == [100]
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        (["--dataset", "digits"], "vadiff train --preset digits"),
+        (["--dataset", "digits", "--image-size", "4"], None),
+        (["--data", "my pictures"], "vadiff train --preset images --data 'my pictures' --image-size 32"),
+        (["--data", "x", "--image-size", "16"], "vadiff train --preset images --data x --image-size 16"),
+        (["--data", "x", "--image-size", "12"], None),
+        (["--dataset", "cifar10", "--data", "x"], "vadiff train --preset cifar10 --data x"),
+        (["--dataset", "cifar100", "--data", "x"], "vadiff train --preset cifar10 --dataset cifar100 --data x"),
+        (["--dataset", "cifar10", "--data", "x", "--image-size", "16"], None),
+    ],
+)
+def test_commands_to_type_are_configs_of_the_trainer(
+    options: list[str], command: str | None, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def pixels(dataset: str, data: str | None, size: int | None, limit: int) -> Tensor:
+        own = 8 if dataset == "digits" else 32
+        return torch.zeros(64, 1 if dataset == "digits" else 3, size or own, size or own, dtype=torch.uint8)
+
+    monkeypatch.setattr(short, "load_pixels", pixels)
+    assert main(["levels", "suggest", *options]) == 0
+    printed = [
+        line for line in capsys.readouterr().out.splitlines() if "--sigma-data" in line or "logit_normal" in line
+    ]
+    flags = [line[line.index("--sigma-data" if "--sigma-data" in line else "--process") :] for line in printed]
+    assert len(printed) == 3
+    if command is None:
+        assert printed[0] == f"Add to your command: {flags[0]}"
+        command = "vadiff train --preset digits"
+    else:
+        assert all(f": {command} {each}" in line for line, each in zip(printed, flags, strict=True))
+    edm, flow, shifted = (training_config(_parser().parse_args(shlex.split(f"{command} {each}")[1:])) for each in flags)
+    assert (edm.sigma_data, edm.process, edm.levels) == (0.5, "edm", "auto")
+    assert edm.p_mean == pytest.approx(math.log(0.5), abs=0.01)
+    assert edm.image_size == (int(options[-1]) if command.endswith("16") else 32)
+    assert (flow.process, flow.levels, sorted(flow.levels_options)) == ("flow", "logit_normal", ["mean", "std"])
+    assert (shifted.process, shifted.levels_options) == ("flow", {})
+    assert shifted.shift_alpha == pytest.approx(math.exp(flow.levels_options["mean"]), abs=0.02)
 
 
 def test_images_are_shuffled_limited_and_averaged_over_squares() -> None:
@@ -183,7 +272,7 @@ def test_images_are_shuffled_limited_and_averaged_over_squares() -> None:
         short.load_pixels("digits", None, 5, 100)
     with pytest.raises(ValueError, match="image size is 2, expected at least 4"):
         short.load_pixels("digits", None, 2, 100)
-    with pytest.raises(DataError, match="--images gives 63 images, expected 64 or more"):
+    with pytest.raises(DataError, match="--images gives 63 images, expected at least 64: a network memorises fewer"):
         short.load_pixels("digits", None, None, 63)
 
 
@@ -244,8 +333,21 @@ def test_run_of_a_few_steps_has_no_statistics_to_suggest_from(
         (["--errors", "x0.csv", "--device", "cupboard"], "argument --device: device is 'cupboard'"),
         (["--errors", "x0.csv", "--plot", "levels.xyz"], "argument --plot: levels.xyz, expected a file ending in .png"),
         (["--errors", "x0.csv", "--plot", "x0.csv/a.png"], "argument --plot: x0.csv/a.png cannot be written"),
-        (["--errors", "nothing.csv"], "nothing.csv"),
-        (["--errors", "other.csv"], "other.csv is not the result of a validation"),
+        (["--errors", "x0.csv", "--plot", "folder.png"], "argument --plot: folder.png is a folder, expected a file"),
+        (["--dataset", "digits", "--data", "x"], "argument --data: x, expected none with --dataset digits"),
+        (["--errors", "nothing.csv"], r"nothing\.csv cannot be read \(No such file .*, expected CSV with the columns"),
+        (["--errors", "folder.png"], r"folder\.png cannot be read \(Is a directory\), expected CSV"),
+        (["--errors", "other.csv"], "other.csv has the columns step, loss, expected CSV with the columns log_snr and"),
+        (["--errors", "empty.csv"], r"empty\.csv has the columns \(none\), expected CSV"),
+        (["--errors", "binary.csv"], r"binary\.csv is no CSV \(.*can't decode.*\), expected CSV with the columns"),
+        (["--errors", "long.csv"], r"long\.csv is no CSV \(field larger than field limit .*\), expected CSV"),
+        (["--errors", "words.csv"], "the column log_snr or x0_error of words.csv has an unexpected value: .*'much'"),
+        (["--errors", "run.csv", "--prediction-type", "flow"], "prediction_type is 'flow', but run.csv says .* edm"),
+        (["--errors", "run.csv", "--sigma-data", "1"], "sigma_data is 1, but run.csv says that of its losses is 0.5"),
+        (
+            ["--errors", "sample.csv", "--prediction-type", "epsilon"],
+            "name another --prediction-type if .* Otherwise x0",
+        ),
         (["--errors", "x0.csv", "--prediction-type", "flow"], "prediction_type is 'flow', expected none: x0.csv has"),
         (["--errors", "losses.csv"], "prediction_type is None, expected the form of the losses in losses.csv"),
         (["--errors", "losses.csv", "--prediction-type", "edm"], "sigma_data is None, expected that of the losses"),
@@ -263,9 +365,58 @@ def test_what_cannot_give_levels_is_refused_in_words(
     gaussian_profile(0.5, high=0.3).save("low.csv")
     gaussian_profile(0.5, low=3.0).save("high.csv")
     level_losses(gaussian_profile(0.5), "epsilon").save("losses.csv")
+    level_losses(gaussian_profile(0.5), "edm", 0.5, "noise of a run, sigma_data 0.5").save("run.csv")
+    level_losses(gaussian_profile(0.5), "sample").save("sample.csv")
     Path("other.csv").write_text("step,loss\n1,2\n")
+    Path("empty.csv").write_text("")
+    Path("words.csv").write_text("log_snr,x0_error\n0,much\n")
+    Path("binary.csv").write_bytes(b"\xff\xfe\x00")
+    Path("long.csv").write_text("x" * 200_000)
+    Path("folder.png").mkdir()
     assert re.search(message, usage_error(capsys, *options))
     assert not Path("levels.xyz").exists()
+
+
+def test_folder_of_the_picture_is_made_with_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "deep" / "levels.PNG"
+    usage_error(capsys, "--errors", str(tmp_path / "nothing.csv"), "--plot", str(picture))
+    assert not (tmp_path / "new").exists()
+    gaussian_profile(0.5).save(tmp_path / "x0.csv")
+    suggested(capsys, "--errors", str(tmp_path / "x0.csv"), "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_of_a_run_say_their_form_and_sigma_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.csv"
+    level_losses(gaussian_profile(0.5), "edm", 0.5, "noise of a run, sigma_data 0.5").save(path)
+    found = suggested(capsys, "--errors", str(path))
+    assert (found["sigma_data"], found["sigma_data_from"]) == (0.5, "given")
+    assert found["p_mean"] == pytest.approx(math.log(0.5), abs=1e-2)
+    assert suggested(capsys, "--errors", str(path), "--prediction-type", "edm", "--sigma-data", "0.5") == found
+
+
+def test_byte_order_mark_of_a_spreadsheet_is_no_part_of_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaussian_profile(0.5).save(tmp_path / "x0.csv")
+    content = (tmp_path / "x0.csv").read_text()
+    (tmp_path / "x0.csv").write_text(content, encoding="utf-8-sig")
+    assert suggested(capsys, "--errors", str(tmp_path / "x0.csv"))["sigma_data"] == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(("sigma_data", "share"), [(0.2, "6.2"), (0.3, None), (0.9, None), (2.0, "0.062")])
+def test_sigma_data_far_from_the_errors_at_the_highest_noise_is_warned_of(
+    sigma_data: float, share: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gaussian_profile(0.5).save(tmp_path / "x0.csv")
+    options = ["--errors", str(tmp_path / "x0.csv"), "--sigma-data", str(sigma_data)]
+    warning = suggested(capsys, *options)["warning"]
+    assert (warning is None) == (share is None)
+    main(["levels", "suggest", *options])
+    printed = capsys.readouterr().out
+    assert ("Warning: " in printed) == (share is not None)
+    assert share is None or f"the errors at the highest noise are {share} of sigma_data²" in printed
 
 
 def test_folder_that_is_missing_is_one_line_and_status_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,27 +443,56 @@ def evidence_of() -> Callable[..., Evidence]:
     return make
 
 
-def test_default_fits_if_near_or_within_the_uncertainty(evidence_of: Callable[..., Evidence]) -> None:
-    near, far = Default("near", -0.3, 1.0, ""), Default("far", -2.0, 1.0, "")
-    assert fits(evidence_of(1.0), "edm", near)
-    assert not fits(evidence_of(1.0), "edm", far)
-    assert not fits(evidence_of(1.0, uncertain=1.9), "edm", far)
-    assert fits(evidence_of(1.0, uncertain=2.1), "edm", far)
+@pytest.mark.parametrize(
+    ("apart", "uncertain", "expected"),
+    [
+        (0.2, 0.0, "fits"),  # in common: 92 %, of two normals of one width
+        (0.3, 0.0, "near"),  # 88 %
+        (0.7, 0.0, "near"),  # 73 %
+        (0.8, 0.0, "does not fit"),  # 69 %
+        (1.0, 0.85, "does not fit"),
+        (1.0, 1.1, "cannot be told apart"),
+        (0.05, 0.3, "cannot be told apart"),  # and does not fit by ignorance
+        (0.05, 0.19, "fits"),
+        (0.15, 0.19, "fits"),
+    ],
+)
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_default_is_judged_by_its_draws_in_common_if_the_mean_is_certain(
+    objective: str, apart: float, uncertain: float, expected: str, evidence_of: Callable[..., Evidence]
+) -> None:
+    evidence = evidence_of(1.0, uncertain)
+    found = evidence.suggestion
+    mean, std = (found.p_mean, found.p_std) if objective == "edm" else (found.logit_mean, found.logit_std)
+    assert verdict(evidence, objective, Default("a default", mean - apart * std, std, "")) == expected
 
 
-def test_text_says_what_to_type_or_that_the_default_fits(evidence_of: Callable[..., Evidence]) -> None:
-    lines = suggestion_table(evidence_of(1.0)).splitlines()
-    assert "Type: vadiff train --sigma-data 1 --p-mean 0.00 --p-std 0.91" in lines
-    assert "SD3's default fits: nothing to change." in lines
-    assert any(line.startswith("How sure this is cannot be seen from one network") for line in lines)
-    lines = suggestion_table(evidence_of(math.exp(-1.2), uncertain=0.01)).splitlines()
-    assert "EDM's default fits: nothing to change." in lines
-    assert "Type: vadiff train --sigma-data 0.301" in lines
-    assert [line.split()[2:] for line in lines if line.startswith("p_mean")] == [["0.01"]]
-    flow = next(line for line in lines if line.startswith("Type: vadiff train --process flow"))
-    assert re.fullmatch(r".* --levels logit_normal --levels-options mean=-\d\.\d\d std=\d\.\d\d", flow)
-    for line in (flow, *(line for line in lines if "--shift" in line)):  # what is to be typed is a command
-        _parser().parse_args(line.partition("vadiff ")[2].split())
+def test_text_says_of_each_usual_default_what_is_known(evidence_of: Callable[..., Evidence]) -> None:
+    def lines(p_mean: float, uncertain: float = 0.0) -> list[str]:
+        return suggestion_table(evidence_of(math.exp(p_mean), uncertain)).splitlines()
+
+    edm = DEFAULTS["edm"][0].mean
+    far = lines(0.0)
+    assert "Add to your command: --sigma-data 1 --p-mean 0.00 --p-std 0.91" in far
+    assert "SD3's default fits: nothing to change." in far
+    assert any(line.startswith("How far the numbers repeat themselves cannot be seen from one network") for line in far)
+    near = lines(edm, 0.01)  # narrower than EDM's
+    assert any(line.startswith("EDM's default is near: with 80 % in common, ") for line in near)
+    assert "Add to your command: --sigma-data 0.301 --p-mean -1.20 --p-std 0.91" in near
+    assert any(re.match(r"or, which shifts SD3's levels: --process flow .* --shift 0\.\d\d$", line) for line in near)
+    assert [line.split()[2:] for line in near if line.startswith("p_mean")] == [["0.01"]]
+    unsure = lines(edm + 0.3, 0.5)
+    assert "EDM's default and the suggestion cannot be told apart: train longer or use more images." in unsure
+    assert "Add to your command: --sigma-data 0.407" in unsure
+    for text in (far, near, unsure):
+        assert sum(line.startswith("Not shown, and larger: how the network was trained") for line in text) == 1
+
+
+def test_inferred_sigma_data_is_called_that(evidence_of: Callable[..., Evidence]) -> None:
+    evidence = dataclasses.replace(evidence_of(1.0), sigma_data_from="inferred")
+    assert "sigma_data       1.000   inferred from the errors" in suggestion_table(evidence)
+    assert suggestion_content(evidence)["sigma_data_from"] == "inferred"
+    assert lines_to_type(evidence, "edm") == ["Add to your command: --sigma-data 1 --p-mean 0.00 --p-std 0.91"]
 
 
 def test_help_names_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +514,7 @@ def test_committed_text_is_that_of_the_committed_figures(name: str) -> None:
         for column in ("log_snr", "x0_error")
     )
     suggestion = suggest(log_snr, error, sigma_data=content["sigma_data"])
-    evidence = Evidence(suggestion, content["source"], [], content["differences"])
+    evidence = Evidence(suggestion, content["source"], [], content["differences"], command=content["command"])
     assert suggestion_table(evidence) + "\n" == (RESULTS / "levels-suggest" / f"{name}.txt").read_text()
 
 

@@ -1,17 +1,23 @@
 """`vadiff levels suggest`."""
 
 import argparse
+import dataclasses
 import json
+import shlex
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ...files import replacing
 from ...process import PREDICTION_TYPES
 from ..config import DATASETS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..training.level_evidence import Evidence
 
 NAME = "levels"
@@ -26,6 +32,7 @@ SUGGEST = (
 )
 PICTURES = (".png", ".svg", ".pdf")
 _LIMIT, _MINUTES = 4000, 4.0
+_TOO_LONG = 5.0  # times --minutes, above which trainings are refused
 _FLAGS = {  # of each source
     "RUN": ("origin", "step", "sigma_data"),
     "--errors": ("prediction_type", "sigma_data"),
@@ -51,9 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         metavar="X",
-        help=f"of all four trainings together, which have 100 steps or more in any case; default: {_MINUTES:g}",
+        help="of all four trainings together, which have 100 steps or more in any case, and are refused if these take "
+        f"over {_TOO_LONG:g} times as long; default: {_MINUTES:g}",
     )
-    length.add_argument("--steps", type=int, metavar="N", help="of each training, for the same result everywhere")
+    length.add_argument("--steps", type=int, metavar="N", help="of each training, whatever time they take")
     suggest.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw profile, suggestion and defaults: .png, .svg or .pdf"
     )
@@ -67,7 +75,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--errors", type=Path, metavar="FILE",
-        help="CSV with the columns log_snr and x0_error, or what LevelLosses.save or `vadiff validate --csv` wrote",
+        help="CSV with the columns log_snr and x0_error, or log_snr and loss: what `vadiff validate --csv` or "
+        "LevelLosses.save wrote",
     )  # fmt: skip
     parser.add_argument("--data", metavar="PATH", help="path of a data set; by default a folder of pictures")
     parser.add_argument("--dataset", choices=DATASETS, help="which data set; default with --data: images")
@@ -78,11 +87,12 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="of RUN's checkpoint; default: the latest")
     parser.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES,
-        help="form of the losses in --errors without a column x0_error; edm for `vadiff validate --csv`",
+        help="form of the losses in --errors; not needed for x0 errors and for a file of `vadiff validate --csv`",
     )  # fmt: skip
     parser.add_argument(
         "--sigma-data", type=float, metavar="X",
-        help="standard deviation of the data, with RUN or --errors; default: of RUN's images, or as the errors say",
+        help="standard deviation of the data, with RUN or --errors; default: of RUN's images, as a file of `vadiff "
+        "validate --csv` says, or inferred from the errors at the highest noise",
     )  # fmt: skip
 
 
@@ -107,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         try:
             with replacing(options.plot) as partial:
-                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:])
+                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
         except OSError as error:
             options.parser.error(f"the picture cannot be written: {error}")
 
@@ -131,14 +141,22 @@ def _check(options: argparse.Namespace) -> str:
         if value is not None and not 0 < value < float("inf"):
             error(f"argument {_flag(name)}: {value}, expected a positive number")
     if options.plot is not None:
-        if options.plot.suffix not in PICTURES:
-            error(f"argument --plot: {options.plot}, expected a file ending in {', '.join(PICTURES)}")
-        try:
-            options.plot.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.plot.parent).close()
-        except OSError as problem:
-            error(f"argument --plot: {options.plot} cannot be written: {problem}")
+        _check_picture(options.plot, error)
+    if options.dataset == "digits" and options.data is not None:
+        error(f"argument --data: {options.data}, expected none with --dataset digits, which are scikit-learn's")
     return source
+
+
+def _check_picture(path: Path, error: Callable[[str], NoReturn]) -> None:
+    """Refuse what cannot be written, without creating anything: folders are made with the picture."""
+    if path.suffix.lower() not in PICTURES:
+        error(f"argument --plot: {path}, expected a file ending in {', '.join(PICTURES)}")
+    if path.is_dir():
+        error(f"argument --plot: {path} is a folder, expected a file")
+    try:
+        tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())).close()
+    except OSError as problem:
+        error(f"argument --plot: {path} cannot be written: {problem}")
 
 
 def _flag(name: str) -> str:
@@ -167,16 +185,61 @@ def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
     from ..training.progress import progress_bar
-    from ..training.short import TRAININGS, load_pixels, steps_within
+    from ..training.short import TRAININGS, load_pixels
 
+    dataset = options.dataset or "images"
     limit = _LIMIT if options.images is None else options.images
-    pixels = load_pixels(options.dataset or "images", options.data, options.image_size, limit)
-    steps = options.steps
+    pixels = load_pixels(dataset, options.data, options.image_size, limit)
     try:
-        if steps is None:
-            steps = steps_within(pixels, 60.0 * (_MINUTES if options.minutes is None else options.minutes), device)
+        steps = options.steps or _affordable_steps(pixels, options.minutes or _MINUTES, device)
         with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
-            return of_short_trainings(pixels, steps, device, bar.update)
+            evidence = of_short_trainings(pixels, steps, device, bar.update)
     except Stopped as stop:
         print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
+    return dataclasses.replace(evidence, command=_command(dataset, options.data, pixels.shape[-1]))
+
+
+def _affordable_steps(pixels: "Tensor", minutes: float, device: str) -> int:
+    """The steps per training that take these minutes; says so where the fewest take longer.
+
+    Raises:
+        ValueError: the fewest take more than `_TOO_LONG` times as long.
+    """
+    from ..training.short import FEWEST_STEPS, TRAININGS, seconds_of, steps_within, training_speed
+
+    started = time.monotonic()
+    speed = training_speed(pixels, device)
+    least = seconds_of(FEWEST_STEPS, speed) / 60.0
+    if least > minutes:
+        takes = (
+            f"{TRAININGS} trainings of {FEWEST_STEPS} steps, the fewest, take about {least:.2g} minutes here; a "
+            "smaller --image-size is faster"
+        )
+        if least > _TOO_LONG * minutes:
+            raise ValueError(
+                f"minutes is {minutes:g}, but {takes}, and --steps {FEWEST_STEPS} trains however long it takes"
+            )
+        print(f"vadiff: {takes}", file=sys.stderr)
+    return steps_within(60.0 * minutes - (time.monotonic() - started), speed)
+
+
+def _command(dataset: str, data: str | None, size: int) -> str | None:
+    """`vadiff train` for a data set of this size; None if no preset trains on that size."""
+    from ..presets import PRESETS
+
+    preset = dataset if dataset in PRESETS else "cifar10"
+    try:
+        config = dataclasses.replace(PRESETS[preset], dataset=dataset, data=data, image_size=size)
+    except ValueError:  # attention at 16 x 16 of smaller images
+        return None
+    if config.image_shape[-1] != size:
+        return None
+    command = ["vadiff", "train", "--preset", preset]
+    if dataset not in PRESETS:
+        command += ["--dataset", dataset]
+    if data is not None:
+        command += ["--data", data]
+    if dataset == "images":
+        command += ["--image-size", str(size)]
+    return shlex.join(command)

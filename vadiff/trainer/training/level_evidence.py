@@ -1,7 +1,7 @@
 """Suggested noise levels, and how sure they are: of short trainings, of a run, or of a file of errors."""
 
-import csv
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ...information import Profile
 from ...levels import Suggestion, suggest
-from ...validation import LevelLosses
 from .held_out import HeldOutLoss, held_out_loss_of_run
+from .level_profile import read_errors
 from .run import Run
 from .short import SEEDS, short_trainings, sigma_data_of
 
 HALVES, APART, LENGTH = "halves", "seeds", "half the steps"  # what independent ways to get a suggestion differ by
 NUMBERS = ("p_mean", "p_std", "logit_mean", "logit_std", "alpha")
+PIXELS, GIVEN, INFERRED = "pixels", "given", "inferred"  # where sigma_data is from
+_FAR = 4.0  # factor between the variance that the errors show and sigma_data² from which on there is a warning
 _LEVELS = 20  # at which a run's held-out images are measured
 
 
@@ -30,16 +32,36 @@ class Evidence:
         source: what it is from, in words.
         profiles: the x0 errors of each network, or of each half of the images.
         differences: `HALVES`, `APART` (seeds) or `LENGTH` → name in `NUMBERS` → difference of that number.
+        sigma_data_from: `PIXELS`, their standard deviation; `GIVEN`, by a flag or with the losses; or `INFERRED`, from
+            the errors at the highest noise.
+        command: of `vadiff train` for the same images, to which the suggestion is added; None if not known.
     """
 
     suggestion: Suggestion
     source: str
     profiles: Sequence[Profile]
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    sigma_data_from: str = PIXELS
+    command: str | None = None
 
     def uncertainty(self, number: str) -> float | None:
         """The largest of a number's differences, without sign; None where there are none."""
         return max((abs(found[number]) for found in self.differences.values()), default=None)
+
+    @property
+    def warning(self) -> str | None:
+        """What speaks against a given sigma_data: errors at the highest noise that are far from its square."""
+        if self.sigma_data_from != GIVEN:
+            return None
+        variance = self.suggestion.sigma_data**2
+        share = float(torch.stack([each.x0_error[0] for each in self.profiles]).mean()) / variance
+        if 1.0 / _FAR <= share <= _FAR:
+            return None
+        cause = ", or the network predicts eps" if share > _FAR else ""
+        return (
+            f"the errors at the highest noise are {share:.2g} of sigma_data² ({variance:.3g}), expected about 1: "
+            f"sigma_data {self.suggestion.sigma_data:.3g} is not that of these data{cause}"
+        )
 
 
 def of_short_trainings(
@@ -80,7 +102,12 @@ def of_statistics(run: Run, step: int | None = None, sigma_data: float | None = 
     """
     profile = run.profile(step)
     scale = sigma_data_of(run.images().train) if sigma_data is None else sigma_data
-    return Evidence(_suggest([profile], scale), f"training statistics of {run.path}, raw weights", [profile])
+    return Evidence(
+        _suggest([profile], scale),
+        f"training statistics of {run.path}, raw weights",
+        [profile],
+        sigma_data_from=PIXELS if sigma_data is None else GIVEN,
+    )
 
 
 def of_held_out(
@@ -103,35 +130,52 @@ def of_held_out(
         f"averaged weights of {run.path} on {found.per_image.shape[1]:,} held-out images",
         halves,
         {HALVES: _difference(halves[:1], halves[1:], scale)},
+        sigma_data_from=PIXELS if sigma_data is None else GIVEN,
     )
 
 
 def of_file(path: Path, prediction_type: str | None = None, sigma_data: float | None = None) -> Evidence:
-    """Evidence of a CSV file.
+    """Evidence of a CSV file, see `read_errors`.
 
     Args:
-        path: with the columns log_snr and x0_error; or of `LevelLosses.save`, whose form then has to be named.
+        path: of x0 errors; of a run's losses, which say that they are EDM's and of which sigma_data; or of losses of
+            another loop, whose form then has to be named.
         prediction_type: form of the losses, one of `vadiff.process.PREDICTION_TYPES`.
-        sigma_data: standard deviation of the data, which the form "edm" needs; None takes what the errors say.
+        sigma_data: standard deviation of the data, which the form "edm" needs; None takes that of a run's losses, or
+            else what the errors say.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: another file, a form that is missing or not needed, or levels that do not reach far enough.
+        ValueError: no such file or another one; a form that is missing, not needed or not that of the file; or levels
+            that do not reach far enough.
     """
-    with path.open(newline="") as file:
-        columns = csv.DictReader(file).fieldnames or []
-    if "x0_error" in columns:
+    found = read_errors(path)
+    if isinstance(found, Profile):
         if prediction_type is not None:
             raise ValueError(f"prediction_type is {prediction_type!r}, expected none: {path} has x0 errors already")
-        profile = Profile.load(path)
-    else:
-        losses = LevelLosses.load(path)
-        if prediction_type is None:
-            raise ValueError(f"prediction_type is None, expected the form of the losses in {path}, see --help")
-        if prediction_type == "edm" and sigma_data is None:
-            raise ValueError("sigma_data is None, expected that of the losses: EDM's loss is in units of it")
-        profile = Profile.of_losses(losses, prediction_type, sigma_data=sigma_data or 1.0)
-    return Evidence(_suggest([profile], sigma_data), str(path), [profile])
+        return _of_profile(found, path, sigma_data)
+    if found.sigma_data is not None:
+        if prediction_type not in (None, "edm"):
+            raise ValueError(f"prediction_type is {prediction_type!r}, but {path} says that its losses are edm")
+        if sigma_data is not None and not math.isclose(sigma_data, found.sigma_data, rel_tol=1e-4):
+            raise ValueError(f"sigma_data is {sigma_data:g}, but {path} says that of its losses is {found.sigma_data}")
+        return _of_profile(Profile.of_losses(found, "edm", sigma_data=found.sigma_data), path, found.sigma_data)
+    if prediction_type is None:
+        raise ValueError(f"prediction_type is None, expected the form of the losses in {path}, see --help")
+    if prediction_type == "edm" and sigma_data is None:
+        raise ValueError("sigma_data is None, expected that of the losses: EDM's loss is in units of it")
+    profile = Profile.of_losses(found, prediction_type, sigma_data=sigma_data or 1.0)
+    try:
+        return _of_profile(profile, path, sigma_data)
+    except ValueError as error:
+        raise ValueError(
+            f"the losses in {path} are not such as {prediction_type} has: name another --prediction-type if they are "
+            f"of another form. Otherwise {error}"
+        ) from error
+
+
+def _of_profile(profile: Profile, path: Path, sigma_data: float | None) -> Evidence:
+    suggestion = _suggest([profile], sigma_data)
+    return Evidence(suggestion, str(path), [profile], sigma_data_from=INFERRED if sigma_data is None else GIVEN)
 
 
 def _suggest(profiles: Sequence[Profile], sigma_data: float | None) -> Suggestion:

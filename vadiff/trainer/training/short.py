@@ -1,7 +1,6 @@
 """Short trainings of a small network on halves of a data set, for the x0 error per level that levels are placed by."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ FEWEST_STEPS, _MOST_STEPS = 100, 2000
 _FOLDER_SIZE = 32  # height and width to which pictures in a folder are scaled by default
 _CHANNELS = (32, 48, 64)
 _LEARNING_RATE = 4e-3
+_BATCH = 64
 _AVERAGED = 0.1  # half-life of the averaged weights, as a share of the steps so far
 _LEVELS = 20
 _LOWEST, _HIGHEST = 0.02, 40.0  # sigma of training and measurement, in standard deviations of the data
@@ -74,8 +74,8 @@ def load_pixels(dataset: str, data: str | None, size: int | None, limit: int) ->
     found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]]
     if len(found) < FEWEST_IMAGES:
         raise DataError(
-            f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected {FEWEST_IMAGES} or "
-            "more: a network learns fewer by heart"
+            f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected at least "
+            f"{FEWEST_IMAGES}: a network memorises fewer, and its error on other images says nothing of the data"
         )
     own = found.shape[-1]
     if size is None or size == own:
@@ -97,18 +97,25 @@ def sigma_data_of(pixels: Tensor) -> float:
     return found
 
 
-def steps_within(pixels: Tensor, seconds: float, device: str = "auto") -> int:
-    """The steps per training with which `short_trainings` takes about this time, from a short trial.
-
-    At least `FEWEST_STEPS`, however long they take, and 2,000 at most."""
-    started = time.monotonic()
+def training_speed(pixels: Tensor, device: str = "auto") -> float:
+    """Images per second of a short trial of the training of `short_trainings`."""
     images = _split(pixels, 0)
     config = _config(images, sigma_data_of(pixels), _TRIAL_STEPS, device, 0)
     trial = dataclasses.replace(config, log_every=_TRIAL_STEPS // 2, held_out_every=0, held_out_images=1)
-    images_per_second = train(trial, progress=False, images=images).metrics[-1]["images_per_second"]
-    left = seconds - (time.monotonic() - started)
-    each = images_per_second * left / TRAININGS - _MEASURING
-    return min(max(int(each / config.batch_size), FEWEST_STEPS), _MOST_STEPS)
+    return float(train(trial, progress=False, images=images).metrics[-1]["images_per_second"])
+
+
+def seconds_of(steps: int, speed: float) -> float:
+    """How long `short_trainings` takes with these steps, at this speed in images per second."""
+    return TRAININGS * (_BATCH * steps + _MEASURING) / speed
+
+
+def steps_within(seconds: float, speed: float) -> int:
+    """The steps per training with which `short_trainings` takes about this time at this speed in images per second.
+
+    At least `FEWEST_STEPS`, however long they take, and 2,000 at most."""
+    each = speed * seconds / TRAININGS - _MEASURING
+    return min(max(int(each / _BATCH), FEWEST_STEPS), _MOST_STEPS)
 
 
 def short_trainings(
@@ -173,6 +180,7 @@ def _config(images: Images, sigma_data: float, steps: int, device: str, seed: in
     return TrainConfig(
         dataset="images", image_size=height, sigma_data=sigma_data, weighting="constant", levels="log_uniform",
         levels_options=limits, stratified=True, channels=_CHANNELS[:depth], steps=steps,
+        batch_size=_BATCH,
         learning_rate=_LEARNING_RATE, warmup=steps // 10, ema_rampup=_AVERAGED, seed=seed, device=device,
         held_out_levels=_LEVELS, held_out_sigma=(limits["sigma_min"], limits["sigma_max"]), held_out_images=_MEASURED,
         held_out_every=(steps + 1) // 2, log_every=steps, tensorboard=False,
