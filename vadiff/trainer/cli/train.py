@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
                 f"Levels information divide by the weight: {config.weighting} moves the draws, and what a noise level "
                 "contributes stays the same. --weighting constant is plainer."
             )
+        if config.levels == "information" and config.form().prediction == "epsilon":
+            print("Levels information were worse than uniform timesteps for epsilon on digits: see docs/levels.md.")
     try:
         trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
     except Stopped as stop:
