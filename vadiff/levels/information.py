@@ -36,8 +36,8 @@ class Information(AdaptiveLevels):
     m is the x0 error per element of the network in training, σ̃ = e^(-λ/2), and w·u·k the whole weight of the x0 error
     in the loss, so that p·w·u·k, what a level contributes, is gate · min(m/σ̃², 1) whatever the weighting is. An
     adaptive weighting therefore changes the draws and not the contributions: with Information, prefer constant weights.
-    There is no 1/p correction, which would restore the base. docs/levels.md has what was measured: better samples where a
-    base does not fit the data, worse ones than uniform timesteps for a loss of eps.
+    There is no 1/p correction, which would restore the base. docs/levels.md has what was measured: better samples where
+    a base does not fit the data, worse ones than uniform timesteps for a loss of eps.
 
     The gate closes at both ends. At low noise it is σ̃³/(σ̃³ + c³): below the pivot c, the highest σ̃ with half of the
     highest m/σ̃², a network is far from optimal, and m/σ̃² would draw ever more levels that teach it nothing. At high
