@@ -292,7 +292,7 @@ def test_redundant_data_keep_their_gate_when_the_network_gets_better(share: floa
 
 
 def test_samples_from_outside_the_range_say_nothing_of_its_end_bins() -> None:
-    """They are converted at the centre of a bin that they are far from; end bins with many stay on the base."""
+    """Converted at the centre of a bin, they are far from it; end bins with many take their neighbours' error."""
     criterion = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-4, 4), half_life=math.inf)
     log_snr = torch.linspace(-10, 12, 4000)
     criterion.reweight(gaussian(0.5)(log_snr) * loss_ratio("epsilon", log_snr), log_snr)
@@ -317,6 +317,14 @@ def test_confidence_is_the_weight_of_the_profile_in_the_logarithm_of_the_tilt() 
         tilt = sampler.log_density(sampler.bin_centers) - base.log_density(sampler.bin_centers)
         tilts.append(tilt - tilt[40])
     torch.testing.assert_close(tilts[1], 0.5 * tilts[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("error", "high"), [(lambda log_snr: (-log_snr).exp(), 80.0), (gaussian(2.0), 1.0)])
+def test_a_profile_whose_rate_does_not_fall_within_its_levels_has_no_pivot(error: Error, high: float) -> None:
+    """Beyond the levels errors are extrapolated, as constant: no pivot may be read from there."""
+    sampler = Information(LogNormal(), profile=profile_of(error, 2e-3, high), **BINS)
+    assert sampler.moved == 0.0
+    assert "on its base" in sampler.state
 
 
 # state

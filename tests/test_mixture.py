@@ -82,7 +82,7 @@ def test_state_and_float_casts_leave_the_draws_alone() -> None:
 
 
 @pytest.mark.parametrize("timesteps", [10, 1000])
-def test_pure_noise_is_drawn_as_often_as_its_share_at_zero_terminal_snr(timesteps: int) -> None:
+def test_pure_noise_is_drawn_at_zero_terminal_snr_about_as_often_as_its_share(timesteps: int) -> None:
     last = UniformTimesteps(DiscreteVP.cosine(timesteps).with_zero_terminal_snr())
     drawn = Mixture(LogNormal(), last, 0.1)((torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000).log_snr
     share = float((drawn == -math.inf).double().mean())

@@ -474,7 +474,7 @@ def test_text_says_of_each_usual_default_what_is_known(evidence_of: Callable[...
     edm = DEFAULTS["edm"][0].mean
     far = lines(0.0)
     assert "Add to your command: --sigma-data 1 --p-mean 0.00 --p-std 0.91" in far
-    assert "SD3's default fits: nothing to change." in far
+    assert "SD3's default fits: no levels to change." in far
     assert any(line.startswith("How far the numbers repeat themselves cannot be seen from one network") for line in far)
     near = lines(edm, 0.01)  # narrower than EDM's
     assert any(line.startswith("EDM's default is near: with 80 % in common, ") for line in near)
@@ -485,7 +485,7 @@ def test_text_says_of_each_usual_default_what_is_known(evidence_of: Callable[...
     assert "EDM's default and the suggestion cannot be told apart: train longer or use more images." in unsure
     assert "Add to your command: --sigma-data 0.407" in unsure
     for text in (far, near, unsure):
-        assert sum(line.startswith("Not shown, and larger: how the network was trained") for line in text) == 1
+        assert sum(line.startswith("Partly shown, and larger: how the network was trained") for line in text) == 1
 
 
 def test_inferred_sigma_data_is_called_that(evidence_of: Callable[..., Evidence]) -> None:

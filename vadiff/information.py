@@ -33,7 +33,7 @@ from .process import loss_ratio
 BaseWeight = Callable[[Tensor], Tensor]
 """u as a function of log-SNR, [B] → [B]."""
 
-TAIL = 0.01  # share of the information, at the noisiest levels, that the gate leaves out
+_TAIL = 0.01  # share of the information, at the noisiest levels, that the gate leaves out
 _OUTSIDE = 0.1  # share of an end bin's samples from outside the range above which it has no error
 FEWEST = 16.0  # smoothed samples that a bin needs to enter a profile
 _COLUMNS = ("log_snr", "x0_error")
@@ -265,8 +265,8 @@ def smoothed_log_error(
 ) -> tuple[Tensor, Tensor]:
     """ln of the x0 error per bin, smoothed as weights are, and the smoothed number of samples; 0 where there are none.
 
-    An end bin has no error if more than a tenth of its samples are from outside the range, where k·u is not that of its
-    centre.
+    An end bin has no error of its own, but with smoothing its neighbours', if more than a tenth of its samples are from
+    outside the range, where k·u is not that of its centre.
 
     moments: [4, K] of the base loss. outside: [2], samples below and above the range. scale: [K], k·u at the bin
     centres. Runs on the device, without synchronising.
@@ -302,7 +302,7 @@ def gate(log_sigma: Tensor, log_pivot: Tensor) -> Tensor:
     """σ̃³/(σ̃³ + c³): closes below the pivot c, where a network is far from optimal and its error is no information.
 
     Source: InfoNoise (arXiv 2602.18647), with n = 3. Its own pivot is a share of the maximum of m/σ̃³, which depends on
-    the lowest noise level; this one does not.
+    the lowest noise level; this one does so only while the rate still rises there.
     """
     return torch.sigmoid(3.0 * (log_sigma - log_pivot))
 
@@ -316,4 +316,4 @@ def tail_gate(information: Tensor) -> Tensor:
     information: [K] by rising log-SNR, not negative. Runs on the device, without synchronising.
     """
     share = information.cumsum(0) / information.sum()
-    return share / (share + TAIL)
+    return share / (share + _TAIL)

@@ -130,7 +130,7 @@ class Information(AdaptiveLevels):
             log_error = self.profile.error_at(self.bin_centers).log()
             self.given = log_error.view(torch.int64)
             ones = torch.ones_like(log_error)
-            self._set((1.0 - self.floor) * self._tilt(log_error, ones, ones) + self.floor)
+            self._set((1.0 - self.floor) * self._tilt(log_error, ones, ones, self._measured()) + self.floor)
 
     def _factors(self, criterion: DiffusionLoss, log_snr: Tensor | None) -> Tensor:
         weighting = criterion.weighting
@@ -141,14 +141,15 @@ class Information(AdaptiveLevels):
             )
         weight = criterion.weight_at(self.bin_centers).double()
         if self.given is not None:
-            return self._tilt(self._numbers(self.given), torch.ones_like(weight), weight)
+            return self._tilt(self._numbers(self.given), torch.ones_like(weight), weight, self._measured())
         check_has_profile(criterion)
         statistics = criterion.statistics
         moments = moments_of(statistics.state, self.bins)
         log_error, samples = smoothed_log_error(
             moments, statistics.outside, self._numbers(self.scale), self.bins, self.smoothing
         )
-        wanted = self._tilt(log_error, samples / (samples + self.prior), weight)
+        confidence = samples / (samples + self.prior)
+        wanted = self._tilt(log_error, confidence, weight, confidence >= _SURE)
         if self.floor == 1.0:
             return wanted
         # The new tilt replaces the old one by half in half_life samples per bin, however often this is called.
@@ -156,13 +157,20 @@ class Information(AdaptiveLevels):
         now = (self._numbers(self.ratio) - self.floor) / (1.0 - self.floor)
         return torch.lerp(wanted, now, kept)
 
-    def _tilt(self, log_error: Tensor, confidence: Tensor, weight: Tensor) -> Tensor:
+    def _measured(self) -> Tensor:
+        """The bins within the levels of the given profile, beyond which its errors are extrapolated. [K] bool."""
+        assert self.profile is not None
+        levels = self.bin_centers.double()
+        return (levels >= float(self.profile.log_snr[0])) & (levels <= float(self.profile.log_snr[-1]))
+
+    def _tilt(self, log_error: Tensor, confidence: Tensor, weight: Tensor, sure: Tensor) -> Tensor:
         """Profile ÷ base in each bin, drawn towards 1 where confidence is low; its mean over the base is 1.
 
-        log_error, confidence, weight: [K] float64, of the x0 error and of the criterion."""
+        log_error, confidence, weight: [K] float64, of the x0 error and of the criterion. sure: [K] bool, where the
+        pivot may be read from."""
         levels, masses = self.bin_centers.double(), self._numbers(self.masses)
         total = weight * self._numbers(self.scale)
-        pivot = log_pivot(levels, log_error, confidence >= _SURE)
+        pivot = log_pivot(levels, log_error, sure)
         rate = (log_error.clamp(max=math.log(self.largest_error)) + levels).clamp(max=0.0)
         within = (confidence > 0) & (masses >= _REACH)
         if self.gate:

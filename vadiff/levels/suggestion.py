@@ -146,8 +146,8 @@ def _standard_deviation(profile: Profile) -> float:
     if growth > _GROWTH:
         raise ValueError(
             f"x0_error still grows at the highest noise, {growth:.2f} times over the last factor 2 of sigma to "
-            f"{profile.sigma[0].item():.3g}: give sigma_data, which a network that predicts eps does not show; or "
-            "measure at higher noise"
+            f"{profile.sigma[0].item():.3g}: give sigma_data, as the errors of a network that predicts eps do "
+            "not show it; or measure at higher noise"
         )
     error = profile.x0_error[highest]
     return math.sqrt(float((error / (1.0 - rate[highest])).mean()))

@@ -130,7 +130,9 @@ class Evaluation:
             return False
         features = self.features_of(config.dataset)
         try:
-            profile = open_run(run).profile(step) if self.spacing == "statistics" else None
+            profile = None
+            if self.spacing == "statistics":
+                profile = open_run(run).profile(step).bounded(config.sigma_data)
         except ValueError:  # no statistics to draw by: `vadiff evaluate` says so
             return False
         generation = self.generation(config.process, sigma_range(config.form()), profile)

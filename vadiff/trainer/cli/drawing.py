@@ -151,7 +151,7 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
     form = run.config.form()
     spacing = options.steps_from or options.spacing
     try:
-        profile = run.profile(options.step) if spacing == "statistics" else None
+        profile = run.profile(options.step).bounded(run.config.sigma_data) if spacing == "statistics" else None
         churn = Churn(options.churn, options.churn_sigma_min, options.churn_sigma_max, options.churn_noise)
         generation = with_options(
             default_generation(run.config.process, options.solver, spacing, sigmas=sigma_range(form), profile=profile),

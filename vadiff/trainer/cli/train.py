@@ -58,7 +58,10 @@ def run(options: argparse.Namespace) -> None:
                 "contributes stays the same. --weighting constant is plainer."
             )
         if config.levels == "information" and config.form().prediction == "epsilon":
-            print("Levels information were worse than uniform timesteps for epsilon on digits: see docs/levels.md.")
+            print(
+                "Levels by information gave worse results than uniform timesteps for epsilon with linear betas, on "
+                "digits: see docs/levels.md."
+            )
     try:
         trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
     except Stopped as stop:

@@ -43,8 +43,8 @@ _SIGMA_DATA = {
 }
 # Of benchmarks/results/suggested_levels.json and levels-suggest/digits.json.
 _NOT_SHOWN = (
-    "Not shown, and larger: how the network was trained (digits, five objectives: P_mean -0.43 to -0.16, lowest for x0",
-    "on a cosine schedule) and for how long (P_mean rises: digits -0.32 after 100 steps, -0.24 after 300).",
+    "Partly shown, and larger: how the network was trained (digits, five objectives: P_mean -0.43 to -0.16, lowest for",
+    "x0 on a cosine schedule) and for how long (P_mean rises: digits -0.27 after 150 steps, -0.24 after 300).",
 )
 _MEASURED_NEAR = {  # of the usual default, in benchmarks/results/placement.json
     "edm": "with 80 % in common, the suggestion changed the held-out loss of the digits by +0.5 % and their\n"
@@ -197,7 +197,7 @@ def _defaults(evidence: Evidence, objective: str) -> list[str]:
     usual = DEFAULTS[objective][0]
     said = verdict(evidence, objective, usual)
     comments = {
-        FITS: "default fits: nothing to change",
+        FITS: "default fits: no levels to change",
         NEAR: f"default is near: {_MEASURED_NEAR[objective]}",
         UNKNOWN: "default and the suggestion cannot be told apart: train longer or use more images",
     }

@@ -77,7 +77,8 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
             return Profile.load(copy)
         source = Path(config.profile)
         if source.is_dir():
-            return profile_of_run(TrainConfig.load(source / "config.yaml"), source)
+            found = profile_of_run(TrainConfig.load(source / "config.yaml"), source)
+            return found.bounded(config.sigma_data)
         return _of_csv(source)
     except (OSError, ValueError) as error:
         raise RunError(
@@ -87,10 +88,9 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
 
 
 def profile_of_run(config: TrainConfig, path: Path, step: int | None = None) -> Profile:
-    """The errors that a checkpoint's statistics hold, at most sigma_data²: see `Run.profile`, also for its errors."""
+    """The errors that a checkpoint's statistics hold: see `Run.profile`, also for its errors."""
     criterion = saved_criterion(config, path, load_checkpoint(path, step))
-    found = Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data)
-    return found.bounded(config.sigma_data)
+    return Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data)
 
 
 def _of_csv(path: Path) -> Profile:

@@ -166,7 +166,7 @@ class Run:
     def profile(self, step: int | None = None) -> Profile:
         """x0 error per noise level, from the training statistics of a checkpoint, of its trained (raw) weights.
 
-        At most 1, which the error of a guess of pixels in [-1, 1] need not exceed: see `Profile.bounded`.
+        Not bounded: of a network that predicts eps, see `Profile.bounded`.
 
         Args:
             step: of the checkpoint; None is the latest.
