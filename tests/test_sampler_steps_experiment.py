@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sampler_steps import Arm
 
 from vadiff.information import Profile
 from vadiff.sampling import network_calls
+from vadiff.trainer.cli.drawing import STATISTICS_MEASURED
 from vadiff.training import open_run
 
 
@@ -65,3 +67,28 @@ def test_distances_of_other_weights_have_other_names() -> None:
     job = sampler_steps.Job(Path("run"), Arm("flow", "euler", "rho", 8), 2, 1)
     assert sampler_steps.key(job, "0123456789abcdef") == "flow/euler/rho/8/seed-2/set-1/0123456789ab"
     assert sampler_steps.key(job, "fedcba") != sampler_steps.key(job, "0123456789abcdef")
+
+
+def test_what_is_said_of_other_solvers_is_what_was_measured() -> None:
+    rows = json.loads((Path(__file__).parent.parent / "benchmarks/results/sampler_steps.json").read_text())["rows"]
+
+    def change(objective: str, solver: str, calls: int) -> str:
+        """Change of the distance against rho, in whole percent."""
+        arm = {"objective": objective, "solver": solver, "spacing": "statistics", "calls": calls}
+        [row] = [row for row in rows if arm.items() <= row.items()]
+        return f"{100 * math.expm1(row['ln_ratio_to_rho']['mean']):+.0f}"
+
+    assert [change(name, "dpmpp_2m", calls) for calls in (4, 16) for name in ("edm", "flow")] == [
+        "-67",
+        "-45",
+        "+9",
+        "+11",
+    ]
+    assert (
+        "45 to 67 % lower than by --rho 7 with 4 calls, and 9 to 11 % higher with 16" in STATISTICS_MEASURED["dpmpp_2m"]
+    )
+    assert [change(name, "heun", 16) for name in ("edm", "flow")] == ["+160", "+1"]
+    assert (
+        "160 % higher than by --rho 7 with 16 calls for EDM, and much the same for a flow"
+        in STATISTICS_MEASURED["heun"]
+    )

@@ -45,6 +45,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from results import RESULTS, write_results
 
 from vadiff.files import replacing
@@ -233,6 +234,7 @@ def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
             panel.set_yscale("log")
             panel.set_xticks(CALLS, [str(calls) for calls in CALLS])
             panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(LogLocator(subs=(2.0, 3.0, 5.0)))
             panel.yaxis.set_minor_formatter("{x:g}")
             panel.grid(alpha=0.3, which="both")
         for panel in panels[:, 0]:
