@@ -169,11 +169,11 @@ class Profile:
             writer.writerows(zip(self.log_snr.tolist(), self.x0_error.tolist(), strict=True))
 
     def bounded(self, sigma_data: float) -> Profile:
-        """With errors of at most sigma_data², that of the guess that is right on average.
+        """With errors of at most sigma_data², the error of guessing the mean of the data.
 
-        For networks that predict eps: at σ̃ far above sigma_data a small error of eps is a large one of x0, worse than
-        that guess, and the network's rate there is error and no information. Such a profile puts most steps of a
-        sampler where there is nothing to do.
+        For networks that predict eps: at σ̃ far above sigma_data a small error of eps is a large one of x0, larger than
+        that of the guess. It shows what the network does wrong there, and nothing of the data; without the bound it
+        puts most steps of a sampler at high noise.
 
         Args:
             sigma_data: standard deviation of the data, or more: 1 for pixels in [-1, 1].
@@ -224,7 +224,6 @@ def x0_scale(
     log_snr: Tensor, prediction_type: str, *, sigma_data: float = 0.5, base_weight: BaseWeight | None = None
 ) -> Tensor:
     """k·u, by which the base loss differs from the x0 error per element: g = k·u·m. [B] float64.
-
 
     Args:
         log_snr: [B].

@@ -247,7 +247,7 @@ def sigmas_for(
         ValueError: too few statistics, or as `vadiff.information.Profile.of_criterion` and `noise_levels`.
     """
     _require_scheduler(scheduler, "EulerDiscreteScheduler", "sigmas")
-    profile = _profile_of(criterion, scheduler, prediction_type, base_weight).bounded(sigma_data)
+    profile = _profile_of(criterion, scheduler, prediction_type, base_weight, sigma_data)
     levels: list[float] = _levels_of(scheduler, steps, profile).tolist()
     return levels
 
@@ -280,7 +280,7 @@ def timesteps_for(
     last = len(scheduler.alphas_cumprod) - 1
     if steps > last + 1:
         raise ValueError(f"steps is {steps}, expected at most {last + 1}: the scheduler has no more timesteps")
-    profile = _profile_of(criterion, scheduler, prediction_type, base_weight).bounded(sigma_data)
+    profile = _profile_of(criterion, scheduler, prediction_type, base_weight, sigma_data)
     sigma = _levels_of(scheduler, steps, profile)[:-1]
     timesteps: list[int] = timesteps_of(scheduler, -2.0 * sigma.log()).tolist()
     for place in range(steps - 2, -1, -1):  # the lowest stays, the others make room
@@ -292,11 +292,16 @@ def timesteps_for(
 
 
 def _profile_of(
-    criterion: DiffusionLoss, scheduler: Any, prediction_type: str | None, base_weight: BaseWeight | None
+    criterion: DiffusionLoss,
+    scheduler: Any,
+    prediction_type: str | None,
+    base_weight: BaseWeight | None,
+    sigma_data: float,
 ) -> Profile:
-    return Profile.of_criterion(
-        criterion, _form_of(scheduler, prediction_type), sigma_data=sigma_data_of(scheduler), base_weight=base_weight
-    )
+    """The recorded errors, at most sigma_data², that of images or latents; EDM's formula has the scheduler's own."""
+    form = _form_of(scheduler, prediction_type)
+    found = Profile.of_criterion(criterion, form, sigma_data=sigma_data_of(scheduler), base_weight=base_weight)
+    return found.bounded(sigma_data)
 
 
 def _levels_of(scheduler: Any, steps: int, profile: Profile) -> Tensor:
@@ -309,7 +314,7 @@ def _require_scheduler(scheduler: Any, name: str, argument: str) -> None:
     """Raise unless the scheduler is of the named class of diffusers, or made from it."""
     if name not in (base.__name__ for base in type(scheduler).__mro__):
         raise TypeError(
-            f"scheduler is a {type(scheduler).__name__}, expected an {name}, whose {argument}= takes the result. "
+            f"scheduler is a {type(scheduler).__name__}, expected {name}, whose {argument}= takes the result. "
             "sigmas_for is for EulerDiscreteScheduler, timesteps_for for DPMSolverMultistepScheduler; for other "
             "samplers use vadiff.sampling.noise_levels(steps, profile=...)"
         )

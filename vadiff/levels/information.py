@@ -216,28 +216,16 @@ class Information(AdaptiveLevels):
     def extra_repr(self) -> str:
         return self.state
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         scale = state_dict.get(prefix + "scale")
         if isinstance(scale, Tensor) and scale.shape == self.scale.shape and scale.dtype == torch.int64:
             mine, saved = self._numbers(self.scale.cpu()), self._numbers(scale.cpu())
             if not torch.allclose(mine, saved, rtol=1e-6, atol=0.0):
-                error_msgs.append(
-                    f"{prefix}scale belongs to another form of the loss: make the sampler with the prediction_type, "
-                    "sigma_data and base_weight that were saved"
+                return (
+                    "scale belongs to another form of the loss: make the sampler with the prediction_type, sigma_data "
+                    "and base_weight that were saved"
                 )
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return super()._mismatch(state_dict, prefix)
 
 
 def _checked(profile: Any) -> Profile | None:

@@ -132,21 +132,28 @@ class Table(LevelSampler):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        edges = state_dict.get(prefix + "edges")
-        if isinstance(edges, Tensor):
-            if edges.dtype != torch.int64 or edges.shape != self.edges.shape:
-                error_msgs.append(
-                    f"{prefix}edges is {edges.dtype} of shape {tuple(edges.shape)}, expected int64 of shape "
-                    f"({self.bins.size},): make the sampler with the bins that were saved"
-                )
-                return
-            difference = self._numbers(edges.cpu()) - self._numbers(self.edges.cpu())
-            if not bool((difference.abs() < 1e-9).all()):
-                error_msgs.append(
-                    f"{prefix}edges belongs to another base or log_snr_range than {self.base} and "
-                    f"({self.bins.low:g}, {self.bins.high:g}): make the sampler with those that were saved"
-                )
-                return
+        reason = self._mismatch(state_dict, prefix)
+        if reason is not None:
+            error_msgs.append(prefix + reason)
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _mismatch(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why a saved state belongs to another sampler, beginning with the buffer's name; None if it can be loaded."""
+        edges = state_dict.get(prefix + "edges")
+        if not isinstance(edges, Tensor):
+            return None
+        if edges.dtype != torch.int64 or edges.shape != self.edges.shape:
+            return (
+                f"edges is {edges.dtype} of shape {tuple(edges.shape)}, expected int64 of shape "
+                f"({self.bins.size},): make the sampler with the bins that were saved"
+            )
+        difference = self._numbers(edges.cpu()) - self._numbers(self.edges.cpu())
+        if not bool((difference.abs() < 1e-9).all()):
+            return (
+                f"edges belongs to another base or log_snr_range than {self.base} and "
+                f"({self.bins.low:g}, {self.bins.high:g}): make the sampler with those that were saved"
+            )
+        return None
