@@ -174,9 +174,9 @@ def test_timesteps_are_those_nearest_to_the_sigmas() -> None:
 def test_what_does_not_fit_is_named() -> None:
     criterion = criterion_of("epsilon")
     for scheduler in (HeunDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(), DPMSolverMultistepScheduler()):
-        with pytest.raises(TypeError, match=rf"scheduler is a {type(scheduler).__name__}, expected an EulerDiscrete"):
+        with pytest.raises(TypeError, match=rf"scheduler is a {type(scheduler).__name__}, expected EulerDiscrete"):
             sigmas_for(criterion, scheduler, 8)
-    with pytest.raises(TypeError, match="scheduler is a EulerDiscreteScheduler, expected an DPMSolverMultistep"):
+    with pytest.raises(TypeError, match="scheduler is a EulerDiscreteScheduler, expected DPMSolverMultistep"):
         timesteps_for(criterion, EulerDiscreteScheduler(), 8)
     with pytest.raises(ValueError, match="steps is 1001, expected at most 1000"):
         timesteps_for(criterion, DPMSolverMultistepScheduler(), 1001)
