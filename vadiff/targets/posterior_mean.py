@@ -1,0 +1,293 @@
+"""Posterior-mean targets: what is regressed on is the mean of all clean samples that explain a noisy one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._validation import is_number
+from .posterior import Draws, References, keys_of, posterior
+from .references import Augment, Bank, DataSet, first_of_each
+from .removed import RemovedError
+
+
+class PosteriorMean(nn.Module):
+    """x0_hat = E[x0 | x_t] over references that hold the sample's own x0, in place of x0.
+
+    At high noise many clean samples explain the same noisy one. A squared loss has the same minimiser when it regresses
+    on their mean in place of the one that was drawn, and its gradient has less variance, as the targets of a batch are
+    less random (arXiv 2302.00670; unbiased with the own x0 among the references: arXiv 2506.03719). With M references
+
+        x0_hat = sum_j softmax_j(-|x_t - alpha·x_j|²/(2 sigma²))·x_j
+
+    The references of a call are the batch and, without the images of the batch, a data set, a random part of it, or the
+    batches before; each image counts once. They have to come from the same distribution as the batch: the same
+    augmentation, and classes drawn as often. What the targets take out of the loss is the posterior variance J*_M, which
+    is estimated on the way: `removed_error`. Assign the object to `criterion.target`, so that whatever computes x0
+    errors from the criterion's statistics adds it back.
+
+    Draws at noise levels where J*_M is known to be below `threshold` of the data's variance keep their own target, bit
+    by bit. On a CPU they cost nothing. No call synchronises with a GPU, and the module can be compiled and captured in
+    a CUDA graph after one call outside of it.
+
+    Args:
+        reference: [N, ...] the training samples, floats as the network sees them, or bytes, which are pixels of
+            [-1, 1]. Kept as it is, not copied, and not saved with the state.
+        subset: how many of them at a time, at random, the batch included: at least four times the batch. None: all.
+        bank: in place of a reference, the size of a bank of recent batches: at least three times the batch. Until
+            there are three batches in it, draws keep their own target.
+        labels: [N] int64 classes of the reference; then references are of the same class, and each call needs labels.
+        unlabelled: the label of samples from which the network withholds the class (label dropout): their references
+            are all classes.
+        augment: applied to the chosen part of the reference at each call, [m, ...] floats → the same shape; needs a
+            subset (which may be all N) and `index` in each call. For augmentation that the network is not told of.
+        threshold: share of the data's variance.
+        chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...].
+        gather: whether the ranks of the default process group put their batches together as references; else each rank
+            has its own.
+
+    Raises:
+        ValueError, TypeError: an argument out of bounds; the message names it.
+
+    Example:
+        >>> targets = vadiff.targets.PosteriorMean(images, subset=1024)
+        >>> criterion = vadiff.DiffusionLoss.for_process("flow", weighting="constant")
+        >>> criterion.target = targets
+        >>> x0, noise, t = images[:64], torch.randn(64, *images.shape[1:]), torch.rand(64)
+        >>> x0_hat, noise_hat = targets.pair(x0, noise, alpha=1 - t, sigma=t, index=torch.arange(64))
+        >>> loss = criterion(network_output, noise_hat - x0_hat, vadiff.log_snr.from_flow_time(t))
+    """
+
+    def __init__(
+        self,
+        reference: Tensor | None = None,
+        *,
+        subset: int | None = None,
+        bank: int | None = None,
+        labels: Tensor | None = None,
+        unlabelled: int | None = None,
+        augment: Augment | None = None,
+        threshold: float = 0.01,
+        chunk: int = 4096,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        if not is_number(threshold) or not 0.0 <= threshold < 1.0:
+            raise ValueError(f"threshold is {threshold!r}, expected a number from 0 to below 1")
+        _check_count("chunk", chunk, 1)
+        if (reference is None) == (bank is None):
+            raise ValueError(
+                f"reference is {'None' if reference is None else 'given'} and bank is {bank!r}, expected one of them: a "
+                "tensor of the training samples, or the size of a bank of recent batches"
+            )
+        self.source: DataSet | Bank
+        if bank is not None:
+            for name, value in (("subset", subset), ("labels", labels), ("augment", augment)):
+                if value is not None:
+                    raise ValueError(f"{name} is given with a bank, expected None: a bank has what the calls give it")
+            _check_count("bank", bank, 2)
+            self.source = Bank(bank)
+        else:
+            assert reference is not None
+            _check_reference(reference, subset, labels, augment)
+            self.source = DataSet(reference.detach(), subset, labels, augment)
+        self.unlabelled, self.chunk, self.gather = unlabelled, chunk, bool(gather)
+        self.removed = RemovedError(float(threshold))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x0: Tensor,
+        noisy: Tensor,
+        alpha: Tensor | float,
+        sigma: Tensor | float,
+        *,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The targets of a batch.
+
+        Args:
+            x0: clean samples [B, ...], as the network sees them (augmented), float32, bfloat16, float16 or float64.
+            noisy: x_t = alpha·x0 + sigma·eps, same shape.
+            alpha, sigma: [B], or a number; sigma finite. Scaled together, as in EDM's alpha = 1, they give the same.
+            index: [B] int64 rows of x0 in the reference (any numbers of the samples, for a bank). Without it, samples
+                of equal bits count as the same.
+            labels: [B] int64 classes, if the reference has labels; for a bank, if references are to be of the same
+                class.
+            generator: of the random subset.
+
+        Returns:
+            x0_hat, of the shape, dtype and device of x0; without gradient.
+
+        Raises:
+            ValueError, TypeError: a bad argument; the message names it.
+        """
+        alpha, sigma = self._check(x0, noisy, alpha, sigma, index, labels)
+        dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
+        keys = keys_of(x0) if index is None else index.to(x0.device)
+        batch = self._together(References(x0.to(dtype), keys, labels))
+        others = self.source.references(batch, index is not None, generator)
+        sets = [others, batch._replace(valid=first_of_each(batch.keys))]
+        log_snr = 2.0 * (alpha.double().log() - sigma.double().log())
+        active = (sigma > 0) & sigma.isfinite() & ~log_snr.isnan()
+        ready = self.source.ready(batch)
+        if ready is not None:
+            active &= ready
+        self.source.keep(batch)
+        variance = self.source.data_variance()
+        active &= ~self.removed.keeps_own(log_snr, variance)
+        safe = torch.where(active, sigma, 1.0)
+        draws = Draws(
+            x0.flatten(1).to(dtype), noisy.flatten(1).to(dtype), alpha, safe, keys, labels, self.unlabelled
+        )  # fmt: skip
+        if x0.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._of_rows(draws, sets, log_snr, active, x0)
+        found = posterior(draws, sets, self.chunk)
+        self.removed.record(log_snr, found.variance, active)
+        mean = found.mean.view_as(x0).to(x0.dtype)
+        return torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
+
+    def _of_rows(self, draws: Draws, sets: list[References], log_snr: Tensor, active: Tensor, x0: Tensor) -> Tensor:
+        """The targets, with work for the active draws only."""
+        rows = active.nonzero().squeeze(1)
+        if not len(rows):
+            return x0.detach()
+        tensors = {name: value[rows] for name, value in draws._asdict().items() if isinstance(value, Tensor)}
+        found = posterior(draws._replace(**tensors), sets, self.chunk)
+        self.removed.record(log_snr[rows], found.variance, active[rows])
+        return x0.detach().index_copy(0, rows, found.mean.view(-1, *x0.shape[1:]).to(x0.dtype))
+
+    def pair(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        alpha: Tensor | float,
+        sigma: Tensor | float,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Targets of x0 and of the noise, (x0_hat, noise_hat), with x_t = alpha·x0_hat + sigma·noise_hat.
+
+        noise_hat = (x_t - alpha·x0_hat)/sigma = noise + alpha/sigma·(x0 - x0_hat). The target of v is alpha·noise_hat -
+        sigma·x0_hat, that of a flow noise_hat - x0_hat.
+
+        Args:
+            x0, alpha, sigma: as for `forward`.
+            noise: eps of x_t, [B, ...].
+            options: index, labels, generator of `forward`.
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
+        if not isinstance(noise, Tensor) or noise.shape != x0.shape:
+            raise ValueError(f"noise is {_shape(noise)}, expected {tuple(x0.shape)}: the shape of x0")
+        shape = (-1, *[1] * (x0.dim() - 1))
+        a, s = (_per_sample(name, value, x0).view(shape) for name, value in (("alpha", alpha), ("sigma", sigma)))
+        x0_hat = self(x0, (a * x0 + s * noise).detach(), alpha, sigma, **options)
+        ratio = torch.where(s > 0, a / s, 0.0)
+        return x0_hat, noise + (ratio * (x0 - x0_hat)).to(noise.dtype)
+
+    @torch.no_grad()
+    def removed_error(self, log_snr: Tensor) -> Tensor:
+        """J*_M: what the targets take out of the mean squared error of x0, per element, at each log-SNR.
+
+        Add it to an error against these targets to get the error against x0. 0 before the first call and where draws
+        keep their own target. Runs on the device, without synchronising. [N] → [N] float64.
+        """
+        if isinstance(self.source, Bank) and self.source.values is None:
+            return torch.zeros_like(log_snr, dtype=torch.float64)
+        return self.removed.at(log_snr, self.source.data_variance())
+
+    def _together(self, batch: References) -> References:
+        """The batch, or with `gather` those of all ranks."""
+        if not self.gather or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return batch
+        gathered = []
+        for values in batch[:3]:
+            if values is not None:
+                out = [torch.empty_like(values.contiguous()) for _ in range(dist.get_world_size())]
+                dist.all_gather(out, values.contiguous())
+                values = torch.cat(out)
+            gathered.append(values)
+        return References(*gathered)
+
+    def _check(
+        self, x0: Tensor, noisy: Tensor, alpha: Any, sigma: Any, index: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """alpha and sigma as [B] tensors of the arithmetic's dtype."""
+        if not isinstance(x0, Tensor) or not x0.is_floating_point() or x0.dim() < 2 or x0.numel() == 0:
+            raise ValueError(f"x0 is {_shape(x0)}, expected floats [B, ...] as the network sees them")
+        if not isinstance(noisy, Tensor) or noisy.shape != x0.shape or noisy.device != x0.device:
+            raise ValueError(f"noisy is {_shape(noisy)}, expected {tuple(x0.shape)} on {x0.device}, as x0")
+        has_labels = isinstance(self.source, DataSet) and self.source.labels is not None
+        if isinstance(self.source, DataSet):
+            samples = self.source.samples
+            if samples.shape[1:] != x0.shape[1:] or samples.device != x0.device:
+                raise ValueError(
+                    f"x0 is {_shape(x0)} on {x0.device}, expected [B, {', '.join(map(str, samples.shape[1:]))}] on "
+                    f"{samples.device}: as the reference"
+                )
+            if self.source.augment is not None and index is None:
+                raise ValueError("index is None with augment, expected rows of the reference: augmented images differ")
+            if has_labels != (labels is not None):
+                raise ValueError(
+                    f"labels is {'given' if labels is not None else 'None'}, but the reference has "
+                    f"{'labels' if has_labels else 'none'}: give both, or neither"
+                )
+        for name, value in (("index", index), ("labels", labels)):
+            if value is not None and (value.shape != x0.shape[:1] or value.dtype is not torch.int64):
+                raise ValueError(f"{name} is {_shape(value)} {value.dtype}, expected int64 ({len(x0)},)")
+        return _per_sample("alpha", alpha, x0), _per_sample("sigma", sigma, x0)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.removed.threshold:g}" + (", gather=True" if self.gather else "")
+
+    @property
+    def description(self) -> str:
+        """In words, for logs and summaries."""
+        return f"posterior mean over {self.source.extra_repr()}"
+
+
+def _per_sample(name: str, value: Any, x0: Tensor) -> Tensor:
+    dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
+    if is_number(value) and math.isfinite(value):
+        return torch.full((len(x0),), float(value), dtype=dtype, device=x0.device)
+    if not isinstance(value, Tensor) or value.numel() != len(x0) or not value.is_floating_point():
+        raise ValueError(f"{name} is {_shape(value)}, expected floats ({len(x0)},): one per sample, or a number")
+    return value.detach().flatten().to(x0.device, dtype)
+
+
+def _check_reference(reference: Tensor, subset: int | None, labels: Tensor | None, augment: Augment | None) -> None:
+    if not isinstance(reference, Tensor) or not (reference.is_floating_point() or reference.dtype is torch.uint8):
+        got = reference.dtype if isinstance(reference, Tensor) else type(reference).__name__
+        raise TypeError(f"reference is {got}, expected a tensor of floats, or of bytes (pixels)")
+    if reference.dim() < 2 or len(reference) < 2 or reference[0].numel() == 0:
+        raise ValueError(f"reference has shape {tuple(reference.shape)}, expected (N, ...) with at least two samples")
+    if subset is not None:
+        _check_count("subset", subset, 2)
+        if subset > len(reference):
+            raise ValueError(f"subset is {subset}, expected at most {len(reference)}: the size of the reference")
+    if augment is not None and subset is None:
+        raise ValueError(f"subset is None with augment, expected a number: subset={len(reference)} for all samples")
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype is not torch.int64 or labels.shape != reference.shape[:1]:
+        raise ValueError(
+            f"labels is {_shape(labels)}, expected int64 ({len(reference)},), one class per sample. Texts and other "
+            "conditions are different for each sample, so that no two share a posterior: posterior-mean targets do not "
+            "work with them"
+        )
+
+
+def _check_count(name: str, value: object, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {lowest}")
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,57 @@
+"""How much of the x0 error a posterior-mean target takes out, per noise level: J*_M, estimated while training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_BINS, _LOW, _HIGH = 128, -16.0, 16.0  # of log-SNR
+_WIDTH = (_HIGH - _LOW) / _BINS
+_ENOUGH = 64.0  # draws near a level before it is judged
+
+
+class RemovedError(nn.Module):
+    """Mean posterior variance per element over the draws at each noise level, which does not depend on the network.
+
+    Args:
+        threshold: share of the data's variance below which a level counts as without any.
+    """
+
+    sums: Tensor  # int64 [2, bins]: bits of float64 number of draws, and sum of their variances; survives `.half()`
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.register_buffer("sums", torch.zeros(2, _BINS, dtype=torch.int64))
+
+    def record(self, log_snr: Tensor, variance: Tensor, taken: Tensor) -> None:
+        """Add the draws that are `taken` (bool [B]). log_snr, variance: [B]. Does not synchronise with a GPU."""
+        place = ((log_snr.double() - _LOW) / _WIDTH).floor().clamp(0, _BINS - 1)
+        taken = taken & variance.isfinite() & ~log_snr.isnan()
+        # A product, because adding up by index has no fixed order on a GPU.
+        here = (place == torch.arange(_BINS, device=place.device)[:, None]).double()  # [bins, B]
+        values = torch.stack([taken.double(), torch.where(taken, variance, 0.0).double()], dim=1)
+        sums = self.sums.view(torch.float64)
+        sums.add_((here @ values).T)
+
+    def at(self, log_snr: Tensor, data_variance: Tensor) -> Tensor:
+        """J*_M per element at each log-SNR, 0 where the draws keep their own target. [N] → [N] float64."""
+        draws, variance = self._near(log_snr)
+        return torch.where(_kept(draws, variance, self.threshold * data_variance), 0.0, variance)
+
+    def keeps_own(self, log_snr: Tensor, data_variance: Tensor) -> Tensor:
+        """Whether J*_M is known to be below the threshold there. [N] → bool [N]."""
+        return _kept(*self._near(log_snr), self.threshold * data_variance)
+
+    def _near(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of draws near each level, and the mean of their variances, weighted by a Gaussian of one bin."""
+        sums = self.sums.view(torch.float64)
+        centers = _LOW + (torch.arange(_BINS, device=sums.device) + 0.5) * _WIDTH
+        at = log_snr.double().clamp(_LOW, _HIGH).nan_to_num()
+        weights = torch.exp(-0.5 * ((at[:, None] - centers) / _WIDTH).square())  # [N, bins]
+        draws, total = (weights @ sums.T).unbind(1)
+        return draws, torch.where(draws > 0, total / draws, 0.0)
+
+
+def _kept(draws: Tensor, variance: Tensor, limit: Tensor) -> Tensor:
+    return (draws >= _ENOUGH) & (variance < limit)
