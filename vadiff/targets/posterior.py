@@ -31,8 +31,8 @@ class References(NamedTuple):
 
     values: Tensor  # [M, ...] floats, or bytes: pixels that `normalised` maps to [-1, 1]
     keys: Tensor  # [M] int64: equal for equal samples
-    labels: Tensor | None = None  # [M] int64 classes
-    valid: Tensor | None = None  # [M] bool; None: all
+    labels: Tensor | None  # [M] int64 classes
+    valid: Tensor  # [M] bool
 
 
 class Draws(NamedTuple):
@@ -93,9 +93,7 @@ def _chunks(draws: Draws, sets: Sequence[References], chunk: int) -> Iterator[tu
         for start in range(0, len(references.values), chunk):
             part = slice(start, start + chunk)
             values = as_floats(references.values[part], draws.x0.dtype).flatten(1)
-            allowed = references.keys[part] != draws.keys[:, None]
-            if references.valid is not None:
-                allowed &= references.valid[part]
+            allowed = (references.keys[part] != draws.keys[:, None]) & references.valid[part]
             if references.labels is not None and draws.labels is not None:
                 labels = draws.labels[:, None]
                 same_class = references.labels[part] == labels

@@ -26,9 +26,9 @@ class PosteriorMean(nn.Module):
 
     The references of a call are the batch and, without the images of the batch, a data set, a random part of it, or the
     batches before; each image counts once. They have to come from the same distribution as the batch: the same
-    augmentation, and classes drawn as often. What the targets take out of the loss is the posterior variance J*_M, which
-    is estimated on the way: `removed_error`. Assign the object to `criterion.target`, so that whatever computes x0
-    errors from the criterion's statistics adds it back.
+    augmentation, and classes drawn as often. What the targets take out of the loss is the posterior variance J*_M,
+    which is estimated on the way: `removed_error`. Assign the object to `criterion.target`, so that whatever computes
+    x0 errors from the criterion's statistics adds it back.
 
     Draws at noise levels where J*_M is known to be below `threshold` of the data's variance keep their own target, bit
     by bit. On a CPU they cost nothing. No call synchronises with a GPU, and the module can be compiled and captured in
@@ -81,8 +81,8 @@ class PosteriorMean(nn.Module):
         _check_count("chunk", chunk, 1)
         if (reference is None) == (bank is None):
             raise ValueError(
-                f"reference is {'None' if reference is None else 'given'} and bank is {bank!r}, expected one of them: a "
-                "tensor of the training samples, or the size of a bank of recent batches"
+                f"reference is {'None' if reference is None else 'given'} and bank is {bank!r}, expected one of them: "
+                "a tensor of the training samples, or the size of a bank of recent batches"
             )
         self.source: DataSet | Bank
         if bank is not None:
@@ -131,35 +131,38 @@ class PosteriorMean(nn.Module):
         alpha, sigma = self._check(x0, noisy, alpha, sigma, index, labels)
         dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
         keys = keys_of(x0) if index is None else index.to(x0.device)
-        batch = self._together(References(x0.to(dtype), keys, labels))
-        others = self.source.references(batch, index is not None, generator)
-        sets = [others, batch._replace(valid=first_of_each(batch.keys))]
+        finite = x0.isfinite().flatten(1).all(1)  # others are no references, and keep their own target
+        values = torch.where(finite.view(-1, *[1] * (x0.dim() - 1)), x0, 0.0).to(dtype)
+        batch = self._together(References(values, keys, labels, finite))
+        batch = batch._replace(valid=batch.valid & first_of_each(batch.keys))
+        sets = [self.source.references(batch, index is not None, generator), batch]
         log_snr = 2.0 * (alpha.double().log() - sigma.double().log())
-        active = (sigma > 0) & sigma.isfinite() & ~log_snr.isnan()
+        active = finite & (sigma > 0) & sigma.isfinite() & ~log_snr.isnan()
         ready = self.source.ready(batch)
         if ready is not None:
             active &= ready
-        self.source.keep(batch)
-        variance = self.source.data_variance()
-        active &= ~self.removed.keeps_own(log_snr, variance)
+        active &= ~self.removed.keeps_own(log_snr, self.source.data_variance())
         safe = torch.where(active, sigma, 1.0)
         draws = Draws(
             x0.flatten(1).to(dtype), noisy.flatten(1).to(dtype), alpha, safe, keys, labels, self.unlabelled
         )  # fmt: skip
         if x0.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._of_rows(draws, sets, log_snr, active, x0)
-        found = posterior(draws, sets, self.chunk)
-        self.removed.record(log_snr, found.variance, active)
-        mean = found.mean.view_as(x0).to(x0.dtype)
-        return torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
+            x0_hat = self._of_rows(draws, sets, log_snr, active, x0)
+        else:
+            found = posterior(draws, sets, self.chunk)
+            self.removed.record(log_snr, found.variance, active)
+            mean = found.mean.view_as(x0).to(x0.dtype)
+            x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
+        self.source.keep(batch)  # last: it overwrites references
+        return x0_hat
 
     def _of_rows(self, draws: Draws, sets: list[References], log_snr: Tensor, active: Tensor, x0: Tensor) -> Tensor:
         """The targets, with work for the active draws only."""
         rows = active.nonzero().squeeze(1)
         if not len(rows):
             return x0.detach()
-        tensors = {name: value[rows] for name, value in draws._asdict().items() if isinstance(value, Tensor)}
-        found = posterior(draws._replace(**tensors), sets, self.chunk)
+        chosen: list[Any] = [value[rows] if isinstance(value, Tensor) else value for value in draws]
+        found = posterior(Draws(*chosen), sets, self.chunk)
         self.removed.record(log_snr[rows], found.variance, active[rows])
         return x0.detach().index_copy(0, rows, found.mean.view(-1, *x0.shape[1:]).to(x0.dtype))
 
@@ -207,8 +210,8 @@ class PosteriorMean(nn.Module):
         """The batch, or with `gather` those of all ranks."""
         if not self.gather or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return batch
-        gathered = []
-        for values in batch[:3]:
+        gathered: list[Any] = []
+        for values in batch:
             if values is not None:
                 out = [torch.empty_like(values.contiguous()) for _ in range(dist.get_world_size())]
                 dist.all_gather(out, values.contiguous())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ class DataSet(nn.Module):
             square += float(values.square().sum())
         mean = total / len(samples)
         self._variance = (square / len(samples) - float(mean.square().sum())) / len(mean)
+        if not math.isfinite(self._variance):
+            raise ValueError("reference has NaN or infinite values, expected finite numbers")
 
     def data_variance(self) -> Tensor:
         """Variance of the data, per element. Scalar float64."""
@@ -105,6 +108,13 @@ class Bank(nn.Module):
     the same references.
     """
 
+    values: Any
+    keys: Any
+    labels: Any
+    valid: Any
+    place: Any
+    moments: Any
+
     _NAMES = ("values", "keys", "labels", "valid", "place", "moments")
 
     def __init__(self, size: int) -> None:
@@ -113,19 +123,18 @@ class Bank(nn.Module):
         for name in self._NAMES:
             self.register_buffer(name, None)  # made at the first call, which knows their shape
 
-    def _make(self, batch: References) -> None:
-        device, size = batch.values.device, self.size
-        self.values = batch.values.new_zeros(size, *batch.values.shape[1:])
+    def _make(self, like: Tensor) -> None:
+        device, size = like.device, self.size
+        self.values = like.new_zeros(size, *like.shape[1:])
         self.keys = torch.zeros(size, dtype=torch.int64, device=device)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
         self.valid = torch.zeros(size, dtype=torch.bool, device=device)
         self.place = torch.zeros((), dtype=torch.int64, device=device)  # where the next sample goes
-        elements = batch.values[0].numel()
+        elements = like[0].numel()
         self.moments = torch.zeros(elements + 2, dtype=torch.int64, device=device)  # bits of float64: sum, |x|², number
 
     def data_variance(self) -> Tensor:
         """Variance of all samples seen, per element. Scalar float64."""
-        assert self.moments is not None
         moments: Tensor = self.moments.view(torch.float64)
         total, square, number = moments[:-2], moments[-2], moments[-1]
         return (square / number - (total / number).square().sum()) / len(total)
@@ -138,7 +147,7 @@ class Bank(nn.Module):
                 "samples of a batch share their references, and the noise of few references does not average out"
             )
         if self.values is None:
-            self._make(batch)
+            self._make(batch.values)
         valid = self.valid & ~among(self.keys, batch.keys, 4096)
         return References(self.values, self.keys, None if batch.labels is None else self.labels, valid)
 
@@ -155,8 +164,8 @@ class Bank(nn.Module):
         self.values[where] = batch.values.to(self.values.dtype)
         self.keys[where] = batch.keys
         if batch.labels is not None:
-            self.labels[where] = batch.labels
-        self.valid[where] = first_of_each(batch.keys)
+            self.labels.index_copy_(0, where, batch.labels)
+        self.valid[where] = batch.valid
         self.place.add_(size).remainder_(self.size)
         values = batch.values.flatten(1).double()
         moments = self.moments.view(torch.float64)
@@ -167,7 +176,7 @@ class Bank(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         found = state_dict.get(prefix + "values")
         if isinstance(found, Tensor) and self.values is None and len(found) == self.size:
-            self._make(References(found, found))
+            self._make(found)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
