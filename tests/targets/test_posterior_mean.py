@@ -336,6 +336,16 @@ def test_a_sample_that_is_not_finite_spoils_its_own_target_only(digits):
         PosteriorMean(spoilt.fill_(math.nan))
 
 
+def test_in_eval_mode_nothing_changes(digits):
+    targets = PosteriorMean(bank=48)
+    for x0 in digits[:64].split(16):
+        targets(x0, x0 + 2.0, 1.0, 2.0)
+    before = copy.deepcopy(targets.state_dict())
+    x0 = digits[64:80]
+    assert not torch.equal(targets.eval()(x0, x0 + 2.0, 1.0, 2.0), x0)
+    assert all(torch.equal(value, before[name]) for name, value in targets.state_dict().items())
+
+
 def test_a_seeded_generator_repeats_the_subset(digits):
     rows, x0, noisy = draw(digits, 16, 0, 2.0)
     targets = PosteriorMean(digits, subset=128)

@@ -31,8 +31,8 @@ class PosteriorMean(nn.Module):
     x0 errors from the criterion's statistics adds it back.
 
     Draws at noise levels where J*_M is known to be below `threshold` of the data's variance keep their own target, bit
-    by bit. On a CPU they cost nothing. No call synchronises with a GPU, and the module can be compiled and captured in
-    a CUDA graph after one call outside of it.
+    by bit. On a CPU they cost nothing. In eval mode nothing is estimated, and a bank stays as it is. No call
+    synchronises with a GPU, and the module can be compiled and captured in a CUDA graph after one call outside of it.
 
     Args:
         reference: [N, ...] the training samples, floats as the network sees them, or bytes, which are pixels of
@@ -150,10 +150,11 @@ class PosteriorMean(nn.Module):
             x0_hat = self._of_rows(draws, sets, log_snr, active, x0)
         else:
             found = posterior(draws, sets, self.chunk)
-            self.removed.record(log_snr, found.variance, active)
+            self._record(log_snr, found.variance, active)
             mean = found.mean.view_as(x0).to(x0.dtype)
             x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
-        self.source.keep(batch)  # last: it overwrites references
+        if self.training:
+            self.source.keep(batch)  # last: it overwrites references
         return x0_hat
 
     def _of_rows(self, draws: Draws, sets: list[References], log_snr: Tensor, active: Tensor, x0: Tensor) -> Tensor:
@@ -163,8 +164,12 @@ class PosteriorMean(nn.Module):
             return x0.detach()
         chosen: list[Any] = [value[rows] if isinstance(value, Tensor) else value for value in draws]
         found = posterior(Draws(*chosen), sets, self.chunk)
-        self.removed.record(log_snr[rows], found.variance, active[rows])
+        self._record(log_snr[rows], found.variance, active[rows])
         return x0.detach().index_copy(0, rows, found.mean.view(-1, *x0.shape[1:]).to(x0.dtype))
+
+    def _record(self, log_snr: Tensor, variance: Tensor, taken: Tensor) -> None:
+        if self.training:
+            self.removed.record(log_snr, variance, taken)
 
     def pair(
         self,
