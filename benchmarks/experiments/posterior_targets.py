@@ -8,8 +8,8 @@ Digits of 8 × 8, the residual MLP of placement.py, constant weighting, everythi
   each step; over all 1,500 training images.
 - Seeds 0 to 9, paired: weights, images, noise levels and noise are the same for all arms of a seed.
 - Primary figures, as in placement.py: A, the mean over 12 noise levels of ln(x0 loss of the 297 held-out digits,
-  against the digits themselves); B, ln of the Fréchet distance of 1,797 samples to the training digits, three sets of sampling
-  seeds.
+  against the digits themselves); B, ln of the Fréchet distance of 1,797 samples to the training digits, three sets of
+  sampling seeds.
 - Reported: mean and 95 % interval (Student's t, ten pairs) of an arm's figure minus that of plain targets, and the same
   for the held-out loss of each level.
 
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from placement import BATCH, CLIP, DECAY, RATE, SEEDS, SIGMA_DATA, STEPS, Network, Task, parser_of
 from results import write_results
-from torch import nn
+from torch import Tensor, nn
 
 import vadiff
 from vadiff import levels
@@ -79,6 +79,17 @@ def targets_of(arm: str) -> PosteriorMean | None:
     return None if subset == 0 else PosteriorMean(load_digits().train, subset=subset)
 
 
+def moved(
+    targets: PosteriorMean | None, x0: Tensor, eps: Tensor, sigma: Tensor, index: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """x0 and eps that are regressed on. sigma may be infinite: pure noise of a variance-preserving process."""
+    if targets is None:
+        return x0, eps
+    log_snr = from_sigma(sigma)
+    alpha, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    return targets.pair(x0, eps, alpha, noise, index=index, generator=generator)
+
+
 def train(objective: Objective, targets: PosteriorMean | None, seed: int) -> Denoiser:
     """The averaged denoiser."""
     data = load_digits().train
@@ -96,11 +107,7 @@ def train(objective: Objective, targets: PosteriorMean | None, seed: int) -> Den
         sigma = objective.levels(levels.uniforms(BATCH, generator, stratified=True)).sigma
         eps = torch.randn(x0.shape, generator=generator)
         output = denoiser.training_output(x0, eps, sigma)
-        if targets is not None:
-            log_snr = from_sigma(sigma)
-            x0, eps = targets.pair(
-                x0, eps, log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt(), index=index, generator=choice
-            )
+        x0, eps = moved(targets, x0, eps, sigma, index, choice)
         loss = OBJECTIVES[form.prediction](criterion, output, x0, eps, sigma, SIGMA_DATA, None)
         optimiser.zero_grad()
         loss.backward()
@@ -126,6 +133,11 @@ class Job:
     def path(self) -> Path:
         return self.folder / f"{self.objective}, {self.arm}, seed {self.seed}.json".replace(" ", "_")
 
+    def write(self, found: dict[str, Any]) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.replace(self.path)
+
     def done(self) -> dict[str, Any] | None:
         return json.loads(self.path.read_text()) if self.path.exists() else None
 
@@ -134,10 +146,7 @@ def run(job: Job) -> None:
     """Train, measure, and write the run's file."""
     torch.set_num_threads(1)
     denoiser = train(OBJECTIVE[job.objective], targets_of(job.arm), job.seed)
-    found = FIGURES.figures(denoiser, job.seed)
-    partial = job.path.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(job.path)
+    job.write(FIGURES.figures(denoiser, job.seed))
 
 
 def experiment(arguments: argparse.Namespace) -> None:
