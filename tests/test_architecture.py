@@ -58,7 +58,8 @@ LIBRARY = {
     },
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
-    "optimal_loss": {"_validation", "files", "process"},
+    "targets": {"_validation", "pixels"},
+    "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {"_validation", "information", "loss", "ops", "process", "statistics", "weighting"},
     "validation": {
         "_validation", "extras", "files", "optimal_loss", "process", "process_defaults", "schedulers", "summary",
@@ -99,6 +100,7 @@ ALLOWED = {
     # what `import vadiff` brings
     "vadiff": {
         "_version", "ema", "levels", "log_snr", "loss", "metrics_file", "ops", "optimal_loss", "process", "statistics",
+        "targets",
         "validation",
         "weighting",
     },
