@@ -86,6 +86,7 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
+        self.target: nn.Module | None = None
         self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
