@@ -67,7 +67,7 @@ LIBRARY = {
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
         "extras", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
-        "validation", "weighting",
+        "targets", "validation", "weighting",
     },
 }  # fmt: skip
 # The trainer may use all of the library; within it:

@@ -65,7 +65,8 @@ def test_gap_of_a_run_is_measured_directly(
     options = ["--metrics", "--no-held-out", "--devices", "cpu", "--gap", "--gap-images", "40", "--gap-directly"]
     assert main(["evaluate", str(run.path), *options]) == 0
     printed = capsys.readouterr().out
-    rows = list(csv.DictReader((run.path / "evaluation" / f"step-{run.config.steps}" / "gap.csv").open()))
+    written = run.path / "evaluation" / f"step-{run.config.steps}" / "gap.csv"
+    rows = list(csv.DictReader(written.read_text().splitlines()))
     sigmas = [float(row["sigma"]) for row in rows]
     direct = direct_gap_of_run(run, sigmas, number=40)
     unit = loss_ratio("edm", -2.0 * direct.sigma.log(), sigma_data=run.config.sigma_data)
