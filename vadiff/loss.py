@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import diagnosis
+from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number
-from .bands import BANDS
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
 from .statistics import LogSNRStatistics
-from .summary import as_html, log_to, plot, summary
 from .watch import Watch
 from .weighting import Weighting, for_criterion
 
@@ -342,55 +341,8 @@ class DiffusionLoss(nn.Module):
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw base loss (mean ± standard deviation) and weight against log-SNR, without empty bins.
-
-        Args:
-            ax: matplotlib axes (the weight gets a second y-axis on the right); a pair of axes, the first for the loss;
-                or None for a new pyplot figure with two panels.
-
-        Returns:
-            The axes of the loss and those of the weight; `axes.figure.savefig(path)` saves the figure.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed; the message says how to install it.
-            TypeError: ax is none of these.
-        """
-        return plot(self, ax)
-
-    def summary(self, bands: int = BANDS) -> str:
-        """A text table with one line per band of log-SNR that has samples.
-
-        Columns: share of samples, mean, std, std/mean of the base loss, mean weight. Then skipped samples and verdict.
-
-        Args:
-            bands: number of intervals of `log_snr_range`.
-
-        Raises:
-            ValueError: bands is not a positive integer.
-        """
-        return summary(self, bands)
-
-    diagnose = diagnosis.diagnose  # methods documented there
-    _repr_html_ = as_html
-
-    def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
-        """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
-
-        The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`; `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
-        A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
-
-        Args:
-            writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
-                `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
-                function of (values, step). With several processes, call it in one of them.
-            step: optimiser steps so far.
-            prefix: first part of the names.
-            bands: number of intervals of `log_snr_range`.
-
-        Raises:
-            TypeError: the writer is none of these, or step is not an integer; nothing is written then.
-            ValueError: bands is not a positive integer.
-        """
-        log_to(self, writer, step, prefix, bands)
+    plot = live.plot  # methods documented there
+    summary = live.summary
+    log_to = live.log_to
+    _repr_html_ = live.as_html
+    diagnose = diagnosis.diagnose
