@@ -1,6 +1,6 @@
 """vadiff: fused, noise-level-aware losses for diffusion and flow training."""
 
-from . import ema, levels, log_snr, optimal_loss, process, validation, weighting
+from . import ema, levels, log_snr, optimal_loss, process, targets, validation, weighting
 from ._version import __version__
 from .loss import DiffusionLoss
 from .metrics_file import MetricsFile
@@ -18,6 +18,7 @@ __all__ = [
     "log_snr",
     "optimal_loss",
     "process",
+    "targets",
     "validation",
     "weighting",
 ]

@@ -14,6 +14,7 @@ from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
+from .regression_target import RegressionTarget, check_target, target_of
 from .statistics import LogSNRStatistics
 from .watch import Watch
 from .weighting import Weighting, for_criterion
@@ -45,6 +46,8 @@ class DiffusionLoss(nn.Module):
 
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
+        target: what the calls regress on, a `vadiff.targets.PosteriorMean`; None, the default, is the data. No call
+            reads it: it is for what reads the statistics, and its state is part of the criterion's.
         base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss also
             contains u; else None.
 
@@ -62,6 +65,7 @@ class DiffusionLoss(nn.Module):
 
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
+    target: RegressionTarget | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
@@ -85,10 +89,11 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
+        self.target = None
         self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
+        """Check a new weighting, huber_delta, loss, backend or target; it takes effect at the next call."""
         if name == "weighting":
             value = for_criterion(value)
             self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
@@ -98,8 +103,12 @@ class DiffusionLoss(nn.Module):
             if not is_number(value) or not torch.finfo(torch.float32).tiny <= value < math.inf:
                 raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
             value = float(value)
-        elif name == "loss" and value not in LOSSES:
-            raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+        elif name == "loss":
+            if value not in LOSSES:
+                raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+            check_target(target_of(self), value)
+        elif name == "target":
+            check_target(value, self.loss)
         elif name == "sync":
             value = bool(value)
         elif name == "backend":
@@ -298,6 +307,11 @@ class DiffusionLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "target" not in self._modules:  # pickled before there were targets
+            self.__dict__.setdefault("target", None)
 
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bands import BANDS, Bands, Criterion, bands_of
+from .bands import BANDS, Bands, Criterion, band_of_bins, bands_of
 from .diagnosis import diagnose
 from .extras import MissingExtraError, import_extra
 from .metrics_file import MetricsFile
+from .regression_target import removed_error, target_of
 from .watch import judge_at_read
 
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
@@ -56,6 +58,9 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
                 )
     else:
         lines.append("no samples recorded yet: recording needs training mode and grad enabled")
+    target = target_of(criterion)
+    if target is not None:
+        lines.append(f"target: {target.description}; the losses are errors against it")
     skipped = int(statistics.skipped)
     if skipped:
         lines.append(f"skipped: {skipped:,} samples with a NaN log-SNR or a non-finite loss or weight")
@@ -109,7 +114,8 @@ def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff",
     """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
     The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-    `std`, `relative_std`, `weight` and `share`; `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
+    `std`, `relative_std`, `weight` and `share`, with posterior-mean targets also `removed_x0_error`, what these take out;
+    `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
     A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
     Args:
@@ -127,6 +133,9 @@ def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff",
     values: dict[str, Any] = dict(_scalars(criterion, bands_of(criterion, bands), prefix))
     if isinstance(writer, MetricsFile):  # which takes text
         values[f"{prefix}/weighting"] = str(criterion.weighting)
+        target = target_of(criterion)
+        if target is not None:
+            values[f"{prefix}/target"] = target.description
         values[f"{prefix}/verdict"] = diagnose(criterion).verdict
     log_values(writer, values, step)
     judge_at_read(criterion)
@@ -186,6 +195,12 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
         for low, high, count, value in zip(edges, edges[1:], found.samples.tolist(), values.tolist(), strict=False):
             if count > 0 and math.isfinite(value):
                 yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
+    if target_of(criterion) is not None:
+        removed = removed_error(criterion, criterion.bin_centers).cpu()
+        band = band_of_bins(len(removed), len(edges) - 1)
+        for number, (low, high) in enumerate(itertools.pairwise(edges)):
+            if found.samples[number] > 0:
+                yield f"{prefix}/removed_x0_error/log_snr_{low}_to_{high}", removed[band == number].mean().item()
     yield f"{prefix}/samples", found.samples.sum().item()
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
     level_free = float(criterion.statistics.read_level_free_loss())
