@@ -114,7 +114,7 @@ def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff",
     """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
 
     The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-    `std`, `relative_std`, `weight` and `share`, with posterior-mean targets also `removed_x0_error`, what these take out;
+    `std`, `relative_std`, `weight`, `share`, and with posterior-mean targets `removed_x0_error`, what these take out;
     `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
     A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
 
