@@ -29,6 +29,7 @@ LIBRARY = {
     "schedule_checks": {"betas", "errors"},
     "log_snr": {"schedule_checks"},
     "_validation": set(),
+    "regression_target": set(),
     "ops": {"_native", "_validation", "triton_kernels"},
     "reference": {"ops"},  # names in pickles of version 0.1
     "process": {"betas", "log_snr", "ops"},
@@ -38,9 +39,9 @@ LIBRARY = {
     "level_checks": {"ops", "process"},
     "watch": {"errors", "level_checks", "ops", "statistics"},
     "bands": {"ops", "statistics", "weighting"},
-    "diagnosis": {"bands", "ops", "process", "watch", "weighting"},
-    "information": {"bands", "files", "ops", "process"},
-    "summary": {"bands", "diagnosis", "extras", "metrics_file", "watch"},
+    "diagnosis": {"bands", "ops", "process", "regression_target", "watch", "weighting"},
+    "information": {"bands", "files", "ops", "process", "regression_target"},
+    "summary": {"bands", "diagnosis", "extras", "metrics_file", "regression_target", "watch"},
     "metrics_file": set(),
     "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {
@@ -51,6 +52,7 @@ LIBRARY = {
         "ops",
         "process",
         "process_defaults",
+        "regression_target",
         "statistics",
         "summary",
         "watch",
@@ -60,7 +62,9 @@ LIBRARY = {
     "ema": {"errors", "files"},
     "targets": {"_validation", "pixels"},
     "optimal_loss": {"_validation", "files", "process", "targets"},
-    "levels": {"_validation", "information", "loss", "ops", "process", "statistics", "weighting"},
+    "levels": {
+        "_validation", "information", "loss", "ops", "process", "regression_target", "statistics", "weighting",
+    },
     "validation": {
         "_validation", "extras", "files", "optimal_loss", "process", "process_defaults", "schedulers", "summary",
     },
@@ -100,9 +104,7 @@ ALLOWED = {
     # what `import vadiff` brings
     "vadiff": {
         "_version", "ema", "levels", "log_snr", "loss", "metrics_file", "ops", "optimal_loss", "process", "statistics",
-        "targets",
-        "validation",
-        "weighting",
+        "targets", "validation", "weighting",
     },
 }  # fmt: skip
 # `vadiff.optimal_loss.__getattr__` finds names that version 0.1 had there.

@@ -37,6 +37,7 @@ from .bands import (
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
+from .regression_target import removed_error
 from .watch import problem_of
 from .weighting import Constant, LossLevel, VarianceAware, Weighting
 
@@ -316,7 +317,10 @@ def _weights(moments: Tensor, criterion: Criterion, rule: TableRule) -> tuple[fl
 def _gap(
     criterion: Criterion, bands: Bands, optimal: LossCurve, prediction_type: str | None, sigma_data: float
 ) -> Tensor:
-    """Mean base loss minus J* of each band, J* averaged over the samples at the centres of their bins. [N] float64."""
+    """Mean base loss minus J* of each band, J* averaged over the samples at the centres of their bins. [N] float64.
+
+    What a posterior-mean target takes out of the loss is taken from J* too.
+    """
     if criterion.loss != "mse":
         raise ValueError(f"loss is {criterion.loss!r}, expected 'mse': the optimal loss is a squared error")
     if prediction_type is None:
@@ -325,7 +329,10 @@ def _gap(
             "and is converted to that form"
         )
     centers = criterion.bin_centers.cpu().double()
-    best = loss_ratio(prediction_type, centers, sigma_data=sigma_data) * optimal.log_loss_at(centers).exp()  # [K]
+    removed = removed_error(criterion, criterion.bin_centers).cpu()
+    best = loss_ratio(prediction_type, centers, sigma_data=sigma_data) * (
+        optimal.log_loss_at(centers).exp() - removed
+    )  # [K]
     count = moments_of(criterion.statistics.state.cpu(), criterion.statistics.bins)[0]
     band = band_of_bins(len(centers), len(bands.samples))
     total = torch.zeros_like(bands.samples).index_add_(0, band, count * best)

@@ -29,6 +29,7 @@ from .files import replacing
 from .ops.problem import Bins, TableRule
 from .ops.reference import moments_of, smooth
 from .process import loss_ratio
+from .regression_target import removed_error
 
 BaseWeight = Callable[[Tensor], Tensor]
 """u as a function of log-SNR, [B] → [B]."""
@@ -105,7 +106,8 @@ class Profile:
     ) -> Profile:
         """The errors that a criterion has recorded: mean base loss of each bin, over k·u at its centre, smoothed.
 
-        Copies the statistics to the host, which synchronises with the GPU.
+        With posterior-mean targets, what they take out of the error is added. Copies the statistics to the host, which
+        synchronises with the GPU.
 
         Args:
             criterion: a `vadiff.DiffusionLoss` of any weighting, which does not enter the recorded loss.
@@ -124,7 +126,8 @@ class Profile:
         centers = criterion.bin_centers.cpu().double()
         scale = x0_scale(centers, prediction_type, sigma_data=sigma_data, base_weight=base_weight)
         outside = criterion.statistics.outside.cpu()
-        log_error, samples = smoothed_log_error(moments, outside, scale, bins, smoothing)
+        removed = removed_error(criterion, criterion.bin_centers).cpu()
+        log_error, samples = smoothed_log_error(moments, outside, scale, removed, bins, smoothing)
         known = samples >= FEWEST
         if int(known.sum()) < 2:
             raise ValueError(
@@ -260,7 +263,7 @@ def check_has_profile(criterion: Criterion) -> None:
 
 
 def smoothed_log_error(
-    moments: Tensor, outside: Tensor, scale: Tensor, bins: Bins, smoothing: float
+    moments: Tensor, outside: Tensor, scale: Tensor, removed: Tensor, bins: Bins, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """ln of the x0 error per bin, smoothed as weights are, and the smoothed number of samples; 0 where there are none.
 
@@ -268,13 +271,13 @@ def smoothed_log_error(
     outside the range, where k·u is not that of its centre.
 
     moments: [4, K] of the base loss. outside: [2], samples below and above the range. scale: [K], k·u at the bin
-    centres. Runs on the device, without synchronising.
+    centres. removed: [K], error that the target has taken out. Runs on the device, without synchronising.
     """
     count, mean = moments[0], moments[1]
     from_outside = torch.zeros_like(count)
     from_outside[0], from_outside[-1] = outside[0], outside[1]
     has_value = (count > 0) & (mean > 0) & (from_outside <= _OUTSIDE * count)
-    log_error = torch.where(has_value, (mean / scale).log(), 0.0)
+    log_error = torch.where(has_value, (mean / scale + removed).log(), 0.0)
     count = torch.where(has_value, count, 0.0)
     if smoothing > 0:
         return smooth(log_error, count, bins, TableRule("mean", -1.0, smoothing, math.inf, 1.0))

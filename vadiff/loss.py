@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import diagnosis
+from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number
-from .bands import BANDS
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
+from .regression_target import RegressionTarget, check_target, target_of
 from .statistics import LogSNRStatistics
-from .summary import as_html, log_to, plot, summary
 from .watch import Watch
 from .weighting import Weighting, for_criterion
 
@@ -46,6 +46,8 @@ class DiffusionLoss(nn.Module):
 
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
+        target: what the calls regress on, a `vadiff.targets.PosteriorMean`; None, the default, is the data. No call
+            reads it: it is for what reads the statistics, and its state is part of the criterion's.
         base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss also
             contains u; else None.
 
@@ -63,6 +65,7 @@ class DiffusionLoss(nn.Module):
 
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
+    target: RegressionTarget | None
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
@@ -86,11 +89,11 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
-        self.target: nn.Module | None = None
+        self.target = None
         self._watch = Watch()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a new weighting, huber_delta, loss or backend; it takes effect at the next call."""
+        """Check a new weighting, huber_delta, loss, backend or target; it takes effect at the next call."""
         if name == "weighting":
             value = for_criterion(value)
             self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
@@ -100,8 +103,12 @@ class DiffusionLoss(nn.Module):
             if not is_number(value) or not torch.finfo(torch.float32).tiny <= value < math.inf:
                 raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
             value = float(value)
-        elif name == "loss" and value not in LOSSES:
-            raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+        elif name == "loss":
+            if value not in LOSSES:
+                raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+            check_target(target_of(self), value)
+        elif name == "target":
+            check_target(value, self.loss)
         elif name == "sync":
             value = bool(value)
         elif name == "backend":
@@ -301,6 +308,11 @@ class DiffusionLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "target" not in self._modules:  # pickled before there were targets
+            self.__dict__.setdefault("target", None)
+
     def _current_problem(self) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
         statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
@@ -343,55 +355,8 @@ class DiffusionLoss(nn.Module):
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw base loss (mean ± standard deviation) and weight against log-SNR, without empty bins.
-
-        Args:
-            ax: matplotlib axes (the weight gets a second y-axis on the right); a pair of axes, the first for the loss;
-                or None for a new pyplot figure with two panels.
-
-        Returns:
-            The axes of the loss and those of the weight; `axes.figure.savefig(path)` saves the figure.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed; the message says how to install it.
-            TypeError: ax is none of these.
-        """
-        return plot(self, ax)
-
-    def summary(self, bands: int = BANDS) -> str:
-        """A text table with one line per band of log-SNR that has samples.
-
-        Columns: share of samples, mean, std, std/mean of the base loss, mean weight. Then skipped samples and verdict.
-
-        Args:
-            bands: number of intervals of `log_snr_range`.
-
-        Raises:
-            ValueError: bands is not a positive integer.
-        """
-        return summary(self, bands)
-
-    diagnose = diagnosis.diagnose  # methods documented there
-    _repr_html_ = as_html
-
-    def log_to(self, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
-        """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
-
-        The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
-        `std`, `relative_std`, `weight` and `share`; `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
-        A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
-
-        Args:
-            writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
-                `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
-                function of (values, step). With several processes, call it in one of them.
-            step: optimiser steps so far.
-            prefix: first part of the names.
-            bands: number of intervals of `log_snr_range`.
-
-        Raises:
-            TypeError: the writer is none of these, or step is not an integer; nothing is written then.
-            ValueError: bands is not a positive integer.
-        """
-        log_to(self, writer, step, prefix, bands)
+    plot = live.plot  # methods documented there
+    summary = live.summary
+    log_to = live.log_to
+    _repr_html_ = live.as_html
+    diagnose = diagnosis.diagnose

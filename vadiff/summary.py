@@ -1,7 +1,7 @@
 """A criterion's statistics for people: a plot, a text table, and scalars for an experiment tracker.
 
-`plot`, `summary` and `log_to` are methods of `DiffusionLoss`; `as_html` is what a notebook shows of it. Each copies the
-statistics to the host, which synchronises with the GPU once: call them every 100 steps or so.
+All are methods of `DiffusionLoss`; `as_html` is what a notebook shows of it. Each copies the statistics to the host,
+which synchronises with the GPU once: call them every 100 steps or so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterator
@@ -17,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bands import BANDS, Bands, Criterion, bands_of
+from .bands import BANDS, Bands, Criterion, band_of_bins, bands_of
 from .diagnosis import diagnose
 from .extras import MissingExtraError, import_extra
 from .metrics_file import MetricsFile
+from .regression_target import removed_error, target_of
 from .watch import judge_at_read
 
 LOG_SNR = "log-SNR  λ = ln(α²/σ²)  (nats)      ← more noise · less noise →"
@@ -30,7 +32,16 @@ _WIDE = 10.0  # max/min above which the axis is logarithmic
 
 
 def summary(criterion: Criterion, bands: int = BANDS) -> str:
-    """A text table of the statistics, without a trailing newline; see `DiffusionLoss.summary`."""
+    """A text table with one line per band of log-SNR that has samples.
+
+    Columns: share of samples, mean, std, std/mean of the base loss, mean weight. Then skipped samples and verdict.
+
+    Args:
+        bands: number of intervals of `log_snr_range`.
+
+    Raises:
+        ValueError: bands is not a positive integer.
+    """
     found = bands_of(criterion, bands)
     judge_at_read(criterion)
     statistics = criterion.statistics
@@ -47,6 +58,9 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
                 )
     else:
         lines.append("no samples recorded yet: recording needs training mode and grad enabled")
+    target = target_of(criterion)
+    if target is not None:
+        lines.append(f"target: {target.description}; the losses are errors against it")
     skipped = int(statistics.skipped)
     if skipped:
         lines.append(f"skipped: {skipped:,} samples with a NaN log-SNR or a non-finite loss or weight")
@@ -56,7 +70,19 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
 
 
 def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
-    """Draw base loss and weight over log-SNR; see `DiffusionLoss.plot`."""
+    """Draw base loss (mean ± standard deviation) and weight against log-SNR, without empty bins.
+
+    Args:
+        ax: matplotlib axes (the weight gets a second y-axis on the right); a pair of axes, the first for the loss;
+            or None for a new pyplot figure with two panels.
+
+    Returns:
+        The axes of the loss and those of the weight; `axes.figure.savefig(path)` saves the figure.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; the message says how to install it.
+        TypeError: ax is none of these.
+    """
     if ax is None:
         pyplot = import_extra("matplotlib.pyplot", "report")
         _, panels = pyplot.subplots(2, 1, sharex=True, figsize=(6.4, 5.2), layout="constrained")
@@ -85,10 +111,31 @@ def as_html(criterion: Criterion) -> str:
 
 
 def log_to(criterion: Criterion, writer: Any, step: int, prefix: str = "vadiff", bands: int = BANDS) -> None:
-    """Log the statistics to an experiment tracker; see `DiffusionLoss.log_to`."""
+    """Log the statistics to an experiment tracker. Synchronises with the GPU once: call it every 100 steps or so.
+
+    The scalars are `<prefix>/<what>/log_snr_<low>_to_<high>` for every band with samples, <what> being `base_loss`,
+    `std`, `relative_std`, `weight`, `share`, and with posterior-mean targets `removed_x0_error`, what these take out;
+    `<prefix>/samples`, `skipped`, `level_free_loss` (which it reads).
+    A SummaryWriter also gets the figure of `plot`, if matplotlib is installed, and a histogram of log-SNR.
+
+    Args:
+        writer: a torch or tensorboardX SummaryWriter; anything with `.log(values, step=...)` (Weights & Biases,
+            `accelerate.Accelerator`) or `.log_metrics(values, step=...)` (Lightning's loggers, MLflow, Comet); or a
+            function of (values, step). With several processes, call it in one of them.
+        step: optimiser steps so far.
+        prefix: first part of the names.
+        bands: number of intervals of `log_snr_range`.
+
+    Raises:
+        TypeError: the writer is none of these, or step is not an integer; nothing is written then.
+        ValueError: bands is not a positive integer.
+    """
     values: dict[str, Any] = dict(_scalars(criterion, bands_of(criterion, bands), prefix))
     if isinstance(writer, MetricsFile):  # which takes text
         values[f"{prefix}/weighting"] = str(criterion.weighting)
+        target = target_of(criterion)
+        if target is not None:
+            values[f"{prefix}/target"] = target.description
         values[f"{prefix}/verdict"] = diagnose(criterion).verdict
     log_values(writer, values, step)
     judge_at_read(criterion)
@@ -148,6 +195,12 @@ def _scalars(criterion: Criterion, found: Bands, prefix: str) -> Iterator[tuple[
         for low, high, count, value in zip(edges, edges[1:], found.samples.tolist(), values.tolist(), strict=False):
             if count > 0 and math.isfinite(value):
                 yield f"{prefix}/{name}/log_snr_{low}_to_{high}", value
+    if target_of(criterion) is not None:
+        removed = removed_error(criterion, criterion.bin_centers).cpu()
+        band = band_of_bins(len(removed), len(edges) - 1)
+        for number, (low, high) in enumerate(itertools.pairwise(edges)):
+            if found.samples[number] > 0:
+                yield f"{prefix}/removed_x0_error/log_snr_{low}_to_{high}", removed[band == number].mean().item()
     yield f"{prefix}/samples", found.samples.sum().item()
     yield f"{prefix}/skipped", float(criterion.statistics.skipped)
     level_free = float(criterion.statistics.read_level_free_loss())

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..loss import DiffusionLoss
 from ..ops.reference import moments_of
 from ..process import PREDICTION_TYPES, loss_ratio
+from ..regression_target import removed_error
 from ..weighting import GapWeighting, SNRWeighting
 from ..weighting.optimal import OptimalCurve, require_curve
 from .adaptive import AdaptiveLevels
@@ -77,7 +78,7 @@ class GapLevels(AdaptiveLevels):
                 f"log_snr has shape {tuple(log_snr.shape)}, expected {tuple(ell.shape)}: that of the last loss"
             )
         k = loss_ratio(self.prediction_type, log_snr.double(), sigma_data=self.sigma_data)
-        gap = ell.double() / k - self.optimal.log_loss_at(log_snr).exp()
+        gap = ell.double() / k + removed_error(criterion, log_snr) - self.optimal.log_loss_at(log_snr).exp()
         with torch.enable_grad():  # the recorder records only with grad enabled
             self._recorder.reweight(gap.float(), log_snr)
         n, mean, *_ = moments_of(self._recorder.statistics.state, self.bins)

@@ -21,6 +21,7 @@ from ..information import (
 )
 from ..loss import DiffusionLoss
 from ..ops.reference import moments_of
+from ..regression_target import removed_error
 from .adaptive import AdaptiveLevels, require_not_adaptive
 from .fixed import LogNormal
 from .sampler import LevelSampler, require_number
@@ -146,7 +147,12 @@ class Information(AdaptiveLevels):
         statistics = criterion.statistics
         moments = moments_of(statistics.state, self.bins)
         log_error, samples = smoothed_log_error(
-            moments, statistics.outside, self._numbers(self.scale), self.bins, self.smoothing
+            moments,
+            statistics.outside,
+            self._numbers(self.scale),
+            removed_error(criterion, self.bin_centers),
+            self.bins,
+            self.smoothing,
         )
         confidence = samples / (samples + self.prior)
         wanted = self._tilt(log_error, confidence, weight, confidence >= _SURE)

@@ -141,7 +141,7 @@ class PosteriorMean(nn.Module):
         ready = self.source.ready(batch)
         if ready is not None:
             active &= ready
-        active &= ~self.removed.keeps_own(log_snr, self.source.data_variance())
+        active &= ~self.removed.keeps_own(log_snr)
         safe = torch.where(active, sigma, 1.0)
         draws = Draws(
             x0.flatten(1).to(dtype), noisy.flatten(1).to(dtype), alpha, safe, keys, labels, self.unlabelled
@@ -155,6 +155,7 @@ class PosteriorMean(nn.Module):
             x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
         if self.training:
             self.source.keep(batch)  # last: it overwrites references
+            self.removed.set_variance(self.source.data_variance())
         return x0_hat
 
     def _of_rows(self, draws: Draws, sets: list[References], log_snr: Tensor, active: Tensor, x0: Tensor) -> Tensor:
@@ -207,9 +208,7 @@ class PosteriorMean(nn.Module):
         Add it to an error against these targets to get the error against x0. 0 before the first call and where draws
         keep their own target. Runs on the device, without synchronising. [N] → [N] float64.
         """
-        if isinstance(self.source, Bank) and self.source.values is None:
-            return torch.zeros_like(log_snr, dtype=torch.float64)
-        return self.removed.at(log_snr, self.source.data_variance())
+        return self.removed.at(log_snr)
 
     def _together(self, batch: References) -> References:
         """The batch, or with `gather` those of all ranks."""

@@ -18,11 +18,17 @@ class RemovedError(nn.Module):
     """
 
     sums: Tensor  # int64 [2, bins]: bits of float64 number of draws, and sum of their variances; survives `.half()`
+    limit: Tensor  # int64 scalar: bits of float64, threshold times the variance of the data per element
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
         self.threshold = threshold
         self.register_buffer("sums", torch.zeros(2, _BINS, dtype=torch.int64))
+        self.register_buffer("limit", torch.zeros((), dtype=torch.int64))
+
+    def set_variance(self, variance: Tensor) -> None:
+        """Set the variance of the data, per element; scalar float64. Does not synchronise with a GPU."""
+        self.limit.view(torch.float64).copy_(self.threshold * variance)
 
     def record(self, log_snr: Tensor, variance: Tensor, taken: Tensor) -> None:
         """Add the draws that are `taken` (bool [B]). log_snr, variance: [B]. Does not synchronise with a GPU."""
@@ -31,17 +37,19 @@ class RemovedError(nn.Module):
         # A product, because adding up by index has no fixed order on a GPU.
         here = (place == torch.arange(_BINS, device=place.device)[:, None]).double()  # [bins, B]
         values = torch.stack([taken.double(), torch.where(taken, variance, 0.0).double()], dim=1)
-        sums = self.sums.view(torch.float64)
-        sums.add_((here @ values).T)
+        self.sums.view(torch.float64).add_((here @ values).T)
 
-    def at(self, log_snr: Tensor, data_variance: Tensor) -> Tensor:
+    def at(self, log_snr: Tensor) -> Tensor:
         """J*_M per element at each log-SNR, 0 where the draws keep their own target. [N] → [N] float64."""
         draws, variance = self._near(log_snr)
-        return torch.where(_kept(draws, variance, self.threshold * data_variance), 0.0, variance)
+        return torch.where(self._negligible(draws, variance), 0.0, variance)
 
-    def keeps_own(self, log_snr: Tensor, data_variance: Tensor) -> Tensor:
+    def keeps_own(self, log_snr: Tensor) -> Tensor:
         """Whether J*_M is known to be below the threshold there. [N] → bool [N]."""
-        return _kept(*self._near(log_snr), self.threshold * data_variance)
+        return self._negligible(*self._near(log_snr))
+
+    def _negligible(self, draws: Tensor, variance: Tensor) -> Tensor:
+        return (draws >= _ENOUGH) & (variance < self.limit.view(torch.float64))
 
     def _near(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """Number of draws near each level, and the mean of their variances, weighted by a Gaussian of one bin."""
@@ -51,7 +59,3 @@ class RemovedError(nn.Module):
         weights = torch.exp(-0.5 * ((at[:, None] - centers) / _WIDTH).square())  # [N, bins]
         draws, total = (weights @ sums.T).unbind(1)
         return draws, torch.where(draws > 0, total / draws, 0.0)
-
-
-def _kept(draws: Tensor, variance: Tensor, limit: Tensor) -> Tensor:
-    return (draws >= _ENOUGH) & (variance < limit)

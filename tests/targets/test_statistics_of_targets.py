@@ -1,0 +1,162 @@
+"""Statistics of a criterion whose calls regress on posterior means: x0 errors and gaps are those against the data."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import vadiff
+from vadiff import levels
+from vadiff.information import Profile
+from vadiff.log_snr import from_sigma
+from vadiff.optimal_loss import estimate
+from vadiff.targets import PosteriorMean, Recorded
+
+SPREAD = 0.5
+ELEMENTS = 4
+DATA = SPREAD * torch.randn(4096, ELEMENTS, generator=torch.Generator().manual_seed(0))
+
+
+def trained(target: bool, calls: int = 150, shrink: float = 1.1) -> vadiff.DiffusionLoss:
+    """Statistics of a denoiser that shrinks to the data's mean, but by a factor too little, on Gaussian data."""
+    criterion = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-8.0, 8.0))
+    if target:
+        criterion.target = PosteriorMean(DATA, threshold=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(calls):
+        rows = torch.randperm(len(DATA), generator=generator)[:64]
+        sigma = torch.exp(1.5 * torch.randn(64, generator=generator) - 0.5).clamp(0.03, 40)
+        x0, eps = DATA[rows], torch.randn(64, ELEMENTS, generator=generator)
+        noisy = x0 + sigma[:, None] * eps
+        best = SPREAD**2 / (SPREAD**2 + sigma.square())
+        denoised = (shrink * best[:, None] * noisy).requires_grad_()
+        aim = criterion.target(x0, noisy, 1.0, sigma, index=rows) if target else x0
+        criterion(denoised, aim, from_sigma(sigma))
+    return criterion
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[vadiff.DiffusionLoss, vadiff.DiffusionLoss]:
+    return trained(False), trained(True)
+
+
+def test_the_losses_differ_by_what_the_targets_take_out(both):
+    plain, posterior = both
+    level = from_sigma(torch.tensor([2.0]))
+    place = int((level + 8.0) / 0.5)
+    assert posterior.statistics.mean[place] < 0.3 * plain.statistics.mean[place]
+    expected = SPREAD**2 * 4.0 / (SPREAD**2 + 4.0)
+    assert float(posterior.target.removed_error(level)) == pytest.approx(expected, rel=0.05)
+
+
+def test_profiles_are_those_of_the_error_against_the_data(both):
+    plain, posterior = (Profile.of_criterion(criterion, "sample") for criterion in both)
+    sigma = torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0])
+    expected = plain.error_at(from_sigma(sigma))
+    torch.testing.assert_close(posterior.error_at(from_sigma(sigma)), expected, rtol=0.08, atol=0)
+
+
+def test_information_levels_go_where_they_would_with_plain_targets(both):
+    found = []
+    for criterion in both:
+        sampler = levels.Information(
+            levels.LogNormal(0.0, 1.5), bins=32, log_snr_range=(-8.0, 8.0), prediction_type="sample", gate=False
+        )
+        for _ in range(3):
+            sampler.update(criterion, None)
+        u = (torch.arange(2048, dtype=torch.float64) + 0.5) / 2048
+        found.append(sampler(u).sigma.log())
+    plain, posterior = found
+    assert sampler.moved > 0.05
+    assert float((plain - posterior).abs().mean()) < 0.05
+
+
+def test_the_gap_is_that_against_the_data(both):
+    optimal = estimate(DATA[:1500], torch.logspace(-1.5, 1.5, 12).tolist(), draws=512)
+    plain, posterior = (criterion.diagnose(optimal, "sample").gap.nan_to_num() for criterion in both)
+    known = both[0].diagnose().bands.share > 0.03
+    torch.testing.assert_close(posterior[known], plain[known], rtol=0, atol=0.012)
+
+
+def test_gap_levels_get_the_gap_against_the_data(both):
+    """With the posterior mean as network the loss is nothing, and the gap not negative as J* would make it."""
+    optimal = estimate(DATA[:1500], torch.logspace(-1.5, 1.5, 12).tolist(), draws=512)
+    criterion = both[1]
+    sigma = torch.full((512,), 2.0)
+    rows = torch.arange(512)
+    x0 = DATA[rows]
+    noisy = x0 + 2.0 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    aim = criterion.target(x0, noisy, 1.0, sigma, index=rows)
+    denoised = (aim + 0.3).requires_grad_()
+    criterion(denoised, aim, from_sigma(sigma))
+    sampler = levels.GapLevels(optimal, bins=32, log_snr_range=(-8.0, 8.0))
+    sampler.update(criterion, from_sigma(sigma))
+    place = int((from_sigma(torch.tensor([2.0])) + 8.0) / 0.5)
+    assert float(sampler._recorder.statistics.mean[place]) == pytest.approx(0.09, abs=0.02)
+
+
+def test_summary_and_logs_say_the_target(both, tmp_path):
+    plain, posterior = both
+    words = "posterior mean over 4,096 references"
+    assert words not in plain.summary()
+    assert words in posterior.summary()
+    assert "PosteriorMean" in repr(posterior)
+    seen: dict[str, float] = {}
+    posterior.log_to(lambda values, step: seen.update(values), 1)
+    removed = [value for name, value in seen.items() if name.startswith("vadiff/removed_x0_error/log_snr_")]
+    assert len(removed) > 3
+    assert max(removed) == pytest.approx(SPREAD**2, rel=0.1)
+    file = vadiff.MetricsFile(tmp_path / "log.jsonl")
+    posterior.log_to(file, 1)
+    assert words in (tmp_path / "log.jsonl").read_text()
+
+
+def test_huber_is_refused_with_the_reason():
+    targets = PosteriorMean(DATA)
+    with pytest.raises(
+        ValueError, match="loss is 'huber' with a posterior-mean target, expected 'mse': only the squared"
+    ):
+        vadiff.DiffusionLoss("constant", loss="huber").target = targets
+    criterion = vadiff.DiffusionLoss("constant")
+    criterion.target = targets
+    with pytest.raises(ValueError, match="loss is 'huber' with a posterior-mean target"):
+        criterion.loss = "huber"
+    assert criterion.loss == "mse"
+    criterion.target = None
+    criterion.loss = "huber"
+    with pytest.raises(TypeError, match=r"target is a Tensor, expected a vadiff\.targets\.PosteriorMean"):
+        criterion.target = DATA
+
+
+def test_the_state_travels_with_the_criterion(both):
+    posterior = both[1]
+    level = from_sigma(torch.tensor([2.0]))
+    expected = posterior.target.removed_error(level)
+    other = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-8.0, 8.0))
+    other.target = PosteriorMean(DATA)
+    other.load_state_dict(posterior.state_dict())
+    for criterion in (other, copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))):
+        assert torch.equal(criterion.target.removed_error(level), expected)
+
+
+@pytest.mark.parametrize("reference", [{"reference": DATA}, {"bank": 256}])
+def test_a_stand_in_reads_the_state_without_the_references(reference):
+    criterion = vadiff.DiffusionLoss("constant")
+    criterion.target = PosteriorMean(**reference)
+    for x0 in DATA[:320].split(64):
+        for sigma in (0.01, 2.0):
+            criterion.target(x0, x0 + sigma, 1.0, sigma)
+    other = vadiff.DiffusionLoss("constant")
+    other.target = Recorded(criterion.target.description)
+    other.load_state_dict(criterion.state_dict())
+    at = from_sigma(torch.tensor([0.01, 2.0]))
+    expected: Tensor = criterion.target.removed_error(at)
+    assert torch.equal(other.target.removed_error(at), expected)
+    assert math.isclose(float(expected[0]), 0.0)
+    assert expected[1] > 0.01
+    assert criterion.target.description in other.summary()
