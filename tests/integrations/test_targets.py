@@ -107,12 +107,27 @@ def test_snapshots_of_edm_do_not_hold_the_references(loss_of: Any, data: Tensor)
     for saved in (pickle.dumps(loss_fn), pickle.dumps(copy.deepcopy(loss_fn))):
         assert len(saved) < 100_000
         opened = pickle.loads(saved)
-        assert opened.criterion.target is None
+        log_snr = torch.linspace(-6, 6, 5)
+        recorded = opened.criterion.target
+        assert torch.equal(recorded.removed_error(log_snr), loss_fn.criterion.target.removed_error(log_snr))
+        assert recorded.description == loss_fn.criterion.target.description
+        resumed = loss_of(target=PosteriorMean(data))
+        resumed.load_state_dict(opened.state_dict())  # as EDM resumes
+        assert torch.equal(resumed.criterion.target.removed.sums, recorded.removed.sums)
         assert torch.equal(opened.criterion.statistics.state, loss_fn.criterion.statistics.state)
     assert isinstance(loss_fn.criterion.target, PosteriorMean)
-    resumed = loss_of(target=PosteriorMean(data))
-    resumed.load_state_dict(loss_fn.state_dict())  # EDM2's checkpoints
+    resumed.load_state_dict(loss_fn.state_dict())  # as EDM2 resumes
     assert torch.equal(resumed.criterion.target.removed.sums, loss_fn.criterion.target.removed.sums)
+
+
+def test_snapshots_on_several_ranks_are_the_same_on_all(data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has recorded its own draws, and EDM compares what the ranks save."""
+    loss_fn = EDMLoss(target=PosteriorMean(data))
+    loss_fn(Ideal(data), data[:8])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert copy.deepcopy(loss_fn).criterion.target is None
+    assert loss_fn.criterion.target is not None
 
 
 @pytest.mark.parametrize("data_at", [0, 1])

@@ -18,15 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..levels.sampler import require_number
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio
-from ..targets import PosteriorMean
+from ..targets import PosteriorMean, Recorded
 from ..weighting import Constant
-from .form import criterion_in_form, moved_beside, target_of
+from .form import criterion_in_form, moved_beside, training_target
 
 __all__ = ["EDM2Loss", "EDMLoss"]
 
@@ -44,7 +45,7 @@ class EDMLoss(nn.Module):
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings. "constant" is
             EDM's own loss.
         target: regress D on the posterior mean in place of y, in training mode; becomes `criterion.target`. With the
-            classes of its reference if the network gets labels. Pickles (snapshots) do not hold it.
+            classes of its reference if the network gets labels. Pickles (snapshots) do not hold its references.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss than "edm".
@@ -90,7 +91,7 @@ class EDMLoss(nn.Module):
         sigma = self._sigma(images)
         conditions = {}
         if augment_pipe is not None:
-            if target_of(self.criterion) is not None:
+            if training_target(self.criterion) is not None:
                 raise ValueError(
                     "augment_pipe is given with a target, expected None: the network is told how each image was "
                     "augmented, so that no two images share a posterior. Train with --augment=0, or without a target"
@@ -102,7 +103,7 @@ class EDMLoss(nn.Module):
 
     def _target(self, images: Tensor, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """What D is regressed on: the images, or their posterior mean."""
-        target = target_of(self.criterion)
+        target = training_target(self.criterion)
         if target is None:
             return images
         moved_beside(self.criterion, images)
@@ -123,8 +124,8 @@ class EDMLoss(nn.Module):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """State without the target: EDM and EDM2 pickle the loss into every snapshot, and references are a data set."""
-        return {**self.__dict__, "_modules": {**self._modules, "criterion": _without_target(self.criterion)}}
+        """State without references, which are a data set: both loops pickle the loss into every snapshot."""
+        return {**self.__dict__, "_modules": {**self._modules, "criterion": _without_references(self.criterion)}}
 
     def extra_repr(self) -> str:
         return f"P_mean={self.P_mean:g}, P_std={self.P_std:g}, sigma_data={self.sigma_data:g}"
@@ -200,7 +201,7 @@ class EDM2Loss(EDMLoss):
 
     def __getstate__(self) -> dict[str, Any]:
         """State with the criterion on the CPU: EDM2 pickles its loss into snapshots that any machine may load."""
-        on_cpu = copy.deepcopy(_without_target(self.criterion)).cpu()
+        on_cpu = copy.deepcopy(_without_references(self.criterion)).cpu()
         return {**self.__dict__, "_modules": {**self._modules, "criterion": on_cpu}}
 
     def extra_repr(self) -> str:
@@ -216,13 +217,21 @@ def _classes(labels: Tensor | None) -> Tensor | None:
     return labels.argmax(1)
 
 
-def _without_target(criterion: DiffusionLoss) -> DiffusionLoss:
-    """The criterion, or a view of it that has no target."""
-    if criterion.target is None:
+def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
+    """The criterion, or a view of it whose target is only what it recorded.
+
+    On several ranks it has none: each has recorded its own draws, and EDM checks that all ranks save the same.
+    """
+    target = criterion.target
+    if not isinstance(target, PosteriorMean):
         return criterion
     view = copy.copy(criterion)
     view._modules = {**criterion._modules}  # copy.copy shares it
     view.target = None
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        recorded = Recorded(target.description)
+        recorded.removed = target.removed
+        view.target = recorded
     return view
 
 

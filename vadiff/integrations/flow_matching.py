@@ -12,7 +12,7 @@ from ..log_snr import from_flow_time
 from ..loss import DiffusionLoss
 from ..process import coefficients
 from ..targets import PosteriorMean
-from .form import criterion_in_form, target_of
+from .form import criterion_in_form, training_target
 
 __all__ = ["FlowMatchingLoss", "log_snr"]
 
@@ -69,7 +69,7 @@ class FlowMatchingLoss(nn.Module):
         self.criterion = criterion_in_form(criterion, "flow", target=target)
         self.data_at = data_at
         self.sigma = float(sigma)
-        if target is not None and self.sigma > 0.0:
+        if self.criterion.target is not None and self.sigma > 0.0:
             raise ValueError(
                 f"sigma is {self.sigma:g} with a target, expected 0: the target's velocity leaves out noise that is "
                 "added to the path"
@@ -104,7 +104,7 @@ class FlowMatchingLoss(nn.Module):
             ValueError, TypeError: a bad argument; the message names it.
         """
         terms = None
-        posterior_mean = target_of(self.criterion)
+        posterior_mean = training_target(self.criterion)
         if posterior_mean is not None:
             if noise is None:
                 raise ValueError(

@@ -86,7 +86,7 @@ def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:
     return criterion
 
 
-def target_of(criterion: DiffusionLoss) -> PosteriorMean | None:
-    """What to regress on in place of the data; None in eval mode, where losses are against the data."""
+def training_target(criterion: DiffusionLoss) -> PosteriorMean | None:
+    """What to regress on in place of the data in this mode: in eval mode losses are against the data, hence None."""
     target = criterion.target
     return target if criterion.training and isinstance(target, PosteriorMean) else None

@@ -18,7 +18,7 @@ from ..loss import DiffusionLoss
 from ..process import loss_ratio
 from ..targets import PosteriorMean
 from ..weighting import SNRWeighting
-from .form import criterion_in_form, moved_beside, target_of
+from .form import criterion_in_form, moved_beside, training_target
 
 __all__ = ["attach", "log_snr"]
 
@@ -59,9 +59,9 @@ def attach(
         raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or use a new one.")
     form = "edm" if level == "sigma" else "epsilon"
     sigma_data = float(diffusion.sigma_data) if level == "sigma" else 0.5
-    if target is not None:
-        _check_noise(diffusion, level)
     criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True, target=target)
+    if criterion.target is not None:
+        _check_noise(diffusion, level)
     if level == "times":
         _check_loss_weight(diffusion, criterion)
     device = next(diffusion.parameters()).device
@@ -111,7 +111,7 @@ def _ask_for_losses(
         )
     per_sample = kwargs.get("loss_reduction") == "none"
     given = {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _MeanWanted("none")}
-    target = target_of(diffusion.criterion)
+    target = training_target(diffusion.criterion)
     return (args, given) if target is None else _with_target(diffusion, target, args, given)
 
 
