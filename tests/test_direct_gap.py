@@ -25,7 +25,7 @@ class Ideal(nn.Module):
         self.modes.append(self.training)
         distance = (noisy.flatten(1).double()[:, None] - self.data).square().sum(2)
         logits = -distance / (2 * sigma.double()[:, None] ** 2)
-        if labels is not None:
+        if labels is not None and self.labels is not None:
             logits = logits.masked_fill(labels[:, None] != self.labels, -math.inf)
         return (logits.softmax(1) @ self.data + self.off).view_as(noisy).to(noisy.dtype)
 
@@ -127,7 +127,7 @@ def test_a_single_image_has_no_standard_error(digits: Tensor) -> None:
 )
 def test_bad_arguments_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        direct_gap(**{"denoise": shrunk, "data": torch.zeros(9, 4), "sigmas": [1.0], **options})  # type: ignore[arg-type]
+        direct_gap(**{"denoise": shrunk, "data": torch.zeros(9, 4), "sigmas": [1.0], **options})
 
 
 def test_bytes_are_refused() -> None:
