@@ -120,13 +120,16 @@ def test_snapshots_of_edm_do_not_hold_the_references(loss_of: Any, data: Tensor)
     assert torch.equal(resumed.criterion.target.removed.sums, loss_fn.criterion.target.removed.sums)
 
 
-def test_snapshots_on_several_ranks_are_the_same_on_all(data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank has recorded its own draws, and EDM compares what the ranks save."""
-    loss_fn = EDMLoss(target=PosteriorMean(data))
+@pytest.mark.parametrize("sync", [True, False])
+def test_snapshots_on_several_ranks_are_the_same_on_all(
+    sync: bool, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EDM compares what the ranks save: nothing that each has recorded of its own draws."""
+    loss_fn = EDMLoss(target=PosteriorMean(data, sync=sync))
     loss_fn(Ideal(data), data[:8])
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    assert copy.deepcopy(loss_fn).criterion.target is None
+    assert (copy.deepcopy(loss_fn).criterion.target is not None) == sync
     assert loss_fn.criterion.target is not None
 
 

@@ -220,7 +220,7 @@ def _classes(labels: Tensor | None) -> Tensor | None:
 def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     """The criterion, or a view of it whose target is only what it recorded.
 
-    On several ranks it has none: each has recorded its own draws, and EDM checks that all ranks save the same.
+    On several ranks it has none if each has recorded its own draws: EDM checks that all ranks save the same.
     """
     target = criterion.target
     if not isinstance(target, PosteriorMean):
@@ -228,7 +228,7 @@ def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     view = copy.copy(criterion)
     view._modules = {**criterion._modules}  # copy.copy shares it
     view.target = None
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if target.removed.sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         recorded = Recorded(target.description)
         recorded.removed = target.removed
         view.target = recorded
