@@ -120,16 +120,18 @@ def test_snapshots_of_edm_do_not_hold_the_references(loss_of: Any, data: Tensor)
     assert torch.equal(resumed.criterion.target.removed.sums, loss_fn.criterion.target.removed.sums)
 
 
-@pytest.mark.parametrize("sync", [True, False])
-def test_snapshots_on_several_ranks_are_the_same_on_all(
-    sync: bool, data: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "is_kept"), [({"subset": 60}, True), ({"subset": 60, "sync": False}, False), ({"bank": 60}, False)]
+)
+def test_snapshots_hold_on_several_ranks_what_is_the_same_on_all(
+    options: dict[str, Any], is_kept: bool, data: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """EDM compares what the ranks save: nothing that each has recorded of its own draws."""
-    loss_fn = EDMLoss(target=PosteriorMean(data, sync=sync))
+    """EDM compares what the ranks save."""
+    loss_fn = EDMLoss(target=PosteriorMean(None if "bank" in options else data, **options))
     loss_fn(Ideal(data), data[:8])
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    assert (copy.deepcopy(loss_fn).criterion.target is not None) == sync
+    assert (copy.deepcopy(loss_fn).criterion.target is not None) == is_kept
     assert loss_fn.criterion.target is not None
 
 

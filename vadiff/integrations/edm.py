@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..levels.sampler import require_number
@@ -26,6 +25,8 @@ from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio
 from ..targets import PosteriorMean, Recorded
+from ..targets.references import Bank
+from ..targets.removed import several_ranks
 from ..weighting import Constant
 from .form import criterion_in_form, moved_beside, training_target
 
@@ -220,7 +221,7 @@ def _classes(labels: Tensor | None) -> Tensor | None:
 def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     """The criterion, or a view of it whose target is only what it recorded.
 
-    On several ranks it has none if each has recorded its own draws: EDM checks that all ranks save the same.
+    EDM checks that all ranks save the same: without a target where each has recorded its own draws or kept a bank.
     """
     target = criterion.target
     if not isinstance(target, PosteriorMean):
@@ -228,7 +229,8 @@ def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     view = copy.copy(criterion)
     view._modules = {**criterion._modules}  # copy.copy shares it
     view.target = None
-    if target.removed.sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    differs = isinstance(target.source, Bank) or not target.removed.sync
+    if not (differs and several_ranks()):
         recorded = Recorded(target.description)
         recorded.removed = target.removed
         view.target = recorded
