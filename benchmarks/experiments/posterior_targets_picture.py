@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def figures_table(objectives: dict[str, Arms]) -> str:
     lines = ["| objective | targets | " + " | ".join(FIGURES.values()) + " |", "| --- | --- | --- | --- |"]
     for name, arms in objectives.items():
         for arm in compared(arms):
-            cells = [percent(effect(arms, arm, lambda run, key=key: run[key]), 2) for key in FIGURES]
+            cells = [percent(effect(arms, arm, itemgetter(key)), 2) for key in FIGURES]
             lines.append(f"| {name} | {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -72,11 +73,12 @@ def levels_table(objectives: dict[str, Arms], arm: str) -> str:
 def figures_picture(objectives: dict[str, Arms]) -> Figure:
     """Both primary figures as intervals; below, the held-out loss over the level, a panel for each objective."""
     figure = Figure(figsize=(13.0, 6.0), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.0, 1.1))
+    above, below = parts
     for axes, (key, label) in zip(above.subplots(1, 2, sharey=True), FIGURES.items(), strict=True):
         for row, arms in enumerate(objectives.values()):
             for place, arm in enumerate(compared(arms)):
-                found = effect(arms, arm, lambda run, key=key: run[key])
+                found = effect(arms, arm, itemgetter(key))
                 draw_interval(axes, found, row + 0.25 * (place - 0.5), arm, label=arm if row == 0 else None)
         axes.axvline(0.0, color="0.7", linewidth=0.8, zorder=0)
         axes.set_yticks(range(len(objectives)), list(objectives))
@@ -86,8 +88,8 @@ def figures_picture(objectives: dict[str, Arms]) -> Figure:
     panels = below.subplots(1, len(objectives), sharey=True)
     for axes, (name, arms) in zip(panels, objectives.items(), strict=True):
         for arm in compared(arms):
-            found = [effect(arms, arm, level(place)) for place in range(len(SIGMAS))]
-            low, mean, high = zip(*(in_percent(each) for each in found), strict=True)
+            per_level = (in_percent(effect(arms, arm, level(place))) for place in range(len(SIGMAS)))
+            low, mean, high = zip(*per_level, strict=True)
             axes.plot(HELD_OUT, mean, color=COLORS[arm], marker=".")
             axes.fill_between(HELD_OUT, low, high, color=COLORS[arm], alpha=0.2, linewidth=0.0)
         axes.axhline(0.0, color="0.7", linewidth=0.8, zorder=0)

@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def measured(case: Case, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         batch, fresh = case.batch(), case.criterion()
         times["step"].append(seconds(step))
-        times["all"].append(seconds(lambda fresh=fresh, batch=batch: case.call(fresh, batch)))
-        times["known"].append(seconds(lambda batch=batch: case.call(known, batch)))
+        times["all"].append(seconds(partial(case.call, fresh, batch)))
+        times["known"].append(seconds(partial(case.call, known, batch)))
         replaced.append(float((case.call(known, batch) != batch.x0).flatten(1).any(1).float().mean()))
     shares = {
         f"share, {name}": statistics.median(a / b for a, b in zip(times[name], times["step"], strict=True))
