@@ -37,7 +37,7 @@ from .bands import (
 from .ops.problem import TableRule
 from .ops.reference import moments_of, weight_table
 from .process import loss_ratio
-from .regression_target import removed_error
+from .regression_target import removed_error, target_of
 from .watch import problem_of
 from .weighting import Constant, LossLevel, VarianceAware, Weighting
 
@@ -88,6 +88,7 @@ class Diagnosis:
             should mend), "levels" (the log-SNR looks wrong), "skipped", "few" (too few samples, or too few where the
             loss is), "one level" or "no ratio" (a mean loss is not positive).
         verdict: the verdict in words, with the line of code to change.
+        target: what the losses are errors against, in words; None is the data.
     """
 
     weighting: str
@@ -103,6 +104,7 @@ class Diagnosis:
     gap: Tensor | None
     finding: str
     verdict: str
+    target: str | None = None
 
     def __str__(self) -> str:
         samples = self.bands.samples.sum().item()
@@ -110,6 +112,8 @@ class Diagnosis:
         if samples > 0:
             continued = "\n" + " " * 36
             lines += [f"  {name:<34}{value.replace(chr(10), continued)}" for name, value in self._rows()]
+        if self.target is not None:
+            lines.append(f"target: {self.target}; the losses are errors against it")
         return "\n".join([*lines, f"verdict: {self.verdict}"])
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -172,6 +176,7 @@ def diagnose(
     count, skipped = moments[0], int(statistics.skipped)
     verdict = verdict_of(bands, criterion.weighting, skipped, problem_of(criterion))
     total = max(count.sum().item(), 1e-300)
+    target = target_of(criterion)
     so_far = _so_far(total, criterion) if verdict.finding in ("leave", "unclear") else ""
     return Diagnosis(
         weighting=str(criterion.weighting),
@@ -187,6 +192,7 @@ def diagnose(
         gap=None if optimal is None else _gap(criterion, bands, optimal, prediction_type, sigma_data),
         finding=verdict.finding,
         verdict=verdict.text + so_far,
+        target=None if target is None else target.description,
     )
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._validation import is_number
-from .posterior import Draws, References, keys_of, posterior
+from .posterior import Draws, Posterior, References, keys_of, posterior
 from .references import Augment, Bank, DataSet, first_of_each
-from .removed import RemovedError
+from .removed import RemovedError, several_ranks
 
 
 class PosteriorMean(nn.Module):
@@ -49,6 +49,8 @@ class PosteriorMean(nn.Module):
         chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...].
         gather: whether the ranks of the default process group put their batches together as references; else each rank
             has its own.
+        sync: whether `removed_error` and the threshold are of the draws of all ranks. Every rank must then call it
+            equally often, as the criterion.
 
     Raises:
         ValueError, TypeError: an argument out of bounds; the message names it.
@@ -74,6 +76,7 @@ class PosteriorMean(nn.Module):
         threshold: float = 0.01,
         chunk: int = 4096,
         gather: bool = False,
+        sync: bool = True,
     ) -> None:
         super().__init__()
         if not is_number(threshold) or not 0.0 <= threshold < 1.0:
@@ -96,7 +99,7 @@ class PosteriorMean(nn.Module):
             _check_reference(reference, subset, labels, augment)
             self.source = DataSet(reference.detach(), subset, labels, augment)
         self.unlabelled, self.chunk, self.gather = unlabelled, chunk, bool(gather)
-        self.removed = RemovedError(float(threshold))
+        self.removed = RemovedError(float(threshold), bool(sync))
 
     @torch.no_grad()
     def forward(
@@ -146,31 +149,30 @@ class PosteriorMean(nn.Module):
         draws = Draws(
             x0.flatten(1).to(dtype), noisy.flatten(1).to(dtype), alpha, safe, keys, labels, self.unlabelled
         )  # fmt: skip
-        if x0.device.type == "cpu" and not torch.compiler.is_compiling():
-            x0_hat = self._of_rows(draws, sets, log_snr, active, x0)
-        else:
-            found = posterior(draws, sets, self.chunk)
-            self._record(log_snr, found.variance, active)
-            mean = found.mean.view_as(x0).to(x0.dtype)
-            x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
+        found = self._of_rows(draws, sets, active) if self._skips(x0) else posterior(draws, sets, self.chunk)
+        mean = found.mean.view_as(x0).to(x0.dtype)
+        x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
         if self.training:
+            self.removed.record(log_snr, found.variance, active)
             self.source.keep(batch)  # last: it overwrites references
             self.removed.set_variance(self.source.data_variance())
         return x0_hat
 
-    def _of_rows(self, draws: Draws, sets: list[References], log_snr: Tensor, active: Tensor, x0: Tensor) -> Tensor:
-        """The targets, with work for the active draws only."""
-        rows = active.nonzero().squeeze(1)
-        if not len(rows):
-            return x0.detach()
-        chosen: list[Any] = [value[rows] if isinstance(value, Tensor) else value for value in draws]
-        found = posterior(Draws(*chosen), sets, self.chunk)
-        self._record(log_snr[rows], found.variance, active[rows])
-        return x0.detach().index_copy(0, rows, found.mean.view(-1, *x0.shape[1:]).to(x0.dtype))
+    def _skips(self, x0: Tensor) -> bool:
+        """Whether work is done for the active draws only, whose number the host then has to read."""
+        return x0.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def _record(self, log_snr: Tensor, variance: Tensor, taken: Tensor) -> None:
-        if self.training:
-            self.removed.record(log_snr, variance, taken)
+    def _of_rows(self, draws: Draws, sets: list[References], active: Tensor) -> Posterior:
+        """The posterior of the active draws; for the others a mean and a variance that are not read."""
+        rows = active.nonzero().squeeze(1)
+        if len(rows) == len(active):
+            return posterior(draws, sets, self.chunk)
+        mean, variance = torch.zeros_like(draws.x0), torch.zeros_like(draws.sigma)
+        if len(rows):
+            chosen: list[Any] = [value[rows] if isinstance(value, Tensor) else value for value in draws]
+            found = posterior(Draws(*chosen), sets, self.chunk)
+            mean[rows], variance[rows] = found
+        return Posterior(mean, variance)
 
     def pair(
         self,
@@ -212,7 +214,7 @@ class PosteriorMean(nn.Module):
 
     def _together(self, batch: References) -> References:
         """The batch, or with `gather` those of all ranks."""
-        if not self.gather or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.gather or not several_ranks():
             return batch
         gathered: list[Any] = []
         for values in batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 _BINS, _LOW, _HIGH = 128, -16.0, 16.0  # of log-SNR
@@ -15,14 +16,15 @@ class RemovedError(nn.Module):
 
     Args:
         threshold: share of the data's variance below which a level counts as without any.
+        sync: add up the draws of all ranks of the default process group.
     """
 
     sums: Tensor  # int64 [2, bins]: bits of float64 number of draws, and sum of their variances; survives `.half()`
     limit: Tensor  # int64 scalar: bits of float64, threshold times the variance of the data per element
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, sync: bool = False) -> None:
         super().__init__()
-        self.threshold = threshold
+        self.threshold, self.sync = threshold, sync
         self.register_buffer("sums", torch.zeros(2, _BINS, dtype=torch.int64))
         self.register_buffer("limit", torch.zeros((), dtype=torch.int64))
 
@@ -37,7 +39,10 @@ class RemovedError(nn.Module):
         # A product, because adding up by index has no fixed order on a GPU.
         here = (place == torch.arange(_BINS, device=place.device)[:, None]).double()  # [bins, B]
         values = torch.stack([taken.double(), torch.where(taken, variance, 0.0).double()], dim=1)
-        self.sums.view(torch.float64).add_((here @ values).T)
+        found = here @ values
+        if self.sync and several_ranks():
+            dist.all_reduce(found)
+        self.sums.view(torch.float64).add_(found.T)
 
     def at(self, log_snr: Tensor) -> Tensor:
         """J*_M per element at each log-SNR, 0 where the draws keep their own target. [N] → [N] float64."""
@@ -59,3 +64,8 @@ class RemovedError(nn.Module):
         weights = torch.exp(-0.5 * ((at[:, None] - centers) / _WIDTH).square())  # [N, bins]
         draws, total = (weights @ sums.T).unbind(1)
         return draws, torch.where(draws > 0, total / draws, 0.0)
+
+
+def several_ranks() -> bool:
+    """Whether there is a default process group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -21,6 +21,7 @@ from .config_fields import check, setting, typed
 
 TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
 AUTO = "auto"  # levels or prediction: those that are usual for the process
+DATA, POSTERIOR_MEAN = "data", "posterior-mean"  # targets
 GAP = "gap"  # weighting or levels from the optimal loss J*
 CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # need J*
 WEIGHTINGS = (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
@@ -126,6 +127,15 @@ class TrainConfig:
         "CSV of `vadiff optimal-loss` for the training images, used by gap and inverse_optimal_loss; if not given, J* "
         "is estimated before the first step",
     )
+    target: str = setting(
+        DATA,
+        "what is regressed on: the image that was drawn (data), or the mean of all training images that explain the "
+        "noisy one (posterior-mean), less random at high noise, with the same minimiser",
+        choices=(DATA, POSTERIOR_MEAN),
+    )
+    reference: int | str = setting(
+        1024, "for posterior-mean: training images among which it is looked for, at random at each step; or all"
+    )
     bins: int = setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
     log_snr_range: tuple[float, float] = setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")
     half_life: float = setting(128.0, "half-life of the statistics, in samples per bin on average", above=0)
@@ -228,6 +238,14 @@ class TrainConfig:
         if self.profile is not None and self.levels != "information":
             raise ValueError(
                 f"profile is {self.profile}, expected none with levels {self.levels}: information reads it"
+            )
+        fewest = 4 * self.batch_size // self.accumulate
+        if self.reference != "all" and (isinstance(self.reference, str) or self.reference < 2):
+            raise ValueError(f"reference is {self.reference!r}, expected all, or a number of images of at least 2")
+        if self.target == POSTERIOR_MEAN and self.reference != "all" and int(self.reference) < fewest:
+            raise ValueError(
+                f"reference is {self.reference}, expected at least {fewest}: four times the {fewest // 4} images of a "
+                "step (of one part of it with --accumulate), as they share their references"
             )
         if self.process not in VP and self.timesteps != _TIMESTEPS:
             raise ValueError(

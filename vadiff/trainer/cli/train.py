@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...ops import backends
-from ..config import TrainConfig
+from ..config import POSTERIOR_MEAN, TrainConfig
 from ..presets import ABOUT, PRESETS
 from .config_flags import add_config_flags, given_fields
 
@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> None:
     if main_rank:
         print("\nEDM's loss on held-out images per noise level, averaged weights:")
         print(held_out_table({config.weighting: trained.held_out}))
+        if config.target == POSTERIOR_MEAN:
+            print("\nThe training loss is the error against posterior means, the held-out loss that against images.")
         if isinstance(trained.levels, Information):
             print(f"\nNoise levels: {trained.levels.state}.")
 

@@ -21,6 +21,7 @@ from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
 from ..data import Images, cifar, digits, folder
 from .optimal_curve import read_curve
+from .posterior_targets import recorded_targets
 
 _ADAPTIVE_LEVELS = ("information", "loss_spread", "second_moment")
 TABLE_FILE = "table.json"  # in a run directory: copy of the weight table that the config names
@@ -92,6 +93,7 @@ def build_criterion(config: TrainConfig, run: Path | None = None, optimal: Optim
 def saved_criterion(config: TrainConfig, run: Path, state: Mapping[str, Any]) -> DiffusionLoss:
     """The criterion of a run with the statistics of one of its checkpoints, on the CPU."""
     criterion = build_criterion(config, run, read_curve(config, run))
+    criterion.target = recorded_targets(config)
     criterion.load_state_dict(state["criterion"])
     return criterion
 

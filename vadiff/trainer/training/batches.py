@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     sigma: Tensor  # [B] float32, of the variance-exploding process; infinite at zero terminal SNR
     labels: Tensor | None  # [B] int64, `classes` where withheld; None for a network without classes
     sample_weight: Tensor | None  # [B] float32
+    rows: Tensor  # [B] int64, of the training images
 
 
 def memory_format_of(output: Tensor) -> torch.memory_format:
@@ -31,11 +32,18 @@ def memory_format_of(output: Tensor) -> torch.memory_format:
     return last if not output.is_contiguous() and output.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
+def flipped(images: Tensor, which: Tensor) -> Tensor:
+    """The images [B, C, H, W], those of `which` (bool [B]) mirrored."""
+    return torch.where(which.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
 class Batches:
     """The batches of a run.
 
     Attributes:
         device, streams: as given.
+        pixels: the training images, bytes [N, C, H, W] on the device.
+        labels: their classes, int64 [N]; None for a network without classes.
         memory_format: of images and noise; does not change their values. The loop sets it to that of the network's
             output, as the criterion would copy any other format at every step.
 
@@ -74,10 +82,10 @@ class Batches:
         process = form.process if isinstance(form, VPForm) else None
         self._timesteps = process if isinstance(process, DiscreteVP) else None
         self._ranks = ranks
-        self._pixels = images.train.to(device)
-        self._labels = None
+        self.pixels = images.train.to(device)
+        self.labels = None
         if config.class_conditional and images.train_labels is not None:
-            self._labels = images.train_labels.to(device)
+            self.labels = images.train_labels.to(device)
         self._classes = images.classes
         self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
         self._chosen = torch.empty(config.batch_size, dtype=torch.int64, device=device)  # images of the batch
@@ -112,9 +120,9 @@ class Batches:
         if self._uniforms is None:
             u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
         noise = generators["noise"]
-        eps = torch.randn(size, *self._pixels.shape[1:], generator=noise, device=noise.device)
+        eps = torch.randn(size, *self.pixels.shape[1:], generator=noise, device=noise.device)
         mirrored = self._coins("flips", 0.5) if config.flips else None
-        withheld = self._coins("labels", config.label_dropout) if self._labels is not None else None
+        withheld = self._coins("labels", config.label_dropout) if self.labels is not None else None
         share = size // config.accumulate // self._ranks.size
         batches = []
         for part in range(config.accumulate):
@@ -139,19 +147,19 @@ class Batches:
         mirrored: Tensor | None,
         withheld: Tensor | None,
     ) -> Batch:
-        pixels = self._pixels[indices].contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
+        pixels = self.pixels[indices].contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
         x0 = normalised(pixels)
         if mirrored is not None:
-            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+            x0 = flipped(x0, mirrored)
         labels = None
-        if self._labels is not None and withheld is not None:
-            labels = self._labels[indices].masked_fill(withheld, self._classes)
+        if self.labels is not None and withheld is not None:
+            labels = self.labels[indices].masked_fill(withheld, self._classes)
         # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
         eps = eps.contiguous(memory_format=self.memory_format)
         levels = self._levels(u)
         if self._timesteps is not None:  # the noise levels of a discrete process
             levels = levels._replace(log_snr=self._timesteps.log_snr(self._timesteps.timestep(levels.log_snr)).float())
-        return Batch(x0, eps, levels.sigma, labels, levels.sample_weight)
+        return Batch(x0, eps, levels.sigma, labels, levels.sample_weight, indices)
 
     def _coins(self, stream: str, probability: float) -> Tensor:
         """True with the given probability, for each image of the whole batch. bool [batch_size]."""

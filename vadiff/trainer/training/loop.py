@@ -35,6 +35,7 @@ from .metrics import MetricsLog, levels_state, memory_bytes, statistics_of
 from .objective import Objective, objective_of
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import LateReading, Optimisation, RunningAverage, learning_rate_at
+from .posterior_targets import posterior_targets
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
 from .step import TrainingStep
@@ -160,6 +161,7 @@ class _Trainer:
         self.profile = group.from_main(lambda: read_profile(config, earlier))
         self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
+        self.criterion.target = posterior_targets(config, self.batches, self.images.classes)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # of a learned weighting
         self.optimisation = Optimisation(config, parameters, device)
         self.train_step = TrainingStep(

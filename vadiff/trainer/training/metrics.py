@@ -12,6 +12,7 @@ A line has, with K the number of bins:
     learning_rate, images_per_second, seconds, memory_bytes
     statistics                count, mean, variance, mass of the base loss, [K] each
     weights                   w at the bin centres, [K]
+    target                    if posterior-mean: description in words, removed_x0_error at the bin centres, [K]
     levels                    if information: state in words, moved (share of draws that are not where the base's are)
 
 and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noise level, of the trained weights and of
@@ -34,6 +35,7 @@ from ...files import replacing
 from ...levels import Information, LevelSampler
 from ...loss import DiffusionLoss
 from ...metrics_file import finite, json_lines
+from ...regression_target import target_of
 
 METRICS = "metrics.jsonl"  # in a run directory
 _PER_BIN = ("count", "mean", "variance", "mass")
@@ -46,7 +48,13 @@ def statistics_of(criterion: DiffusionLoss) -> dict[str, Any]:
     statistics = criterion.statistics
     per_bin = {name: getattr(statistics, name).cpu() for name in _PER_BIN}
     mass = per_bin["mass"]
+    target = target_of(criterion)
+    removed = {}
+    if target is not None:
+        errors = target.removed_error(criterion.bin_centers).tolist()
+        removed = {"target": {"description": target.description, "removed_x0_error": errors}}
     return {
+        **removed,
         "base_loss": ((mass * per_bin["mean"].nan_to_num()).sum() / mass.sum()).item(),
         "level_free_loss": criterion.level_free_loss.item(),
         "skipped_samples": int(statistics.skipped),

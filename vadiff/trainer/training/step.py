@@ -18,6 +18,8 @@ from .batches import Batch, Batches, memory_format_of
 from .distributed import Ranks
 from .objective import Objective
 from .optimisation import Optimisation, RunningAverage
+from .posterior_targets import moved
+from .streams import REFERENCES
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,7 +96,8 @@ class TrainingStep:
             output = self.denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels, network=self.network)
         self.batches.memory_format = memory_format_of(output)
         # Copies at the first step only: later batches are made in this format.
-        x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in (batch.x0, batch.eps))
+        targets = moved(self.criterion, batch, self.batches.streams.generators[REFERENCES])
+        x0, eps = (value.contiguous(memory_format=self.batches.memory_format) for value in targets)
         return self.objective(self.criterion, output, x0, eps, batch.sigma, self.config.sigma_data, batch.sample_weight)
 
     def _seed_dropout(self, part: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _ORDER = "order"
 DEVICE_STREAMS = ("levels", "noise", "flips", "labels")
+REFERENCES = "references"  # a stream on the device too, of posterior-mean targets
 
 
 class Streams:
@@ -25,7 +26,7 @@ class Streams:
         device: on which the numbers of a step are drawn.
 
     Attributes:
-        generators: of each stream on the device, by name: "levels", "noise", "flips", "labels".
+        generators: of each stream on the device, by name: "levels", "noise", "flips", "labels", "references".
         epoch_levels: seed of noise levels that are stratified over an epoch, which the host draws.
     """
 
@@ -34,9 +35,10 @@ class Streams:
         self._dropout = _derived(seed, 1)
         self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate((_ORDER, *DEVICE_STREAMS))}
         self.epoch_levels = _derived(data_seed, 2 + len(self._data))
+        self._data[REFERENCES] = _derived(data_seed, 3 + len(self._data))
         self._order = torch.Generator()
         # One for each stream, as a CUDA graph draws from all of them and cannot seed a generator.
-        self.generators = {name: torch.Generator(device) for name in DEVICE_STREAMS}
+        self.generators = {name: torch.Generator(device) for name in (*DEVICE_STREAMS, REFERENCES)}
 
     def seed(self, step: int) -> None:
         """Set the generators of all streams on the device to a step."""

@@ -1,0 +1,59 @@
+"""The trainer's posterior-mean targets: references from the training images, with their flips and classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...log_snr import from_sigma
+from ...loss import DiffusionLoss
+from ...targets import PosteriorMean, Recorded
+from ..config import POSTERIOR_MEAN, TrainConfig
+from .batches import Batch, Batches, flipped
+from .streams import REFERENCES
+
+
+def posterior_targets(config: TrainConfig, batches: Batches, classes: int) -> PosteriorMean | None:
+    """The targets of a config; None is the images themselves.
+
+    Each part of a batch, and each rank, has references of its own: its images, and others of the same subset.
+
+    Raises:
+        ValueError: `reference` is more than the training images.
+    """
+    if config.target != POSTERIOR_MEAN:
+        return None
+    generator, size = batches.streams.generators[REFERENCES], len(batches.pixels)
+    subset = None if config.reference == "all" else int(config.reference)
+    if subset is not None and subset > size:
+        raise ValueError(f"reference is {subset}, expected at most {size}: the number of training images; or all")
+
+    def mirrored(images: Tensor) -> Tensor:
+        return flipped(images, torch.rand(len(images), generator=generator, device=images.device) < 0.5)
+
+    if config.flips and subset is None:
+        subset = size
+    return PosteriorMean(
+        batches.pixels, subset=subset, labels=batches.labels, augment=mirrored if config.flips else None,
+        unlabelled=None if batches.labels is None else classes,
+    )  # fmt: skip
+
+
+def moved(criterion: DiffusionLoss, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x0 and eps [B, C, H, W] that a part of a batch is regressed on."""
+    targets = criterion.target
+    if not isinstance(targets, PosteriorMean):
+        return batch.x0, batch.eps
+    log_snr = from_sigma(batch.sigma)  # by alpha and sigma of a variance-preserving process: sigma may be infinite
+    return targets.pair(
+        batch.x0, batch.eps, log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt(), index=batch.rows,
+        labels=batch.labels, generator=generator,
+    )  # fmt: skip
+
+
+def recorded_targets(config: TrainConfig) -> Recorded | None:
+    """What stands for the targets of a config where a run is read without its images."""
+    if config.target != POSTERIOR_MEAN:
+        return None
+    number = "all" if config.reference == "all" else f"{int(config.reference):,}"
+    return Recorded(f"posterior mean over {number} training images")
