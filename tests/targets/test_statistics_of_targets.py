@@ -83,6 +83,33 @@ def test_the_gap_is_that_against_the_data(both):
     torch.testing.assert_close(posterior[known], plain[known], rtol=0, atol=0.012)
 
 
+@pytest.mark.parametrize("weighting", ["constant", "loss_level"])
+def test_a_loss_that_the_targets_made_small_is_no_lack_of_balance(both, weighting):
+    plain, posterior = both
+    finding = plain.diagnose().finding
+    posterior = copy.deepcopy(posterior)
+    posterior.weighting = weighting
+    found = posterior.diagnose()
+    assert found.finding == "target"
+    assert found.finding != finding
+    assert "errors against posterior means" in found.verdict
+    assert "LossLevel(" not in found.verdict
+
+
+def test_targets_that_take_nothing_out_leave_the_verdict_as_it_is():
+    """At noise that hides nothing of the data, draws keep their own target."""
+    criterion = vadiff.DiffusionLoss("constant", half_life=math.inf)
+    criterion.target = PosteriorMean(DATA)
+    generator = torch.Generator().manual_seed(0)
+    for x0 in DATA[:3000].split(500):
+        log_snr = 7 * torch.rand(len(x0), generator=generator) + 9
+        sigma = (-0.5 * log_snr).exp()
+        criterion.target(x0, x0 + sigma[:, None], 1.0, sigma)
+        criterion.reweight((-log_snr).exp(), log_snr)
+    assert float(criterion.target.removed_error(torch.tensor([12.0]))) == 0.0
+    assert criterion.diagnose().finding in ("try", "objective")
+
+
 def test_gap_levels_get_the_gap_against_the_data(both):
     """With the posterior mean as network the loss is nothing, and the gap not negative as J* would make it."""
     optimal = estimate(DATA[:1500], torch.logspace(-1.5, 1.5, 12).tolist(), draws=512)
