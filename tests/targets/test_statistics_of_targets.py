@@ -160,6 +160,48 @@ def test_huber_is_refused_with_the_reason():
         criterion.target = DATA
 
 
+def test_statistics_are_not_read_as_errors_against_another_target(both):
+    plain, posterior = (copy.deepcopy(criterion) for criterion in both)
+    with pytest.raises(ValueError, match=r"target is a PosteriorMean, but the statistics hold errors against the data"):
+        plain.target = PosteriorMean(DATA)
+    words = "target is a NoneType, but the statistics hold errors against the posterior mean over 4,096 references"
+    with pytest.raises(ValueError, match=words):
+        posterior.target = None
+    assert plain.target is None
+    posterior.target = posterior.target  # no change
+    for criterion, target in ((plain, PosteriorMean(DATA)), (posterior, None)):
+        criterion.statistics.reset()
+        criterion.target = target
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_another_target_is_refused(both, strict):
+    plain, posterior = both
+    fresh = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-8.0, 8.0))
+    with pytest.raises(RuntimeError, match=r"errors against posterior means, but the criterion has no target: assign"):
+        fresh.load_state_dict(posterior.state_dict(), strict=strict)
+    fresh = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-8.0, 8.0))
+    fresh.target = PosteriorMean(DATA)
+    wrapped = torch.nn.ModuleDict({"criterion": fresh})
+    state = torch.nn.ModuleDict({"criterion": plain}).state_dict()
+    with pytest.raises(RuntimeError, match="errors against the data, but the criterion's target is the posterior mean"):
+        wrapped.load_state_dict(state, strict=strict)
+    wrapped.load_state_dict(torch.nn.ModuleDict({"criterion": posterior}).state_dict(), strict=strict)
+
+
+def test_a_target_that_is_no_module_is_refused():
+    """Its state would not travel with the criterion's."""
+
+    class Loose:
+        description = "loose"
+
+        def removed_error(self, log_snr: Tensor) -> Tensor:
+            return log_snr.double()
+
+    with pytest.raises(TypeError, match="target is a Loose, expected"):
+        vadiff.DiffusionLoss("constant").target = Loose()
+
+
 def test_the_state_travels_with_the_criterion(both):
     posterior = both[1]
     level = from_sigma(torch.tensor([2.0]))
