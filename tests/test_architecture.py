@@ -60,8 +60,8 @@ LIBRARY = {
     },
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
-    "optimal_loss": {"_validation", "files", "process"},
     "targets": {"_validation", "pixels"},
+    "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {
         "_validation", "information", "loss", "ops", "process", "regression_target", "statistics", "weighting",
     },
@@ -71,7 +71,7 @@ LIBRARY = {
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
         "extras", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
-        "validation", "weighting",
+        "targets", "validation", "weighting",
     },
 }  # fmt: skip
 # The trainer may use all of the library; within it:

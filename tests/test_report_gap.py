@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.process import loss_ratio
@@ -15,7 +16,7 @@ from vadiff.trainer.cli import main
 from vadiff.trainer.report.page import sections_of
 from vadiff.trainer.report.runs import group_runs, read_history
 from vadiff.trainer.training.optimal_curve import estimate_curve
-from vadiff.trainer.training.run_gap import gap_of_run
+from vadiff.trainer.training.run_gap import direct_gap_of_run, gap_of_run
 from vadiff.training import open_run
 
 pytest.importorskip("matplotlib")
@@ -57,9 +58,35 @@ def test_gap_of_a_run_is_evaluated_and_reported(
     assert "gap" not in [section.anchor for section in sections]
 
 
+def test_gap_of_a_run_is_measured_directly(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run(shutil.copytree(trained_run, tmp_path / "run"))
+    options = ["--metrics", "--no-held-out", "--devices", "cpu", "--gap", "--gap-images", "40", "--gap-directly"]
+    assert main(["evaluate", str(run.path), *options]) == 0
+    printed = capsys.readouterr().out
+    written = run.path / "evaluation" / f"step-{run.config.steps}" / "gap.csv"
+    rows = list(csv.DictReader(written.read_text().splitlines()))
+    sigmas = [float(row["sigma"]) for row in rows]
+    direct = direct_gap_of_run(run, sigmas, number=40)
+    unit = loss_ratio("edm", -2.0 * direct.sigma.log(), sigma_data=run.config.sigma_data)
+    assert [float(row["gap"]) for row in rows] == pytest.approx((unit * direct.gap).tolist(), rel=1e-4)
+    assert f"{float(rows[0]['gap']):.5f} ± {float(rows[0]['gap_standard_error']):.5f}" in printed
+
+    curve = estimate_curve(run.config, run.images(), torch.device("cpu"), sigmas=sigmas, limit=2048)
+    subtracted = gap_of_run(run, curve, number=40)
+    error = (direct.stderr.square() + subtracted.stderr.square()).sqrt()
+    assert ((direct.gap - subtracted.gap).abs() < 4 * error).all()
+    assert (direct.stderr <= 1.1 * subtracted.stderr).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--gap"], "argument --gap: . is not a run directory"), (["--gap-images", "1"], "--gap-images: 1, expected at")],
+    [
+        (["--gap"], "argument --gap: . is not a run directory"),
+        (["--gap-images", "1"], "--gap-images: 1, expected at"),
+        (["--gap-directly"], "argument --gap-directly: expected with --gap"),
+    ],
 )
 def test_arguments_that_do_not_fit_are_named(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -52,13 +52,13 @@ def regret(arms: dict[str, Any], arm: str, figure: str, settings: dict[str, Any]
     )
 
 
-def percent(value: Interval) -> str:
+def percent(value: Interval, digits: int = 1) -> str:
     """A ratio's distance from 1 with its interval, which fewer than five seeds do not have."""
     if value.number == 0 or math.isnan(value.mean):
         return "–"
-    text = f"{math.expm1(value.mean):+.1%}"
+    text = f"{math.expm1(value.mean):+.{digits}%}"
     if not math.isnan(value.low):
-        text += f" [{math.expm1(value.low):+.1%}, {math.expm1(value.high):+.1%}]"
+        text += f" [{math.expm1(value.low):+.{digits}%}, {math.expm1(value.high):+.{digits}%}]"
     return text.replace("%", " %")
 
 

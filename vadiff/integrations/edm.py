@@ -18,14 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..levels.sampler import require_number
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio
+from ..targets import PosteriorMean, Recorded
 from ..weighting import Constant
-from .form import criterion_in_form, moved_beside
+from .form import criterion_in_form, moved_beside, training_target
 
 __all__ = ["EDM2Loss", "EDMLoss"]
 
@@ -42,6 +44,8 @@ class EDMLoss(nn.Module):
         sigma_data: standard deviation of the data.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings. "constant" is
             EDM's own loss.
+        target: regress D on the posterior mean in place of y, in training mode; becomes `criterion.target`. With the
+            classes of its reference if the network gets labels. Pickles (snapshots) do not hold its references.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss than "edm".
@@ -53,12 +57,13 @@ class EDMLoss(nn.Module):
         P_std: float = 1.2,
         sigma_data: float = 0.5,
         criterion: DiffusionLoss | str = "variance_aware",
+        target: PosteriorMean | None = None,
     ) -> None:
         super().__init__()
         self.P_mean = require_number("P_mean", P_mean)
         self.P_std = require_number("P_std", P_std, above=0.0)
         self.sigma_data = require_number("sigma_data", sigma_data, above=0.0)
-        self.criterion = criterion_in_form(criterion, "edm", sigma_data=self.sigma_data)
+        self.criterion = criterion_in_form(criterion, "edm", sigma_data=self.sigma_data, target=target)
 
     def forward(
         self,
@@ -79,13 +84,31 @@ class EDMLoss(nn.Module):
         Returns:
             float32 of the images' shape: the loss w·lambda·mean((D - y)²) of each sample, expanded over its elements,
             so that sum and mean, and their gradients, are those of the weighted element-wise loss.
+
+        Raises:
+            ValueError: an `augment_pipe` with a target; labels of another kind than the target's reference has.
         """
         sigma = self._sigma(images)
         conditions = {}
         if augment_pipe is not None:
+            if training_target(self.criterion) is not None:
+                raise ValueError(
+                    "augment_pipe is given with a target, expected None: the network is told how each image was "
+                    "augmented, so that no two images share a posterior. Train with --augment=0, or without a target"
+                )
             images, conditions["augment_labels"] = augment_pipe(images)
-        denoised = net(images + torch.randn_like(images) * sigma, sigma, labels, **conditions)
-        return _spread(self._weighted(denoised, images, sigma), images)
+        noisy = images + torch.randn_like(images) * sigma
+        denoised = net(noisy, sigma, labels, **conditions)
+        return _spread(self._weighted(denoised, self._target(images, noisy, sigma, labels), sigma), images)
+
+    def _target(self, images: Tensor, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """What D is regressed on: the images, or their posterior mean."""
+        target = training_target(self.criterion)
+        if target is None:
+            return images
+        moved_beside(self.criterion, images)
+        x0_hat: Tensor = target(images, noisy, 1.0, sigma.flatten(), labels=_classes(labels))
+        return x0_hat
 
     def _sigma(self, images: Tensor) -> Tensor:
         """Noise levels of a batch, [B, 1, ...] float32."""
@@ -100,6 +123,10 @@ class EDMLoss(nn.Module):
         loss: Tensor = criterion(denoised, images, log_snr, base_weight=base_weight, reduction="none")
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State without references, which are a data set: both loops pickle the loss into every snapshot."""
+        return {**self.__dict__, "_modules": {**self._modules, "criterion": _without_references(self.criterion)}}
+
     def extra_repr(self) -> str:
         return f"P_mean={self.P_mean:g}, P_std={self.P_std:g}, sigma_data={self.sigma_data:g}"
 
@@ -113,7 +140,7 @@ class EDM2Loss(EDMLoss):
 
     Args:
         P_mean, P_std, sigma_data: as for `EDMLoss`; these defaults are for ImageNet-512 latents.
-        criterion: as for `EDMLoss`.
+        criterion, target: as for `EDMLoss`.
         uncertainty: whether the head weights. None: if the criterion's weighting is "constant", which is EDM2's own
             loss with statistics of lambda·|D - y|².
 
@@ -128,8 +155,9 @@ class EDM2Loss(EDMLoss):
         sigma_data: float = 0.5,
         criterion: DiffusionLoss | str = "variance_aware",
         uncertainty: bool | None = None,
+        target: PosteriorMean | None = None,
     ) -> None:
-        super().__init__(P_mean, P_std, sigma_data, criterion)
+        super().__init__(P_mean, P_std, sigma_data, criterion, target)
         constant = isinstance(self.criterion.weighting, Constant)
         if uncertainty and not constant:
             raise ValueError(
@@ -159,24 +187,52 @@ class EDM2Loss(EDMLoss):
             ValueError: u is not one number per sample; or as `EDMLoss`.
         """
         sigma = self._sigma(images)
-        denoised, logvar = _with_logvar(net, images + torch.randn_like(images) * sigma, sigma, labels)
+        noisy = images + torch.randn_like(images) * sigma
+        denoised, logvar = _with_logvar(net, noisy, sigma, labels)
         u = logvar.flatten().float()
         if u.shape != images.shape[:1]:
             raise ValueError(
                 f"net returned a logvar of shape {tuple(logvar.shape)}, expected one number per sample: "
                 f"({images.shape[0]}, 1, 1, 1)"
             )
-        loss = self._weighted(denoised, images, sigma)
+        loss = self._weighted(denoised, self._target(images, noisy, sigma, labels), sigma)
         loss = loss * (-u).exp() + u if self.uncertainty else loss + 0.0 * u
         return _spread(loss, images)
 
     def __getstate__(self) -> dict[str, Any]:
         """State with the criterion on the CPU: EDM2 pickles its loss into snapshots that any machine may load."""
-        on_cpu = copy.deepcopy(self.criterion).cpu()
+        on_cpu = copy.deepcopy(_without_references(self.criterion)).cpu()
         return {**self.__dict__, "_modules": {**self._modules, "criterion": on_cpu}}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, uncertainty={self.uncertainty}"
+
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    """Classes [B] of EDM's labels, one-hot [B, C]; None for unconditional data, whose labels are [B, 0]."""
+    if labels is None or labels.numel() == 0:
+        return None
+    if labels.dim() != 2:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B, C), one-hot: a target needs classes")
+    return labels.argmax(1)
+
+
+def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
+    """The criterion, or a view of it whose target is only what it recorded.
+
+    On several ranks it has none if each has recorded its own draws: EDM checks that all ranks save the same.
+    """
+    target = criterion.target
+    if not isinstance(target, PosteriorMean):
+        return criterion
+    view = copy.copy(criterion)
+    view._modules = {**criterion._modules}  # copy.copy shares it
+    view.target = None
+    if target.removed.sync or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        recorded = Recorded(target.description)
+        recorded.removed = target.removed
+        view.target = recorded
+    return view
 
 
 def _with_logvar(

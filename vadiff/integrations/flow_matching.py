@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from ..levels.sampler import require_number
 from ..log_snr import from_flow_time
 from ..loss import DiffusionLoss
 from ..process import coefficients
-from .form import criterion_in_form
+from ..targets import PosteriorMean
+from .form import criterion_in_form, training_target
 
 __all__ = ["FlowMatchingLoss", "log_snr"]
 
@@ -46,19 +49,31 @@ class FlowMatchingLoss(nn.Module):
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
             the plain mean. Fixed weights must be written for "flow"; they are exact for sigma = 0.
         data_at, sigma: see `log_snr`.
+        target: regress on the posterior mean's velocity, in training mode; becomes `criterion.target`. For noise that
+            is drawn independently of the data (no optimal-transport pairs) and sigma = 0.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss.
     """
 
     def __init__(
-        self, criterion: DiffusionLoss | str = "variance_aware", *, data_at: int = 1, sigma: float = 0.0
+        self,
+        criterion: DiffusionLoss | str = "variance_aware",
+        *,
+        data_at: int = 1,
+        sigma: float = 0.0,
+        target: PosteriorMean | None = None,
     ) -> None:
         super().__init__()
         log_snr(torch.zeros(1), data_at=data_at, sigma=sigma)  # checks data_at and sigma
-        self.criterion = criterion_in_form(criterion, "flow")
+        self.criterion = criterion_in_form(criterion, "flow", target=target)
         self.data_at = data_at
         self.sigma = float(sigma)
+        if self.criterion.target is not None and self.sigma > 0.0:
+            raise ValueError(
+                f"sigma is {self.sigma:g} with a target, expected 0: the target's velocity leaves out noise that is "
+                "added to the path"
+            )
 
     def forward(
         self,
@@ -69,6 +84,7 @@ class FlowMatchingLoss(nn.Module):
         noise: Tensor | None = None,
         sample_weight: Tensor | None = None,
         reduction: str = "mean",
+        **of_target: Any,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -76,8 +92,10 @@ class FlowMatchingLoss(nn.Module):
             velocity: what the network returned, [B, ...].
             target: the path's velocity, torchcfm's `ut`, flow_matching's `dx_t`; or the data x1 if `noise` is given.
             t: [B] times in [0, 1].
-            noise: x0; the target velocity x1 - x0 (x0 - x1 where data_at = 0) is then never written to memory.
+            noise: x0; the target velocity x1 - x0 (x0 - x1 where data_at = 0) is then never written to memory. A
+                posterior-mean target needs x1 and x0.
             sample_weight, reduction: as for `vadiff.DiffusionLoss`.
+            of_target: index, labels and generator of `vadiff.targets.PosteriorMean`, where there is a target.
 
         Returns:
             The loss, a float32 scalar, or [B] for "none".
@@ -86,6 +104,15 @@ class FlowMatchingLoss(nn.Module):
             ValueError, TypeError: a bad argument; the message names it.
         """
         terms = None
+        posterior_mean = training_target(self.criterion)
+        if posterior_mean is not None:
+            if noise is None:
+                raise ValueError(
+                    "noise is None with a posterior-mean target, expected x0, and x1 as target: "
+                    "criterion(vt, x1, t, noise=x0)"
+                )
+            alpha, sigma = (t, 1.0 - t) if self.data_at == 1 else (1.0 - t, t)
+            target, noise = posterior_mean.pair(target, noise, alpha, sigma, **of_target)
         if noise is not None:
             terms = coefficients("flow", 1.0, 1.0, data_at=self.data_at)  # the same at every level of the path
         loss: Tensor = self.criterion(

@@ -1,4 +1,4 @@
-"""Checks that a criterion's fixed weights are written for the loss that a trainer computes."""
+"""Checks that a criterion's weights and target suit the loss that a trainer computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import weighting as weightings
 from ..loss import DiffusionLoss
+from ..targets import PosteriorMean
 
 
 def criterion_in_form(
@@ -14,6 +15,7 @@ def criterion_in_form(
     *,
     sigma_data: float = 0.5,
     loss_is_given: bool = False,
+    target: PosteriorMean | None = None,
 ) -> DiffusionLoss:
     """Make or check the criterion of a trainer whose base loss has the form of one prediction type.
 
@@ -23,12 +25,13 @@ def criterion_in_form(
             here or to `DiffusionLoss`, is made for it.
         sigma_data: standard deviation of the data, the trainer's.
         loss_is_given: the trainer computes the loss per sample itself, the criterion only weights it.
+        target: assigned to `criterion.target`; None leaves the criterion's own.
 
     Returns:
         The criterion.
 
     Raises:
-        TypeError: neither a criterion nor a name.
+        TypeError: neither a criterion nor a name; a target of another kind.
         ValueError: an unknown name, or a criterion whose fixed weighting is written for another loss.
     """
     if isinstance(criterion, str):
@@ -56,6 +59,10 @@ def criterion_in_form(
         raise ValueError(
             f"criterion has loss={criterion.loss!r}, expected 'mse': the trainer computes the loss per sample itself"
         )
+    if target is not None:
+        if not isinstance(target, PosteriorMean):
+            raise TypeError(f"target is a {type(target).__name__}, expected a vadiff.targets.PosteriorMean")
+        criterion.target = target
     return criterion
 
 
@@ -77,3 +84,9 @@ def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:
     if criterion.statistics.state.device != tensor.device:
         criterion.to(tensor.device)
     return criterion
+
+
+def training_target(criterion: DiffusionLoss) -> PosteriorMean | None:
+    """What to regress on in place of the data in this mode: in eval mode losses are against the data, hence None."""
+    target = criterion.target
+    return target if criterion.training and isinstance(target, PosteriorMean) else None

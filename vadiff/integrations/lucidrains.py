@@ -16,15 +16,18 @@ from torch import Tensor
 from ..log_snr import from_alphas_cumprod, from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio
+from ..targets import PosteriorMean
 from ..weighting import SNRWeighting
-from .form import criterion_in_form, moved_beside
+from .form import criterion_in_form, moved_beside, training_target
 
 __all__ = ["attach", "log_snr"]
 
 _FORMS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
-def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") -> Any:
+def attach(
+    diffusion: Any, criterion: DiffusionLoss | str = "variance_aware", *, target: PosteriorMean | None = None
+) -> Any:
     """Weight and record the losses of every ``diffusion(images)`` from now on.
 
     Works with the library's `Trainer`: the criterion becomes ``diffusion.criterion``, is saved and loaded with the
@@ -39,6 +42,8 @@ def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") ->
         diffusion: an object of one of the three classes.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
             the diffusion's own loss.
+        target: regress on the posterior mean in place of the data, in training mode; becomes `criterion.target`. Its
+            references are ``diffusion.normalize(images)``. For GaussianDiffusion and GaussianDiffusion1D.
 
     Returns:
         The diffusion.
@@ -46,14 +51,17 @@ def attach(diffusion: Any, criterion: DiffusionLoss | str = "variance_aware") ->
     Raises:
         TypeError: not such a diffusion, or of a version without the arguments.
         ValueError: a criterion is attached already; fixed weights for another loss, or on top of the diffusion's own
-            Min-SNR weights; the diffusion's `loss_weight` is not finite (a schedule that ends at zero SNR).
+            Min-SNR weights; the diffusion's `loss_weight` is not finite (a schedule that ends at zero SNR); a target
+            for ElucidatedDiffusion, whose noise cannot be given, or with offset or immiscible noise.
     """
     level = _level_name(diffusion)
     if hasattr(diffusion, "criterion"):
         raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or use a new one.")
     form = "edm" if level == "sigma" else "epsilon"
     sigma_data = float(diffusion.sigma_data) if level == "sigma" else 0.5
-    criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True)
+    criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True, target=target)
+    if criterion.target is not None:
+        _check_noise(diffusion, level)
     if level == "times":
         _check_loss_weight(diffusion, criterion)
     device = next(diffusion.parameters()).device
@@ -102,7 +110,29 @@ def _ask_for_losses(
             "loss_reduction='none' for one per sample"
         )
     per_sample = kwargs.get("loss_reduction") == "none"
-    return args, {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _MeanWanted("none")}
+    given = {**kwargs, name: levels, "loss_reduction": "none" if per_sample else _MeanWanted("none")}
+    target = training_target(diffusion.criterion)
+    return (args, given) if target is None else _with_target(diffusion, target, args, given)
+
+
+def _with_target(
+    diffusion: Any, target: PosteriorMean, args: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the posterior means of images and noise in their place: x_t made from them is the same."""
+    if given.get("model_forward_kwargs"):
+        raise ValueError(
+            "model_forward_kwargs is given with a target, expected none: what the network is told of a sample changes "
+            "its posterior"
+        )
+    images = args[0] if args else given.pop("img")
+    clean = diffusion.normalize(images)
+    noise = given.get("noise")
+    noise = torch.randn_like(clean) if noise is None else noise
+    alpha_bar = diffusion.alphas_cumprod[given["times"]]
+    moved_beside(diffusion.criterion, images)
+    x0_hat, given["noise"] = target.pair(clean, noise, alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt())
+    changed = torch.where(x0_hat == clean, images, diffusion.unnormalize(x0_hat))  # the others stay bit by bit
+    return (changed, *args[1:]), given
 
 
 def _weigh(diffusion: Any, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Tensor) -> Tensor:
@@ -126,6 +156,26 @@ def _level_name(diffusion: Any) -> str:
         "GaussianDiffusion, GaussianDiffusion1D or ElucidatedDiffusion of denoising-diffusion-pytorch 2.3.4 or later, "
         "with times= or sigma= and loss_reduction="
     )
+
+
+def _check_noise(diffusion: Any, level: str) -> None:
+    """Check that the noise of a diffusion can be given."""
+    if level == "sigma":
+        raise ValueError(
+            "target is given for ElucidatedDiffusion, expected None: its noise cannot be given. Train D with "
+            "vadiff.integrations.edm.EDMLoss(target=...), where net is "
+            "lambda x, sigma, labels: diffusion.preconditioned_network_forward(x, sigma.flatten())"
+        )
+    if getattr(diffusion, "offset_noise_strength", 0.0) > 0.0:
+        raise ValueError(
+            f"diffusion has offset_noise_strength={diffusion.offset_noise_strength:g} with a target, expected 0: the "
+            "posterior is that of independent noise"
+        )
+    if getattr(diffusion, "immiscible", False):
+        raise ValueError(
+            "diffusion has immiscible=True with a target, expected False: noise that is chosen by the images does not "
+            "have their posterior"
+        )
 
 
 @functools.cache

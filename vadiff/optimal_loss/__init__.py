@@ -4,6 +4,7 @@ from typing import Any
 
 from .conditional import estimate_given_class
 from .curve import ConvertedLoss, OptimalLoss
+from .direct import direct_gap
 from .estimators import Estimate, estimate, estimate_until
 from .gap import ModelGap, model_gap
 from .posterior import ESTIMATORS
@@ -16,6 +17,7 @@ __all__ = [
     "ModelGap",
     "OptimalLoss",
     "ScalingLaw",
+    "direct_gap",
     "estimate",
     "estimate_given_class",
     "estimate_until",

@@ -56,12 +56,13 @@ class PosteriorMean(nn.Module):
         ValueError, TypeError: an argument out of bounds; the message names it.
 
     Example:
+        >>> images = torch.randn(1500, 4, 8, 8)  # the training samples
         >>> targets = vadiff.targets.PosteriorMean(images, subset=1024)
         >>> criterion = vadiff.DiffusionLoss.for_process("flow", weighting="constant")
         >>> criterion.target = targets
-        >>> x0, noise, t = images[:64], torch.randn(64, *images.shape[1:]), torch.rand(64)
-        >>> x0_hat, noise_hat = targets.pair(x0, noise, alpha=1 - t, sigma=t, index=torch.arange(64))
-        >>> loss = criterion(network_output, noise_hat - x0_hat, vadiff.log_snr.from_flow_time(t))
+        >>> x0, noise, t = images[:8], torch.randn(8, 4, 8, 8), torch.rand(8)
+        >>> x0_hat, noise_hat = targets.pair(x0, noise, alpha=1 - t, sigma=t, index=torch.arange(8))
+        >>> loss = criterion(model_pred, noise_hat - x0_hat, vadiff.log_snr.from_flow_time(t))
     """
 
     def __init__(

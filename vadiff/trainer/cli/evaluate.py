@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels.add_argument("--gradient-images", type=int, metavar="N", default=512, help="training images per level")
     levels.add_argument("--gap", action="store_true", help="gap to J*, the lowest loss any network can have")
     levels.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per level")
+    levels.add_argument(
+        "--gap-directly", action="store_true",
+        help="with --gap: distance to the posterior mean of all training images in place of loss minus J*; without the "
+        "noise of J*; the data set must fit the device as float32",
+    )  # fmt: skip
     add_drawing_options(parser)
 
 
@@ -95,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error(f"argument --repeats: {options.repeats}, expected at least 1")
     if options.gap_images < 2:
         options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
+    if options.gap_directly and not options.gap:
+        options.parser.error("argument --gap-directly: expected with --gap")
     if not options.target.exists():
         options.parser.error(
             f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
@@ -114,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
                 held_out_images=0 if options.no_held_out else options.held_out_images,
                 gradient_images=options.gradient_images if options.gradients else 0,
                 gap_images=options.gap_images if options.gap else 0,
+                gap_directly=options.gap_directly,
             )
             return
         for name in ("gradients", "gap"):

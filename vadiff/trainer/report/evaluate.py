@@ -23,7 +23,7 @@ from ..evaluation.fidelity import FeatureNetwork, content_key
 from ..training import HeldOutLoss, Run
 from ..training.held_out import held_out_log_snr, held_out_loss_of_run
 from ..training.optimal_curve import estimate_curve
-from ..training.run_gap import gap_of_run
+from ..training.run_gap import direct_gap_of_run, gap_of_run
 from .comparison import (
     Comparison,
     Record,
@@ -52,6 +52,7 @@ def evaluate_run(
     held_out_images: int | None = 0,
     gradient_images: int = 0,
     gap_images: int = 0,
+    gap_directly: bool = False,
 ) -> Path:
     """Measure a checkpoint of a run; print the results and write them to `evaluation/step-<n>` in the run.
 
@@ -68,6 +69,8 @@ def evaluate_run(
         held_out_images: maximum number of held-out images; None takes all, 0 skips the held-out loss.
         gradient_images: training images for the gradients per level; 0 skips them.
         gap_images: training images for the gap to the optimal loss of the weights that `generation` names; 0 skips it.
+        gap_directly: whether the gap is the distance to the posterior mean of all training images, not the difference
+            of the loss and an estimate of the optimal loss.
 
     Returns:
         The folder.
@@ -109,7 +112,7 @@ def evaluate_run(
         charts = gradient_charts(gradients)
         written += _write(folder, {"gradients.csv": _csv(_gradients_rows(gradients)), **_pictures(charts)})
     if gap_images:
-        gap = _gap(run, data, generation, device, gap_images)
+        gap = _gap(run, data, generation, device, gap_images, gap_directly)
         number = min(gap_images, len(data.train))
         print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
         print(gap_table(gap, run.config.sigma_data))
@@ -159,8 +162,12 @@ def _gradients(
     )
 
 
-def _gap(run: Run, data: Images, generation: Generation, device: torch.device, number: int) -> ModelGap:
+def _gap(run: Run, data: Images, generation: Generation, device: torch.device, number: int, directly: bool) -> ModelGap:
     sigmas = (-0.5 * held_out_log_snr(run.config)).exp().tolist()
+    if directly:
+        return direct_gap_of_run(
+            run, sigmas, images=data, number=number, weights=generation.weights, step=generation.step, device=device
+        )
     optimal = estimate_curve(
         run.config, data, device, sigmas=sigmas, relative=0.01, absolute=1e-4, limit=16384, progress=True
     )

@@ -1,11 +1,14 @@
-"""The gap of a run's loss to the optimal loss."""
+"""The gap of a run's loss to the optimal loss, by subtraction or directly."""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ...optimal_loss import ModelGap, OptimalLoss, model_gap
+from ...optimal_loss import ModelGap, OptimalLoss, direct_gap, model_gap
 from ...pixels import normalised
 from ..data import Images
-from .optimal_curve import check_curve
+from .optimal_curve import check_curve, training_set
 from .run import Run
 
 
@@ -40,8 +43,7 @@ def gap_of_run(
     images = run.images() if images is None else images
     check_curve(optimal, run.config, images)
     size = len(images.train)
-    seen = size * (2 if run.config.flips else 1)
-    chosen = torch.randperm(seen, generator=torch.Generator().manual_seed(seed))[:number]
+    chosen = _chosen(size * (2 if run.config.flips else 1), number, seed)
     mirrored, rows = chosen >= size, chosen % size
     clean = normalised(images.train[rows])
     clean[mirrored] = clean[mirrored].flip(-1)
@@ -54,3 +56,43 @@ def gap_of_run(
         seed=seed,
         device=device,
     )
+
+
+def direct_gap_of_run(
+    run: Run,
+    sigmas: Tensor | Sequence[float],
+    *,
+    images: Images | None = None,
+    number: int = 1000,
+    weights: str = "ema",
+    step: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ModelGap:
+    """`gap_of_run` without a curve: the distance to the posterior mean of all training images.
+
+    On the images and noise of `gap_of_run`. The data set has to fit the device, as float32.
+
+    Args:
+        sigmas: [T] noise levels.
+        run, images, number, weights, step, seed, device: as for `gap_of_run`.
+
+    Raises:
+        UserError: the checkpoint or the data set is missing or corrupt.
+    """
+    images = run.images() if images is None else images
+    data, labels = training_set(images, flips=run.config.flips, class_conditional=run.config.class_conditional)
+    return direct_gap(
+        run.denoiser(weights, step, device),
+        data,
+        sigmas,
+        rows=_chosen(len(data), number, seed),
+        labels=labels,
+        seed=seed,
+        device=device,
+    )
+
+
+def _chosen(images: int, number: int, seed: int) -> Tensor:
+    """The images that a gap is measured on. [number] int64"""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:number]
