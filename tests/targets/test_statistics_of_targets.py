@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from graph_stand_in import Watch
 from torch import Tensor
 
 import vadiff
@@ -15,6 +17,7 @@ from vadiff import levels
 from vadiff.information import Profile
 from vadiff.log_snr import from_sigma
 from vadiff.optimal_loss import estimate
+from vadiff.process import loss_ratio
 from vadiff.targets import PosteriorMean, Recorded
 
 SPREAD = 0.5
@@ -59,6 +62,34 @@ def test_profiles_are_those_of_the_error_against_the_data(both):
     sigma = torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0])
     expected = plain.error_at(from_sigma(sigma))
     torch.testing.assert_close(posterior.error_at(from_sigma(sigma)), expected, rtol=0.08, atol=0)
+
+
+def recorded(removed: Callable[[Tensor], Tensor]) -> Recorded:
+    """Targets that have taken this much out of the x0 error at each log-SNR."""
+    target, log_snr = Recorded("posterior mean"), torch.linspace(-12, 12, 40_000)
+    target.removed.record(log_snr, removed(log_snr), torch.ones(len(log_snr), dtype=torch.bool))
+    return target
+
+
+@pytest.mark.parametrize("form", ["epsilon", "sample", "v_prediction", "flow", "edm"])
+def test_the_error_is_added_in_the_form_of_the_loss(form):
+    """Gaussian data in closed form: the best network's loss is what the targets have not taken out."""
+
+    def best(log_snr: Tensor) -> Tensor:
+        return 1.0 / (SPREAD**-2 + log_snr.exp())
+
+    def base_weight(log_snr: Tensor) -> Tensor:
+        return (0.3 * log_snr).exp()
+
+    found = []
+    for share in (0.0, 0.9):
+        criterion = vadiff.DiffusionLoss("constant", bins=80, log_snr_range=(-10.0, 10.0))
+        criterion.target = recorded(lambda log_snr, share=share: share * best(log_snr))
+        log_snr = criterion.bin_centers.repeat(16)
+        loss = (1.0 - share) * best(log_snr) * loss_ratio(form, log_snr) * base_weight(log_snr)
+        criterion.reweight(loss, log_snr)
+        found.append(Profile.of_criterion(criterion, form, base_weight=base_weight).x0_error)
+    torch.testing.assert_close(found[1], found[0], rtol=0.04, atol=0)  # what is removed is smoothed over levels
 
 
 def test_information_levels_go_where_they_would_with_plain_targets(both):
@@ -113,7 +144,7 @@ def test_targets_that_take_nothing_out_leave_the_verdict_as_it_is():
 def test_gap_levels_get_the_gap_against_the_data(both):
     """With the posterior mean as network the loss is nothing, and the gap not negative as J* would make it."""
     optimal = estimate(DATA[:1500], torch.logspace(-1.5, 1.5, 12).tolist(), draws=512)
-    criterion = both[1]
+    criterion = copy.deepcopy(both[1])
     sigma = torch.full((512,), 2.0)
     rows = torch.arange(512)
     x0 = DATA[rows]
@@ -125,6 +156,38 @@ def test_gap_levels_get_the_gap_against_the_data(both):
     sampler.update(criterion, from_sigma(sigma))
     place = int((from_sigma(torch.tensor([2.0])) + 8.0) / 0.5)
     assert float(sampler._recorder.statistics.mean[place]) == pytest.approx(0.09, abs=0.02)
+
+
+def levels_that_read_errors() -> list[levels.AdaptiveLevels]:
+    options = {"bins": 32, "log_snr_range": (-8.0, 8.0)}
+    optimal = estimate(DATA[:200], torch.logspace(-1.5, 1.5, 6).tolist(), draws=64)
+    return [levels.Information(levels.LogNormal(0.0, 1.5), **options), levels.GapLevels(optimal, **options)]
+
+
+def test_levels_wait_for_the_device_no_more_than_with_plain_targets(both):
+    """On a CPU some arguments are checked; on a GPU such checks are left out."""
+    log_snr = from_sigma(torch.full((64,), 2.0))  # as many as the last call had
+    waits: list[list[str]] = []
+    for criterion in both:
+        waits.append([])
+        for sampler in levels_that_read_errors():
+            with Watch(waits[-1].append):
+                sampler.update(criterion, log_snr)
+    assert waits[0] == waits[1]
+
+
+def test_levels_are_updated_in_one_compiled_piece(both):
+    criterion = copy.deepcopy(both[1])
+    sampler = levels_that_read_errors()[0]
+    expected = copy.deepcopy(sampler)
+    expected.update(copy.deepcopy(criterion))
+
+    def step() -> Tensor:
+        sampler.update(criterion)
+        return sampler.ratio.view(torch.float64)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), expected.ratio.view(torch.float64))
 
 
 def test_summary_and_logs_say_the_target(both, tmp_path):
