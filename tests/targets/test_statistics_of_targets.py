@@ -28,8 +28,8 @@ DATA = SPREAD * torch.randn(4096, ELEMENTS, generator=torch.Generator().manual_s
 def trained(target: bool, calls: int = 150, shrink: float = 1.1) -> vadiff.DiffusionLoss:
     """Statistics of a denoiser that shrinks to the data's mean, but by a factor too little, on Gaussian data."""
     criterion = vadiff.DiffusionLoss("constant", bins=32, log_snr_range=(-8.0, 8.0))
-    if target:
-        criterion.target = PosteriorMean(DATA, threshold=0.0)
+    targets = PosteriorMean(DATA, threshold=0.0) if target else None
+    criterion.target = targets
     generator = torch.Generator().manual_seed(1)
     for _ in range(calls):
         rows = torch.randperm(len(DATA), generator=generator)[:64]
@@ -38,7 +38,7 @@ def trained(target: bool, calls: int = 150, shrink: float = 1.1) -> vadiff.Diffu
         noisy = x0 + sigma[:, None] * eps
         best = SPREAD**2 / (SPREAD**2 + sigma.square())
         denoised = (shrink * best[:, None] * noisy).requires_grad_()
-        aim = criterion.target(x0, noisy, 1.0, sigma, index=rows) if target else x0
+        aim = x0 if targets is None else targets(x0, noisy, 1.0, sigma, index=rows)
         criterion(denoised, aim, from_sigma(sigma))
     return criterion
 
@@ -64,10 +64,10 @@ def test_profiles_are_those_of_the_error_against_the_data(both):
     torch.testing.assert_close(posterior.error_at(from_sigma(sigma)), expected, rtol=0.08, atol=0)
 
 
-def recorded(removed: Callable[[Tensor], Tensor]) -> Recorded:
-    """Targets that have taken this much out of the x0 error at each log-SNR."""
+def recorded(error: Callable[[Tensor], Tensor], share: float) -> Recorded:
+    """Targets that have taken this share of an x0 error out of it at each log-SNR."""
     target, log_snr = Recorded("posterior mean"), torch.linspace(-12, 12, 40_000)
-    target.removed.record(log_snr, removed(log_snr), torch.ones(len(log_snr), dtype=torch.bool))
+    target.removed.record(log_snr, share * error(log_snr), torch.ones(len(log_snr), dtype=torch.bool))
     return target
 
 
@@ -84,7 +84,7 @@ def test_the_error_is_added_in_the_form_of_the_loss(form):
     found = []
     for share in (0.0, 0.9):
         criterion = vadiff.DiffusionLoss("constant", bins=80, log_snr_range=(-10.0, 10.0))
-        criterion.target = recorded(lambda log_snr, share=share: share * best(log_snr))
+        criterion.target = recorded(best, share)
         log_snr = criterion.bin_centers.repeat(16)
         loss = (1.0 - share) * best(log_snr) * loss_ratio(form, log_snr) * base_weight(log_snr)
         criterion.reweight(loss, log_snr)
@@ -220,7 +220,7 @@ def test_huber_is_refused_with_the_reason():
     criterion.target = None
     criterion.loss = "huber"
     with pytest.raises(TypeError, match=r"target is a Tensor, expected a vadiff\.targets\.PosteriorMean"):
-        criterion.target = DATA
+        criterion.target = DATA  # type: ignore[assignment]
 
 
 def test_statistics_are_not_read_as_errors_against_another_target(both):
