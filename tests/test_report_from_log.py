@@ -15,7 +15,7 @@ import vadiff
 from vadiff.errors import RunError
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.trainer.cli import main
-from vadiff.trainer.report.from_log import read_log
+from vadiff.trainer.report.from_log import read_log, write_log_report
 from vadiff.training import open_run
 
 
@@ -230,3 +230,28 @@ def test_diagnose_with_an_optimal_loss_shows_the_gap(
 def test_diagnose_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", str(tmp_path)]) == 1
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_page_says_what_the_losses_are_errors_against(tmp_path: Path) -> None:
+    data = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    criterion, file = vadiff.DiffusionLoss("constant"), vadiff.MetricsFile(tmp_path / "log.jsonl")
+    criterion.target = targets = vadiff.targets.PosteriorMean(data)
+    for step in (1, 2):
+        sigma = torch.logspace(-1, 1, 64)
+        noisy = data[:64] + sigma[:, None] * torch.randn(64, 4)
+        x0_hat = targets(data[:64], noisy, 1.0, sigma)
+        criterion(noisy.requires_grad_(), x0_hat, vadiff.log_snr.from_sigma(sigma))
+        criterion.log_to(file, step)
+    trained(tmp_path / "log.jsonl", prefix="plain", steps=5)
+    (plain, logged), _, own = read_log(file.path)
+    assert own.keys() == {"loss"}
+    assert logged.texts["target"] == targets.description
+    assert "target" not in plain.texts
+    removed = logged.banded["removed_x0_error"][-1]
+    assert np.nanmax(removed) == pytest.approx(1.0, rel=0.2)  # the variance of the data, at high noise
+    write_log_report(file.path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert targets.description in page
+    assert "the data" in page
+    assert "Removed x0 error by noise level" in page
+    assert "Logged by the loop itself" in page

@@ -51,6 +51,10 @@ measured."""
 
 _LOSS_COVERED = 0.8  # least share of the loss in bands that count, to find it balanced
 _TRIAL = "criterion.weighting = vadiff.weighting.LossLevel(strength=0.5)"
+_AGAINST_MEANS = (
+    'Keep weighting="constant": a weighting that follows the loss would raise the levels from which the targets take '
+    "most. For a verdict diagnose a training without such targets."
+)
 
 
 class LossCurve(Protocol):
@@ -62,7 +66,7 @@ class LossCurve(Protocol):
 class Verdict(NamedTuple):
     """The outcome of a diagnosis."""
 
-    finding: str  # "leave", "try", "unclear", "objective", "levels", "skipped", "few", "one level" or "no ratio"
+    finding: str  # in one word, see `Diagnosis`
     text: str
 
 
@@ -85,8 +89,9 @@ class Diagnosis:
         gap: mean base loss minus the optimal loss J* of each band, [N] float64, NaN where a band is empty; None without
             a curve.
         finding: the verdict in one word: "leave", "try", "unclear", "objective" (the loss differs by more than weights
-            should mend), "levels" (the log-SNR looks wrong), "skipped", "few" (too few samples, or too few where the
-            loss is), "one level" or "no ratio" (a mean loss is not positive).
+            should mend), "target" (posterior-mean targets make the loss differ), "levels" (the log-SNR looks wrong),
+            "skipped", "few" (too few samples, or too few where the loss is), "one level" or "no ratio" (a mean loss is
+            not positive).
         verdict: the verdict in words, with the line of code to change.
         target: what the losses are errors against, in words; None is the data.
     """
@@ -174,7 +179,10 @@ def diagnose(
     outside = statistics.outside.cpu()
     moments = moments_of(statistics.state.cpu(), statistics.bins)
     count, skipped = moments[0], int(statistics.skipped)
-    verdict = verdict_of(bands, criterion.weighting, skipped, problem_of(criterion))
+    removed = removed_error(criterion, criterion.bin_centers).cpu()[count >= FEWEST]
+    verdict = verdict_of(
+        bands, criterion.weighting, skipped, problem_of(criterion), against_means=bool((removed > 0).any())
+    )
     total = max(count.sum().item(), 1e-300)
     target = target_of(criterion)
     so_far = _so_far(total, criterion) if verdict.finding in ("leave", "unclear") else ""
@@ -213,7 +221,9 @@ def _so_far(samples: float, criterion: Criterion) -> str:
     )
 
 
-def verdict_of(bands: Bands, weighting: Weighting, skipped: int = 0, problem: str | None = None) -> Verdict:
+def verdict_of(
+    bands: Bands, weighting: Weighting, skipped: int = 0, problem: str | None = None, *, against_means: bool = False
+) -> Verdict:
     """The verdict on the statistics of a criterion.
 
     Args:
@@ -221,6 +231,8 @@ def verdict_of(bands: Bands, weighting: Weighting, skipped: int = 0, problem: st
         weighting: its weighting.
         skipped: samples that were not recorded.
         problem: what is wrong with the noise levels, if anything.
+        against_means: whether posterior-mean targets have taken a part out of the loss at some levels. The loss may
+            then be small there because of them, and its ratio over levels says nothing of balance unless it is small.
     """
     samples, known = bands.samples.sum().item(), known_bands(bands)
     if skipped > samples:  # of the whole training, where `samples` is what was not forgotten
@@ -255,6 +267,12 @@ def verdict_of(bands: Bands, weighting: Weighting, skipped: int = 0, problem: st
             "no weight for it.",
         )
     where = f"{name} differs {_figure(spread)}-fold over noise levels, {_where(bands, known, loss)}"
+    if against_means and spread >= LEAVE_BELOW:
+        return Verdict(
+            "target",
+            f"{where}, but these are errors against posterior means, which take a part out of the loss that grows with "
+            f"the noise: their ratio says nothing of balance. {_AGAINST_MEANS}",
+        )
     return _by_ratio(spread, name, where, weighting, bands, known)
 
 

@@ -14,7 +14,7 @@ from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
 from .process_defaults import arguments_for
-from .regression_target import RegressionTarget, check_target, target_of
+from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
 from .statistics import LogSNRStatistics
 from .watch import Watch
 from .weighting import Weighting, for_criterion
@@ -47,7 +47,8 @@ class DiffusionLoss(nn.Module):
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
         target: what the calls regress on, a `vadiff.targets.PosteriorMean`; None, the default, is the data. No call
-            reads it: it is for what reads the statistics, and its state is part of the criterion's.
+            reads it: it is for what reads the statistics, and its state is part of the criterion's. It cannot change
+            while the statistics hold losses.
         base_loss: mean of v*g over the last batch, detached, with `weighting.LearnedUncertainty`, whose loss also
             contains u; else None.
 
@@ -109,6 +110,7 @@ class DiffusionLoss(nn.Module):
             check_target(target_of(self), value)
         elif name == "target":
             check_target(value, self.loss)
+            check_change(self, value)
         elif name == "sync":
             value = bool(value)
         elif name == "backend":
@@ -304,6 +306,15 @@ class DiffusionLoss(nn.Module):
     def extra_repr(self) -> str:
         loss = f"huber, huber_delta={self.huber_delta:g}" if self.loss == "huber" else self.loss
         return f"weighting={self.weighting}, loss={loss}, backend={self.backend}, sync={self.sync}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        problem = problem_with_state(self, state_dict, prefix)
+        if problem is not None:
+            errors.append(problem)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}

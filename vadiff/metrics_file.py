@@ -16,8 +16,8 @@ _START = b'{"step": '  # of each line
 class MetricsFile:
     """Writes the numbers of a training to a file, one JSON object per line, and reads them again.
 
-    `criterion.log_to(metrics_file, step)` writes to it, with the criterion's weighting and verdict as text; `log` adds
-    numbers of your own; `vadiff report --from-log FILE` makes a page of the file.
+    `criterion.log_to(metrics_file, step)` writes to it, with the criterion's weighting, target and verdict as text;
+    `log` adds numbers of your own; `vadiff report --from-log FILE` makes a page of the file.
 
     The file is only ever appended to, a whole line at a time, so that several processes of one machine may write to it.
     A killed process leaves at most one incomplete line, which is ignored when the file is read. Nothing is flushed to

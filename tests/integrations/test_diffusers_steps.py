@@ -18,6 +18,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UNet2DModel,
 )
+from torch import Tensor
 
 import vadiff
 from vadiff.integrations.diffusers import log_snr_of, sigmas_for, timesteps_for, timesteps_of
@@ -130,6 +131,23 @@ def test_base_weight_of_the_loop_does_not_move_the_levels() -> None:
     weighted = criterion_of("epsilon", weight)
     assert sigmas_for(weighted, scheduler, 10, base_weight=weight) == pytest.approx(plain, rel=1e-3)
     assert sigmas_for(weighted, scheduler, 10) != pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["epsilon", "v_prediction"])
+def test_what_posterior_mean_targets_took_out_does_not_move_the_levels(form: str) -> None:
+    scheduler: Any = EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type=form)
+
+    def best(log_snr: Tensor) -> Tensor:
+        return 1.0 / (SPREAD**-2 + log_snr.exp())
+
+    targets, log_snr = vadiff.targets.Recorded("posterior mean"), torch.linspace(-12, 12, 40_000)
+    targets.removed.record(log_snr, 0.9 * best(log_snr), torch.ones(len(log_snr), dtype=torch.bool))
+    criterion = vadiff.DiffusionLoss("constant", bins=80, log_snr_range=(-10.0, 10.0))
+    criterion.target = targets
+    log_snr = criterion.bin_centers.repeat(32)
+    criterion.reweight(0.1 * best(log_snr) * loss_ratio(form, log_snr), log_snr)
+    plain = sigmas_for(criterion_of(form), scheduler, 10)
+    assert sigmas_for(criterion, scheduler, 10) == pytest.approx(plain, rel=0.02)
 
 
 def test_form_of_the_recorded_loss_may_be_another_than_the_scheduler_s() -> None:

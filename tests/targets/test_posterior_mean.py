@@ -305,6 +305,25 @@ def test_augmented_references_are_of_the_batch_s_kind(digits):
     assert torch.stack(posterior).mean() < 0.1 * torch.stack(plain).mean()
 
 
+@pytest.mark.parametrize("kind", ["all", "subset", "bank"])
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
+def test_a_cast_of_the_module_does_not_round_its_references(digits, kind, cast):
+    """Of rounded references none is the own image, which would count twice."""
+    make = {
+        "all": {"reference": digits[:256]},
+        "subset": {"reference": digits[:256], "subset": 256},
+        "bank": {"bank": 64},
+    }
+    plain, held = PosteriorMean(**make[kind]), PosteriorMean(**make[kind])
+    for number in range(4):
+        x0 = digits[:64].roll(-16 * number, 0)[:16]
+        noisy = x0 + 0.7 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(number))
+        expected = plain(x0, noisy, 1.0, 0.7, generator=torch.Generator().manual_seed(number))
+        assert torch.equal(held(x0, noisy, 1.0, 0.7, generator=torch.Generator().manual_seed(number)), expected)
+        held.to(cast)
+    assert not torch.equal(expected, x0)
+
+
 def test_a_bank_goes_on_from_its_state(digits):
     first = PosteriorMean(bank=64)
     batches = digits[:128].split(16)

@@ -14,6 +14,13 @@ from .posterior import References, as_floats, keys_of
 Augment = Callable[[Tensor], Tensor]
 """Samples [m, ...] as floats → the same, augmented as the batch's x0 were."""
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+def bits_of(samples: Tensor) -> Tensor:
+    """The same memory as integers, which float casts of a module (`.half()`) leave alone."""
+    return samples.view(_BITS[samples.element_size()])
+
 
 def first_of_each(keys: Tensor) -> Tensor:
     """Whether no earlier entry has the same key. [B] → bool [B]."""
@@ -36,14 +43,14 @@ class DataSet(nn.Module):
         augment: applied to the chosen samples, for a subset.
     """
 
-    samples: Tensor  # not saved with the state: it is the data
+    bits: Tensor  # of the samples; not saved with the state: it is the data
     labels: Tensor | None
 
     def __init__(self, samples: Tensor, subset: int | None, labels: Tensor | None, augment: Augment | None) -> None:
         super().__init__()
-        self.register_buffer("samples", samples, persistent=False)
+        self.register_buffer("bits", bits_of(samples), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
-        self.subset, self.augment = subset, augment
+        self.subset, self.augment, self._dtype = subset, augment, samples.dtype
         self._keys: Tensor | None = None  # of the samples' bits
         total, square = torch.zeros(samples[0].numel(), dtype=torch.float64), 0.0
         for part in samples.split(512):
@@ -55,9 +62,14 @@ class DataSet(nn.Module):
         if not math.isfinite(self._variance):
             raise ValueError("reference has NaN or infinite values, expected finite numbers")
 
+    @property
+    def samples(self) -> Tensor:
+        """As they were given. [N, ...]"""
+        return self.bits.view(self._dtype)
+
     def data_variance(self) -> Tensor:
         """Variance of the data, per element. Scalar float64."""
-        return torch.full((), self._variance, dtype=torch.float64, device=self.samples.device)
+        return torch.full((), self._variance, dtype=torch.float64, device=self.bits.device)
 
     def references(self, batch: References, by_index: bool, generator: torch.Generator | None) -> References:
         """The samples of a call, without those of the batch (as `valid`).
@@ -97,7 +109,7 @@ class DataSet(nn.Module):
         return self._keys
 
     def extra_repr(self) -> str:
-        size = f"{len(self.samples):,} references"
+        size = f"{len(self.bits):,} references"
         return size if self.subset is None else f"{self.subset:,} at random of {size}"
 
 
@@ -108,14 +120,14 @@ class Bank(nn.Module):
     the same references.
     """
 
-    values: Any
+    bits: Any  # of the samples
     keys: Any
     labels: Any
     valid: Any
     place: Any
     moments: Any
 
-    _NAMES = ("values", "keys", "labels", "valid", "place", "moments")
+    _NAMES = ("bits", "keys", "labels", "valid", "place", "moments")
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -125,13 +137,19 @@ class Bank(nn.Module):
 
     def _make(self, like: Tensor) -> None:
         device, size = like.device, self.size
-        self.values = like.new_zeros(size, *like.shape[1:])
+        self.bits = bits_of(like.new_zeros(size, *like.shape[1:]))
         self.keys = torch.zeros(size, dtype=torch.int64, device=device)
         self.labels = torch.zeros(size, dtype=torch.int64, device=device)
         self.valid = torch.zeros(size, dtype=torch.bool, device=device)
         self.place = torch.zeros((), dtype=torch.int64, device=device)  # where the next sample goes
         elements = like[0].numel()
         self.moments = torch.zeros(elements + 2, dtype=torch.int64, device=device)  # bits of float64: sum, |x|², number
+
+    @property
+    def values(self) -> Tensor:
+        """The samples, float32 or float64. [size, ...]"""
+        values: Tensor = self.bits.view(torch.float64 if self.bits.dtype is torch.int64 else torch.float32)
+        return values
 
     def data_variance(self) -> Tensor:
         """Variance of all samples seen, per element. Scalar float64."""
@@ -146,7 +164,7 @@ class Bank(nn.Module):
                 f"bank is {self.size} with a batch of {len(batch.keys)}, expected at least {3 * len(batch.keys)}: the "
                 "samples of a batch share their references, and the noise of few references does not average out"
             )
-        if self.values is None:
+        if self.bits is None:
             self._make(batch.values)
         valid = self.valid & ~among(self.keys, batch.keys, 4096)
         return References(self.values, self.keys, None if batch.labels is None else self.labels, valid)
@@ -161,7 +179,8 @@ class Bank(nn.Module):
         size = len(batch.keys)
         where = (self.place + torch.arange(size, device=self.place.device)) % self.size
         self.valid &= ~among(self.keys, batch.keys, 4096)
-        self.values[where] = batch.values.to(self.values.dtype)
+        stored = self.values
+        stored[where] = batch.values.to(stored.dtype)
         self.keys[where] = batch.keys
         if batch.labels is not None:
             self.labels.index_copy_(0, where, batch.labels)
@@ -174,8 +193,8 @@ class Bank(nn.Module):
         moments[-1] += size
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        found = state_dict.get(prefix + "values")
-        if isinstance(found, Tensor) and self.values is None and len(found) == self.size:
+        found = state_dict.get(prefix + "bits")
+        if isinstance(found, Tensor) and self.bits is None and len(found) == self.size:
             self._make(found)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -17,10 +17,12 @@ from .page import Section, write_page
 from .runs import Array
 from .style import LOG_SNR, Chart, line
 
-_BANDED = re.compile(r"(.+)/(base_loss|std|relative_std|weight|share)/log_snr_(\S+?)_to_(\S+)")
+_REMOVED = "removed_x0_error"
+_PER_BAND = ("base_loss", "std", "relative_std", "weight", "share", _REMOVED)
+_BANDED = re.compile(rf"(.+)/({'|'.join(_PER_BAND)})/log_snr_(\S+?)_to_(\S+)")
 _STEPS = "optimiser steps"
 _LEVEL_FREE = "level_free_loss"
-_SCALARS, _TEXTS = ("samples", "skipped", _LEVEL_FREE), ("weighting", "verdict")
+_SCALARS, _TEXTS = ("samples", "skipped", _LEVEL_FREE), ("weighting", "target", "verdict")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class LoggedCriterion:
     prefix: str
     step: Array  # [R]
     edges: Array  # [N + 1] log-SNR
-    banded: dict[str, Array]  # base_loss, std, weight, share → [R, N]
+    banded: dict[str, Array]  # the names in _PER_BAND → [R, N]
     scalars: dict[str, Array]  # samples, skipped, level_free_loss → [R]
-    texts: dict[str, str]  # weighting, verdict: of the last step, if it has them
+    texts: dict[str, str]  # weighting, target, verdict: of the last step, if it has them
     left_out: int | None  # last step with other bands than those after it, which is left out with the steps before it
 
 
@@ -104,7 +106,7 @@ def _criterion(prefix: str, lines: Sequence[dict[str, Any]], matches: Mapping[st
     limits = {_limits(match) for entry in held for name, match in mine.items() if name in entry}
     edges = np.array(sorted({edge for pair in limits for edge in pair}))
     shape = (len(held), len(edges) - 1)
-    banded = {name: np.full(shape, np.nan) for name in ("base_loss", "std", "relative_std", "weight", "share")}
+    banded = {name: np.full(shape, np.nan) for name in _PER_BAND}
     for name, match in mine.items():
         if _limits(match) in limits:
             banded[match[2]][:, np.searchsorted(edges, float(match[3]))] = _series(held, name)
@@ -157,8 +159,10 @@ def _overview(criteria: Sequence[LoggedCriterion]) -> Section:
         known = criterion.scalars[name][np.isfinite(criterion.scalars[name])]
         return spoken(float(known[-1])) if len(known) else "–"
 
+    targets = [criterion.texts.get("target", "the data") for criterion in criteria]
     rows = [
         ["weighting", *(criterion.texts.get("weighting", "–") for criterion in criteria)],
+        *([["target", *targets]] if any("target" in criterion.texts for criterion in criteria) else []),
         ["steps", *(f"{criterion.step[-1]:,}" for criterion in criteria)],
         ["samples after forgetting", *(last(criterion, "samples") for criterion in criteria)],
         ["samples skipped", *(last(criterion, "skipped") for criterion in criteria)],
@@ -194,6 +198,8 @@ def _sections(criterion: LoggedCriterion, several: bool) -> list[Section]:
         values = {"": criterion.scalars[_LEVEL_FREE]}
         curves.charts.append(_curve(f"level-free-loss{tag}", "Level-free loss", caption, criterion.step, values))
     for name, title, caption in _BANDED_CHARTS:
+        if name == _REMOVED and "target" not in criterion.texts:
+            continue
         values = {
             f"{low:g} to {high:g}": criterion.banded[name][:, band]
             for band, (low, high) in enumerate(zip(criterion.edges, criterion.edges[1:], strict=False))
@@ -219,6 +225,12 @@ _BANDED_CHARTS = (
         "share",
         "Share of the samples by noise level",
         "Look for bands with next to no samples: they learn slowly, and their statistics are noisy.",
+    ),
+    (
+        _REMOVED,
+        "Removed x0 error by noise level",
+        "What the posterior-mean targets take out of the mean squared error of x0, whatever the network is. Base "
+        "losses are without it. Look for where it is not 0: only there do these targets differ from the data.",
     ),
 )
 
