@@ -18,7 +18,7 @@ from vadiff.training import PRESETS, TrainConfig, open_run, train
 CONFIG = TrainConfig(
     model="edm2", steps=8, batch_size=16, channels=(8, 16), log_every=4, held_out_images=20, held_out_levels=2,
     tensorboard=False, device="cpu", checkpoint_every=100, deterministic=True, warmup=4, process="flow",
-    levels="uniform_time", target="posterior-mean", reference=64, p_mean=0.5,
+    levels="uniform_time", target="posterior_mean", reference=64, p_mean=0.5,
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_a_finished_run_is_read_without_its_images(tmp_path: Path):
         ({"reference": "some"}, "reference is 'some', expected all, or a number of images of at least 2"),
         ({"reference": 1}, "reference is 1, expected all, or a number"),
         ({"reference": 63}, "reference is 63, expected at least 64: four times the 16 images of a step"),
-        ({"target": "median"}, "target is 'median', expected one of data, posterior-mean"),
+        ({"target": "median"}, "target is 'median', expected one of data, posterior_mean"),
     ],
 )
 def test_bad_fields_are_named(options, message):
