@@ -62,8 +62,8 @@ def assert_same_runs(one: Path, other: Path) -> None:
         {"levels": "information", "levels_every": 1, "stratified_epoch": True, "accumulate": 2, "shift": 2.0},
         {"levels": "beta", "uniform_share": 0.2, "process": "flow"},
         {"process": "flow", "precision": "bf16", "optimizer": "adamw", "weight_decay": 0.01},
-        {"process": "flow", "target": "posterior-mean", "reference": 64, "flips": True},
-        {"target": "posterior-mean", "reference": "all", "class_conditional": True, "levels": "information"},
+        {"process": "flow", "target": "posterior_mean", "reference": 64, "flips": True},
+        {"target": "posterior_mean", "reference": "all", "class_conditional": True, "levels": "information"},
     ],
     ids=str,
 )

@@ -66,10 +66,12 @@ def test_train_writes_a_run_directory_and_prints_held_out_loss(
 def test_flags_reach_the_config(tmp_path: Path) -> None:
     flags = ["--channels", "8", "8", "--weighting", "cauchy", "--weighting-options", "alpha=0.1", "--clip", "inf"]
     flags += ["--flips", "--no-tensorboard", "--log-snr-range", "-10", "10", "--data-seed", "3"]
+    flags += ["--target", "posterior-mean", "--reference", "all"]
     assert main(["train", "--preset", "digits", *flags, "--out", str(tmp_path)]) == 0
     config = open_run(tmp_path).config
     assert (config.channels, config.weighting_options, config.flips) == ((8, 8), {"alpha": 0.1}, True)
     assert (config.clip, config.log_snr_range, config.data_seed) == (math.inf, (-10.0, 10.0), 3)
+    assert (config.target, config.reference) == ("posterior_mean", "all")
     assert config.batch_size == TINY.batch_size
 
 

@@ -231,7 +231,7 @@ def main() -> None:
     images, references = cifar.load("cifar10", arguments.cifar), arguments.references
     base = dataclasses.replace(
         PRESETS[PRESET], device="cpu", precision="fp32", tensorboard=False, batch_size=arguments.batch_size,
-        target="posterior-mean", reference=references,
+        target="posterior_mean", reference=references,
     )  # fmt: skip
     found: dict[str, Any] = {
         "preset": PRESET, "batch_size": base.batch_size, "references": references, "measured": {}

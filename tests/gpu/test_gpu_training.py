@@ -40,6 +40,8 @@ CONFIG = TrainConfig(
         {"weighting": "learned", "sigma_rel": (0.05, 0.1)},
         {"levels": "information", "shift": 2.0, "uniform_share": 0.1, "stratified_epoch": True},
         {"levels": "beta", "uniform_share": 0.1},
+        {"target": "posterior_mean", "reference": 256},
+        {"target": "posterior_mean", "reference": "all", "flips": False, "levels": "information"},
     ],
     ids=str,
 )
@@ -125,6 +127,8 @@ def test_a_finished_run_holds_no_memory_of_its_graph() -> None:
         {"dropout": 0.1, "weighting": "learned", "sigma_rel": (0.05, 0.1), "precision": "bf16"},
         {"levels": "second_moment", "levels_every": 1, "accumulate": 2, "stratified": True},
         {"levels": "information", "levels_every": 1, "accumulate": 2, "stratified_epoch": True},
+        {"target": "posterior_mean", "reference": 256, "process": "flow"},
+        {"target": "posterior_mean", "reference": "all", "flips": False, "accumulate": 2},
     ],
     ids=str,
 )

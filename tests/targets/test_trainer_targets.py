@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from vadiff.log_snr import from_sigma
+from vadiff.pixels import normalised
 from vadiff.targets import PosteriorMean, Recorded
+from vadiff.trainer.training.assembly import build_criterion, build_levels, load_images
+from vadiff.trainer.training.batches import Batches
 from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.distributed import Ranks
+from vadiff.trainer.training.posterior_targets import moved, posterior_targets
+from vadiff.trainer.training.streams import REFERENCES, Streams
 from vadiff.training import PRESETS, TrainConfig, open_run, train
 
 CONFIG = TrainConfig(
     model="edm2", steps=8, batch_size=16, channels=(8, 16), log_every=4, held_out_images=20, held_out_levels=2,
     tensorboard=False, device="cpu", checkpoint_every=100, deterministic=True, warmup=4, process="flow",
-    levels="uniform_time", target="posterior-mean", reference=64, p_mean=0.5,
+    levels="uniform_time", target="posterior_mean", reference=64, p_mean=0.5,
 )  # fmt: skip
 
 
@@ -50,6 +58,58 @@ def test_the_network_sees_the_same_and_is_told_something_less_random(tmp_path: P
     assert posterior.metrics[0]["base_loss"] < 0.9 * plain.metrics[0]["base_loss"]
     before, after = (torch.cat([p.flatten() for p in run.denoiser.parameters()]) for run in (plain, posterior))
     assert not torch.equal(before, after)
+
+
+def bias_z_scores(config: TrainConfig, ranks: Ranks, of_targets: TrainConfig | None = None) -> torch.Tensor:
+    """Mean of (x0_hat - x0)·phi(x_t) in standard errors, for several phi and each pixel that varies; 0 if unbiased.
+
+    A network's gradient differs from that of plain targets by such products, so that their mean is the same too.
+    """
+    config = config.resolved()
+    device, images = torch.device("cpu"), load_images(config)
+    streams, criterion = Streams(0, 0, device), build_criterion(config)
+    batches = Batches(config, images, build_levels(config), streams, device, ranks)
+    criterion.target = posterior_targets(of_targets or config, batches, images.classes)
+    varies = normalised(images.train).std(0) > 0.3
+    found = []
+    for step in range(150):
+        for part in batches.at(step):
+            x0_hat, noise_hat = moved(criterion, part, streams.generators[REFERENCES])
+            log_snr = from_sigma(part.sigma).view(-1, 1, 1, 1)
+            alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+            noisy = alpha * part.x0 + sigma * part.eps
+            torch.testing.assert_close(alpha * x0_hat + sigma * noise_hat, noisy, rtol=0, atol=1e-4)
+            features = torch.cat([torch.ones_like(noisy), noisy, noisy.flip(-1), noisy.tanh() ** 3], 1)
+            products = (x0_hat - part.x0) * features * (log_snr < 2)
+            found.append(products.double().mean(0)[:, varies[0]])
+    values = torch.stack(found)  # one of each call, as its draws share their references
+    return values.mean(0) / values.std(0) * math.sqrt(len(values))
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({}, Ranks()),
+        ({"flips": True}, Ranks()),
+        ({"flips": True, "reference": "all"}, Ranks()),
+        ({"class_conditional": True, "label_dropout": 0.3, "batch_size": 32, "accumulate": 2}, Ranks()),
+        ({"flips": True, "batch_size": 32, "reference": 128}, Ranks(1, 2, 1)),
+        ({"process": "vp_linear", "levels": "auto", "prediction": "v_prediction", "zero_terminal_snr": True}, Ranks()),
+    ],
+    ids=str,
+)
+def test_targets_are_unbiased_given_the_noisy_image(options, ranks):
+    assert bias_z_scores(dataclasses.replace(CONFIG, **options), ranks).abs().max() < 4.5
+
+
+def test_the_test_of_bias_sees_references_without_flips():
+    config = dataclasses.replace(CONFIG, flips=True)
+    assert bias_z_scores(config, Ranks(), dataclasses.replace(config, flips=False)).abs().max() > 6
+
+
+def test_all_references_with_flips_take_a_batch_of_any_size():
+    config = dataclasses.replace(CONFIG, flips=True, reference="all", batch_size=512, steps=2, log_every=1)
+    assert all(entry["loss"] > 0 for entry in train(config, out=None, progress=False).metrics)
 
 
 @pytest.mark.parametrize("process", ["edm", "vp_linear"])
@@ -86,7 +146,7 @@ def test_a_finished_run_is_read_without_its_images(tmp_path: Path):
         ({"reference": "some"}, "reference is 'some', expected all, or a number of images of at least 2"),
         ({"reference": 1}, "reference is 1, expected all, or a number"),
         ({"reference": 63}, "reference is 63, expected at least 64: four times the 16 images of a step"),
-        ({"target": "median"}, "target is 'median', expected one of data, posterior-mean"),
+        ({"target": "median"}, "target is 'median', expected one of data, posterior_mean"),
     ],
 )
 def test_bad_fields_are_named(options, message):

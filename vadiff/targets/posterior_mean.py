@@ -101,6 +101,8 @@ class PosteriorMean(nn.Module):
             self.source = DataSet(reference.detach(), subset, labels, augment)
         self.unlabelled, self.chunk, self.gather = unlabelled, chunk, bool(gather)
         self.removed = RemovedError(float(threshold), bool(sync))
+        if reference is not None:
+            self.removed.to(reference.device)
 
     @torch.no_grad()
     def forward(

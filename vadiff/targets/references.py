@@ -80,14 +80,14 @@ class DataSet(nn.Module):
         if self.subset is None:
             keys = torch.arange(len(samples), device=device) if by_index else self._keys_of_all()
         else:
+            everything = self.subset == len(samples)  # for its augmentation: there are no more
             size = self.subset - len(batch.keys)
-            if size < 3 * len(batch.keys):
+            if size < 3 * len(batch.keys) and not everything:
                 raise ValueError(
                     f"subset is {self.subset} with a batch of {len(batch.keys)}, expected at least "
                     f"{4 * len(batch.keys)}: the samples of a batch share their references, and the noise of few "
                     "references does not average out"
                 )
-            everything = self.subset == len(samples)
             rows = torch.randperm(len(samples), generator=generator, device=device)[: None if everything else size]
             keys = rows if by_index else self._keys_of_all()[rows]
             samples = as_floats(samples[rows], batch.values.dtype)

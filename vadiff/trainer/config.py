@@ -21,7 +21,7 @@ from .config_fields import check, setting, typed
 
 TABLE = "table"  # weighting or levels from the final weights of the run in folder `table`
 AUTO = "auto"  # levels or prediction: those that are usual for the process
-DATA, POSTERIOR_MEAN = "data", "posterior-mean"  # targets
+DATA, POSTERIOR_MEAN = "data", "posterior_mean"  # targets
 GAP = "gap"  # weighting or levels from the optimal loss J*
 CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighting.InverseOptimalLoss}  # need J*
 WEIGHTINGS = (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
@@ -130,11 +130,11 @@ class TrainConfig:
     target: str = setting(
         DATA,
         "what is regressed on: the image that was drawn (data), or the mean of all training images that explain the "
-        "noisy one (posterior-mean), less random at high noise, with the same minimiser",
+        "noisy one (posterior_mean), less random at high noise, with the same minimiser",
         choices=(DATA, POSTERIOR_MEAN),
     )
     reference: int | str = setting(
-        1024, "for posterior-mean: training images among which it is looked for, at random at each step; or all"
+        1024, "for target posterior_mean: training images among which it is looked for, at random at each step; or all"
     )
     bins: int = setting(128, "log-SNR bins of the statistics", at_least=2, at_most=1024)
     log_snr_range: tuple[float, float] = setting((-16.0, 16.0), "lowest and highest log-SNR of the bins")

@@ -12,7 +12,7 @@ A line has, with K the number of bins:
     learning_rate, images_per_second, seconds, memory_bytes
     statistics                count, mean, variance, mass of the base loss, [K] each
     weights                   w at the bin centres, [K]
-    target                    if posterior-mean: description in words, removed_x0_error at the bin centres, [K]
+    target                    if posterior_mean: description in words, removed_x0_error at the bin centres, [K]
     levels                    if information: state in words, moved (share of draws that are not where the base's are)
 
 and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noise level, of the trained weights and of
