@@ -187,7 +187,7 @@ def test_removed_error_and_what_is_left_add_up_to_the_optimal_loss(digits, sigma
 def test_the_mean_target_of_a_batch_is_less_noisy(digits):
     """Noise of a batch's mean target about the mean of E[x0 | x_t], as a share of the plain target's."""
     targets = PosteriorMean(digits, subset=1024)
-    noise = {"plain": [], "posterior": []}
+    noise: dict[str, list[Tensor]] = {"plain": [], "posterior": []}
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(digits), generator=generator)[:64]
