@@ -60,7 +60,7 @@ LIBRARY = {
     },
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
-    "targets": {"_validation", "pixels"},
+    "targets": {"_validation", "errors", "pixels"},
     "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {
         "_validation", "information", "loss", "ops", "process", "regression_target", "statistics", "weighting",

@@ -66,6 +66,8 @@ class EDMLoss(nn.Module):
         self.sigma_data = require_number("sigma_data", sigma_data, above=0.0)
         self.criterion = criterion_in_form(criterion, "edm", sigma_data=self.sigma_data, target=target)
 
+    _labels_seen = False  # whether a call with a target has looked at the labels
+
     def forward(
         self,
         net: Callable[..., Tensor],
@@ -108,7 +110,9 @@ class EDMLoss(nn.Module):
         if target is None:
             return images
         moved_beside(self.criterion, images)
-        x0_hat: Tensor = target(images, noisy, 1.0, sigma.flatten(), labels=_classes(labels))
+        first = not self._labels_seen
+        self._labels_seen = True
+        x0_hat: Tensor = target(images, noisy, 1.0, sigma.flatten(), labels=_classes(labels, first or images.is_cpu))
         return x0_hat
 
     def _sigma(self, images: Tensor) -> Tensor:
@@ -209,12 +213,21 @@ class EDM2Loss(EDMLoss):
         return f"{super().extra_repr()}, uncertainty={self.uncertainty}"
 
 
-def _classes(labels: Tensor | None) -> Tensor | None:
-    """Classes [B] of EDM's labels, one-hot [B, C]; None for unconditional data, whose labels are [B, 0]."""
+def _classes(labels: Tensor | None, check: bool) -> Tensor | None:
+    """Classes [B] of EDM's labels, one-hot [B, C]; None for unconditional data, whose labels are [B, 0].
+
+    check: whether to look if they are one-hot, for which the host waits for a GPU.
+    """
     if labels is None or labels.numel() == 0:
         return None
-    if labels.dim() != 2:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected (B, C), one-hot: a target needs classes")
+    one_hot = labels.dim() == 2
+    if one_hot and check:
+        one_hot = bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
+    if not one_hot:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected (B, C), one-hot: a target needs classes. Texts and "
+            "other conditions are different for each sample, so that no two share a posterior"
+        )
     return labels.argmax(1)
 
 
@@ -226,14 +239,11 @@ def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     target = criterion.target
     if not isinstance(target, PosteriorMean):
         return criterion
-    view = copy.copy(criterion)
-    view._modules = {**criterion._modules}  # copy.copy shares it
-    view.target = None
+    recorded = Recorded(target.description)
+    recorded.removed = target.removed
     differs = isinstance(target.source, Bank) or not target.removed.sync
-    if not (differs and several_ranks()):
-        recorded = Recorded(target.description)
-        recorded.removed = target.removed
-        view.target = recorded
+    view = copy.copy(criterion)  # which shares its modules
+    view._modules = {**criterion._modules, "target": None if differs and several_ranks() else recorded}
     return view
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -69,11 +67,8 @@ class FlowMatchingLoss(nn.Module):
         self.criterion = criterion_in_form(criterion, "flow", target=target)
         self.data_at = data_at
         self.sigma = float(sigma)
-        if self.criterion.target is not None and self.sigma > 0.0:
-            raise ValueError(
-                f"sigma is {self.sigma:g} with a target, expected 0: the target's velocity leaves out noise that is "
-                "added to the path"
-            )
+        if self.criterion.target is not None:
+            self._check_path()
 
     def forward(
         self,
@@ -84,7 +79,9 @@ class FlowMatchingLoss(nn.Module):
         noise: Tensor | None = None,
         sample_weight: Tensor | None = None,
         reduction: str = "mean",
-        **of_target: Any,
+        index: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -95,7 +92,7 @@ class FlowMatchingLoss(nn.Module):
             noise: x0; the target velocity x1 - x0 (x0 - x1 where data_at = 0) is then never written to memory. A
                 posterior-mean target needs x1 and x0.
             sample_weight, reduction: as for `vadiff.DiffusionLoss`.
-            of_target: index, labels and generator of `vadiff.targets.PosteriorMean`, where there is a target.
+            index, labels, generator: of `vadiff.targets.PosteriorMean`, where there is a target.
 
         Returns:
             The loss, a float32 scalar, or [B] for "none".
@@ -111,8 +108,15 @@ class FlowMatchingLoss(nn.Module):
                     "noise is None with a posterior-mean target, expected x0, and x1 as target: "
                     "criterion(vt, x1, t, noise=x0)"
                 )
+            self._check_path()
             alpha, sigma = (t, 1.0 - t) if self.data_at == 1 else (1.0 - t, t)
-            target, noise = posterior_mean.pair(target, noise, alpha, sigma, **of_target)
+            target, noise = posterior_mean.pair(
+                target, noise, alpha, sigma, index=index, labels=labels, generator=generator
+            )
+        elif self.criterion.target is None and (index is not None or labels is not None or generator is not None):
+            raise ValueError(
+                "index, labels or generator is given without a target, expected None: the target reads them"
+            )
         if noise is not None:
             terms = coefficients("flow", 1.0, 1.0, data_at=self.data_at)  # the same at every level of the path
         loss: Tensor = self.criterion(
@@ -125,6 +129,13 @@ class FlowMatchingLoss(nn.Module):
             reduction=reduction,
         )
         return loss
+
+    def _check_path(self) -> None:
+        if self.sigma > 0.0:
+            raise ValueError(
+                f"sigma is {self.sigma:g} with a target, expected 0: the target's velocity leaves out noise that is "
+                "added to the path"
+            )
 
     def extra_repr(self) -> str:
         return f"data_at={self.data_at}, sigma={self.sigma:g}"

@@ -89,4 +89,11 @@ def moved_beside(criterion: DiffusionLoss, tensor: Tensor) -> DiffusionLoss:
 def training_target(criterion: DiffusionLoss) -> PosteriorMean | None:
     """What to regress on in place of the data in this mode: in eval mode losses are against the data, hence None."""
     target = criterion.target
-    return target if criterion.training and isinstance(target, PosteriorMean) else None
+    if not criterion.training or target is None:
+        return None
+    if not isinstance(target, PosteriorMean):
+        raise ValueError(
+            f"the criterion's target is {target.description}, as read from a copy or a snapshot, without references: "
+            "make the loss anew with target=PosteriorMean(...), and load its state_dict"
+        )
+    return target

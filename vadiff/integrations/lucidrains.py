@@ -124,6 +124,7 @@ def _with_target(
             "model_forward_kwargs is given with a target, expected none: what the network is told of a sample changes "
             "its posterior"
         )
+    _check_noise(diffusion, _level_name(diffusion))  # the target may have been assigned later
     images = args[0] if args else given.pop("img")
     clean = diffusion.normalize(images)
     noise = given.get("noise")

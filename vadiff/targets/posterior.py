@@ -15,7 +15,7 @@ CIFAR-10 at the lowest noise at which targets are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ from torch import Tensor
 
 from ..pixels import normalised
 
+Augment = Callable[[Tensor], Tensor]
+"""Samples [m, ...] as floats → the same, augmented as the batch's x0 were."""
+
+_AT_ONCE = 2**24  # elements of the references that are in the products at a time, 64 MiB
 _LOWEST = -1e30  # below every logit; with -inf, -inf - -inf would be NaN
 
 
@@ -33,6 +37,7 @@ class References(NamedTuple):
     keys: Tensor  # [M] int64: equal for equal samples
     labels: Tensor | None  # [M] int64 classes
     valid: Tensor  # [M] bool
+    augment: Augment | None = None  # applied to the values as floats, a part of them at a time
 
 
 class Draws(NamedTuple):
@@ -54,13 +59,18 @@ class Posterior(NamedTuple):
     variance: Tensor  # [B] per element: what the mean takes out of the squared error
 
 
-def posterior(draws: Draws, sets: Sequence[References], chunk: int) -> Posterior:
+def chunk_of(samples: Tensor) -> int:
+    """How many samples [N, ...] to work on at a time, so that memory does not grow with their size."""
+    return max(1, min(4096, _AT_ONCE // max(1, samples[0].numel())))
+
+
+def posterior(draws: Draws, sets: Sequence[References], chunk: int | None = None) -> Posterior:
     """The posterior over the own x0 and those references of all sets whose key differs from its own.
 
     Args:
         draws: floats of one dtype, float32 or float64.
         sets: no key is in two of them, unless `valid` is False in one.
-        chunk: references at a time, which bounds the memory.
+        chunk: references at a time, which bounds the memory; None chooses by their size.
     """
     x0, noisy, alpha, sigma = draws[:4]
     own_norm = x0.square().sum(1)
@@ -87,12 +97,16 @@ def posterior(draws: Draws, sets: Sequence[References], chunk: int) -> Posterior
     return Posterior(mean, variance)
 
 
-def _chunks(draws: Draws, sets: Sequence[References], chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(draws: Draws, sets: Sequence[References], chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Values [m, D] and, for each draw, whether they are references of it, bool [B, m]."""
     for references in sets:
-        for start in range(0, len(references.values), chunk):
-            part = slice(start, start + chunk)
-            values = as_floats(references.values[part], draws.x0.dtype).flatten(1)
+        size = chunk or chunk_of(references.values)
+        for start in range(0, len(references.values), size):
+            part = slice(start, start + size)
+            values = as_floats(references.values[part], draws.x0.dtype)
+            if references.augment is not None:
+                values = references.augment(values)
+            values = values.flatten(1)
             allowed = (references.keys[part] != draws.keys[:, None]) & references.valid[part]
             if references.labels is not None and draws.labels is not None:
                 labels = draws.labels[:, None]
@@ -110,6 +124,8 @@ def as_floats(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def keys_of(samples: Tensor) -> Tensor:
     """int64 [B] keys of floats [B, ...]: equal for samples of equal bits, else different but for one in 2**60 pairs.
+
+    float16 and bfloat16 have the keys of the float32 numbers that they stand for.
 
     Sums of integers do not depend on their order, so that a sample's key does not depend on its place in a batch.
     """

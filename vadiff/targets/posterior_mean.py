@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._validation import is_number
-from .posterior import Draws, Posterior, References, keys_of, posterior
-from .references import Augment, Bank, DataSet, first_of_each
+from ..errors import DiffusionLossWarning
+from .posterior import Augment, Draws, Posterior, References, keys_of, posterior
+from .references import Bank, DataSet, first_of_each
 from .removed import RemovedError, several_ranks
+
+_CLEAN = 60.0  # log-SNR from which no target is random, and 1/sigma² overflows some day
+_ENOUGH_TO_WARN, _LEAST_FOUND = 64, 0.9  # samples, and their share, to look for wrong references
 
 
 class PosteriorMean(nn.Module):
@@ -75,14 +80,15 @@ class PosteriorMean(nn.Module):
         unlabelled: int | None = None,
         augment: Augment | None = None,
         threshold: float = 0.01,
-        chunk: int = 4096,
+        chunk: int | None = None,
         gather: bool = False,
         sync: bool = True,
     ) -> None:
         super().__init__()
         if not is_number(threshold) or not 0.0 <= threshold < 1.0:
             raise ValueError(f"threshold is {threshold!r}, expected a number from 0 to below 1")
-        _check_count("chunk", chunk, 1)
+        if chunk is not None:
+            _check_count("chunk", chunk, 1)
         if (reference is None) == (bank is None):
             raise ValueError(
                 f"reference is {'None' if reference is None else 'given'} and bank is {bank!r}, expected one of them: "
@@ -101,8 +107,12 @@ class PosteriorMean(nn.Module):
             self.source = DataSet(reference.detach(), subset, labels, augment)
         self.unlabelled, self.chunk, self.gather = unlabelled, chunk, bool(gather)
         self.removed = RemovedError(float(threshold), bool(sync))
+        self.register_buffer("found", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self._warned = False
         if reference is not None:
-            self.removed.to(reference.device)
+            self.to(reference.device)
+
+    found: Tensor  # int64 [2]: samples of batches without `index` that are in the reference, and all of these
 
     @torch.no_grad()
     def forward(
@@ -136,30 +146,76 @@ class PosteriorMean(nn.Module):
         """
         alpha, sigma = self._check(x0, noisy, alpha, sigma, index, labels)
         dtype = torch.float64 if x0.dtype is torch.float64 else torch.float32
+        each = (-1, *[1] * (x0.dim() - 1))
         keys = keys_of(x0) if index is None else index.to(x0.device)
         finite = x0.isfinite().flatten(1).all(1)  # others are no references, and keep their own target
-        values = torch.where(finite.view(-1, *[1] * (x0.dim() - 1)), x0, 0.0).to(dtype)
+        values = torch.where(finite.view(each), x0, 0.0).to(dtype)
         batch = self._together(References(values, keys, labels, finite))
         batch = batch._replace(valid=batch.valid & first_of_each(batch.keys))
-        sets = [self.source.references(batch, index is not None, generator), batch]
         log_snr = 2.0 * (alpha.double().log() - sigma.double().log())
-        active = finite & (sigma > 0) & sigma.isfinite() & ~log_snr.isnan()
+        active = finite & (sigma > 0) & sigma.isfinite() & (log_snr < _CLEAN) & ~self.removed.keeps_own(log_snr)
         ready = self.source.ready(batch)
         if ready is not None:
             active &= ready
-        active &= ~self.removed.keeps_own(log_snr)
         safe = torch.where(active, sigma, 1.0)
         draws = Draws(
             x0.flatten(1).to(dtype), noisy.flatten(1).to(dtype), alpha, safe, keys, labels, self.unlabelled
         )  # fmt: skip
-        found = self._of_rows(draws, sets, active) if self._skips(x0) else posterior(draws, sets, self.chunk)
-        mean = found.mean.view_as(x0).to(x0.dtype)
-        x0_hat = torch.where(active.view(-1, *[1] * (x0.dim() - 1)), mean, x0)
+        found = self._posterior(draws, batch, None if index is not None else x0.dtype, active, generator)
+        x0_hat = torch.where(active.view(each), found.mean.view_as(x0).to(x0.dtype), x0)
         if self.training:
             self.removed.record(log_snr, found.variance, active)
-            self.source.keep(batch)  # last: it overwrites references
-            self.removed.set_variance(self.source.data_variance())
+            self._keep(batch)  # last: it overwrites references
         return x0_hat
+
+    def _keep(self, batch: References) -> None:
+        """Put the batch into a bank. Levels are judged once it is full: J*_M grows with M."""
+        before = self.source.full()
+        self.source.keep(batch)
+        full, variance = self.source.full(), self.source.data_variance()
+        if before is not None and full is not None:
+            self.removed.forget_where(full & ~before)
+            variance = torch.where(full, variance, 0.0)
+        self.removed.set_variance(variance)
+
+    def _posterior(
+        self,
+        draws: Draws,
+        batch: References,
+        given: torch.dtype | None,
+        active: Tensor,
+        generator: torch.Generator | None,
+    ) -> Posterior:
+        """The posterior of all draws or, on a CPU, of the active ones."""
+        skips = self._skips(draws.x0)
+        if skips and not bool(active.any()):
+            return Posterior(torch.zeros_like(draws.x0), torch.zeros_like(draws.sigma))
+        others = self.source.references(batch, given, generator)
+        if given is not None and isinstance(self.source, DataSet):
+            self._look(others, batch)
+        sets = [others, batch]
+        return self._of_rows(draws, sets, active) if skips else posterior(draws, sets, self.chunk)
+
+    def _look(self, others: References, batch: References) -> None:
+        """Count the samples of all references that were found in batches without `index`."""
+        if self.training and self.source.subset is None:
+            found = torch.stack([(~others.valid).sum(), batch.valid.sum()])
+            self.found += found
+            if self._skips(batch.values) and not self._warned and int(self.found[1]) >= _ENOUGH_TO_WARN:
+                self._warned = True
+                if self.missing:
+                    warnings.warn(self.missing, DiffusionLossWarning, stacklevel=4)
+
+    @property
+    def missing(self) -> str:
+        """What is wrong if the batches are not found in the reference; "" if they are. Synchronises with a GPU."""
+        found, seen = self.found.tolist()
+        if seen < _ENOUGH_TO_WARN or found >= _LEAST_FOUND * seen:
+            return ""
+        return (
+            f"only {found / seen:.0%} of the batches' samples are in the reference bit by bit, so that own samples may "
+            "count twice: pass index=, the rows of the batch in the reference"
+        )
 
     def _skips(self, x0: Tensor) -> bool:
         """Whether work is done for the active draws only, whose number the host then has to read."""
@@ -202,8 +258,9 @@ class PosteriorMean(nn.Module):
             raise ValueError(f"noise is {_shape(noise)}, expected {tuple(x0.shape)}: the shape of x0")
         shape = (-1, *[1] * (x0.dim() - 1))
         a, s = (_per_sample(name, value, x0).view(shape) for name, value in (("alpha", alpha), ("sigma", sigma)))
-        x0_hat = self(x0, (a * x0 + s * noise).detach(), alpha, sigma, **options)
-        ratio = torch.where(s > 0, a / s, 0.0)
+        x0, noise = x0.detach(), noise.detach()
+        x0_hat = self(x0, a * x0 + s * noise, alpha, sigma, **options)
+        ratio = torch.where(s > 0, a / s, 0.0).nan_to_num(posinf=0.0)
         return x0_hat, noise + (ratio * (x0 - x0_hat)).to(noise.dtype)
 
     @torch.no_grad()
@@ -220,7 +277,7 @@ class PosteriorMean(nn.Module):
         if not self.gather or not several_ranks():
             return batch
         gathered: list[Any] = []
-        for values in batch:
+        for values in (batch.values, batch.keys, batch.labels, batch.valid):
             if values is not None:
                 out = [torch.empty_like(values.contiguous()) for _ in range(dist.get_world_size())]
                 dist.all_gather(out, values.contiguous())
@@ -262,7 +319,16 @@ class PosteriorMean(nn.Module):
     @property
     def description(self) -> str:
         """In words, for logs and summaries."""
-        return f"posterior mean over {self.source.extra_repr()}"
+        missing = self.missing
+        return f"posterior mean over {self.source.extra_repr()}" + (f" ({missing})" if missing else "")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        if isinstance(self.source, Bank):
+            self.source.load(state_dict, f"{prefix}source.", self.removed.sums.device, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def _per_sample(name: str, value: Any, x0: Tensor) -> Tensor:

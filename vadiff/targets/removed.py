@@ -29,11 +29,17 @@ class RemovedError(nn.Module):
         self.register_buffer("limit", torch.zeros((), dtype=torch.int64))
 
     def set_variance(self, variance: Tensor) -> None:
-        """Set the variance of the data, per element; scalar float64. Does not synchronise with a GPU."""
+        """Set the variance of the data, per element, scalar float64; 0: no level is judged.
+
+        Does not synchronise with a GPU, as nothing here does."""
         self.limit.view(torch.float64).copy_(self.threshold * variance)
 
+    def forget_where(self, when: Tensor) -> None:
+        """Forget all draws if `when`, a bool scalar, is true."""
+        self.sums.mul_(~when)
+
     def record(self, log_snr: Tensor, variance: Tensor, taken: Tensor) -> None:
-        """Add the draws that are `taken` (bool [B]). log_snr, variance: [B]. Does not synchronise with a GPU."""
+        """Add the draws that are `taken` (bool [B]). log_snr, variance: [B]."""
         place = ((log_snr.double() - _LOW) / _WIDTH).floor().clamp(0, _BINS - 1)
         taken = taken & variance.isfinite() & ~log_snr.isnan()
         # A product, because adding up by index has no fixed order on a GPU.
