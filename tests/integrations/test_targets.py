@@ -295,3 +295,30 @@ def test_one_call_before_diffusers_loss_gives_the_ideal_network_no_loss(predicti
     found = scheduler_loss(criterion, scheduler, ideal, x0_hat, noise_hat, timesteps)
     plain = scheduler_loss(criterion, scheduler, ideal, clean, noise, timesteps)
     assert float(found) < 1e-4 * float(plain)
+
+
+def test_copies_of_edms_loss_without_references_do_not_train(data: Tensor) -> None:
+    loss_fn = EDMLoss(target=PosteriorMean(data))
+    loss_fn(Ideal(data), data[:8])
+    copied = copy.deepcopy(loss_fn)
+    with pytest.raises(ValueError, match="without references: make the loss anew with target="):
+        copied(Ideal(data), data[:8])
+    copied.eval()(Ideal(data), data[:8])
+    resumed = EDMLoss(target=PosteriorMean(data))
+    resumed.load_state_dict(copied.state_dict())
+    resumed(Ideal(data), data[:8])
+
+
+def test_edm_refuses_conditions_that_are_no_classes(data: Tensor) -> None:
+    loss_fn = EDMLoss(target=PosteriorMean(data))
+    with pytest.raises(ValueError, match=r"labels has shape .*, expected \(B, C\), one-hot: a target needs classes"):
+        loss_fn(Ideal(data), data[:8], torch.randn(8, 16))
+
+
+def test_flow_matching_knows_its_arguments(data: Tensor) -> None:
+    loss_fn = FlowMatchingLoss("constant")
+    velocity, t = torch.zeros(8, *SHAPE), torch.rand(8)
+    with pytest.raises(TypeError, match="nonsense"):
+        loss_fn(velocity, data[:8], t, nonsense=1)
+    with pytest.raises(ValueError, match="index, labels or generator is given without a target"):
+        loss_fn(velocity, data[:8], t, index=torch.arange(8))

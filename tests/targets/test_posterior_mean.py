@@ -14,6 +14,7 @@ from torch import Tensor
 import vadiff
 from vadiff.optimal_loss import estimate
 from vadiff.targets import PosteriorMean
+from vadiff.targets.posterior import chunk_of
 
 INF = math.inf
 
@@ -423,6 +424,94 @@ def test_ranks_use_their_own_batches_or_put_them_together(tmp_path):
         for name, references in (("own", batches[:, rank]), ("both", batches)):
             expected = brute_force(references.reshape(-1, 3), x0 + 1.0, ones, 2.0 * ones)
             torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "with_replacement"), [(400, True), (384, False), (1200, False)])
+def test_what_a_bank_takes_out_and_the_loss_make_the_loss_against_the_data(digits, size, with_replacement):
+    """Also of a bank in which images come again, which leaves fewer in it than were put in."""
+    targets, generator = PosteriorMean(bank=size, threshold=0.0), torch.Generator().manual_seed(0)
+    left, whole, moved = [], [], 0
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(60):
+        if len(order) < 128:
+            order = torch.randperm(len(digits), generator=generator)
+        rows, order = order[:128], order[128:]
+        if with_replacement:
+            rows = torch.randint(len(digits), (128,), generator=generator)
+        x0 = digits[rows]
+        found = targets(x0, x0 + 3.0 * torch.randn(x0.shape, generator=generator), 1.0, 3.0, index=rows)
+        if not torch.equal(found, x0):
+            moved += 1
+            left.append(found.square().mean())  # of a network that always says 0
+            whole.append(x0.square().mean())
+    removed = float(targets.removed_error(vadiff.log_snr.from_sigma(torch.tensor([3.0]))))
+    assert moved >= 55
+    assert float(torch.stack(left).mean()) + removed == pytest.approx(float(torch.stack(whole).mean()), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounded_batch_is_found_in_the_reference_without_index(digits, dtype):
+    data = digits[:2]
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = PosteriorMean(data)(data.to(dtype), noise.to(dtype), 0.0, 1.0)
+    torch.testing.assert_close(found.float(), data.mean(0).expand_as(data), rtol=0, atol=0.01)
+
+
+def test_a_batch_that_is_not_in_the_reference_is_told(digits):
+    targets = PosteriorMean(digits)
+    with pytest.warns(vadiff.errors.DiffusionLossWarning, match="only .* are in the reference bit by bit.*pass index="):
+        targets(digits[:128].flip(-1), digits[:128], 1.0, 2.0)
+    assert "pass index=" in targets.description
+    found = PosteriorMean(digits)
+    found(digits[:128], digits[:128], 1.0, 2.0)
+    assert found.description == "posterior mean over 1,500 references"
+
+
+def test_references_are_no_buffers_and_copies_share_them(digits):
+    """DistributedDataParallel sends buffers to all ranks, and averages of weights copy them."""
+    for targets in (PosteriorMean(digits), PosteriorMean(bank=64)):
+        targets(digits[:16], digits[:16], 1.0, 1.0)
+        assert max(buffer.numel() for buffer in targets.buffers()) <= 256
+    targets = PosteriorMean(digits)
+    assert copy.deepcopy(targets).source.bits.data_ptr() == digits.data_ptr()
+
+
+def test_a_bank_is_loaded_onto_the_device_of_the_module(digits):
+    first = PosteriorMean(bank=64)
+    first(digits[:16], digits[:16], 1.0, 1.0)
+    second = PosteriorMean(bank=64).to("meta")
+    second.load_state_dict(first.state_dict(), assign=True)
+    assert second.source.bits.device.type == "meta"
+    with pytest.raises(RuntimeError, match="bits has 64 samples, expected 96: the bank's size"):
+        PosteriorMean(bank=96).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("sigma", [1e-20, 1e-30, 0.0])
+def test_no_noise_at_all_leaves_the_sample(digits, sigma):
+    x0, noise = digits[:8], torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x0_hat, noise_hat = PosteriorMean(digits).pair(x0, noise, 1.0, sigma)
+    assert torch.equal(x0_hat, x0)
+    assert torch.equal(noise_hat, noise)
+
+
+def test_draws_that_keep_their_target_cost_no_references_on_a_cpu(digits, monkeypatch):
+    targets = PosteriorMean(digits, subset=512)
+    for _ in range(2):
+        targets(digits[:128], digits[:128], 1.0, 0.1)
+    monkeypatch.setattr(targets.source, "references", None)
+    assert torch.equal(targets(digits[:128], digits[:128], 1.0, 0.1), digits[:128])
+
+
+def test_targets_carry_no_gradient(digits):
+    x0 = digits[:8].clone().requires_grad_()
+    for value in PosteriorMean(digits).pair(x0, torch.randn(8, 1, 8, 8), 1.0, 2.0):
+        assert not value.requires_grad
+
+
+def test_large_samples_are_taken_in_smaller_parts():
+    assert chunk_of(torch.empty(10, 1, 8, 8)) == 4096
+    assert chunk_of(torch.empty(10, 3, 256, 256)) == 85
+    assert chunk_of(torch.empty(1, 3, 8192, 8192)) == 1
 
 
 DATA = torch.zeros(100, 1, 8, 8)
