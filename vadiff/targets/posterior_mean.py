@@ -36,7 +36,7 @@ class PosteriorMean(nn.Module):
     x0 errors from the criterion's statistics adds it back.
 
     Draws at noise levels where J*_M is known to be below `threshold` of the data's variance keep their own target, bit
-    by bit. On a CPU they cost nothing. In eval mode nothing is estimated, and a bank stays as it is. No call
+    by bit. On a CPU they cost no work. In eval mode nothing is estimated, and a bank stays as it is. No call
     synchronises with a GPU, and the module can be compiled and captured in a CUDA graph after one call outside of it.
 
     Args:
@@ -51,7 +51,8 @@ class PosteriorMean(nn.Module):
         augment: applied to the chosen part of the reference at each call, [m, ...] floats → the same shape; needs a
             subset (which may be all N) and `index` in each call. For augmentation that the network is not told of.
         threshold: share of the data's variance.
-        chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...].
+        chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...], beside a chosen subset, which
+            is copied as it is stored. None: as many as have 2**24 elements, at most 4,096.
         gather: whether the ranks of the default process group put their batches together as references; else each rank
             has its own.
         sync: whether `removed_error` and the threshold are of the draws of all ranks. Every rank must then call it
@@ -133,7 +134,7 @@ class PosteriorMean(nn.Module):
             noisy: x_t = alpha·x0 + sigma·eps, same shape.
             alpha, sigma: [B], or a number; sigma finite. Scaled together, as in EDM's alpha = 1, they give the same.
             index: [B] int64 rows of x0 in the reference (any numbers of the samples, for a bank). Without it, samples
-                of equal bits count as the same.
+                of equal bits count as one: right for data without duplicates.
             labels: [B] int64 classes, if the reference has labels; for a bank, if references are to be of the same
                 class.
             generator: of the random subset.

@@ -16,7 +16,7 @@ from .streams import REFERENCES
 def posterior_targets(config: TrainConfig, batches: Batches, classes: int) -> PosteriorMean | None:
     """The targets of a config; None is the images themselves.
 
-    Each part of a batch, and each rank, has references of its own: its images, and others of the same subset.
+    The references of a part of a batch are its images and others. Ranks draw the same numbers, parts different ones.
 
     Raises:
         ValueError: `reference` is more than the training images.
