@@ -51,8 +51,8 @@ class PosteriorMean(nn.Module):
         augment: applied to the chosen part of the reference at each call, [m, ...] floats → the same shape; needs a
             subset (which may be all N) and `index` in each call. For augmentation that the network is not told of.
         threshold: share of the data's variance.
-        chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...], beside a chosen subset, which
-            is copied as it is stored. None: as many as have 2**24 elements, at most 4,096.
+        chunk: references at a time; memory is a few arrays of [B, chunk] and [chunk, ...], beside a chosen subset, a
+            copy as it is stored. None: as many as have 2**24 elements, at most 4,096.
         gather: whether the ranks of the default process group put their batches together as references; else each rank
             has its own.
         sync: whether `removed_error` and the threshold are of the draws of all ranks. Every rank must then call it
