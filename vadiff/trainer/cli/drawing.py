@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # What was measured of steps by statistics with the solvers that they are not made for, printed where one is chosen
 # (benchmarks/results/sampler_steps.txt).
 STATISTICS_MEASURED = {
-    "dpmpp_2m": "with DPM-Solver++(2M) the Fréchet distance of digits was 45 to 67 % lower than by --rho 7 with 4 "
+    "dpmpp_2m": "with DPM-Solver++(2M) the Fréchet distance of digits was 44 to 65 % lower than by --rho 7 with 4 "
     "calls, and 9 to 11 % higher with 16 (EDM, flow)",
-    "heun": "with Heun's method the Fréchet distance of digits was 160 % higher than by --rho 7 with 16 calls for EDM, "
+    "heun": "with Heun's method the Fréchet distance of digits was 153 % higher than by --rho 7 with 16 calls for EDM, "
     "and much the same for a flow",
     "ddpm": "ancestral sampling was not measured",
 }
