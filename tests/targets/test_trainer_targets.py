@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -107,9 +108,11 @@ def test_the_test_of_bias_sees_references_without_flips():
     assert bias_z_scores(config, Ranks(), dataclasses.replace(config, flips=False)).abs().max() > 6
 
 
-def test_all_references_with_flips_take_a_batch_of_any_size():
+def test_all_references_with_flips_take_a_batch_of_any_size_and_can_be_pickled():
     config = dataclasses.replace(CONFIG, flips=True, reference="all", batch_size=512, steps=2, log_every=1)
-    assert all(entry["loss"] > 0 for entry in train(config, out=None, progress=False).metrics)
+    trained = train(config, out=None, progress=False)
+    assert all(entry["loss"] > 0 for entry in trained.metrics)
+    assert torch.equal(pickle.loads(pickle.dumps(trained.criterion)).bin_centers, trained.criterion.bin_centers)
 
 
 @pytest.mark.parametrize("process", ["edm", "vp_linear"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,16 +29,18 @@ def posterior_targets(config: TrainConfig, batches: Batches, classes: int) -> Po
     subset = None if config.reference == "all" else int(config.reference)
     if subset is not None and subset > size:
         raise ValueError(f"reference is {subset}, expected at most {size}: the number of training images; or all")
-
-    def mirrored(images: Tensor) -> Tensor:
-        return flipped(images, torch.rand(len(images), generator=generator, device=images.device) < 0.5)
-
+    mirrored = functools.partial(_mirrored, generator=generator)
     if config.flips and subset is None:
         subset = size
     return PosteriorMean(
         batches.pixels, subset=subset, labels=batches.labels, augment=mirrored if config.flips else None,
         unlabelled=None if batches.labels is None else classes,
     )  # fmt: skip
+
+
+def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images [M, C, H, W], each mirrored with probability 1/2."""
+    return flipped(images, torch.rand(len(images), generator=generator, device=images.device) < 0.5)
 
 
 def moved(criterion: DiffusionLoss, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
