@@ -150,9 +150,9 @@ def spread(values: list[float], key: str) -> str:
 
 
 def memorising_picture(objectives: dict[str, Arms]) -> Figure:
-    """Losses, nearest distances and copies over the steps, and the distance over the held-out loss."""
-    figure = Figure(figsize=(13.0, 3.1 * len(objectives)), layout="constrained")
-    panels = figure.subplots(len(objectives), 4, squeeze=False)
+    """Losses and nearest distances over the steps, and the distance over the held-out loss."""
+    figure = Figure(figsize=(12.0, 3.1 * len(objectives)), layout="constrained")
+    panels = figure.subplots(len(objectives), 3, squeeze=False)
     for row, (name, arms) in zip(panels, objectives.items(), strict=True):
         for arm, runs in arms.items():
             steps = sorted(next(iter(runs.values())), key=int)
@@ -162,17 +162,17 @@ def memorising_picture(objectives: dict[str, Arms]) -> Figure:
             row[0].plot(at, losses["held-out"], color=COLORS[arm], marker=".", label=arm)
             row[0].plot(at, losses["training"], color=COLORS[arm], linestyle="--")
             row[1].plot(at, means["distance"], color=COLORS[arm], marker=".")
-            row[2].plot(at, [100.0 * value for value in means["copies"]], color=COLORS[arm], marker=".")
-            row[3].plot(losses["held-out"], means["distance"], color=COLORS[arm], marker=".")
+            row[2].plot(losses["held-out"], means["distance"], color=COLORS[arm], marker=".")
         row[0].set_ylabel(f"{name}: x0 loss, held-out and\ntraining images (dashed)")
         row[1].set_ylabel("median distance to the nearest\ntraining image ÷ held-out images'")
-        row[2].set_ylabel("copies among the samples, %")
-        row[3].set_ylabel("the distance")
-        row[3].set_xlabel("held-out loss")
-        for axes in row[:3]:
+        row[2].set_ylabel("the distance")
+        row[2].set_xlabel("held-out loss")
+        row[2].locator_params(axis="x", nbins=5)
+        for axes in row[:2]:
             axes.set_xscale("log")
+            axes.set_xticks(at, [f"{step:,}" for step in at])
+            axes.minorticks_off()
             axes.set_xlabel("step")
-        row[0].set_yscale("log")
     panels[0][0].legend(frameon=False, fontsize="small")
     return figure
 

@@ -48,7 +48,10 @@ from networks import flops_per_image
 from training_loop import loop_steps, settings_of
 
 PRESET = "cifar10-mini"
-LEVELS = {"EDM": "edm", "flow, uniform times": "flow"}
+LEVELS = {
+    "EDM": {"process": "edm", "levels": "log_normal"},
+    "flow, uniform times": {"process": "flow", "levels": "uniform_time"},
+}
 KNOWN_AFTER = 60  # calls: J*_M is known then at all levels that are often drawn
 PROFILED = 5  # calls
 PRODUCTS = ("mm", "addmm", "addmm_", "mv", "addmv", "addmv_")
@@ -237,8 +240,8 @@ def main() -> None:
         "preset": PRESET, "batch_size": base.batch_size, "references": references, "measured": {}
     }  # fmt: skip
     with settings_of(base):
-        for name, process in LEVELS.items():
-            case = Case(dataclasses.replace(base, process=process), images)
+        for name, fields in LEVELS.items():
+            case = Case(dataclasses.replace(base, **fields), images)
             found["measured"][name] = measured(case, arguments.rounds)
             print(name, found["measured"][name], flush=True)
         found["profile"] = profile(case, references)
