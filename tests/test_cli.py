@@ -63,11 +63,12 @@ def test_train_writes_a_run_directory_and_prints_held_out_loss(
     assert open_run(out).checkpoints() == [2]
 
 
-def test_flags_reach_the_config(tmp_path: Path) -> None:
+def test_flags_reach_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--channels", "8", "8", "--weighting", "cauchy", "--weighting-options", "alpha=0.1", "--clip", "inf"]
     flags += ["--flips", "--no-tensorboard", "--log-snr-range", "-10", "10", "--data-seed", "3"]
     flags += ["--target", "posterior-mean", "--reference", "all"]
     assert main(["train", "--preset", "digits", *flags, "--out", str(tmp_path)]) == 0
+    assert "cauchy was not measured with them" in capsys.readouterr().out
     config = open_run(tmp_path).config
     assert (config.channels, config.weighting_options, config.flips) == ((8, 8), {"alpha": 0.1}, True)
     assert (config.clip, config.log_snr_range, config.data_seed) == (math.inf, (-10.0, 10.0), 3)

@@ -52,6 +52,11 @@ def run(options: argparse.Namespace) -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
         print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
+        if config.target == POSTERIOR_MEAN and config.weighting != "constant":
+            print(
+                f"Posterior-mean targets take a part out of the loss, most at high noise, and {config.weighting} was "
+                "not measured with them: if it follows the loss, it raises those levels. --weighting constant is plain."
+            )
         if config.levels == "information" and config.weighting != "constant":
             print(
                 f"Levels information divide by the weight: {config.weighting} moves the draws, and what a noise level "
