@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from posteriors import brute_force, draw
 from torch import Tensor
 
 import vadiff
 from vadiff.optimal_loss import estimate
 from vadiff.targets import PosteriorMean
-from vadiff.targets.posterior import chunk_of
 
 INF = math.inf
-
-
-def draw(data: Tensor, size: int, seed: int, sigma: float | Tensor, alpha: float = 1.0):
-    """(rows, x0, x_t) of `size` draws."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(data), (size,), generator=generator)
-    x0 = data[rows]
-    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    return rows, x0, alpha * x0 + sigma * noise
-
-
-def brute_force(data: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The posterior mean over all of the data, in float64."""
-    flat, x = data.flatten(1).double(), noisy.flatten(1).double()
-    distances = (x[:, None] - alpha.double()[:, None, None] * flat).square().sum(2)
-    return torch.softmax(-distances / (2 * sigma.double().square()[:, None]), 1) @ flat
-
-
-@pytest.fixture(scope="module")
-def digits() -> Tensor:
-    from vadiff.trainer.data.digits import digits
-
-    return digits().train.float().div(127.5).sub(1.0)
 
 
 def test_gaussian_data_have_the_shrunk_sample_as_target():
@@ -101,7 +75,11 @@ def unbiased_z_scores(make_targets, data: Tensor, labels: Tensor | None = None, 
 
 
 POINTS = torch.tensor([-1.3, -1.1, -0.8, -0.2, 0.0, 0.1, 0.5, 0.9, 1.0, 1.6, 1.9, -2.0, 0.3, -0.5, 0.7, 1.2]).repeat(4)
+
+
 POINTS = (POINTS + torch.linspace(-0.05, 0.05, len(POINTS)))[:, None]
+
+
 CLASSES = (torch.arange(64) % 5 == 0).long()  # a fifth and four fifths
 
 
@@ -127,14 +105,6 @@ def test_the_own_sample_counts_once_however_often_it_is_a_reference(digits):
     once = PosteriorMean(data)(x0, noisy, 1.0, 2.0)
     twice = PosteriorMean(torch.cat([data, x0]))(x0, noisy, 1.0, 2.0)
     torch.testing.assert_close(twice, once, rtol=0, atol=1e-5)
-
-
-def test_samples_that_come_again_replace_their_copies_in_a_bank(digits):
-    data, targets = digits[:64], PosteriorMean(bank=48)
-    for start in (0, 16, 32, 0, 16, 32, 0):
-        targets(data[start : start + 16], data[start : start + 16], 1.0, 1.0)
-    values = targets.source.values[targets.source.valid].flatten(1)
-    assert len(values.unique(dim=0)) == len(values)
 
 
 def test_neither_order_nor_chunks_of_the_references_matter(digits):
@@ -259,123 +229,6 @@ def test_autocast_does_not_round_the_products(digits):
         assert torch.equal(PosteriorMean(digits)(x0, noisy, 1.0, 2.0, index=rows), expected)
 
 
-def test_bytes_are_pixels(digits):
-    pixels = vadiff.pixels.pixels(digits)
-    floats = vadiff.pixels.normalised(pixels)
-    _, x0, noisy = draw(floats, 16, 0, 2.0)
-    expected = PosteriorMean(floats)(x0, noisy, 1.0, 2.0)
-    torch.testing.assert_close(PosteriorMean(pixels)(x0, noisy, 1.0, 2.0), expected, rtol=0, atol=1e-6)
-
-
-def test_withheld_labels_have_all_classes_as_references(digits):
-    labels = torch.arange(len(digits)) % 10
-    rows, x0, noisy = draw(digits, 16, 0, 2.0)
-    plain = PosteriorMean(digits)(x0, noisy, 1.0, 2.0, index=rows)
-    targets = PosteriorMean(digits, labels=labels, unlabelled=10)
-    withheld = targets(x0, noisy, 1.0, 2.0, index=rows, labels=torch.full((16,), 10))
-    torch.testing.assert_close(withheld, plain, rtol=0, atol=1e-5)
-    of_class = targets(x0, noisy, 1.0, 2.0, index=rows, labels=labels[rows])
-    for i, row in enumerate(rows.tolist()):
-        own = digits[labels == row % 10]
-        torch.testing.assert_close(
-            of_class[i].flatten().double(), brute_force(own, noisy[i : i + 1], torch.ones(1), torch.full((1,), 2.0))[0],
-            rtol=0, atol=1e-4,
-        )  # fmt: skip
-
-
-def test_augmented_references_are_of_the_batch_s_kind(digits):
-    """References mirrored at random against a batch mirrored at random, over all mirrored and plain images."""
-    data = digits[:256]
-    generator = torch.Generator().manual_seed(0)
-
-    def mirrored(images: Tensor) -> Tensor:
-        coins = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        return torch.where(coins, images.flip(-1), images)
-
-    targets = PosteriorMean(data, subset=256, augment=mirrored)
-    everything = torch.cat([data, data.flip(-1)])
-    plain, posterior = [], []
-    for _ in range(20):
-        rows = torch.randperm(256, generator=generator)[:32]
-        x0 = mirrored(data[rows])
-        noisy = x0 + 3.0 * torch.randn(x0.shape, generator=generator)
-        full = brute_force(everything, noisy, torch.ones(32), torch.full((32,), 3.0))
-        found = targets(x0, noisy, 1.0, 3.0, index=rows, generator=generator)
-        plain.append((x0.flatten(1) - full).square().mean())
-        posterior.append((found.flatten(1) - full).square().mean())
-    assert torch.stack(posterior).mean() < 0.1 * torch.stack(plain).mean()
-
-
-@pytest.mark.parametrize("kind", ["all", "subset", "bank"])
-@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16])
-def test_a_cast_of_the_module_does_not_round_its_references(digits, kind, cast):
-    """Of rounded references none is the own image, which would count twice."""
-    make = {
-        "all": {"reference": digits[:256]},
-        "subset": {"reference": digits[:256], "subset": 256},
-        "bank": {"bank": 64},
-    }
-    plain, held = PosteriorMean(**make[kind]), PosteriorMean(**make[kind])
-    for number in range(4):
-        x0 = digits[:64].roll(-16 * number, 0)[:16]
-        noisy = x0 + 0.7 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(number))
-        expected = plain(x0, noisy, 1.0, 0.7, generator=torch.Generator().manual_seed(number))
-        assert torch.equal(held(x0, noisy, 1.0, 0.7, generator=torch.Generator().manual_seed(number)), expected)
-        held.to(cast)
-    assert not torch.equal(expected, x0)
-
-
-def test_a_bank_goes_on_from_its_state(digits):
-    first = PosteriorMean(bank=64)
-    batches = digits[:128].split(16)
-    for x0 in batches[:5]:
-        first(x0, x0 + torch.randn_like(x0), 1.0, 1.0)
-    second = PosteriorMean(bank=64)
-    second.load_state_dict(first.state_dict())
-    third = pickle.loads(pickle.dumps(first))
-    fourth = copy.deepcopy(first)
-    noisy = batches[5] + torch.randn_like(batches[5])
-    expected = first(batches[5], noisy, 1.0, 1.0)
-    assert not torch.equal(expected, batches[5])
-    for other in (second, third, fourth):
-        assert torch.equal(other(batches[5], noisy, 1.0, 1.0), expected)
-
-
-def test_a_sample_that_is_not_finite_spoils_its_own_target_only(digits):
-    broken, plain = PosteriorMean(bank=64), PosteriorMean(bank=64)
-    for number, x0 in enumerate(digits[:96].split(16)):
-        noisy = x0 + 2.0
-        spoilt = x0.clone()
-        if number < 5:
-            spoilt[3, 0, 2, 2] = math.nan
-        expected, found = plain(x0, noisy, 1.0, 2.0), broken(spoilt, noisy, 1.0, 2.0)
-        assert found.isfinite().flatten(1).all(1).sum() == (15 if number < 5 else 16)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.3)
-    assert not torch.equal(found, x0)
-    with pytest.raises(ValueError, match="reference has NaN"):
-        PosteriorMean(spoilt.fill_(math.nan))
-
-
-def test_in_eval_mode_nothing_changes(digits):
-    targets = PosteriorMean(bank=48)
-    for x0 in digits[:64].split(16):
-        targets(x0, x0 + 2.0, 1.0, 2.0)
-    before = copy.deepcopy(targets.state_dict())
-    x0 = digits[64:80]
-    assert not torch.equal(targets.eval()(x0, x0 + 2.0, 1.0, 2.0), x0)
-    assert all(torch.equal(value, before[name]) for name, value in targets.state_dict().items())
-
-
-def test_a_seeded_generator_repeats_the_subset(digits):
-    rows, x0, noisy = draw(digits, 16, 0, 2.0)
-    targets = PosteriorMean(digits, subset=128)
-    one, two, three = (
-        targets(x0, noisy, 1.0, 2.0, index=rows, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
-    )
-    assert torch.equal(one, two)
-    assert not torch.equal(one, three)
-
-
 def test_the_state_survives_half_precision(digits):
     rows, x0, noisy = draw(digits, 64, 0, 2.0)
     targets = PosteriorMean(digits)
@@ -400,92 +253,6 @@ def test_compiled_in_one_piece_it_is_the_same(digits, kind):
         torch.testing.assert_close(call(x0, noisy, 1.0, 2.0), expected, rtol=0, atol=1e-5)
 
 
-def batches_of_two_ranks() -> list[Tensor]:
-    """x0 of four batches [rank, 16, 3], all different."""
-    return list(torch.randn(4, 2, 16, 3, generator=torch.Generator().manual_seed(0)))
-
-
-def rank_main(rank: int, folder: str) -> None:
-    join_two_ranks(rank, folder)
-    own, both = PosteriorMean(bank=48), PosteriorMean(bank=96, gather=True)
-    for batch in batches_of_two_ranks():
-        x0 = batch[rank]
-        results = {"own": own(x0, x0 + 1.0, 1.0, 2.0), "both": both(x0, x0 + 1.0, 1.0, 2.0)}
-    torch.save(results, f"{folder}/{rank}.pt")
-    leave_two_ranks()
-
-
-def test_ranks_use_their_own_batches_or_put_them_together(tmp_path):
-    torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    batches = torch.stack(batches_of_two_ranks())
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        x0, ones = batches[-1, rank], torch.ones(16)
-        for name, references in (("own", batches[:, rank]), ("both", batches)):
-            expected = brute_force(references.reshape(-1, 3), x0 + 1.0, ones, 2.0 * ones)
-            torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("size", "with_replacement"), [(400, True), (384, False), (1200, False)])
-def test_what_a_bank_takes_out_and_the_loss_make_the_loss_against_the_data(digits, size, with_replacement):
-    """Also of a bank in which images come again, which leaves fewer in it than were put in."""
-    targets, generator = PosteriorMean(bank=size, threshold=0.0), torch.Generator().manual_seed(0)
-    left, whole, moved = [], [], 0
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(60):
-        if len(order) < 128:
-            order = torch.randperm(len(digits), generator=generator)
-        rows, order = order[:128], order[128:]
-        if with_replacement:
-            rows = torch.randint(len(digits), (128,), generator=generator)
-        x0 = digits[rows]
-        found = targets(x0, x0 + 3.0 * torch.randn(x0.shape, generator=generator), 1.0, 3.0, index=rows)
-        if not torch.equal(found, x0):
-            moved += 1
-            left.append(found.square().mean())  # of a network that always says 0
-            whole.append(x0.square().mean())
-    removed = float(targets.removed_error(vadiff.log_snr.from_sigma(torch.tensor([3.0]))))
-    assert moved >= 55
-    assert float(torch.stack(left).mean()) + removed == pytest.approx(float(torch.stack(whole).mean()), rel=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rounded_batch_is_found_in_the_reference_without_index(digits, dtype):
-    data = digits[:2]
-    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    found = PosteriorMean(data)(data.to(dtype), noise.to(dtype), 0.0, 1.0)
-    torch.testing.assert_close(found.float(), data.mean(0).expand_as(data), rtol=0, atol=0.01)
-
-
-def test_a_batch_that_is_not_in_the_reference_is_told(digits):
-    targets = PosteriorMean(digits)
-    with pytest.warns(vadiff.errors.DiffusionLossWarning, match="only .* are in the reference bit by bit.*pass index="):
-        targets(digits[:128].flip(-1), digits[:128], 1.0, 2.0)
-    assert "pass index=" in targets.description
-    found = PosteriorMean(digits)
-    found(digits[:128], digits[:128], 1.0, 2.0)
-    assert found.description == "posterior mean over 1,500 references"
-
-
-def test_references_are_no_buffers_and_copies_share_them(digits):
-    """DistributedDataParallel sends buffers to all ranks, and averages of weights copy them."""
-    for targets in (PosteriorMean(digits), PosteriorMean(bank=64)):
-        targets(digits[:16], digits[:16], 1.0, 1.0)
-        assert max(buffer.numel() for buffer in targets.buffers()) <= 256
-    targets = PosteriorMean(digits)
-    assert copy.deepcopy(targets).source.bits.data_ptr() == digits.data_ptr()
-
-
-def test_a_bank_is_loaded_onto_the_device_of_the_module(digits):
-    first = PosteriorMean(bank=64)
-    first(digits[:16], digits[:16], 1.0, 1.0)
-    second = PosteriorMean(bank=64).to("meta")
-    second.load_state_dict(first.state_dict(), assign=True)
-    assert second.source.bits.device.type == "meta"
-    with pytest.raises(RuntimeError, match="bits has 64 samples, expected 96: the bank's size"):
-        PosteriorMean(bank=96).load_state_dict(first.state_dict())
-
-
 @pytest.mark.parametrize("sigma", [1e-20, 1e-30, 0.0])
 def test_no_noise_at_all_leaves_the_sample(digits, sigma):
     x0, noise = digits[:8], torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -494,68 +261,7 @@ def test_no_noise_at_all_leaves_the_sample(digits, sigma):
     assert torch.equal(noise_hat, noise)
 
 
-def test_draws_that_keep_their_target_cost_no_references_on_a_cpu(digits, monkeypatch):
-    targets = PosteriorMean(digits, subset=512)
-    for _ in range(2):
-        targets(digits[:128], digits[:128], 1.0, 0.1)
-    monkeypatch.setattr(targets.source, "references", None)
-    assert torch.equal(targets(digits[:128], digits[:128], 1.0, 0.1), digits[:128])
-
-
 def test_targets_carry_no_gradient(digits):
     x0 = digits[:8].clone().requires_grad_()
     for value in PosteriorMean(digits).pair(x0, torch.randn(8, 1, 8, 8), 1.0, 2.0):
         assert not value.requires_grad
-
-
-def test_large_samples_are_taken_in_smaller_parts():
-    assert chunk_of(torch.empty(10, 1, 8, 8)) == 4096
-    assert chunk_of(torch.empty(10, 3, 256, 256)) == 85
-    assert chunk_of(torch.empty(1, 3, 8192, 8192)) == 1
-
-
-DATA = torch.zeros(100, 1, 8, 8)
-X0 = torch.zeros(16, 1, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "expected one of them"),
-        ({"reference": DATA, "bank": 64}, "expected one of them"),
-        ({"reference": DATA.long()}, "reference is torch.int64, expected a tensor of floats"),
-        ({"reference": DATA[:1]}, r"reference has shape \(1, 1, 8, 8\), expected \(N, ...\) with at least two"),
-        ({"reference": DATA, "subset": 200}, "subset is 200, expected at most 100"),
-        ({"reference": DATA, "subset": 1.5}, "subset is 1.5, expected an integer"),
-        ({"reference": DATA, "augment": torch.flip}, "subset is None with augment, expected a number"),
-        ({"reference": DATA, "labels": torch.zeros(100, 77, 768)}, "Texts and other conditions"),
-        ({"reference": DATA, "threshold": 1.0}, "threshold is 1.0, expected a number from 0 to below 1"),
-        ({"reference": DATA, "chunk": 0}, "chunk is 0, expected an integer of at least 1"),
-        ({"bank": 64, "labels": torch.zeros(100).long()}, "labels is given with a bank"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        PosteriorMean(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("make", "call", "message"),
-    [
-        ({}, {"x0": X0.long()}, "x0 is .*, expected floats"),
-        ({}, {"noisy": X0[:4]}, r"noisy is \(4, 1, 8, 8\), expected \(16, 1, 8, 8\)"),
-        ({}, {"x0": X0[..., :4], "noisy": X0[..., :4]}, "as the reference"),
-        ({}, {"sigma": torch.ones(4)}, r"sigma is \(4,\), expected floats \(16,\)"),
-        ({}, {"alpha": INF}, "alpha is a float, expected floats"),
-        ({}, {"index": torch.zeros(16)}, "index is .*float32, expected int64"),
-        ({}, {"labels": torch.zeros(16).long()}, "labels is given, but the reference has none"),
-        ({"labels": torch.zeros(100).long()}, {}, "labels is None, but the reference has labels"),
-        ({"subset": 40}, {}, "subset is 40 with a batch of 16, expected at least 64"),
-        ({"subset": 100, "augment": torch.neg}, {}, "index is None with augment"),
-        ({"reference": None, "bank": 40}, {}, "bank is 40 with a batch of 16, expected at least 48"),
-    ],
-)
-def test_bad_calls_are_named(make, call, message):
-    targets = PosteriorMean(**{"reference": DATA, **make})
-    with pytest.raises((TypeError, ValueError), match=message):
-        targets(**{"x0": X0, "noisy": X0, "alpha": 1.0, "sigma": 1.0, **call})
