@@ -128,6 +128,14 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits() -> torch.Tensor:
+    """The training digits, in [-1, 1]. [1500, 1, 8, 8]"""
+    from vadiff.trainer.data import load_digits
+
+    return load_digits().train
+
+
+@pytest.fixture(scope="session")
 def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with the trained digits classifier, which takes seconds."""
     pytest.importorskip("torch_fidelity", reason="torch-fidelity does not import here (it needs torchvision)")
