@@ -8,9 +8,10 @@ and the posterior mean is the sum of softmax(logit)_j·x_j. The own x0 is a term
 x_t·x_j and the weighted sum are two matrix products; over chunks of the references the softmax is kept online (running
 maximum, sum, and sums weighted by it), so that memory does not grow with their number.
 
-Products run in float32 (float64 for float64 samples), outside of autocast. Where torch is allowed to use TF32 for
-matrix products, it uses it here too: its rounding changes a logit by about 5e-4·sqrt(D)·rms(x)·alpha/sigma, 0.01 for
-CIFAR-10 at the lowest noise at which targets are replaced.
+Products run in float32 (float64 for float64 samples), outside of autocast. They lose digits where the mean of the data
+is many times its standard deviation, which the samples that networks see do not have. Where torch is allowed to use
+TF32 for matrix products, it uses it here too: its rounding changes a logit by about 5e-4·sqrt(D)·rms(x)·alpha/sigma,
+0.01 for CIFAR-10 at the lowest noise at which targets are replaced.
 """
 
 from __future__ import annotations
