@@ -77,14 +77,17 @@ LIBRARY = {
 # The trainer may use all of the library; within it:
 TRAINER = {
     "trainer": set(),
-    "trainer.config": {"trainer.config_fields"},
+    "trainer.config": {"trainer.config_fields", "trainer.config_schema"},
     "trainer.config_fields": set(),
+    "trainer.config_schema": {"trainer.config_fields"},
     "trainer.presets": {"trainer.config"},
     "trainer.data": set(),
     "trainer.doctor": set(),
     "trainer.evaluation": {"trainer.data"},
     "trainer.pictures": set(),
-    "trainer.training": {"trainer.config", "trainer.data", "trainer.pictures", "trainer.presets"},
+    "trainer.training": {
+        "trainer.config", "trainer.config_schema", "trainer.data", "trainer.pictures", "trainer.presets",
+    },
     "trainer.ablation": {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.presets", "trainer.training",
     },
@@ -92,8 +95,8 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
     },
     "trainer.cli": {
-        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.doctor", "trainer.evaluation",
-        "trainer.pictures", "trainer.presets", "trainer.report", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.doctor",
+        "trainer.evaluation", "trainer.pictures", "trainer.presets", "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

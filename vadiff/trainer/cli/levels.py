@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ...files import replacing
 from ...process import PREDICTION_TYPES
-from ..config import DATASETS
+from ..config_schema import DATASETS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...optimal_loss import OptimalLoss
-from ..config import DATASETS
+from ..config_schema import DATASETS
 
 NAME = "optimal-loss"
 HELP = "estimate the lowest loss any model of a data set can have, and a run's gap to it"

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ...ops import backends
-from ..config import POSTERIOR_MEAN, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import POSTERIOR_MEAN
 from ..presets import ABOUT, PRESETS
 from .config_flags import add_config_flags, given_fields
 

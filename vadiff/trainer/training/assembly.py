@@ -18,7 +18,8 @@ from ...models.parameterisation import VPForm, sigma_range
 from ...optimal_loss import OptimalLoss
 from ...process import DiscreteVP
 from ...weighting import SNRWeighting, Weighting, WeightTable
-from ..config import CURVE_WEIGHTINGS, GAP, TABLE, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import CURVE_WEIGHTINGS, GAP, TABLE
 from ..data import Images, cifar, digits, folder
 from .optimal_curve import read_curve
 from .posterior_targets import recorded_targets

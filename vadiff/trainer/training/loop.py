@@ -21,7 +21,8 @@ from ...levels import LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
-from ..config import TABLE, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import TABLE
 from ..data import Images
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table

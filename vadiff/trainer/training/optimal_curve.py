@@ -13,7 +13,8 @@ from ...errors import RunError
 from ...extras import import_extra
 from ...optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
 from ...pixels import normalised
-from ..config import CURVE_WEIGHTINGS, GAP, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import CURVE_WEIGHTINGS, GAP
 from ..data import Images
 
 CURVE_FILE = "optimal_loss.csv"  # in a run directory: the optimal loss it is trained with

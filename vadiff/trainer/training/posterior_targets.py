@@ -10,7 +10,8 @@ from torch import Tensor
 from ...log_snr import from_sigma
 from ...loss import DiffusionLoss
 from ...targets import PosteriorMean, Recorded
-from ..config import POSTERIOR_MEAN, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import POSTERIOR_MEAN
 from .batches import Batch, Batches, flipped
 from .streams import REFERENCES
 

@@ -13,7 +13,8 @@ from ...errors import RunError
 from ...files import replacing
 from ...information import Profile
 from ...optimal_loss import OptimalLoss
-from ..config import TABLE, TrainConfig
+from ..config import TrainConfig
+from ..config_schema import TABLE
 from ..data import Images
 from . import averages
 from .assembly import TABLE_FILE, keep_table, read_table
