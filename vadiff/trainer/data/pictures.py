@@ -155,7 +155,7 @@ def hold_out(pictures: Pictures) -> Images:
     train, held_out = pictures.part(order[:cut]), pictures.part(order[cut:])
     return Images(
         train, train.labels, held_out, held_out.labels, held_out_is_test=False, classes=pictures.classes,
-        fingerprint=pictures.fingerprint,
+        groups=train.groups, fingerprint=pictures.fingerprint,
     )  # fmt: skip
 
 

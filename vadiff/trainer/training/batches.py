@@ -157,8 +157,7 @@ class Batches:
 
 def _source(config: TrainConfig, images: Images, streams: Streams, device: torch.device, shares: Shares) -> Source:
     """Where a run's images come from: memory of the device, or processes that read them ahead."""
-    groups = getattr(images.train, "groups", None)  # shards of files
-    order = streams.order if groups is None else streams.order_by_groups(groups)
+    order = streams.order if images.groups is None else streams.order_by_groups(images.groups)
     number = len(images.train)
     if isinstance(images.train, Tensor) and stays_on_device(config, images.train, device):
         return OnDevice(images.train.to(device), ShuffledIndices(order, number, config.batch_size, device), shares)

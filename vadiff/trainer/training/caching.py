@@ -64,8 +64,8 @@ def in_memory(images: Images, config: TrainConfig, device: torch.device, *, prog
 def _whole(samples: Samples, workers: int, what: str | None) -> tuple[Tensor, Tensor]:
     """All images of files, and the rows that they are of: others than asked for in place of those that are bad."""
     stored = torch.empty(tuple(samples.shape), dtype=torch.uint8)
-    rows = torch.arange(len(samples))
-    chunks = rows.split(_CHUNK)
+    rows = torch.empty(len(samples), dtype=torch.int64)
+    chunks = torch.arange(len(samples)).split(_CHUNK)
     loader = DataLoader(Rows(samples), batch_size=None, sampler=chunks, num_workers=workers)
     with progress_bar(len(samples), what, "image") if what else nullcontext() as bar:
         for asked, loaded in zip(chunks, loader, strict=True):

@@ -108,7 +108,7 @@ class ReadAhead:
         self._workers = workers
         self._to_device = _Copies(device)
         self._loader: Iterator[_Loaded | DataError] | None = None
-        self._step = -1
+        self._step = self._loader_is_at = -1  # the step prepared last; the one whose images the loader gives next
 
     def prepare(self, step: int) -> None:
         """Wait for the images of a step. Steps that follow one another are read ahead.
@@ -119,7 +119,8 @@ class ReadAhead:
         if step == self._step:
             return
         if self._loader is None or step != self._step + 1:
-            self._loader = self._from(step)
+            self._loader, self._loader_is_at = self._from(step), step
+        if self._loader_is_at == step:
             self._to_device.start(self._next())
         self._step = step
         self._to_device.finish()
@@ -133,6 +134,7 @@ class ReadAhead:
     def _next(self) -> "_Loaded":
         assert self._loader is not None
         loaded = next(self._loader)
+        self._loader_is_at += 1
         if isinstance(loaded, DataError):
             raise loaded
         self.bad.update(loaded.asked[loaded.asked != loaded.rows].tolist())

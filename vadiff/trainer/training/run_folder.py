@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 from ...errors import RunError
 from ...files import replacing
@@ -143,6 +146,18 @@ def begin(
         config.save(partial)
 
 
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # locked by this process
+
+
+def _leave_locks() -> None:
+    """Close the locked files in a process that was forked: it would keep the lock of a parent that is killed."""
+    for file in _locks:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Keep other processes from training in a folder. A process that is killed leaves no lock.
@@ -155,6 +170,7 @@ def lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error}") from error
     with file:
+        _locks.add(file)
         for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
