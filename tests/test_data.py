@@ -88,13 +88,13 @@ def packed(path: Path, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPat
 def assert_right(name: str, images: Images) -> None:
     count = len(cifar.LAYOUTS[name].binary_train)
     assert images.train.shape == (TRAIN * count, 3, 32, 32)
-    assert images.train.dtype == torch.uint8
+    assert images.train[:].dtype == torch.uint8
     data, labels = part(name, TRAIN, count - 1)  # of the last file
     assert np.array_equal(images.train[-TRAIN:].flatten(1).numpy(), data)
     assert images.train_labels is not None
     assert np.array_equal(images.train_labels[-TRAIN:].numpy(), labels)
     data, labels = part(name, TEST, 99)
-    assert np.array_equal(images.held_out.flatten(1).numpy(), data)
+    assert np.array_equal(images.held_out[:].flatten(1).numpy(), data)
     assert images.held_out_labels is not None
     assert np.array_equal(images.held_out_labels.numpy(), labels)
     assert images.held_out_is_test
@@ -167,7 +167,7 @@ def test_without_the_test_file_the_last_training_images_are_held_out(tmp_path: P
     assert not images.held_out_is_test
     assert (len(images.train), len(images.held_out)) == (180, 20)
     data, _ = part("cifar10", TRAIN, 4)
-    assert np.array_equal(images.held_out.flatten(1).numpy(), data[-20:])
+    assert np.array_equal(images.held_out[:].flatten(1).numpy(), data[-20:])
 
 
 def changed(file: str, change: Callable[[bytes], bytes]) -> dict[str, bytes]:
@@ -375,8 +375,8 @@ def test_digits_are_split_without_overlap_and_labelled() -> None:
     images = digits.digits()
     assert images.train.shape == (1500, 1, 8, 8)
     assert images.held_out.shape == (297, 1, 8, 8)
-    assert normalised(images.train).std().item() == pytest.approx(digits.SIGMA_DATA, rel=0.01)
-    trained_on = {image.numpy().tobytes() for image in images.train}
-    assert not any(image.numpy().tobytes() in trained_on for image in images.held_out)
+    assert normalised(images.train[:]).std().item() == pytest.approx(digits.SIGMA_DATA, rel=0.01)
+    trained_on = {image.numpy().tobytes() for image in images.train[:]}
+    assert not any(image.numpy().tobytes() in trained_on for image in images.held_out[:])
     assert images.train_labels is not None
     assert set(images.train_labels.tolist()) == set(range(10))

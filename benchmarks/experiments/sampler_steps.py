@@ -123,7 +123,7 @@ def generation_of(run: Run, arm: Arm) -> Generation:
 @functools.lru_cache(maxsize=1)
 def _opened(path: Path) -> tuple[Run, Any, torch.Tensor]:
     run = open_run(path)
-    return run, run.denoiser(), run.images().train
+    return run, run.denoiser(), run.images().train[:]
 
 
 def measure(job: Job) -> float:

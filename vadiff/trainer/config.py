@@ -94,7 +94,8 @@ class TrainConfig(ConfigSchema):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        return SHAPES.get(self.dataset, (3, self.image_size, self.image_size))
+        channels = self.image_channels if self.dataset == "latents" else 3
+        return SHAPES.get(self.dataset, (channels, self.image_size, self.image_size))
 
     @property
     def shift_alpha(self) -> float:

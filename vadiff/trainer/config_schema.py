@@ -18,8 +18,11 @@ CURVE_WEIGHTINGS = {GAP: weighting.GapWeighting, "inverse_optimal_loss": weighti
 WEIGHTINGS = (*weighting.available(), TABLE, *CURVE_WEIGHTINGS)
 LEVELS = (AUTO, *levels.available(), GAP)  # TABLE among them
 
-DATASETS = ("digits", "cifar10", "cifar100", "images")
-SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # "images" have 3 and image_size
+DATASETS = ("digits", "cifar10", "cifar100", "images", "latents")
+# (C, H, W); "images" have 3 and image_size, "latents" image_channels and image_size.
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+CACHES = ("auto", "device", "host", "none")
+ON_BAD_IMAGE = ("error", "skip")
 MODELS = ("unet", "edm2")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -35,10 +38,36 @@ class ConfigSchema:
     dataset: str = setting("digits", "data set", choices=DATASETS)
     data: str | None = setting(
         None,
-        "path of the data set: a folder, or CIFAR's official tar.gz, whole or a folder with it cut into parts by "
-        "`split`; CIFAR is downloaded if not given",
+        "path of the data set. images: a folder of pictures; a zip or folder with dataset.json, as EDM has them; or "
+        "WebDataset shards, as 'train-{000000..000099}.tar'. latents: the folder that `vadiff encode` wrote. CIFAR: "
+        "its official tar.gz, whole or a folder with it cut into parts by `split`; downloaded if not given",
     )
-    image_size: int = setting(32, "height and width in pixels, for dataset images", at_least=4)
+    image_size: int = setting(32, "height and width in pixels, for dataset images; of the latents", at_least=4)
+    image_channels: int = setting(4, "channels of latents", at_least=1)
+    cache: str = setting(
+        "auto",
+        "where the training images are kept: on the device, on the host, or none, for data that fit into neither: "
+        "pictures are then decoded anew at every pass; auto: the first of these with room",
+        choices=CACHES,
+    )
+    workers: int | None = setting(
+        None,
+        "processes of each rank that read ahead, where images are not on the device; 0: the training process reads, "
+        "and waits; default: one per CPU of the rank, 8 at most",
+        at_least=0,
+    )
+    on_bad_image: str = setting(
+        "error",
+        "pictures that cannot be read, or that have no label: error stops, and names the file; skip counts them, and "
+        "takes others",
+        choices=ON_BAD_IMAGE,
+    )
+    augment: float = setting(
+        0.0,
+        "EDM's augmentation: probability of each of its transformations, 0.12 for EDM's CIFAR-10; the network is told "
+        "of them; 0: none",
+        at_least=0, at_most=1,
+    )  # fmt: skip
     flips: bool = setting(False, "mirror each training image with probability 1/2")
     sigma_data: float = setting(0.75, "standard deviation of the pixels, scaled to [-1, 1]", above=0)
 
@@ -130,6 +159,9 @@ class ConfigSchema:
     layers_per_block: int = setting(1, "residual blocks per resolution", at_least=1)
     attention_resolutions: tuple[int, ...] = setting((), "heights in pixels of the resolutions with self-attention")
     norm_groups: int = setting(8, "groups of group normalisation in unet; must divide all channels", at_least=1)
+    gradient_checkpointing: bool = setting(
+        False, "compute the activations of each block again in the backward pass: less memory, a third more time"
+    )
     dropout: float = setting(0.0, "dropout rate in the residual blocks", at_least=0, below=1)
     class_conditional: bool = setting(False, "condition the network on the class")
     label_dropout: float = setting(

@@ -158,7 +158,7 @@ class _Work:
         config = opened.config
         data = (config.dataset, config.data, config.image_size)
         if data not in self._references:
-            self._references[data] = content_key(opened.images().train)
+            self._references[data] = content_key(opened.images().train[:])
         network = self._networks[self.evaluation.features_of(config.dataset)]
         return self.evaluation.was_done(run.path, config, step, network, self._references[data])
 

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     config = _config(opened, options)
     images = opened.images()
     try:
-        reference = None if options.reference is None else _reference(options, config, images.held_out)
+        reference = None if options.reference is None else _reference(options, config, images.held_out[:])
     except (OSError, ValueError) as error:
         options.parser.error(f"argument --reference: {error}")
 
@@ -157,7 +157,7 @@ def _reference(options: argparse.Namespace, config: "TrainConfig", held_out: "Te
         check_reference(losses, held_out_log_snr(config), losses.draws)
         return losses
     other = open_run(options.reference)
-    mine, others = name_of(held_out), name_of(other.images().held_out)
+    mine, others = name_of(held_out), name_of(other.images().held_out[:])
     if mine != others:
         raise ValueError(f"{options.reference} holds out {others}, expected {mine}: a run of the same data set")
     return other.denoiser(options.weights, device=options.torch_device)

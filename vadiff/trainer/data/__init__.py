@@ -2,11 +2,15 @@
 
 from . import cifar, digits, folder
 from .digits import Digits, load_digits
-from .images import Images, hold_out_last
+from .encoding import PIXELS, Encoding
+from .images import Images, Samples, hold_out_last
 
 __all__ = [
+    "PIXELS",
     "Digits",
+    "Encoding",
     "Images",
+    "Samples",
     "cifar",
     "digits",
     "folder",

@@ -32,7 +32,7 @@ def load_digits() -> Digits:
         MissingExtraError: scikit-learn is not installed.
     """
     images = digits()
-    return Digits(train=normalised(images.train), held_out=normalised(images.held_out))
+    return Digits(train=normalised(images.train[:]), held_out=normalised(images.held_out[:]))
 
 
 def digits() -> Images:

@@ -1,32 +1,50 @@
-"""A loaded data set: pixels as bytes, labels, and the held-out part."""
+"""A data set: images, labels, and the held-out part."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from .encoding import PIXELS, Encoding
 
 HELD_OUT = 5000  # training images held out where a data set has no test part
 
 
-class Images(NamedTuple):
-    """A data set in memory. Pixels are 0 to 255; `vadiff.pixels.normalised` makes network inputs of them."""
+class Samples(Protocol):
+    """Stored images, in memory or read from files when asked for; a tensor [N, C, H, W] is one."""
 
-    train: Tensor  # uint8 [N, C, H, W]
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, C, H, W)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        """The images of some rows, [n, C, H, W]: bytes, or for latents the numbers that are stored."""
+
+
+class Images(NamedTuple):
+    """A data set. Its images are as they are stored, pixels as bytes; `encoding.inputs` makes network inputs."""
+
+    train: Samples  # [N, ...]
     train_labels: Tensor | None  # int64 [N], 0 to classes - 1
-    held_out: Tensor  # uint8 [M, C, H, W], never trained on
+    held_out: Samples  # [M, ...], never trained on
     held_out_labels: Tensor | None  # int64 [M]
     held_out_is_test: bool  # False where the held-out images were taken from the training set
     classes: int = 0  # number of classes, 0 without labels
+    encoding: Encoding = PIXELS
+    fingerprint: str = ""  # differs between data sets read from files; empty for those that have no other version
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+        """(C, H, W) of a network input."""
         channels, height, width = self.train.shape[1:]
-        return channels, height, width
+        return self.encoding.shape((channels, height, width))
 
 
 def hold_out_last(train: Tensor, labels: Tensor | None, classes: int, held_out: int = HELD_OUT) -> Images:
     """Hold out the last `held_out` images of a training set, at most a tenth of it."""
-    cut = len(train) - max(1, min(held_out, len(train) // 10))
+    cut = held_out_from(len(train), held_out)
     return Images(
         train[:cut],
         None if labels is None else labels[:cut],
@@ -35,3 +53,8 @@ def hold_out_last(train: Tensor, labels: Tensor | None, classes: int, held_out: 
         held_out_is_test=False,
         classes=classes,
     )
+
+
+def held_out_from(number: int, held_out: int = HELD_OUT) -> int:
+    """The first of `number` images that is held out: the last `held_out` of them are, at most a tenth."""
+    return number - max(1, min(held_out, number // 10))

@@ -95,7 +95,7 @@ def train_classifier(epochs: int = _EPOCHS) -> tuple[DigitsClassifier, float]:
     data = digits()
     assert data.train_labels is not None
     assert data.held_out_labels is not None
-    images, labels = normalised(data.train), data.train_labels
+    images, labels = normalised(data.train[:]), data.train_labels
     with _reproducible():
         network = DigitsClassifier()
         steps = epochs * (len(images) // _BATCH)
@@ -110,7 +110,7 @@ def train_classifier(epochs: int = _EPOCHS) -> tuple[DigitsClassifier, float]:
                 schedule.step()
         network.eval()
         with torch.no_grad():
-            correct = network(normalised(data.held_out)).argmax(1) == data.held_out_labels
+            correct = network(normalised(data.held_out[:])).argmax(1) == data.held_out_labels
     return network, float(correct.double().mean())
 
 

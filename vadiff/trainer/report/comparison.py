@@ -132,7 +132,7 @@ def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) 
 
 def reference_images(path: Path) -> Tensor:
     """Real images [N, C, H, W] uint8: the training images of a run directory, or all of a folder or an archive."""
-    return open_run(path).images().train if _is_run(path) else read_pictures(path)
+    return open_run(path).images().train[:] if _is_run(path) else read_pictures(path)
 
 
 def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:

@@ -39,7 +39,7 @@ def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Compa
     """
     comparison, _ = prepared(comparison, run.config.dataset)
     data = run.images()
-    reference = data.train if comparison.reference is None else reference_images(comparison.reference)
+    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
     check_drawn(data.shape, number, reference, comparison)
     return comparison, reference
 

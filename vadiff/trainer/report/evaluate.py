@@ -128,7 +128,7 @@ def _compare(
 ) -> None:  # fmt: skip
     """Measure each set of images that metrics.json does not have yet, and write it there."""
     comparison, network = prepared(comparison, run.config.dataset)
-    reference = data.train if comparison.reference is None else reference_images(comparison.reference)
+    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
     check_drawn(data.shape, len(sets[0]), reference, comparison)
     settings = _settings(run, generation, sets[0], comparison, network, reference)
     record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])

@@ -82,7 +82,7 @@ class Batches:
         process = form.process if isinstance(form, VPForm) else None
         self._timesteps = process if isinstance(process, DiscreteVP) else None
         self._ranks = ranks
-        self.pixels = images.train.to(device)
+        self.pixels = images.train[:].to(device)
         self.labels = None
         if config.class_conditional and images.train_labels is not None:
             self.labels = images.train_labels.to(device)

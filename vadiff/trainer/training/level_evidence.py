@@ -101,7 +101,7 @@ def of_statistics(run: Run, step: int | None = None, sigma_data: float | None = 
         ValueError: too few samples, or levels that do not reach the data's scale at both ends.
     """
     profile = run.profile(step)
-    scale = sigma_data_of(run.images().train) if sigma_data is None else sigma_data
+    scale = sigma_data_of(run.images().train[:]) if sigma_data is None else sigma_data
     return Evidence(
         _suggest([profile], scale),
         f"training statistics of {run.path}, raw weights",
@@ -123,7 +123,7 @@ def of_held_out(
     images = run.images()
     config = dataclasses.replace(run.config, held_out_levels=_LEVELS)
     found = held_out_loss_of_run(config, images, run.denoiser("ema", step, device), progress=progress)
-    scale = sigma_data_of(images.train) if sigma_data is None else sigma_data
+    scale = sigma_data_of(images.train[:]) if sigma_data is None else sigma_data
     halves = [_profile_of(found._replace(per_image=found.per_image[:, half::2])) for half in (0, 1)]
     return Evidence(
         _suggest([_profile_of(found)], scale),

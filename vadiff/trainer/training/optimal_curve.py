@@ -55,7 +55,7 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
     Returns:
         [N, C, H, W] float32 in [-1, 1], and int64 [N] or None.
     """
-    data, labels = normalised(images.train), images.train_labels if class_conditional else None
+    data, labels = normalised(images.train[:]), images.train_labels if class_conditional else None
     if flips:
         data = torch.cat([data, data.flip(-1)])
         labels = None if labels is None else labels.repeat(2)
@@ -64,7 +64,7 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
 
 def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
     """Raise unless a curve can belong to the images that are trained on; see `check_curve_of`."""
-    check_curve_of(optimal, config, len(images.train), images.train[0].numel())
+    check_curve_of(optimal, config, len(images.train), math.prod(images.train.shape[1:]))
 
 
 def check_curve_of(optimal: OptimalLoss, config: TrainConfig, number: int, elements: int) -> None:

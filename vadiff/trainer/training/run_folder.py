@@ -26,14 +26,14 @@ from .run import CONFIG, DATA, open_run
 
 # Fields that do not affect what a run computes.
 IMMATERIAL = {
-    "data", "table", "optimal_loss", "device", "backend", "compile", "graph", "tf32", "deterministic",
-    "max_skipped_steps", "log_every", "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints", "samples_every",
-    "sample_count", "snapshot_every", "snapshot_precision",
+    "data", "cache", "workers", "gradient_checkpointing", "table", "optimal_loss", "device", "backend", "compile",
+    "graph", "tf32", "deterministic", "max_skipped_steps", "log_every", "tensorboard", "log_rms", "checkpoint_every",
+    "keep_checkpoints", "samples_every", "sample_count", "snapshot_every", "snapshot_precision",
 }  # fmt: skip
 # Further fields that a resumed run may change: how it is measured, and remedies against non-finite steps.
 _CHANGEABLE = IMMATERIAL | {
     "steps", "held_out_every", "held_out_images", "held_out_draws", "held_out_levels", "held_out_sigma",
-    "learning_rate", "clip", "precision",
+    "learning_rate", "clip", "precision", "on_bad_image",
 }  # fmt: skip
 _OPEN_ENDED = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
 _AVERAGES = f"{averages.FOLDER}/step-*"

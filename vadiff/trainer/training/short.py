@@ -70,7 +70,7 @@ def load_pixels(dataset: str, data: str | None, size: int | None, limit: int) ->
         images = digits.digits()
     else:
         images = cifar.load(dataset, path)
-    found = torch.cat([images.train, images.held_out])
+    found = torch.cat([images.train[:], images.held_out[:]])
     found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]]
     if len(found) < FEWEST_IMAGES:
         raise DataError(
