@@ -39,6 +39,7 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
         "layers_per_block": config.layers_per_block,
         "attention_resolutions": config.attention_resolutions,
         "dropout": config.dropout,
+        "gradient_checkpointing": config.gradient_checkpointing,
         "labels": labels,
     }
     network: nn.Module

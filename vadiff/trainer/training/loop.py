@@ -42,6 +42,7 @@ from .optimisation import LateReading, Optimisation, RunningAverage, learning_ra
 from .posterior_targets import posterior_targets
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
+from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
@@ -120,6 +121,9 @@ def train(
                 path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal,
                 profile=trainer.profile,
             )  # fmt: skip
+        if progress and group.is_main:
+            size = network_size(config, trainer.images.shape, trainer.images.classes)
+            print(size_in_words(config, size), file=sys.stderr)
         trainer.open_log()
         try:
             return trainer.run(progress)
