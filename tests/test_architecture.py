@@ -95,8 +95,9 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
     },
     "trainer.cli": {
-        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.doctor",
-        "trainer.evaluation", "trainer.pictures", "trainer.presets", "trainer.report", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",
+        "trainer.doctor", "trainer.evaluation", "trainer.pictures", "trainer.presets", "trainer.report",
+        "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

@@ -42,6 +42,12 @@ class TrainConfig(ConfigSchema):
         check_attention(self.image_shape[1], self.channels, self.attention_resolutions)
         if isinstance(self.shift, str) and self.shift not in levels.SHIFT_RULES:
             raise ValueError(f"shift is {self.shift!r}, expected a number or one of {', '.join(levels.SHIFT_RULES)}")
+        if self.dataset == "latents" and (self.flips or self.augment):
+            name = "flips" if self.flips else "augment"
+            raise ValueError(
+                f"{name} is {getattr(self, name)}, expected none with dataset latents: a changed latent is not the "
+                "latent of a changed image. `vadiff encode --flips` stores those of mirrored images"
+            )
         if self.stratified_epoch and self.antithetic:
             raise ValueError(
                 "antithetic is true, but so is stratified_epoch, whose numbers are not in pairs: choose one"
