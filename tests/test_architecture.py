@@ -81,7 +81,7 @@ TRAINER = {
     "trainer.config_fields": set(),
     "trainer.config_schema": {"trainer.config_fields"},
     "trainer.presets": {"trainer.config"},
-    "trainer.data": set(),
+    "trainer.data": {"trainer.config_schema"},
     "trainer.doctor": set(),
     "trainer.evaluation": {"trainer.data"},
     "trainer.pictures": set(),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config_schema import DATASETS, ON_BAD_IMAGE
+from ..config_schema import DATASETS, LATENT_STD, ON_BAD_IMAGE
 
 if TYPE_CHECKING:
     from ..data import Images
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.autoencoder import open_autoencoder
     from ..data.encode import EncodingOptions, encode_images
     from ..training import TrainConfig
-    from ..training.assembly import load_images
+    from ..training.data_set import load_images
     from ..training.progress import progress_bar
 
     try:
@@ -107,8 +107,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _summary(out: Path, facts: "LatentFacts") -> str:
     """Shape and statistics of the latents, and the flags to train on them."""
-    from ..data.latents import SIGMA_DATA
-
     encoding = facts.encoding
     channels, height, width = encoding.latent_shape
     rows = [f"{' x '.join(map(str, encoding.pictures_of))} pixels are {channels} x {height} x {width} latents"]
@@ -127,7 +125,7 @@ def _summary(out: Path, facts: "LatentFacts") -> str:
         str(channels),
     ]
     return "\n".join(
-        [*rows, f"Train on them with {shlex.join([*command, '--sigma-data', str(SIGMA_DATA)])} --no-flips"]
+        [*rows, f"Train on them with {shlex.join([*command, '--sigma-data', str(LATENT_STD)])} --no-flips"]
     )
 
 

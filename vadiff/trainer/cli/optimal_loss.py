@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...optimal_loss import OptimalLoss
-from ..config_schema import DATASETS
+from ..config_schema import DATASETS, LATENT_STD
 
 NAME = "optimal-loss"
 HELP = "estimate the lowest loss any model of a data set can have, and a run's gap to it"
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from ...optimal_loss import Estimate, estimate_given_class, estimate_until
     from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
     from ..training import TrainConfig, open_run
-    from ..training.assembly import load_images
+    from ..training.data_set import load_images
     from ..training.optimal_curve import training_set
     from ..training.run_gap import gap_of_run
 
@@ -148,7 +148,7 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     from ..data.latents import read_facts
 
     channels, height, _ = read_facts(Path(options.data)).encoding.latent_shape
-    return {"image_size": height, "image_channels": channels}
+    return {"image_size": height, "image_channels": channels, "sigma_data": LATENT_STD}
 
 
 def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from .latents import (
     read_facts,
     shard_name,
 )
+from .pictures import Pictures
 
 _LIMITS = {"float16": 65504.0, "float32": float("inf")}
 DTYPES = tuple(_LIMITS)
@@ -110,9 +111,10 @@ def encode_images(
         DataError: the VAE takes other images; latents are not finite or too large for float16; a picture cannot be
             read; or `out` holds something else, or latents of other arguments.
     """
-    parts = [_Part(TRAIN, images.train), _Part(HELD_OUT, images.held_out)]
+    train, held_out = _without_replacement(images.train), _without_replacement(images.held_out)
+    parts = [_Part(TRAIN, train), _Part(HELD_OUT, held_out)]
     if options.mirrored:
-        parts.insert(1, _Part(MIRRORED, images.train, mirrored=True))
+        parts.insert(1, _Part(MIRRORED, train, mirrored=True))
     channels, height, width = images.train.shape[1:]
     latent = vae.latent_shape((channels, height, width))
     plan: dict[str, Any] = {
@@ -207,8 +209,13 @@ def _write_shards(
         _save(out / shard_name(part.name, number), np.concatenate(found))
 
 
-class _Batches(torch.utils.data.Dataset[Tensor]):
-    """Batches of the images of some ranges, for torch's DataLoader."""
+def _without_replacement(images: Samples) -> Samples:
+    """Images that are never read in place of others: their latents would have the labels of those."""
+    return replace(images, on_bad_image="error") if isinstance(images, Pictures) else images
+
+
+class _Batches(torch.utils.data.Dataset[Tensor | DataError]):
+    """Batches of the images of some ranges, for torch's DataLoader. Errors are returned, without a traceback."""
 
     def __init__(self, ranges: list[tuple[_Part, range]], size: int) -> None:
         self._batches = [
@@ -218,18 +225,25 @@ class _Batches(torch.utils.data.Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | DataError:
         part, rows = self._batches[index]
-        pictures = part.images[rows.start : rows.stop]
+        try:
+            pictures = part.images[rows.start : rows.stop]
+        except DataError as error:
+            return error
         return pictures.flip(-1) if part.mirrored else pictures
 
 
 def _pictures(ranges: list[tuple[_Part, range]], options: EncodingOptions) -> Iterator[Tensor]:
-    """The images of some ranges in batches, read ahead by workers; a batch is of one range."""
+    """The images of some ranges in batches, read ahead by workers; a batch is of one range.
+
+    Raises:
+        DataError: a picture cannot be read."""
     batches = _Batches(ranges, options.batch_size)
-    if not len(batches):
-        return iter(())
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=options.workers))
+    for read in torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False, num_workers=options.workers):
+        if isinstance(read, DataError):
+            raise read
+        yield read
 
 
 def _checked(latents: Tensor, dtype: str, what: str, first: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ..config_schema import LATENT_STD
 from .autoencoder import Autoencoder, open_autoencoder
 from .fixed_noise import fixed_noise
 from .images import Images
@@ -22,7 +23,6 @@ from .images import Images
 FACTS, PLAN = "latents.json", "plan.json"  # of a finished data set; what an unfinished one is to become
 TRAIN, MIRRORED, HELD_OUT = "train", "mirrored", "held-out"  # parts; mirrored: the training images once more
 LABELS = "labels"
-SIGMA_DATA = 0.5  # of each channel, as in EDM2
 _DRAWS_SEED = 0x1A7E47  # of fixed draws; not that of any noise that is added to them, as 0 of the held-out loss
 _LOADING = threading.Lock()  # a VAE is loaded once, whichever thread asks first
 
@@ -59,6 +59,11 @@ class LatentSamples:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return (int(self._starts[-1]), *self._stored)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self._dtype)
+        return found
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -190,7 +195,7 @@ class LatentEncoding:
         """Mean and 0.5 / std, [C, 1, 1] float32. Kept: a copy from the host would wait for the device at every step."""
         if device not in self._scales:
             mean, std = (torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1) for numbers in (self.mean, self.std))
-            self._scales[device] = (mean.float().to(device), (SIGMA_DATA / std).float().to(device))
+            self._scales[device] = (mean.float().to(device), (LATENT_STD / std).float().to(device))
         return self._scales[device]
 
 

@@ -90,6 +90,11 @@ def check_images(path: Path, images: Images) -> None:
             f"{path} began with {facts.train:,} training and {facts.held_out:,} held-out images, the data set now has "
             f"{len(images.train):,} and {len(images.held_out):,}: give the same with --data"
         )
+    if facts is not None and facts.fingerprint and facts.fingerprint != images.fingerprint:
+        raise RunError(
+            f"{path} began with other images: names, sizes or labels of the files have changed. Give the same with "
+            "--data"
+        )
 
 
 def begin(
@@ -133,6 +138,7 @@ def begin(
         "train": len(images.train),
         "held_out": len(images.held_out),
         "held_out_is_test": images.held_out_is_test,
+        "fingerprint": images.fingerprint,
     }
     (path / DATA).write_text(json.dumps(facts) + "\n")
     with replacing(path / CONFIG) as partial:

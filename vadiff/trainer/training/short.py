@@ -14,7 +14,8 @@ from ...information import Profile
 from ...loss import DiffusionLoss
 from ...process import loss_ratio
 from ..config import TrainConfig
-from ..data import Encoding, Images, cifar, digits, folder, open_latents
+from ..config_schema import STREAMED
+from ..data import PIXELS, Encoding, Images, cifar, digits, open_latents, open_pictures, shuffled
 from .loop import train
 from .objective import edm_objective
 
@@ -62,21 +63,19 @@ def load_some(dataset: str, data: str | None, size: int | None, limit: int) -> I
         MissingExtraError: a package that reads it is not installed.
     """
     path = None if data is None else Path(data)
-    if dataset == "images":
-        if path is None:
-            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
-        images = folder.load(path, _FOLDER_SIZE if size is None else _checked(size), limit)
-    elif dataset == "latents":
-        if path is None:
-            raise DataError("data is None, expected the folder of the latents: --data FOLDER")
-        images = open_latents(path)
-        if size not in (None, images.shape[-1]):
-            raise ValueError(f"image size is {size}, expected none: latents of {images.shape[-1]} cannot be scaled")
-    elif dataset == "digits":
-        images = digits.digits()
+    if path is None and dataset in STREAMED:
+        raise DataError(f"data is None, expected the path of the {dataset}: --data PATH")
+    encoding: Encoding = PIXELS
+    if path is not None and dataset == "images":
+        pictures = open_pictures(path, _FOLDER_SIZE if size is None else _checked(size))
+        found = pictures[shuffled(len(pictures))[:limit]]
+    elif path is not None and dataset == "latents":
+        latents = open_latents(path)
+        if size not in (None, latents.shape[-1]):
+            raise ValueError(f"image size is {size}, expected none: latents have their own, {latents.shape[-1]}")
+        found, encoding = _shuffled(latents, limit), latents.encoding
     else:
-        images = cifar.load(dataset, path)
-    found = _shuffled(images, limit)
+        found = _shuffled(digits.digits() if dataset == "digits" else cifar.load(dataset, path), limit)
     if len(found) < FEWEST_IMAGES:
         raise DataError(
             f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected at least "
@@ -87,7 +86,7 @@ def load_some(dataset: str, data: str | None, size: int | None, limit: int) -> I
         if own % _checked(size):
             raise ValueError(f"image size is {size}, expected a divisor of {own}, the size of {dataset}")
         found = nn.functional.avg_pool2d(found.float(), own // size).round().to(torch.uint8)
-    return _of_stored(found, images.encoding)
+    return _of_stored(found, encoding)
 
 
 def sigma_data_of(images: Images) -> float:
@@ -177,7 +176,7 @@ def _profile(held_out: Mapping[str, Any], sigma_data: float) -> Profile:
 def _shuffled(images: Images, limit: int) -> Tensor:
     """Stored images of a data set, trained on or not, the first of a shuffled order."""
     known = len(images.train)
-    order = torch.randperm(known + len(images.held_out), generator=torch.Generator().manual_seed(0))[:limit]
+    order = shuffled(known + len(images.held_out))[:limit]
     first = order < known
     train, held_out = images.train[order[first]], images.held_out[order[~first] - known]
     found = torch.empty(len(order), *train.shape[1:], dtype=train.dtype)
