@@ -94,7 +94,9 @@ with tempfile.TemporaryDirectory() as folder:
     print(criterion.summary())
 
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{adapters:,} of {sum(p.numel() for p in model.parameters()):,} parameters are adapters and in the averages")
+    print(
+        f"\n{adapters:,} of {sum(p.numel() for p in model.parameters()):,} parameters are adapters and in the averages"
+    )
     print(f"{'average':24} {'held-out loss':>14}\n{'none':24} {held_out_loss(model):14.4f}")
     for width, state in reconstruct(Path(folder, "vadiff"), [0.05, 0.10, 0.15]).items():
         model.load_state_dict(state, strict=False)  # the frozen weights stay as they are
