@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     from ...optimal_loss import Estimate, estimate_given_class, estimate_until
     from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
     from ..training import TrainConfig, open_run
-    from ..training.assembly import load_images
+    from ..training.data_set import load_images
     from ..training.optimal_curve import training_set
     from ..training.run_gap import gap_of_run
 

@@ -33,6 +33,7 @@ class Images(NamedTuple):
     held_out_is_test: bool  # False where the held-out images were taken from the training set
     classes: int = 0  # number of classes, 0 without labels
     encoding: Encoding = PIXELS
+    groups: Tensor | None = None  # int64 [N], shards of the training images, from which few are read at a time
     fingerprint: str = ""  # differs between data sets read from files; empty for those that have no other version
 
     @property

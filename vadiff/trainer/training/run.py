@@ -31,8 +31,9 @@ from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..data import Images
 from . import averages
-from .assembly import build_denoiser, build_levels, load_images, saved_criterion
+from .assembly import build_denoiser, build_levels, saved_criterion
 from .checkpoint import checksum, load_checkpoint, steps_saved
+from .data_set import load_images
 from .level_profile import profile_of_run, read_profile
 from .metrics import METRICS, read_metrics
 from .optimal_curve import check_curve_of, read_curve
@@ -47,6 +48,7 @@ class DataFacts(NamedTuple):
     train: int  # images
     held_out: int  # images
     held_out_is_test: bool  # False if taken from the training set
+    fingerprint: str = ""  # of the files, see `Images`
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class Run:
             return None
         try:
             content = json.loads(path.read_text())
-            return DataFacts(int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]))
+            return DataFacts(
+                int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]),
+                str(content.get("fingerprint", "")),  # version 0.1 has none
+            )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} cannot be read: {error}. Remove it, then go on with --resume") from error
 

@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 from ...errors import RunError
 from ...files import replacing
@@ -89,6 +92,11 @@ def check_images(path: Path, images: Images) -> None:
             f"{path} began with {facts.train:,} training and {facts.held_out:,} held-out images, the data set now has "
             f"{len(images.train):,} and {len(images.held_out):,}: give the same with --data"
         )
+    if facts is not None and facts.fingerprint and facts.fingerprint != images.fingerprint:
+        raise RunError(
+            f"{path} began with other images: names, sizes or labels of the files have changed. Give the same with "
+            "--data"
+        )
 
 
 def begin(
@@ -131,10 +139,23 @@ def begin(
         "train": len(images.train),
         "held_out": len(images.held_out),
         "held_out_is_test": images.held_out_is_test,
+        "fingerprint": images.fingerprint,
     }
     (path / DATA).write_text(json.dumps(facts) + "\n")
     with replacing(path / CONFIG) as partial:
         config.save(partial)
+
+
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # locked by this process
+
+
+def _leave_locks() -> None:
+    """Close the locked files in a process that was forked: it would keep the lock of a parent that is killed."""
+    for file in _locks:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextlib.contextmanager
@@ -149,6 +170,7 @@ def lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error}") from error
     with file:
+        _locks.add(file)
         for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

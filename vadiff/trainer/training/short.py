@@ -15,7 +15,7 @@ from ...loss import DiffusionLoss
 from ...pixels import normalised
 from ...process import loss_ratio
 from ..config import TrainConfig
-from ..data import Images, cifar, digits, folder
+from ..data import Images, cifar, digits, open_pictures, shuffled
 from .loop import train
 from .objective import edm_objective
 
@@ -64,14 +64,13 @@ def load_pixels(dataset: str, data: str | None, size: int | None, limit: int) ->
     path = None if data is None else Path(data)
     if dataset == "images":
         if path is None:
-            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
-        images = folder.load(path, _FOLDER_SIZE if size is None else _checked(size), limit)
-    elif dataset == "digits":
-        images = digits.digits()
+            raise DataError("data is None, expected the folder, zip or shards of the pictures: --data PATH")
+        pictures = open_pictures(path, _FOLDER_SIZE if size is None else _checked(size))
+        found = pictures[shuffled(len(pictures))[:limit]]
     else:
-        images = cifar.load(dataset, path)
-    found = torch.cat([images.train[:], images.held_out[:]])
-    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]]
+        images = digits.digits() if dataset == "digits" else cifar.load(dataset, path)
+        found = torch.cat([images.train[:], images.held_out[:]])
+        found = found[shuffled(len(found))[:limit]]
     if len(found) < FEWEST_IMAGES:
         raise DataError(
             f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected at least "
