@@ -96,7 +96,8 @@ class TrainConfig(ConfigSchema):
         if self.dataset == "latents":
             if self.flips:
                 raise ValueError(
-                    "flips is true, expected false: mirrored latents are not the latents of mirrored images"
+                    "flips is true, expected false: mirrored latents are not the latents of mirrored images, which "
+                    "`vadiff encode --flips` stores too"
                 )
             if self.sigma_data != LATENT_STD:
                 raise ValueError(

@@ -4,6 +4,7 @@ from . import cifar, digits
 from .digits import Digits, load_digits
 from .encoding import PIXELS, Encoding
 from .images import Images, Samples, hold_out_last
+from .latents import LatentEncoding, open_latents
 from .pictures import Pictures, hold_out, open_pictures, shuffled
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Digits",
     "Encoding",
     "Images",
+    "LatentEncoding",
     "Pictures",
     "Samples",
     "cifar",
@@ -18,6 +20,7 @@ __all__ = [
     "hold_out",
     "hold_out_last",
     "load_digits",
+    "open_latents",
     "open_pictures",
     "shuffled",
 ]

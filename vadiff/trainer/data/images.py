@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .encoding import PIXELS, Encoding
@@ -16,6 +17,10 @@ class Samples(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """(N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or for latents that of the numbers that are stored."""
 
     def __len__(self) -> int: ...
 

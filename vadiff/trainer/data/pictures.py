@@ -62,6 +62,10 @@ class Pictures:
         """(N, 3, size, size)."""
         return len(self), 3, self.size, self.size
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Pictures of some rows. uint8 [n, 3, size, size].
 

@@ -23,7 +23,7 @@ def place_of(config: TrainConfig, images: Samples, device: torch.device) -> str:
     """`DEVICE`, `HOST` or `NONE`: what a config's `cache` means for these images on this machine."""
     if config.cache != "auto":
         return config.cache
-    size = images.nbytes if isinstance(images, Tensor) else math.prod(images.shape)  # of bytes, as pictures are
+    size = math.prod(images.shape) * images.dtype.itemsize
     if device.type == "cuda" and size <= _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
         return DEVICE
     if isinstance(images, Tensor) or size * ranks_here() <= _SHARE_OF_HOST * _host_memory():
@@ -63,7 +63,7 @@ def in_memory(images: Images, config: TrainConfig, device: torch.device, *, prog
 
 def _whole(samples: Samples, workers: int, what: str | None) -> tuple[Tensor, Tensor]:
     """All images of files, and the rows that they are of: others than asked for in place of those that are bad."""
-    stored = torch.empty(tuple(samples.shape), dtype=torch.uint8)
+    stored = torch.empty(tuple(samples.shape), dtype=samples.dtype)
     rows = torch.empty(len(samples), dtype=torch.int64)
     chunks = torch.arange(len(samples)).split(_CHUNK)
     loader = DataLoader(Rows(samples), batch_size=None, sampler=chunks, num_workers=workers)

@@ -221,7 +221,9 @@ class _Trainer:
                 if self._logs(self.step):
                     held_out = self._write_line(bar, measured, weights)
                 if config.samples_every and self._due(config.samples_every) and self.out is not None:
-                    save_grid(self.out, self.step, self.average, config.process, config.sample_count)
+                    save_grid(
+                        self.out, self.step, self.average, config.process, config.sample_count, self.images.encoding
+                    )
                 if self.power_averages is not None and self.out is not None and self._due(config.snapshot_every):
                     self.power_averages.save(self.out / SNAPSHOTS, config.snapshot_precision)
                 self.save_due |= self._due(config.checkpoint_every)

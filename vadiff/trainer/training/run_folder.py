@@ -26,6 +26,7 @@ from .level_profile import PROFILE_FILE
 from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
 from .run import CONFIG, DATA, open_run
+from .run_encoding import ENCODING_FILE, keep_encoding
 
 # Fields that do not affect what a run computes.
 IMMATERIAL = {
@@ -135,6 +136,7 @@ def begin(
         optimal.save(path / CURVE_FILE)
     if profile is not None and not (path / PROFILE_FILE).exists():
         profile.save(path / PROFILE_FILE)
+    keep_encoding(images, path)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
@@ -200,7 +202,7 @@ def is_in_use(path: Path) -> bool:
 
 def _clear(path: Path) -> None:
     """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
+    for name in (CONFIG, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
