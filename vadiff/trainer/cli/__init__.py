@@ -9,10 +9,27 @@ from collections.abc import Sequence
 from ..._version import __version__
 from ...errors import UserError
 from ...extras import MissingExtraError
-from . import ablate, demo, diagnose, doctor, ema, evaluate, levels, optimal_loss, report, sample, train, validate
+from . import (
+    ablate,
+    demo,
+    diagnose,
+    doctor,
+    ema,
+    evaluate,
+    import_networks,
+    levels,
+    optimal_loss,
+    report,
+    sample,
+    train,
+    validate,
+)
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (train, validate, diagnose, ema, sample, evaluate, report, ablate, optimal_loss, levels, demo, doctor)
+COMMANDS = (
+    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, demo,
+    doctor,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

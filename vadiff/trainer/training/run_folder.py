@@ -22,7 +22,7 @@ from .checkpoint import FOLDER
 from .level_profile import PROFILE_FILE
 from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
-from .run import CONFIG, DATA, open_run
+from .run import CONFIG, DATA, IMPORTED, open_run
 
 # Fields that do not affect what a run computes.
 IMMATERIAL = {
@@ -53,6 +53,11 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     if not (path / CONFIG).exists():
         return
     if resume:
+        if (path / IMPORTED).exists():
+            raise RunError(
+                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Train a "
+                "run of your own in another folder"
+            )
         saved = TrainConfig.load(path / CONFIG)
         if differing := differences(saved, config, _CHANGEABLE):
             raise RunError(
@@ -119,7 +124,7 @@ def begin(
         _drop_later(path, step)
     else:
         table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
-        _clear(path)
+        clear(path)
         path.mkdir(parents=True, exist_ok=True)
         if table is not None:
             keep_table(table, path)
@@ -176,9 +181,9 @@ def is_in_use(path: Path) -> bool:
     return False
 
 
-def _clear(path: Path) -> None:
+def clear(path: Path) -> None:
     """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, METRICS, DATA, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
+    for name in (CONFIG, IMPORTED, METRICS, DATA, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
