@@ -8,8 +8,8 @@ HELP = "make a run directory of NVlabs' EDM2 networks"
 DESCRIPTION = (
     "Make a run directory of a network in one of NVlabs' files of EDM2 (config G), or of the snapshots of a training "
     "of theirs, for `vadiff sample`, `vadiff evaluate` and `vadiff ema`. The files are pickles, which can hold "
-    "programs: only numbers are taken from them, and nothing in them is run. The run cannot be trained on, as the files "
-    "have no state of an optimiser. See docs/import.md."
+    "programs: only numbers are taken from them, and nothing in them is run. The run cannot be trained on, as the "
+    "files have no state of an optimiser. See docs/import.md."
 )
 
 
