@@ -25,7 +25,7 @@ from vadiff.trainer.ablation import Evaluation, collect, read_grid, results_tabl
 from vadiff.trainer.ablation.grid import GridError, PlannedRun
 from vadiff.trainer.cli import main
 from vadiff.trainer.training import run_folder
-from vadiff.trainer.training.assembly import load_images
+from vadiff.trainer.training.data_set import load_images
 from vadiff.trainer.training.run_folder import begin, lock
 from vadiff.training import TrainConfig, open_run, train
 

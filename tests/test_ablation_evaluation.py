@@ -21,7 +21,7 @@ from vadiff.trainer.ablation.grid import Grid, GridError, PlannedRun
 from vadiff.trainer.cli import main
 from vadiff.trainer.evaluation.digits_classifier import trained_classifier
 from vadiff.trainer.evaluation.fidelity import content_key
-from vadiff.trainer.training.assembly import load_images
+from vadiff.trainer.training.data_set import load_images
 from vadiff.training import Run
 
 

@@ -81,7 +81,7 @@ TRAINER = {
     "trainer.config_fields": set(),
     "trainer.config_schema": {"trainer.config_fields"},
     "trainer.presets": {"trainer.config"},
-    "trainer.data": set(),
+    "trainer.data": {"trainer.config_schema"},
     "trainer.doctor": set(),
     "trainer.evaluation": {"trainer.data"},
     "trainer.pictures": set(),
@@ -96,9 +96,9 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
     },
     "trainer.cli": {
-        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.doctor",
-        "trainer.evaluation", "trainer.importing", "trainer.pictures", "trainer.presets", "trainer.report",
-        "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",
+        "trainer.doctor", "trainer.evaluation", "trainer.importing", "trainer.pictures", "trainer.presets",
+        "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

@@ -60,7 +60,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
         {"dropout": 0.2, "weighting": "learned", "sigma_rel": (0.05, 0.1)},
         {"levels": "second_moment", "levels_every": 1, "schedule": "cosine"},
         {"levels": "information", "levels_every": 1, "stratified_epoch": True, "accumulate": 2, "shift": 2.0},
-        {"levels": "beta", "uniform_share": 0.2, "process": "flow"},
+        {"levels": "beta", "uniform_share": 0.2, "process": "flow", "gradient_checkpointing": True},
         {"process": "flow", "precision": "bf16", "optimizer": "adamw", "weight_decay": 0.01},
         {"process": "flow", "target": "posterior_mean", "reference": 64, "flips": True},
         {"target": "posterior_mean", "reference": "all", "class_conditional": True, "levels": "information"},
@@ -291,6 +291,8 @@ def test_a_compiler_makes_graphs_where_the_step_is_in_none(
         ({"dropout": 0.1}, 1, "cuda", None),
         ({"accumulate": 2}, 1, "cuda", None),
         ({"dropout": 0.1, "accumulate": 2}, 1, "cuda", "dropout is seeded by the host"),
+        ({"gradient_checkpointing": True}, 1, "cuda", None),
+        ({"dropout": 0.1, "gradient_checkpointing": True}, 1, "cuda", "state of dropout's random numbers"),
         ({"precision": "fp16"}, 1, "cuda", "precision is fp16"),
         ({}, 2, "cuda", "2 processes"),
         ({}, 1, "cpu", "the device is cpu"),
@@ -303,10 +305,10 @@ def test_what_does_not_fit_in_a_graph_is_said(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_presets_for_cifar_ask_for_graphs_and_run_eagerly_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_presets_for_gpus_ask_for_graphs_and_run_eagerly_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU neither a graph nor, unless it is asked for, a compiler."""
     for name, preset in PRESETS.items():
-        assert preset.graph == name.startswith(("cifar", "images")), name
+        assert preset.graph == name.startswith(("cifar", "im")), name
     compiled: list[object] = []
 
     def not_compiled(network: torch.nn.Module, **_: object) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""vadiff.trainer.data: official layouts made here, right and wrong; pictures in a folder."""
+"""vadiff.trainer.data: official layouts made here, right and wrong."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vadiff.errors import DataError
-from vadiff.pixels import normalised, pixels
-from vadiff.trainer.data import Images, cifar, digits, folder
+from vadiff.pixels import normalised
+from vadiff.trainer.data import Images, cifar, digits
 from vadiff.trainer.data.pickled_arrays import load_arrays
 
 TRAIN, TEST = 40, 20  # images per file here; the official files have thousands
@@ -312,63 +311,6 @@ def test_failed_download_says_where_to_get_the_file(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("pooch.retrieve", retrieve)
     with pytest.raises(DataError, match=r"could not be downloaded: no route to host.*--data FILE"):
         cifar.load("cifar100")
-
-
-def picture(path: Path, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-def test_folder_of_pictures_is_cut_square_scaled_and_classed(tmp_path: Path) -> None:
-    for number in range(6):
-        picture(tmp_path / "red" / f"{number}.png", (40, 20), (200, 0, 0))
-        picture(tmp_path / "blue" / "deeper" / f"{number}.png", (8, 16), (0, 0, 200))
-    images = folder.load(tmp_path, 8)
-    assert images.shape == (3, 8, 8)
-    assert (len(images.train), len(images.held_out), images.classes) == (11, 1, 2)
-    assert images.train_labels is not None
-    red = images.train_labels == 1  # after blue
-    assert images.train[red].float().mean((0, 2, 3)).tolist() == [200.0, 0.0, 0.0]
-    assert images.train[~red].float().mean((0, 2, 3)).tolist() == [0.0, 0.0, 200.0]
-    assert torch.equal(folder.load(tmp_path, 8).train, images.train)
-
-
-def test_folder_gives_no_more_pictures_than_asked_for(tmp_path: Path) -> None:
-    for number in range(9):
-        picture(tmp_path / str(number % 3) / f"{number}.png", (8, 8), (number, 0, 0))
-    whole, few = folder.load(tmp_path, 8), folder.load(tmp_path, 8, limit=4)
-    assert (len(few.train), len(few.held_out), few.classes) == (3, 1, 3)
-    assert torch.equal(torch.cat([few.train, few.held_out]), torch.cat([whole.train, whole.held_out])[:4])
-
-
-def test_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
-    for number in range(3):
-        picture(tmp_path / f"{number}.png", (8, 8), (number, 0, 0))
-    images = folder.load(tmp_path, 8)
-    assert images.train_labels is None
-    assert images.classes == 0
-
-
-def test_broken_picture_is_named(tmp_path: Path) -> None:
-    picture(tmp_path / "good.png", (8, 8), (1, 2, 3))
-    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
-    with pytest.raises(DataError, match=r"bad\.png cannot be read as a picture"):
-        folder.load(tmp_path, 8)
-
-
-def test_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has 0 pictures, expected two or more"):
-        folder.load(tmp_path, 8)
-    with pytest.raises(DataError, match="is not a folder"):
-        folder.load(tmp_path / "nowhere", 8)
-
-
-def test_bytes_survive_normalising() -> None:
-    every = torch.arange(256, dtype=torch.uint8)
-    assert normalised(every).min() == -1.0
-    assert normalised(every).max() == 1.0
-    assert torch.equal(pixels(normalised(every)), every)
-    assert pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_digits_are_split_without_overlap_and_labelled() -> None:

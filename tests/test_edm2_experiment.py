@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from vadiff.trainer.data.digits import SIGMA_DATA
-from vadiff.trainer.training.assembly import build_denoiser, load_images
+from vadiff.trainer.training.assembly import build_denoiser
+from vadiff.trainer.training.data_set import load_images
 from vadiff.trainer.training.held_out import held_out_loss_of_run
 from vadiff.training import HeldOutLoss
 

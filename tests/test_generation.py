@@ -185,6 +185,9 @@ def test_guide_needs_no_label_dropout_but_the_same_images_and_classes(run: Run) 
         def fingerprint(self, weights: str, step: int | None) -> tuple[int, str]:
             return 1, "other"
 
+        def pictures(self, x0: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("a guide draws no pictures")
+
     guided = dataclasses.replace(QUICK, guidance=2.0, guide=Guide("itself", run))
     no_dropout = dataclasses.replace(run, config=dataclasses.replace(run.config, label_dropout=0.0))
     assert len(images_of(no_dropout, [0], guided)) == 1

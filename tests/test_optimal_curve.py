@@ -15,7 +15,8 @@ from vadiff.optimal_loss import OptimalLoss
 from vadiff.trainer.ablation import read_grid
 from vadiff.trainer.ablation.grid import GridError
 from vadiff.trainer.cli import main
-from vadiff.trainer.training.assembly import build_criterion, build_levels, load_images
+from vadiff.trainer.training.assembly import build_criterion, build_levels
+from vadiff.trainer.training.data_set import load_images
 from vadiff.trainer.training.optimal_curve import CURVE_FILE, estimate_curve
 from vadiff.training import Stopped, TrainConfig, open_run, train
 from vadiff.weighting import GapWeighting, InverseOptimalLoss, MinSNR

@@ -25,6 +25,7 @@ from vadiff.levels import suggest
 from vadiff.process import loss_ratio
 from vadiff.trainer.cli import _parser, main
 from vadiff.trainer.cli.train import training_config
+from vadiff.trainer.data import Images
 from vadiff.trainer.report.suggested_levels import (
     DEFAULTS,
     Default,
@@ -52,6 +53,11 @@ def gaussian_pixels(scale: float, number: int = 256) -> Tensor:
     """White Gaussian images as bytes, uint8 [number, 1, 8, 8]; not of the seed of the held-out noise, which is 0."""
     values = scale * torch.randn(number, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return (127.5 * (values + 1.0)).round().clamp(0, 255).to(torch.uint8)
+
+
+def only(stored: Tensor) -> Images:
+    """A data set of these images alone, as `load_some` makes it."""
+    return Images(stored, None, stored[:0], None, held_out_is_test=False)
 
 
 def level_losses(
@@ -119,7 +125,7 @@ def test_short_trainings_learn_that_pixels_repeat_and_find_the_closed_form(
         monkeypatch.setattr(short, name, value)
     blocks = gaussian_pixels(0.2, 512)[..., :2, :2]
     pixels = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)  # [512, 1, 4, 4]
-    evidence = level_evidence.of_short_trainings(pixels, 100, "cpu")
+    evidence = level_evidence.of_short_trainings(only(pixels), 100, "cpu")
     assert evidence.suggestion.sigma_data == pytest.approx(0.2, rel=0.03)
     assert -0.14 < evidence.suggestion.p_mean - (math.log(0.2) + 0.5 * math.log(2.0)) < 0.03  # untrained: -0.35
     assert len(evidence.profiles) == 4
@@ -139,7 +145,7 @@ def test_each_half_is_trained_on_and_measured_with_the_other(monkeypatch: pytest
         return SimpleNamespace(metrics=[{"step": 1}, line, line])
 
     monkeypatch.setattr(short, "train", training)
-    runs = short.short_trainings(pixels, 100, "cpu")
+    runs = short.short_trainings(only(pixels), 100, "cpu")
     assert [(run.half, run.seed) for run in runs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for run, (train, held_out, seed) in zip(runs, seen, strict=True):
         assert torch.equal(train, pixels[32 * run.half :][:32])
@@ -195,11 +201,11 @@ def trained_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps of the trainings that the command asked for, which are not done; its trial has 1,000 images a second."""
     steps: list[int] = []
 
-    def trainings(pixels: Tensor, asked: int, *arguments: Any) -> Evidence:
+    def trainings(images: Images, asked: int, *arguments: Any) -> Evidence:
         steps.append(asked)
         return Evidence(level_evidence._suggest([gaussian_profile(0.5)], 0.5), "a test", [gaussian_profile(0.5)])
 
-    monkeypatch.setattr(short, "training_speed", lambda pixels, device: 1000.0)
+    monkeypatch.setattr(short, "training_speed", lambda images, device: 1000.0)
     monkeypatch.setattr(level_evidence, "of_short_trainings", trainings)
     return steps
 
@@ -230,17 +236,23 @@ def test_minutes_that_cannot_be_kept_are_said_before_training(
         (["--dataset", "cifar10", "--data", "x"], "vadiff train --preset cifar10 --data x"),
         (["--dataset", "cifar100", "--data", "x"], "vadiff train --preset cifar10 --dataset cifar100 --data x"),
         (["--dataset", "cifar10", "--data", "x", "--image-size", "16"], None),
+        (
+            ["--dataset", "latents", "--data", "x"],
+            "vadiff train --preset images --dataset latents --data x --image-size 8 --image-channels 4 "
+            "--attention-resolutions 4 --no-flips",
+        ),
     ],
 )
 def test_commands_to_type_are_configs_of_the_trainer(
     options: list[str], command: str | None, trained_steps: list[int], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def pixels(dataset: str, data: str | None, size: int | None, limit: int) -> Tensor:
-        own = 8 if dataset == "digits" else 32
-        return torch.zeros(64, 1 if dataset == "digits" else 3, size or own, size or own, dtype=torch.uint8)
+    def images(dataset: str, data: str | None, size: int | None, limit: int) -> Images:
+        own = 8 if dataset in ("digits", "latents") else 32
+        channels = {"digits": 1, "latents": 4}.get(dataset, 3)
+        return only(torch.zeros(64, channels, size or own, size or own, dtype=torch.uint8))
 
-    monkeypatch.setattr(short, "load_pixels", pixels)
+    monkeypatch.setattr(short, "load_some", images)
     assert main(["levels", "suggest", *options]) == 0
     printed = [
         line for line in capsys.readouterr().out.splitlines() if "--sigma-data" in line or "logit_normal" in line
@@ -255,7 +267,7 @@ def test_commands_to_type_are_configs_of_the_trainer(
     edm, flow, shifted = (training_config(_parser().parse_args(shlex.split(f"{command} {each}")[1:])) for each in flags)
     assert (edm.sigma_data, edm.process, edm.levels) == (0.5, "edm", "auto")
     assert edm.p_mean == pytest.approx(math.log(0.5), abs=0.01)
-    assert edm.image_size == (int(options[-1]) if command.endswith("16") else 32)
+    assert edm.image_size == (8 if edm.dataset == "latents" else int(options[-1]) if command.endswith("16") else 32)
     assert (flow.process, flow.levels, sorted(flow.levels_options)) == ("flow", "logit_normal", ["mean", "std"])
     assert (shifted.process, shifted.levels_options) == ("flow", {})
     assert shifted.shift_alpha == pytest.approx(math.exp(flow.levels_options["mean"]), abs=0.02)
@@ -263,22 +275,22 @@ def test_commands_to_type_are_configs_of_the_trainer(
 
 def test_images_are_shuffled_limited_and_averaged_over_squares() -> None:
     pytest.importorskip("sklearn")
-    whole = short.load_pixels("digits", None, None, 4000)
+    whole = short.load_some("digits", None, None, 4000).train[:]
     assert whole.shape == (1797, 1, 8, 8)
-    few = short.load_pixels("digits", None, 4, 100)
+    few = short.load_some("digits", None, 4, 100).train[:]
     means = whole[:100].float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
     assert torch.equal(few, means.round().to(torch.uint8))
     with pytest.raises(ValueError, match="image size is 5, expected a divisor of 8, the size of digits"):
-        short.load_pixels("digits", None, 5, 100)
+        short.load_some("digits", None, 5, 100)
     with pytest.raises(ValueError, match="image size is 2, expected at least 4"):
-        short.load_pixels("digits", None, 2, 100)
+        short.load_some("digits", None, 2, 100)
     with pytest.raises(DataError, match="--images gives 63 images, expected at least 64: a network memorises fewer"):
-        short.load_pixels("digits", None, None, 63)
+        short.load_some("digits", None, None, 63)
 
 
 def test_images_without_content_are_refused() -> None:
     with pytest.raises(DataError, match="all pixels of all images are equal"):
-        short.short_trainings(torch.full((64, 1, 8, 8), 7, dtype=torch.uint8), 100)
+        short.short_trainings(only(torch.full((64, 1, 8, 8), 7, dtype=torch.uint8)), 100)
 
 
 def test_run_is_read_from_its_statistics_or_its_held_out_images(

@@ -35,7 +35,7 @@ from vadiff.trainer.ablation.collect import interval
 from vadiff.trainer.data import Images
 from vadiff.trainer.report.ema_sweep import sweep_figure, sweep_scores
 from vadiff.trainer.report.magnitudes import magnitudes_figure
-from vadiff.trainer.training.assembly import load_images
+from vadiff.trainer.training.data_set import load_images
 from vadiff.trainer.training.held_out import held_out_loss_of_run
 from vadiff.trainer.training.post_hoc import write_averages
 from vadiff.training import PRESETS, HeldOutLoss, Run, TrainConfig, open_run, train

@@ -13,12 +13,14 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-OPTIONAL = ("denoising_diffusion_pytorch", "k_diffusion", "lightning", "torchcfm")
+OPTIONAL = ("denoising_diffusion_pytorch", "k_diffusion", "lightning", "peft", "torchcfm")
 
 pytestmark = [
     pytest.mark.skipif(not EXAMPLES.is_dir(), reason="examples/ is not beside these tests: an installed copy"),
     # Lightning's
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec", "ignore:The number of training batches"),
+    # torchvision 0.15.2's, where transformers imports it, which PEFT brings
+    pytest.mark.filterwarnings("ignore:The torchvision.datapoints and torchvision.transforms.v2 namespaces"),
 ]
 
 

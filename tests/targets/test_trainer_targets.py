@@ -16,9 +16,10 @@ import torch
 from vadiff.log_snr import from_sigma
 from vadiff.pixels import normalised
 from vadiff.targets import PosteriorMean, Recorded
-from vadiff.trainer.training.assembly import build_criterion, build_levels, load_images
+from vadiff.trainer.training.assembly import build_criterion, build_levels
 from vadiff.trainer.training.batches import Batches
 from vadiff.trainer.training.checkpoint import load_checkpoint
+from vadiff.trainer.training.data_set import load_images
 from vadiff.trainer.training.distributed import Ranks
 from vadiff.trainer.training.posterior_targets import moved, posterior_targets
 from vadiff.trainer.training.streams import REFERENCES, Streams

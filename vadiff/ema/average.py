@@ -30,25 +30,43 @@ class PowerFunctionEMA:
     An update is one fused operation per width and does not synchronise with the device. Averages are on the module's
     device, in float32 or, for float64 weights, in float64. Buffers are not averaged: a snapshot has their values then.
 
+    With `trainable_only` only the parameters that require a gradient when the object is made are averaged, and nothing
+    else is written: snapshots of LoRA adapters are as small as the adapters. What is reconstructed from them is loaded
+    with `module.load_state_dict(state, strict=False)`.
+
     Args:
         module: the module to average, already on its final device; its parameters must stay the same objects.
         sigma_rel: widths relative to the training time; with two or more, other widths are reconstructed precisely.
+        trainable_only: leave out frozen parameters and all buffers.
 
     Raises:
-        ValueError: no width, a repeated one, or one not above 0 and below 0.2887.
+        ValueError: no width, a repeated one, or one not above 0 and below 0.2887; or `trainable_only`, and no parameter
+            requires a gradient.
 
     Attributes:
         run: name of this training run, restored by `load_state_dict`; snapshots of different runs cannot be mixed.
         time: of the last update, 0 before the first.
     """
 
-    def __init__(self, module: nn.Module, sigma_rel: Sequence[float] = (0.05, 0.10)) -> None:
+    def __init__(
+        self, module: nn.Module, sigma_rel: Sequence[float] = (0.05, 0.10), *, trainable_only: bool = False
+    ) -> None:
         self.sigma_rel = tuple(float(width) for width in sigma_rel)
         if not self.sigma_rel or len(set(self.sigma_rel)) < len(self.sigma_rel):
             raise ValueError(f"sigma_rel is {self.sigma_rel}, expected at least one width, each once")
         self._gammas = [gamma_from_sigma_rel(width) for width in self.sigma_rel]
         self._module = module
-        self._parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+        self._trainable_only = trainable_only
+        self._parameters = [
+            parameter
+            for parameter in module.parameters()
+            if parameter.is_floating_point() and (parameter.requires_grad or not trainable_only)
+        ]
+        if trainable_only and not self._parameters:
+            raise ValueError(
+                "trainable_only is true, but no parameter of the module requires a gradient: unfreeze what is trained, "
+                "or add the adapters, before the averages are made"
+            )
         self._averages = [[_average_of(parameter) for parameter in self._parameters] for _ in self._gammas]
         self.run = uuid.uuid4().hex
         self.time = 0.0
@@ -75,6 +93,8 @@ class PowerFunctionEMA:
     def module_state(self, sigma_rel: float) -> dict[str, Any]:
         """State dict of the module with the average of one width; its tensors are not copies.
 
+        With `trainable_only` it has the averaged parameters alone.
+
         Raises:
             ValueError: that width is not averaged.
         """
@@ -82,7 +102,7 @@ class PowerFunctionEMA:
             kept = ", ".join(map(str, self.sigma_rel))
             raise ValueError(f"sigma_rel is {sigma_rel}, expected one of {kept}. For other widths use reconstruct")
         averages = self._averages[self.sigma_rel.index(sigma_rel)]
-        return {**self._module.state_dict(), **self._named(averages)}
+        return {**self._rest(), **self._named(averages)}
 
     def save(self, folder: str | Path, precision: str = "fp16") -> Path:
         """Write the current averages to `<folder>/<time>.pt`, atomically.
@@ -101,9 +121,8 @@ class PowerFunctionEMA:
         if self.time == 0.0:
             raise ValueError("there was no update yet, expected one before a snapshot: call update(time)")
         parameters = [self._named(averages) for averages in self._averages]
-        state = self._module.state_dict()
-        rest = {name: value for name, value in state.items() if name not in parameters[0]}
-        return write_snapshot(Path(folder), Snapshot(self.run, self.time, self.sigma_rel, parameters, rest), precision)
+        snapshot = Snapshot(self.run, self.time, self.sigma_rel, parameters, self._rest())
+        return write_snapshot(Path(folder), snapshot, precision)
 
     def state_dict(self) -> dict[str, Any]:
         """State needed to resume; its tensors are not copies."""
@@ -131,6 +150,13 @@ class PowerFunctionEMA:
             for name, average in self._named(averages).items():
                 average.copy_(saved[name])
         self.run, self.time = state["run"], state["time"]
+
+    def _rest(self) -> dict[str, Any]:
+        """The module's state that is not averaged; none of it with `trainable_only`."""
+        if self._trainable_only:
+            return {}
+        averaged = self._named(self._averages[0])
+        return {name: value for name, value in self._module.state_dict().items() if name not in averaged}
 
     def _named(self, averages: list[Tensor]) -> dict[str, Tensor]:
         """Averages by parameter name in the module's state; a shared parameter has several names."""

@@ -73,7 +73,8 @@ def reconstruct(
         time: of a snapshot; None is the latest. Later snapshots are not used.
 
     Returns:
-        For each width a state dict of the module: parameters float32 on the CPU, the rest as it was at `time`.
+        For each width a state dict of the module: parameters float32 on the CPU, the rest as it was at `time`. Of
+        averages with `trainable_only` the averaged parameters alone, for `load_state_dict(state, strict=False)`.
 
     Raises:
         ValueError: no width, or one not above 0 and below 0.2887.

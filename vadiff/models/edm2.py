@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checkpointing import Checkpointing
 from .magnitude_preserving import (
     CosineAttention,
     MPConv,
@@ -42,6 +43,8 @@ class EDM2UNet(nn.Module):
         dropout: in the residual blocks.
         labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
         head_channels: channels per attention head; a narrower layer has one head.
+        gradient_checkpointing: compute the activations of each block again in the backward pass, to save memory; the
+            state of dropout's random numbers is restored for it.
 
     Raises:
         ValueError: inconsistent sizes.
@@ -57,6 +60,7 @@ class EDM2UNet(nn.Module):
         dropout: float = 0.0,
         labels: int = 0,
         head_channels: int = 64,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         image_channels, height, _ = image_shape
@@ -66,6 +70,7 @@ class EDM2UNet(nn.Module):
         check_attention(height, channels, attention_resolutions)
         embedding = max(channels)
         self.labels = labels
+        self._checkpointing = Checkpointing(random=dropout > 0.0) if gradient_checkpointing else None
         self.noise_features = MPFourier(channels[0])
         self.noise_embedding = MPLinear(channels[0], embedding)
         self.class_embedding = MPLinear(labels + 1, embedding) if labels else None
@@ -112,14 +117,21 @@ class EDM2UNet(nn.Module):
         x = self.first(x)
         skips = [x]
         for block in self.encoder:
-            x = block(x, embedding)
+            x = self._run(block, x, embedding)
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding)
+            x = self._run(block, x, embedding)
         for block in self.decoder:
-            x = block(x if block.resample else mp_cat(x, skips.pop()), embedding)
+            x = self._run(block, x, embedding, None if block.resample else skips.pop())
         output: Tensor = self.last(x, self.last_gain)
         return output.to(noisy.dtype)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self._checkpointing is None or not torch.is_grad_enabled():
+            output: Tensor = block(*inputs)
+            return output
+        output = self._checkpointing(block, *inputs)
+        return output
 
 
 @torch.no_grad()
@@ -158,7 +170,9 @@ class _Block(nn.Module):
         self.modulation_gain = nn.Parameter(torch.zeros(()))
         self.attention = CosineAttention(outputs, heads, _BRANCH_SHARE) if heads else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:  # concatenated here, so that gradient checkpointing keeps no copy of both
+            x = mp_cat(x, skip)
         if self.resample == "down":
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import import_extra
+from .checkpointing import Checkpointing
 
 # diffusers' timestep embedding, sines of period 2π and longer, is made for 0 to 1000; c_noise is -1.5 to 1.1.
 _STEPS_PER_C_NOISE = 100.0
@@ -20,6 +21,7 @@ def unet(
     norm_groups: int = 8,
     dropout: float = 0.0,
     labels: int = 0,
+    gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W].
 
@@ -31,6 +33,8 @@ def unet(
         norm_groups: number of groups of group normalisation.
         dropout: in the residual blocks.
         labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
+        gradient_checkpointing: compute the activations of each residual block again in the backward pass, to save
+            memory, by diffusers' own switch; the state of dropout's random numbers is restored for it.
 
     Raises:
         MissingExtraError: diffusers is not installed.
@@ -42,7 +46,7 @@ def unet(
         raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
     check_attention(height, channels, attention_resolutions)
     attends = [height >> level in attention_resolutions for level in range(len(channels))]
-    return _UNet(
+    network = _UNet(
         sample_size=(height, width),
         in_channels=channel_count,
         out_channels=channel_count,
@@ -55,6 +59,9 @@ def unet(
         dropout=dropout,
         num_class_embeds=labels + 1 if labels else None,
     )
+    if gradient_checkpointing:
+        network.unet.enable_gradient_checkpointing(Checkpointing(random=dropout > 0.0))
+    return network
 
 
 def check_halvings(image_shape: tuple[int, int, int], channels: Sequence[int]) -> None:

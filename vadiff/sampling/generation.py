@@ -15,7 +15,6 @@ from ..errors import RunError
 from ..information import Profile
 from ..models import Denoiser, Parameterisation
 from ..models.parameterisation import VPForm, sigma_range
-from ..pixels import pixels
 from ..process import DiscreteVP
 from .devices import draw
 from .solvers import SOLVERS
@@ -39,7 +38,7 @@ class Generated(NamedTuple):
     """A batch of images, in the order of its seeds."""
 
     start: int  # index of the first image among all seeds
-    images: Tensor  # [B, C, H, W] uint8
+    images: Tensor  # [B, C, H, W] uint8: pictures, see `TrainedModel.pictures`
     labels: Tensor | None  # [B] int64
 
 
@@ -63,6 +62,9 @@ class TrainedModel(Protocol):
 
     def fingerprint(self, weights: str, step: int | None) -> tuple[int, str]:
         """The step that `denoiser` would read, and a text that is equal for equal weights only."""
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Bytes [B, 1 or 3, H', W'] of what the denoiser draws, [B, C, H, W], both on the same device."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) ->
                 f"the image of seed {part[int((~images.isfinite().flatten(1).all(1)).nonzero()[0])]} is not finite: "
                 "the checkpoint's weights have diverged (try an earlier --step), or guidance or churn is too strong"
             )
-        return pixels(images)
+        return run.pictures(images.to(device)).cpu()
 
     for start, images in draw(sample, seeds, generation.devices, generation.batch_size):
         yield Generated(start, images, generation.labels(seeds[start : start + len(images)], classes))

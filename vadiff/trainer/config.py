@@ -15,7 +15,17 @@ from ..extras import import_extra
 from ..models import Parameterisation, check_attention, check_halvings, parameterisation
 from ..models.parameterisation import VP, sigma_range
 from .config_fields import check, typed
-from .config_schema import AUTO, FLUX_PATCH, POSTERIOR_MEAN, SHAPES, TABLE, TIMESTEPS, ConfigSchema
+from .config_schema import (
+    AUTO,
+    FLUX_PATCH,
+    LATENT_STD,
+    POSTERIOR_MEAN,
+    SHAPES,
+    STREAMED,
+    TABLE,
+    TIMESTEPS,
+    ConfigSchema,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class TrainConfig(ConfigSchema):
         check_attention(self.image_shape[1], self.channels, self.attention_resolutions)
         if isinstance(self.shift, str) and self.shift not in levels.SHIFT_RULES:
             raise ValueError(f"shift is {self.shift!r}, expected a number or one of {', '.join(levels.SHIFT_RULES)}")
+        self._check_data()
         if self.stratified_epoch and self.antithetic:
             raise ValueError(
                 "antithetic is true, but so is stratified_epoch, whose numbers are not in pairs: choose one"
@@ -78,6 +89,21 @@ class TrainConfig(ConfigSchema):
                 torch.device(self.device)
             except RuntimeError:
                 raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
+
+    def _check_data(self) -> None:
+        if self.cache == "none" and self.dataset not in STREAMED:
+            raise ValueError(f"cache is none, expected auto, device or host: {self.dataset} is read as a whole")
+        if self.dataset == "latents":
+            if self.flips:
+                raise ValueError(
+                    "flips is true, expected false: mirrored latents are not the latents of mirrored images, which "
+                    "`vadiff encode --flips` stores too"
+                )
+            if self.sigma_data != LATENT_STD:
+                raise ValueError(
+                    f"sigma_data is {self.sigma_data:g}, expected {LATENT_STD:g}: the standard deviation to which "
+                    "latents are scaled"
+                )
 
     def form(self) -> Parameterisation:
         """What the network predicts, of which process.

@@ -21,6 +21,8 @@ LEVELS = (AUTO, *levels.available(), GAP)  # TABLE among them
 DATASETS = ("digits", "cifar10", "cifar100", "images", "latents")
 # (C, H, W); "images" have 3 and image_size, "latents" image_channels and image_size.
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+STREAMED = ("images", "latents")  # data sets that need not be in memory
+LATENT_STD = 0.5  # standard deviation to which latents are scaled, in each channel; EDM2's
 CACHES = ("auto", "device", "host", "none")
 ON_BAD_IMAGE = ("error", "skip")
 MODELS = ("unet", "edm2")

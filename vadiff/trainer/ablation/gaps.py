@@ -18,7 +18,7 @@ from ...extras import import_extra
 from ...optimal_loss import OptimalLoss
 from ...process import loss_ratio
 from ..data import Images
-from ..training.assembly import load_images
+from ..training.data_set import load_images
 from ..training.held_out import held_out_log_snr, level_mean
 from ..training.metrics import stacked
 from ..training.optimal_curve import estimate_curve

@@ -15,6 +15,7 @@ from . import (
     diagnose,
     doctor,
     ema,
+    encode,
     evaluate,
     import_networks,
     levels,
@@ -27,7 +28,7 @@ from . import (
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
 COMMANDS = (
-    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, demo,
+    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode, demo,
     doctor,
 )  # fmt: skip
 

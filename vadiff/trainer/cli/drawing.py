@@ -1,6 +1,7 @@
 """Options of how images are drawn, shared by `vadiff sample`, `evaluate` and `ema`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,24 @@ def add_solver_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
         help="a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
         "--weights, default: ema of the latest checkpoint",
     )  # fmt: skip
+    drawing.add_argument(
+        "--vae", type=Path, metavar="PATH", default=None,
+        help="of a run on latents: folder of the VAE that decodes; default: where that was which encoded them",
+    )  # fmt: skip
     return drawing
+
+
+def with_vae(run: "Run", options: argparse.Namespace) -> "Run":
+    """The run with the VAE of --vae.
+
+    Raises:
+        RunError: the run draws pixels, or its encoding is missing.
+    """
+    if options.vae is None:
+        return run
+    given = dataclasses.replace(run, vae=options.vae)
+    assert given.encoding  # raises for a run that draws pixels
+    return given
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +169,8 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
 
     guide = _guide_of(options)
     form = run.config.form()
+    if options.clip_x0 and run.config.dataset == "latents":
+        options.parser.error("argument --clip-x0: not with a run on latents, which have no bounds")
     spacing = options.steps_from or options.spacing
     try:
         profile = run.profile(options.step).bounded(run.config.sigma_data) if spacing == "statistics" else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.fidelity import METRICS
-from .drawing import add_seed_options, add_solver_options, seeds_of, solver_options_of
+from .drawing import add_seed_options, add_solver_options, seeds_of, solver_options_of, with_vae
 from .evaluate import add_comparison_options, comparison_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         device = TrainConfig(device=options.device).torch_device()
     except ValueError as error:
         options.parser.error(f"argument --device: {error}")
-    run = open_run(options.run_directory)
+    run = with_vae(open_run(options.run_directory), options)
     generation = with_options(solver_options_of(options, run), devices=(device,))
     try:
         files = write_averages(run, getattr(options, "sigma_rel", _SWEEP), options.step)

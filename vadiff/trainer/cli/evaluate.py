@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.fidelity import FEATURES, LAYERS, METRICS
-from .drawing import add_drawing_options, add_seed_options, devices_of, generation_of, seeds_of
+from .drawing import add_drawing_options, add_seed_options, devices_of, generation_of, seeds_of, with_vae
 
 if TYPE_CHECKING:
     from ..report.comparison import Comparison
@@ -56,7 +56,8 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     """Options shared by `evaluate` and `ema`: real images, features, Inception layer and weights, cache."""
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", default=None,
-        help="real images: folder, .npz or run directory; default: the run's training images",
+        help="real images: folder, .npz or run directory; default: the run's training images, "
+        "which a run on latents does not have",
     )  # fmt: skip
     parser.add_argument(
         "--features", choices=FEATURES, default=None,
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         if (options.target / "config.yaml").exists():
             if not (options.metrics or options.gradients or options.gap) and options.no_held_out:
                 options.parser.error("nothing to measure: no --metrics, --no-held-out, no --gradients and no --gap")
-            opened = open_run(options.target)
+            opened = with_vae(open_run(options.target), options)
             evaluate_run(
                 opened,
                 generation_of(options, opened),

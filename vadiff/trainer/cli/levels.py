@@ -9,15 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...files import replacing
 from ...process import PREDICTION_TYPES
 from ..config_schema import DATASETS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ..data import Images
     from ..training.level_evidence import Evidence
 
 NAME = "levels"
@@ -50,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trained = suggest.add_argument_group("short trainings, with --data or --dataset")
     trained.add_argument(
         "--image-size", type=int, metavar="N",
-        help="height and width in pixels, that of the images to generate; default: the images' own, 32 for a folder",
+        help="height and width in pixels, that of the images to generate, not for latents; default: the images' own, "
+        "32 for a folder",
     )  # fmt: skip
     trained.add_argument("--images", type=int, metavar="N", help=f"maximum number of images; default: {_LIMIT}")
     length = trained.add_mutually_exclusive_group()
@@ -185,22 +185,22 @@ def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
     from ..training.progress import progress_bar
-    from ..training.short import TRAININGS, load_pixels
+    from ..training.short import TRAININGS, load_some
 
     dataset = options.dataset or "images"
     limit = _LIMIT if options.images is None else options.images
-    pixels = load_pixels(dataset, options.data, options.image_size, limit)
+    images = load_some(dataset, options.data, options.image_size, limit)
     try:
-        steps = options.steps or _affordable_steps(pixels, options.minutes or _MINUTES, device)
+        steps = options.steps or _affordable_steps(images, options.minutes or _MINUTES, device)
         with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
-            evidence = of_short_trainings(pixels, steps, device, bar.update)
+            evidence = of_short_trainings(images, steps, device, bar.update)
     except Stopped as stop:
         print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
-    return dataclasses.replace(evidence, command=_command(dataset, options.data, pixels.shape[-1]))
+    return dataclasses.replace(evidence, command=_command(dataset, options.data, images.shape))
 
 
-def _affordable_steps(pixels: "Tensor", minutes: float, device: str) -> int:
+def _affordable_steps(images: "Images", minutes: float, device: str) -> int:
     """The steps per training that take these minutes; says so where the fewest take longer.
 
     Raises:
@@ -209,7 +209,7 @@ def _affordable_steps(pixels: "Tensor", minutes: float, device: str) -> int:
     from ..training.short import FEWEST_STEPS, TRAININGS, seconds_of, steps_within, training_speed
 
     started = time.monotonic()
-    speed = training_speed(pixels, device)
+    speed = training_speed(images, device)
     least = seconds_of(FEWEST_STEPS, speed) / 60.0
     if least > minutes:
         takes = (
@@ -224,13 +224,18 @@ def _affordable_steps(pixels: "Tensor", minutes: float, device: str) -> int:
     return steps_within(60.0 * minutes - (time.monotonic() - started), speed)
 
 
-def _command(dataset: str, data: str | None, size: int) -> str | None:
-    """`vadiff train` for a data set of this size; None if no preset trains on that size."""
+def _command(dataset: str, data: str | None, shape: tuple[int, int, int]) -> str | None:
+    """`vadiff train` for a data set of this shape; None if no preset trains on that size."""
     from ..presets import PRESETS
 
     preset = dataset if dataset in PRESETS else "cifar10"
+    channels, _, size = shape
+    fields: dict[str, Any] = {"dataset": dataset, "data": data, "image_size": size}
+    if dataset == "latents":
+        preset = "images"
+        fields |= {"image_channels": channels, "attention_resolutions": (size // 2,), "flips": False}
     try:
-        config = dataclasses.replace(PRESETS[preset], dataset=dataset, data=data, image_size=size)
+        config = dataclasses.replace(PRESETS[preset], **fields)
     except ValueError:  # attention at 16 x 16 of smaller images
         return None
     if config.image_shape[-1] != size:
@@ -242,4 +247,7 @@ def _command(dataset: str, data: str | None, size: int) -> str | None:
         command += ["--data", data]
     if dataset == "images":
         command += ["--image-size", str(size)]
+    if dataset == "latents":
+        command += ["--image-size", str(size), "--image-channels", str(channels)]
+        command += ["--attention-resolutions", str(size // 2), "--no-flips"]
     return shlex.join(command)

@@ -5,11 +5,12 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...optimal_loss import OptimalLoss
-from ..config_schema import DATASETS
+from ..config_schema import DATASETS, LATENT_STD
 
 NAME = "optimal-loss"
 HELP = "estimate the lowest loss any model of a data set can have, and a run's gap to it"
@@ -27,7 +28,9 @@ _SQUARE = 3072  # size of the matrix product whose speed is the reference
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="path of the data set")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set")
-    parser.add_argument("--image-size", type=int, metavar="N", default=32, help="in pixels, for dataset images")
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", default=32, help="in pixels, for dataset images; latents have their own"
+    )
     parser.add_argument("--flips", action="store_true", help="include mirrored images, as runs with flips see them")
     parser.add_argument(
         "--class-conditional", action="store_true", help="J* of a class-conditional network; taken from --run if given"
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from ...optimal_loss import Estimate, estimate_given_class, estimate_until
     from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
     from ..training import TrainConfig, open_run
-    from ..training.assembly import load_images
+    from ..training.data_set import load_images
     from ..training.optimal_curve import training_set
     from ..training.run_gap import gap_of_run
 
@@ -74,10 +77,13 @@ def run(options: argparse.Namespace) -> None:
     other = None if options.compare is None else _other(options, sigmas)
     trained = None if options.trained is None else open_run(options.trained)
     if trained is None:
-        config = TrainConfig(
-            dataset=options.dataset, data=options.data, image_size=options.image_size, flips=options.flips,
-            class_conditional=options.class_conditional,
-        )  # fmt: skip
+        try:
+            config = TrainConfig(
+                dataset=options.dataset, data=options.data, flips=options.flips,
+                class_conditional=options.class_conditional, **_sizes(options),
+            )  # fmt: skip
+        except ValueError as error:
+            options.parser.error(str(error))
     else:
         config = trained.config
     if config.class_conditional and options.estimator != "full":
@@ -133,6 +139,16 @@ def run(options: argparse.Namespace) -> None:
         f"{machine / 1e9:.0f} of a {_SQUARE} x {_SQUARE} float32 product here"
     )
     print(f"Written to {options.out / 'optimal_loss'}.csv and .png")
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a config that say how large the images are; latents say it themselves."""
+    if options.dataset != "latents" or options.data is None:
+        return {"image_size": options.image_size}
+    from ..data.latents import read_facts
+
+    channels, height, _ = read_facts(Path(options.data)).encoding.latent_shape
+    return {"image_size": height, "image_channels": channels, "sigma_data": LATENT_STD}
 
 
 def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .drawing import add_drawing_options, add_seed_options, generation_of, seeds_of
+from .drawing import add_drawing_options, add_seed_options, generation_of, seeds_of, with_vae
 
 NAME = "sample"
 HELP = "draw images from a run"
@@ -34,13 +34,14 @@ def run(options: argparse.Namespace) -> None:
     from ..training import open_run
 
     seeds = seeds_of(options)
-    opened = open_run(options.run_directory)
+    opened = with_vae(open_run(options.run_directory), options)
     generation = generation_of(options, opened)
     out = options.out or options.run_directory / "generated"
     denoiser = opened.denoiser(generation.weights, step=generation.step)
     assert denoiser.image_shape is not None  # every run's denoiser has one
     try:
-        writer = PictureWriter(out, seeds, denoiser.image_shape, labels=denoiser.labels > 0)
+        shape = opened.encoding.picture_shape(denoiser.image_shape)
+        writer = PictureWriter(out, seeds, shape, labels=denoiser.labels > 0)
         with writer, import_extra("tqdm", "train").tqdm(total=len(seeds), unit="image", disable=None) as bar:
             for batch in generate(opened, seeds, generation):
                 writer.write(batch.start, batch.images, batch.labels)

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="resume the run in --out from its latest checkpoint, if it has one"
     )
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument(
+        "--describe", action="store_true",
+        help="print the size of the network, the steps, the memory of weights and optimiser and the size of the files, "
+        "and end: nothing is trained or written",
+    )  # fmt: skip
     add_config_flags(parser.add_argument_group("fields of the config"))
 
 
@@ -46,8 +51,12 @@ def run(options: argparse.Namespace) -> None:
     from ...levels import Information
     from ..report import held_out_table
     from ..training import Stopped, train
+    from ..training.size import describe
 
     config, out = training_config(options), _out(options)
+    if options.describe:
+        print(describe(config))
+        return
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it on GPUs
     main_rank = os.environ.get("RANK", "0") == "0"

@@ -1,19 +1,26 @@
 """Data sets."""
 
-from . import cifar, digits, folder
+from . import cifar, digits
 from .digits import Digits, load_digits
 from .encoding import PIXELS, Encoding
 from .images import Images, Samples, hold_out_last
+from .latents import LatentEncoding, open_latents
+from .pictures import Pictures, hold_out, open_pictures, shuffled
 
 __all__ = [
     "PIXELS",
     "Digits",
     "Encoding",
     "Images",
+    "LatentEncoding",
+    "Pictures",
     "Samples",
     "cifar",
     "digits",
-    "folder",
+    "hold_out",
     "hold_out_last",
     "load_digits",
+    "open_latents",
+    "open_pictures",
+    "shuffled",
 ]

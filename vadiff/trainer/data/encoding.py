@@ -17,6 +17,9 @@ class Encoding(Protocol):
     def shape(self, stored: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, H, W) of x0, for a stored image of the given shape."""
 
+    def picture_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of a picture, for x0 of the given shape."""
+
     def inputs(self, stored: Tensor, noise: Tensor | None = None) -> Tensor:
         """x0 [n, C, H, W] float32 of stored images [n, ...].
 
@@ -37,6 +40,9 @@ class PixelBytes:
 
     def shape(self, stored: tuple[int, int, int]) -> tuple[int, int, int]:
         return stored
+
+    def picture_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return shape
 
     def inputs(self, stored: Tensor, noise: Tensor | None = None) -> Tensor:
         return normalised(stored)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .encoding import PIXELS, Encoding
@@ -16,6 +17,10 @@ class Samples(Protocol):
     @property
     def shape(self) -> Sequence[int]:
         """(N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or for latents that of the numbers that are stored."""
 
     def __len__(self) -> int: ...
 
@@ -33,6 +38,7 @@ class Images(NamedTuple):
     held_out_is_test: bool  # False where the held-out images were taken from the training set
     classes: int = 0  # number of classes, 0 without labels
     encoding: Encoding = PIXELS
+    groups: Tensor | None = None  # int64 [N], shards of the training images, from which few are read at a time
     fingerprint: str = ""  # differs between data sets read from files; empty for those that have no other version
 
     @property

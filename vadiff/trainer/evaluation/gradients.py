@@ -69,7 +69,7 @@ def level_gradients(
 
     Args:
         denoiser: in eval mode; its parameters must require gradients.
-        images: [N, C, H, W] float32 in [-1, 1], N at least 2.
+        images: x0 [N, C, H, W] float32, as the network sees images, N at least 2.
         labels: [N] int64, or None.
         log_snr: [L] noise levels.
         weight: [L] the run's weight at these levels.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...files import replacing
+from ..data import Images
 from ..evaluation import image_metrics
 from ..evaluation.fidelity import (
     FeatureNetwork,
@@ -24,7 +25,7 @@ from ..evaluation.fidelity import (
     within_reach,
 )
 from ..pictures import read_pictures
-from ..training import open_run
+from ..training import Run, open_run
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,33 @@ def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) 
 
 
 def reference_images(path: Path) -> Tensor:
-    """Real images [N, C, H, W] uint8: the training images of a run directory, or all of a folder or an archive."""
-    return open_run(path).images().train[:] if _is_run(path) else read_pictures(path)
+    """Real images [N, C, H, W] uint8: the training images of a run directory, or all of a folder or an archive.
+
+    Raises:
+        ValueError: a run on latents.
+    """
+    if not _is_run(path):
+        return read_pictures(path)
+    run = open_run(path)
+    return _training_pictures(run, run.images())
+
+
+def real_images(run: Run, data: Images, comparison: Comparison) -> Tensor:
+    """The pictures [N, C, H, W] uint8 that those of a run are compared with: its training images by default.
+
+    Raises:
+        ValueError: a run on latents, without a reference.
+    """
+    return _training_pictures(run, data) if comparison.reference is None else reference_images(comparison.reference)
+
+
+def _training_pictures(run: Run, data: Images) -> Tensor:
+    if run.config.dataset == "latents":
+        raise ValueError(
+            f"{run.path} was trained on latents, expected pictures to compare with: give the folder or .npz of those "
+            "that were encoded, or a run on them, with --reference"
+        )
+    return data.train[:]
 
 
 def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:

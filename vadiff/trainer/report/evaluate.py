@@ -14,7 +14,6 @@ from torch import Tensor
 from ...extras import import_extra
 from ...files import replacing
 from ...optimal_loss import ModelGap
-from ...pixels import normalised
 from ...sampling.generation import Generation
 from ...sampling.seeds import recorded_seeds
 from ..data import Images
@@ -31,7 +30,7 @@ from .comparison import (
     compare,
     prepared,
     print_metrics,
-    reference_images,
+    real_images,
     seed_sets,
 )
 from .drawn_images import draw_images, kept_images
@@ -128,8 +127,8 @@ def _compare(
 ) -> None:  # fmt: skip
     """Measure each set of images that metrics.json does not have yet, and write it there."""
     comparison, network = prepared(comparison, run.config.dataset)
-    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
-    check_drawn(data.shape, len(sets[0]), reference, comparison)
+    reference = real_images(run, data, comparison)
+    check_drawn(data.encoding.picture_shape(data.shape), len(sets[0]), reference, comparison)
     settings = _settings(run, generation, sets[0], comparison, network, reference)
     record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])
     for seeds in sets:
@@ -153,7 +152,7 @@ def _gradients(
     log_snr = held_out_log_snr(run.config).flip(0)  # ascending, as the charts draw them
     return level_gradients(
         run.denoiser("raw", step=step, device=device).requires_grad_(True),
-        normalised(data.train[chosen]),
+        data.encoding.inputs(data.train[chosen]),
         None if data.train_labels is None else data.train_labels[chosen],
         log_snr,
         criterion.weight_at(log_snr.float()),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ... import levels, weighting
-from ...errors import DataError, RunError
+from ...errors import RunError
 from ...information import Profile
 from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
@@ -20,32 +20,11 @@ from ...process import DiscreteVP
 from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import TrainConfig
 from ..config_schema import CURVE_WEIGHTINGS, GAP, TABLE
-from ..data import Images, cifar, digits, folder
 from .optimal_curve import read_curve
 from .posterior_targets import recorded_targets
 
 _ADAPTIVE_LEVELS = ("information", "loss_spread", "second_moment")
 TABLE_FILE = "table.json"  # in a run directory: copy of the weight table that the config names
-
-
-def load_images(config: TrainConfig) -> Images:
-    """The data set of a config.
-
-    Raises:
-        DataError: the data set is missing, truncated or corrupt, or has no labels for a class-conditional network.
-        MissingExtraError: a package that reads it is not installed.
-    """
-    if config.dataset == "digits":
-        images = digits.digits()
-    elif config.dataset == "images":
-        if config.data is None:
-            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
-        images = folder.load(Path(config.data), config.image_size)
-    else:
-        images = cifar.load(config.dataset, None if config.data is None else Path(config.data))
-    if config.class_conditional and images.train_labels is None:
-        raise DataError(f"class_conditional is true, but {config.data} has no classes: one folder for each")
-    return images
 
 
 def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], classes: int) -> Denoiser:
@@ -60,6 +39,7 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
         "layers_per_block": config.layers_per_block,
         "attention_resolutions": config.attention_resolutions,
         "dropout": config.dropout,
+        "gradient_checkpointing": config.gradient_checkpointing,
         "labels": labels,
     }
     network: nn.Module

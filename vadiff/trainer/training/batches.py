@@ -1,4 +1,4 @@
-"""Batches of a run: images gathered on the device, noise levels and noise from separate random streams."""
+"""Batches of a run: images from memory or files, noise levels and noise from separate random streams."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ...levels import EpochUniforms, LevelSampler, uniforms
 from ...models.parameterisation import VPForm
-from ...pixels import normalised
 from ...process import DiscreteVP
 from ..config import TrainConfig
 from ..data import Images
+from .caching import stays_on_device
 from .distributed import Ranks
-from .streams import ShuffledIndices, Streams
+from .image_source import OnDevice, ReadAhead, Shares, Source, default_workers
+from .streams import LATENTS, ShuffledIndices, Streams
 
 
 class Batch(NamedTuple):
@@ -42,17 +43,19 @@ class Batches:
 
     Attributes:
         device, streams: as given.
-        pixels: the training images, bytes [N, C, H, W] on the device.
-        labels: their classes, int64 [N]; None for a network without classes.
+        source: of the stored images.
+        encoding, number: of these.
+        labels: their classes, int64 [N] on the device; None for a network without classes.
         memory_format: of images and noise; does not change their values. The loop sets it to that of the network's
             output, as the criterion would copy any other format at every step.
 
     Args:
-        config: sizes, flips, label dropout, strata and pairs of noise levels.
-        images: the data set; its training images are kept on the device as bytes.
+        config: sizes, flips, label dropout, strata and pairs of noise levels, where images are kept.
+        images: the data set.
         levels: maps uniform numbers to noise levels, with its state at the time of the step.
         streams: of random numbers.
-        device: where batches are made; a step copies from the host only at a new pass over the data.
+        device: where batches are made. If the images are kept there, a step copies from the host only at a new pass
+            over the data.
         ranks: of this process.
 
     Raises:
@@ -68,30 +71,25 @@ class Batches:
         device: torch.device,
         ranks: Ranks,
     ) -> None:
-        if config.batch_size % (config.accumulate * ranks.size):
-            raise ValueError(
-                f"batch_size is {config.batch_size}, expected a multiple of accumulate × ranks = "
-                f"{config.accumulate} × {ranks.size}"
-            )
         # Tensor cores read channels_last.
         self.memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.device, self.streams = device, streams
         self._config = config
         self._levels = levels
+        self.encoding, self.number = images.encoding, len(images.train)
+        self._shape = images.shape
         form = config.form()
         process = form.process if isinstance(form, VPForm) else None
         self._timesteps = process if isinstance(process, DiscreteVP) else None
-        self._ranks = ranks
-        self.pixels = images.train[:].to(device)
+        self._shares = Shares(config, ranks)
+        self.source = _source(config, images, streams, device, self._shares)
         self.labels = None
         if config.class_conditional and images.train_labels is not None:
             self.labels = images.train_labels.to(device)
         self._classes = images.classes
-        self._indices = ShuffledIndices(streams.order, len(images.train), config.batch_size, device)
-        self._chosen = torch.empty(config.batch_size, dtype=torch.int64, device=device)  # images of the batch
         self._uniforms: EpochUniforms | None = None
         if config.stratified_epoch:
-            batches = max(1, len(images.train) // config.batch_size)
+            batches = max(1, self.number // config.batch_size)
             self._uniforms = EpochUniforms(config.batch_size, batches, streams.epoch_levels)
         self._u = torch.empty(config.batch_size, dtype=torch.float64, device=device)  # of that batch
 
@@ -101,9 +99,9 @@ class Batches:
         return self.draw()
 
     def prepare(self, step: int) -> None:
-        """What the host does for a batch: seed the streams, choose the images and the strata of an epoch."""
+        """What the host does for a batch: seed the streams, choose or read the images, and the strata of an epoch."""
         self.streams.seed(step)
-        self._chosen.copy_(self._indices.at(step))
+        self.source.prepare(step)
         if self._uniforms is not None:
             u = self._uniforms(step)
             if self.device.type == "cuda":
@@ -119,49 +117,50 @@ class Batches:
         u = self._u
         if self._uniforms is None:
             u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
-        noise = generators["noise"]
-        eps = torch.randn(size, *self.pixels.shape[1:], generator=noise, device=noise.device)
+        eps = self._normal("noise")
         mirrored = self._coins("flips", 0.5) if config.flips else None
         withheld = self._coins("labels", config.label_dropout) if self.labels is not None else None
-        share = size // config.accumulate // self._ranks.size
+        spread = self._normal(LATENTS) if self.encoding.random else None
         batches = []
         for part in range(config.accumulate):
-            start = (part * self._ranks.size + self._ranks.rank) * share
-            mine = slice(start, start + share)
-            batches.append(
-                self._batch(
-                    self._chosen[mine],
-                    u[mine],
-                    eps[mine],
-                    None if mirrored is None else mirrored[mine],
-                    None if withheld is None else withheld[mine],
-                )
-            )
+            mine = self._shares.of(part)
+            stored, rows = self.source.part(part)
+            x0 = self._inputs(stored, spread, mirrored, mine)
+            labels = None
+            if self.labels is not None and withheld is not None:
+                labels = self.labels[rows].masked_fill(withheld[mine], self._classes)
+            levels = self._levels(u[mine])
+            if self._timesteps is not None:  # the noise levels of a discrete process
+                log_snr = self._timesteps.log_snr(self._timesteps.timestep(levels.log_snr)).float()
+                levels = levels._replace(log_snr=log_snr)
+            # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
+            noise = eps[mine].contiguous(memory_format=self.memory_format)
+            batches.append(Batch(x0, noise, levels.sigma, labels, levels.sample_weight, rows))
         return batches
 
-    def _batch(
-        self,
-        indices: Tensor,
-        u: Tensor,
-        eps: Tensor,
-        mirrored: Tensor | None,
-        withheld: Tensor | None,
-    ) -> Batch:
-        pixels = self.pixels[indices].contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
-        x0 = normalised(pixels)
-        if mirrored is not None:
-            x0 = flipped(x0, mirrored)
-        labels = None
-        if self.labels is not None and withheld is not None:
-            labels = self.labels[indices].masked_fill(withheld, self._classes)
-        # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
-        eps = eps.contiguous(memory_format=self.memory_format)
-        levels = self._levels(u)
-        if self._timesteps is not None:  # the noise levels of a discrete process
-            levels = levels._replace(log_snr=self._timesteps.log_snr(self._timesteps.timestep(levels.log_snr)).float())
-        return Batch(x0, eps, levels.sigma, labels, levels.sample_weight, indices)
+    def _inputs(self, stored: Tensor, spread: Tensor | None, mirrored: Tensor | None, mine: slice) -> Tensor:
+        """x0 of a part's stored images: `spread` and `mirrored` are of the whole batch, of which the part is `mine`."""
+        stored = stored.contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
+        x0 = self.encoding.inputs(stored, None if spread is None else spread[mine])
+        return x0 if mirrored is None else flipped(x0, mirrored[mine])
+
+    def _normal(self, stream: str) -> Tensor:
+        """N(0, 1) for the whole batch. [batch_size, C, H, W]."""
+        generator = self.streams.generators[stream]
+        return torch.randn(self._config.batch_size, *self._shape, generator=generator, device=generator.device)
 
     def _coins(self, stream: str, probability: float) -> Tensor:
         """True with the given probability, for each image of the whole batch. bool [batch_size]."""
         generator = self.streams.generators[stream]
         return torch.rand(self._config.batch_size, generator=generator, device=generator.device) < probability
+
+
+def _source(config: TrainConfig, images: Images, streams: Streams, device: torch.device, shares: Shares) -> Source:
+    """Where a run's images come from: memory of the device, or processes that read them ahead."""
+    order = streams.order if images.groups is None else streams.order_by_groups(images.groups)
+    number = len(images.train)
+    if isinstance(images.train, Tensor) and stays_on_device(config, images.train, device):
+        return OnDevice(images.train.to(device), ShuffledIndices(order, number, config.batch_size, device), shares)
+    indices = ShuffledIndices(order, number, config.batch_size, torch.device("cpu"))
+    workers = default_workers() if config.workers is None else config.workers
+    return ReadAhead(images.train, indices, shares, device, workers)

@@ -30,6 +30,8 @@ def why_not_captured(config: TrainConfig, device: torch.device, ranks: int) -> s
         return "precision is fp16, whose gradient scaler decides on the host; bf16 can be captured"
     if config.dropout and config.accumulate > 1:
         return f"dropout is seeded by the host for each of {config.accumulate} parts of a batch"
+    if config.dropout and config.gradient_checkpointing:
+        return "gradient checkpointing has the host save and restore the state of dropout's random numbers"
     return None
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...models import Denoiser
-from ...pixels import normalised
 from ...process import loss_ratio
 from ...validation import LevelLosses, LevelValidation, Records, mean_log_ratio
 from ..config import TrainConfig
 from ..data import Images
+from ..data.fixed_noise import fixed_noise
 from .progress import progress_bar
 
 _SEEDS_APART = 0x9E3779B1  # between draws; odd, as torch's CPU generator reads the low 32 bits of a seed only
@@ -105,22 +105,23 @@ def held_out_loss_of_run(
         progress: show a progress bar.
     """
     number = config.held_out_images if limit is None else limit
-    labels = images.held_out_labels
+    stored, labels = images.held_out[:number], images.held_out_labels
     found = held_out_loss(
         denoiser,
-        normalised(images.held_out[:number]),
+        images.encoding.inputs(stored),
         None if labels is None else labels[:number],
         log_snr_levels=held_out_log_snr(config).tolist(),
         draws=config.held_out_draws,
         progress=progress,
     )
-    return found._replace(images=name_of(images.held_out[:number]))
+    return found._replace(images=name_of(stored))
 
 
-def name_of(pixels: Tensor) -> str:
-    """Images as text, equal for equal pixels only: number, shape, and a hash. uint8 [N, C, H, W]."""
-    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=6).hexdigest()
-    return f"{len(pixels):,} images of shape {'x'.join(map(str, pixels.shape[1:]))}, with pixels of hash {digest}"
+def name_of(stored: Tensor) -> str:
+    """Stored images [N, C, H, W] as text, equal for equal ones only: number, shape, and a hash."""
+    digest = hashlib.blake2b(stored.contiguous().numpy().tobytes(), digest_size=6).hexdigest()
+    what = "pixels" if stored.dtype == torch.uint8 else "latents"
+    return f"{len(stored):,} images of shape {'x'.join(map(str, stored.shape[1:]))}, with {what} of hash {digest}"
 
 
 @torch.no_grad()
@@ -142,7 +143,7 @@ def held_out_loss(
 
     Args:
         denoiser: its mode is not changed; call `.eval()` first if it has dropout.
-        images: [N, C, H, W] float32 in [-1, 1].
+        images: x0 [N, C, H, W] float32, as the network sees images: pixels in [-1, 1], or standardised latents.
         labels: [N] int64, for a class-conditional denoiser; None means none given.
         log_snr_levels: the L levels.
         draws: noise samples per image and level.
@@ -157,7 +158,7 @@ def held_out_loss(
     total = draws * len(images) * len(levels)
     with progress_bar(total, "held-out loss", "image") if progress else nullcontext() as bar:
         for draw in range(draws):
-            noise_of = functools.partial(_rows, _noise(images.shape, seed, draw))
+            noise_of = functools.partial(_rows, fixed_noise(images.shape, seed + draw * _SEEDS_APART))
             validation = LevelValidation(log_snr_levels, every_level=True, noise=noise_of, sync=False)
             for rows in torch.arange(len(images)).split(batch_size):
                 clean = images[rows].to(device)
@@ -178,11 +179,3 @@ def held_out_loss(
 
 def _rows(noise: Tensor, samples: Tensor, shape: torch.Size) -> Tensor:
     return noise[samples]
-
-
-def _noise(shape: torch.Size, seed: int, draw: int) -> Tensor:
-    """Noise whose first n images do not depend on the number of images."""
-    generator = torch.Generator().manual_seed(seed + draw * _SEEDS_APART)
-    size = shape.numel()
-    rounded = -(-size // 16) * 16  # torch draws 16 numbers at a time, and an incomplete 16 differently
-    return torch.randn(rounded, generator=generator)[:size].view(shape)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...information import Profile
 from ...levels import Suggestion, suggest
+from ..data import Images
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .level_profile import read_errors
 from .run import Run
@@ -65,18 +65,18 @@ class Evidence:
 
 
 def of_short_trainings(
-    pixels: Tensor, steps: int, device: str = "auto", on_step: Callable[[], object] | None = None
+    images: Images, steps: int, device: str = "auto", on_step: Callable[[], object] | None = None
 ) -> Evidence:
     """Evidence of `short_trainings`, which has these arguments."""
-    runs = short_trainings(pixels, steps, device, on_step)
-    sigma_data = sigma_data_of(pixels)
+    runs = short_trainings(images, steps, device, on_step)
+    sigma_data = sigma_data_of(images)
     profiles = [run.profile for run in runs]
     halves = [[run.profile for run in runs if run.half == half] for half in (0, 1)]
     seeds = [[run.profile for run in runs if run.seed == seed] for seed in SEEDS]
-    shape = " x ".join(map(str, pixels.shape[1:]))
+    shape = " x ".join(map(str, images.shape))
     return Evidence(
         _suggest(profiles, sigma_data),
-        f"{len(runs)} trainings of {steps:,} steps, {len(SEEDS)} seeds on each half of {len(pixels):,} images of "
+        f"{len(runs)} trainings of {steps:,} steps, {len(SEEDS)} seeds on each half of {len(images.train):,} images of "
         f"{shape}, measured on the other half",
         profiles,
         {
@@ -101,7 +101,7 @@ def of_statistics(run: Run, step: int | None = None, sigma_data: float | None = 
         ValueError: too few samples, or levels that do not reach the data's scale at both ends.
     """
     profile = run.profile(step)
-    scale = sigma_data_of(run.images().train[:]) if sigma_data is None else sigma_data
+    scale = sigma_data_of(run.images()) if sigma_data is None else sigma_data
     return Evidence(
         _suggest([profile], scale),
         f"training statistics of {run.path}, raw weights",
@@ -123,7 +123,7 @@ def of_held_out(
     images = run.images()
     config = dataclasses.replace(run.config, held_out_levels=_LEVELS)
     found = held_out_loss_of_run(config, images, run.denoiser("ema", step, device), progress=progress)
-    scale = sigma_data_of(images.train[:]) if sigma_data is None else sigma_data
+    scale = sigma_data_of(images) if sigma_data is None else sigma_data
     halves = [_profile_of(found._replace(per_image=found.per_image[:, half::2])) for half in (0, 1)]
     return Evidence(
         _suggest([_profile_of(found)], scale),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import json
 import signal
 import sys
 import time
@@ -23,12 +24,14 @@ from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..config_schema import TABLE
-from ..data import Images
+from ..data import Images, Pictures
 from . import run_folder
-from .assembly import build_criterion, build_denoiser, build_levels, load_images, read_table
+from .assembly import build_criterion, build_denoiser, build_levels, read_table
 from .averages import SNAPSHOTS
 from .batches import Batches
+from .caching import in_memory
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
+from .data_set import load_images
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .level_profile import read_profile
@@ -39,6 +42,7 @@ from .optimisation import LateReading, Optimisation, RunningAverage, learning_ra
 from .posterior_targets import posterior_targets
 from .rms import rms_per_layer, weights_of_layers
 from .samples import save_grid
+from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
@@ -117,6 +121,9 @@ def train(
                 path, config, trainer.images, resume=resume, step=trainer.step, optimal=trainer.optimal,
                 profile=trainer.profile,
             )  # fmt: skip
+        if progress and group.is_main:
+            size = network_size(config, trainer.images.shape, trainer.images.classes)
+            print(size_in_words(config, size), file=sys.stderr)
         trainer.open_log()
         try:
             return trainer.run(progress)
@@ -146,7 +153,9 @@ class _Trainer:
         self.bar_type = import_extra("tqdm", "train").tqdm
         data_seed = config.seed if config.data_seed is None else config.data_seed
         self.streams = Streams(config.seed, data_seed, device)
-        self.images = load_images(config) if images is None else images
+        if images is None:
+            images = in_memory(load_images(config), config, device, progress=progress and group.is_main)
+        self.images = images
         torch.manual_seed(self.streams.initialisation)
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
@@ -169,7 +178,7 @@ class _Trainer:
             config, objective, self.denoiser, self.criterion, self.levels, self.batches, self.optimisation,
             self.running_average, self.power_averages, group,
         )  # fmt: skip
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.bad_images = 0, 0.0, 0
         self.saved: int | None = None  # the step of the latest checkpoint
         self.save_due = False
         self._agree(earlier)
@@ -212,7 +221,9 @@ class _Trainer:
                 if self._logs(self.step):
                     held_out = self._write_line(bar, measured, weights)
                 if config.samples_every and self._due(config.samples_every) and self.out is not None:
-                    save_grid(self.out, self.step, self.average, config.process, config.sample_count)
+                    save_grid(
+                        self.out, self.step, self.average, config.process, config.sample_count, self.images.encoding
+                    )
                 if self.power_averages is not None and self.out is not None and self._due(config.snapshot_every):
                     self.power_averages.save(self.out / SNAPSHOTS, config.snapshot_precision)
                 self.save_due |= self._due(config.checkpoint_every)
@@ -252,6 +263,7 @@ class _Trainer:
             "images_per_second": (self.step - self.timed_step) * self.config.batch_size / (now - self.since),
             "memory_bytes": memory_bytes(self.device),
             "seconds": self.seconds + now - self.resumed,
+            **self._bad_images(),
             **statistics_of(self.criterion),
             **levels_state(self.levels),
         }
@@ -274,6 +286,21 @@ class _Trainer:
         self.timed_step, self.since = self.step, time.monotonic()
         self._check_skipped(float(totals[6]), self.step)
         return held_out
+
+    def _bad_images(self) -> dict[str, int]:
+        """Entry of a line about pictures that could not be read, on any rank; every rank must call it."""
+        if self.config.on_bad_image == "error" or not isinstance(self.images.train, Pictures):
+            return {}
+        found = self.group.gather(json.dumps(sorted(self.batches.source.bad)))
+        bad = sorted(set().union(*map(json.loads, found)))
+        if len(bad) > self.bad_images and self.group.is_main:
+            print(
+                f"vadiff: {len(bad):,} pictures cannot be read, others take their places; one is "
+                f"{self.images.train.name(bad[-1])}",
+                file=sys.stderr,
+            )
+        self.bad_images = len(bad)
+        return {"bad_images": self.bad_images}
 
     def _check_skipped(self, longest: float, step: int) -> None:
         """Raise TrainingError if too many consecutive steps, up to `step`, were skipped."""
@@ -308,7 +335,7 @@ class _Trainer:
         """Raise unless all ranks start from the same state: on several machines, each reads its own folder."""
         config = self.config
         parts = ["no checkpoint" if earlier is None else f"checkpoint: {fingerprint(earlier)}"]
-        parts.append(f"{len(self.images.train):,} training images")
+        parts.append(f"{len(self.images.train):,} training images {self.images.fingerprint}".rstrip())
         if TABLE in (config.weighting, config.levels):
             weights = repr(read_table(config, earlier).weights)
             parts.append(f"weight table {hashlib.sha256(weights.encode()).hexdigest()[:12]}…")
@@ -337,6 +364,7 @@ class _Trainer:
                 "optimizer": self.optimisation.state_dict(),
                 "scaler": self.optimisation.scaler.state_dict(),
                 "totals": self.optimisation.totals,
+                "bad_images": sorted(self.batches.source.bad),
             }
             if self.power_averages is not None:
                 state["power_averages"] = self.power_averages.state_dict()
@@ -356,6 +384,7 @@ class _Trainer:
         totals[6] = totals[5]  # the longest row is counted per process
         if self.power_averages is not None:
             self.power_averages.load_state_dict(state["power_averages"])
+        self.batches.source.bad.update(state.get("bad_images", ()))  # version 0.1 has none
         self.step, self.seconds = state["step"], state["seconds"]
         self.saved = self.step
 

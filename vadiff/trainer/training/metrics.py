@@ -9,6 +9,7 @@ A line has, with K the number of bins:
     grad_norm, clipped_share  mean norm before clipping, share of steps clipped, since the last line
     skipped_samples           samples with a non-finite loss, in the whole run
     skipped_steps             steps with a non-finite gradient, in the whole run
+    bad_images                with --on-bad-image skip: pictures that could not be read, in the whole run
     learning_rate, images_per_second, seconds, memory_bytes
     statistics                count, mean, variance, mass of the base loss, [K] each
     weights                   w at the bin centres, [K]

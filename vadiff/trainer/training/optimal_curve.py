@@ -12,7 +12,6 @@ from torch import Tensor
 from ...errors import RunError
 from ...extras import import_extra
 from ...optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
-from ...pixels import normalised
 from ..config import TrainConfig
 from ..config_schema import CURVE_WEIGHTINGS, GAP
 from ..data import Images
@@ -53,9 +52,9 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
     """What a run is trained on: images, also mirrored if it flips, and classes if it is class-conditional.
 
     Returns:
-        [N, C, H, W] float32 in [-1, 1], and int64 [N] or None.
+        x0 [N, C, H, W] float32, one fixed draw of each image where its encoding is random; and int64 [N] or None.
     """
-    data, labels = normalised(images.train[:]), images.train_labels if class_conditional else None
+    data, labels = images.encoding.inputs(images.train[:]), images.train_labels if class_conditional else None
     if flips:
         data = torch.cat([data, data.flip(-1)])
         labels = None if labels is None else labels.repeat(2)
@@ -64,7 +63,7 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
 
 def check_curve(optimal: OptimalLoss, config: TrainConfig, images: Images) -> None:
     """Raise unless a curve can belong to the images that are trained on; see `check_curve_of`."""
-    check_curve_of(optimal, config, len(images.train), math.prod(images.train.shape[1:]))
+    check_curve_of(optimal, config, len(images.train), math.prod(images.shape))
 
 
 def check_curve_of(optimal: OptimalLoss, config: TrainConfig, number: int, elements: int) -> None:

@@ -12,29 +12,36 @@ from ...loss import DiffusionLoss
 from ...targets import PosteriorMean, Recorded
 from ..config import TrainConfig
 from ..config_schema import POSTERIOR_MEAN
+from ..data import PIXELS
 from .batches import Batch, Batches, flipped
+from .image_source import OnDevice
 from .streams import REFERENCES
 
 
 def posterior_targets(config: TrainConfig, batches: Batches, classes: int) -> PosteriorMean | None:
     """The targets of a config; None is the images themselves.
 
-    The references of a part of a batch are its images and others. Ranks draw the same numbers, parts different ones.
+    The references of a part of a batch are its images and others: of all training images where these are on the device,
+    else of those that were read last. Ranks draw the same numbers, parts different ones.
 
     Raises:
         ValueError: `reference` is more than the training images.
     """
     if config.target != POSTERIOR_MEAN:
         return None
-    generator, size = batches.streams.generators[REFERENCES], len(batches.pixels)
+    source, size = batches.source, batches.number
+    if not isinstance(source, OnDevice) or batches.encoding.random:  # the references are the images that were read
+        return PosteriorMean(bank=size if config.reference == "all" else int(config.reference))
+    generator = batches.streams.generators[REFERENCES]
     subset = None if config.reference == "all" else int(config.reference)
     if subset is not None and subset > size:
         raise ValueError(f"reference is {subset}, expected at most {size}: the number of training images; or all")
     mirrored = functools.partial(_mirrored, generator=generator)
     if config.flips and subset is None:
         subset = size
+    reference = source.images if batches.encoding is PIXELS else batches.encoding.inputs(source.images)
     return PosteriorMean(
-        batches.pixels, subset=subset, labels=batches.labels, augment=mirrored if config.flips else None,
+        reference, subset=subset, labels=batches.labels, augment=mirrored if config.flips else None,
         unlabelled=None if batches.labels is None else classes,
     )  # fmt: skip
 

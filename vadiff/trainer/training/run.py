@@ -2,6 +2,7 @@
 
 config.yaml          the config
 data.json            how many images, and whether those held out are a test set
+encoding.json        of a run on latents: their statistics, and the VAE that decodes them
 optimal_loss.csv     the optimal loss, if the weighting or the levels need it
 profile.csv          x0 errors that the levels are placed by, if the config names them
 metrics.jsonl        one JSON object per line, every `log_every` steps, see `vadiff.trainer.training.metrics`
@@ -16,10 +17,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...diagnosis import Diagnosis
 from ...errors import RunError
@@ -30,13 +33,15 @@ from ...loss import DiffusionLoss
 from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
-from ..data import Images
+from ..data import Encoding, Images
 from . import averages
-from .assembly import build_denoiser, build_levels, load_images, saved_criterion
+from .assembly import build_denoiser, build_levels, saved_criterion
 from .checkpoint import checksum, load_checkpoint, load_training, steps_saved
+from .data_set import load_images
 from .level_profile import profile_of_run, read_profile
 from .metrics import METRICS, read_metrics
 from .optimal_curve import check_curve_of, read_curve
+from .run_encoding import read_encoding
 
 CONFIG, DATA, IMPORTED = "config.yaml", "data.json", "import.json"
 WEIGHTS = ("ema", "raw")
@@ -48,6 +53,7 @@ class DataFacts(NamedTuple):
     train: int  # images
     held_out: int  # images
     held_out_is_test: bool  # False if taken from the training set
+    fingerprint: str = ""  # of the files, see `Images`
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Run:
 
     path: Path
     config: TrainConfig
+    vae: Path | None = None  # folder of the VAE that decodes latents; None is the one that encoded them
 
     @property
     def is_imported(self) -> bool:
@@ -86,7 +93,10 @@ class Run:
             return None
         try:
             content = json.loads(path.read_text())
-            return DataFacts(int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]))
+            return DataFacts(
+                int(content["train"]), int(content["held_out"]), bool(content["held_out_is_test"]),
+                str(content.get("fingerprint", "")),  # version 0.1 has none
+            )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} cannot be read: {error}. Remove it, then go on with --resume") from error
 
@@ -193,6 +203,24 @@ class Run:
         sampler = build_levels(config, path, read_curve(config, path), read_profile(config, path))
         sampler.load_state_dict(load_training(path, step)["levels"])
         return sampler
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """What the network draws, and how pictures are made of it. Kept: it holds the VAE of a run on latents.
+
+        Raises:
+            RunError: that of latents is missing or damaged, or `vae` is given for a run that draws pixels.
+        """
+        return read_encoding(self.config, self.path, self.vae)
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Pictures of what the network draws: bytes [n, 1 or 3, H', W'], of x0 [n, C, H, W] on any device.
+
+        Raises:
+            DataError: the VAE of a run on latents is missing, or another than that which encoded them.
+            RunError: see `encoding`.
+        """
+        return self.encoding.pictures(x0)
 
     def images(self) -> Images:
         """The data set it is trained on, read again from its path.

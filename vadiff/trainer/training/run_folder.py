@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 from ...errors import RunError
 from ...files import replacing
@@ -23,6 +26,7 @@ from .level_profile import PROFILE_FILE
 from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
 from .run import CONFIG, DATA, IMPORTED, open_run
+from .run_encoding import ENCODING_FILE, keep_encoding
 
 # Fields that do not affect what a run computes.
 IMMATERIAL = {
@@ -94,6 +98,11 @@ def check_images(path: Path, images: Images) -> None:
             f"{path} began with {facts.train:,} training and {facts.held_out:,} held-out images, the data set now has "
             f"{len(images.train):,} and {len(images.held_out):,}: give the same with --data"
         )
+    if facts is not None and facts.fingerprint and facts.fingerprint != images.fingerprint:
+        raise RunError(
+            f"{path} began with other images: names, sizes or labels of the files have changed. Give the same with "
+            "--data"
+        )
 
 
 def begin(
@@ -132,14 +141,28 @@ def begin(
         optimal.save(path / CURVE_FILE)
     if profile is not None and not (path / PROFILE_FILE).exists():
         profile.save(path / PROFILE_FILE)
+    keep_encoding(images, path)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
         "held_out_is_test": images.held_out_is_test,
+        "fingerprint": images.fingerprint,
     }
     (path / DATA).write_text(json.dumps(facts) + "\n")
     with replacing(path / CONFIG) as partial:
         config.save(partial)
+
+
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # locked by this process
+
+
+def _leave_locks() -> None:
+    """Close the locked files in a process that was forked: it would keep the lock of a parent that is killed."""
+    for file in _locks:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextlib.contextmanager
@@ -154,6 +177,7 @@ def lock(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error}") from error
     with file:
+        _locks.add(file)
         for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,7 +207,7 @@ def is_in_use(path: Path) -> bool:
 
 def clear(path: Path) -> None:
     """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, IMPORTED, METRICS, DATA, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
+    for name in (CONFIG, IMPORTED, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...optimal_loss import ModelGap, OptimalLoss, direct_gap, model_gap
-from ...pixels import normalised
 from ..data import Images
 from .optimal_curve import check_curve, training_set
 from .run import Run
@@ -45,7 +44,7 @@ def gap_of_run(
     size = len(images.train)
     chosen = _chosen(size * (2 if run.config.flips else 1), number, seed)
     mirrored, rows = chosen >= size, chosen % size
-    clean = normalised(images.train[rows])
+    clean = images.encoding.inputs(images.train[rows])
     clean[mirrored] = clean[mirrored].flip(-1)
     labels = images.train_labels if run.config.class_conditional else None
     return model_gap(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...information import Profile
 from ...loss import DiffusionLoss
-from ...pixels import normalised
 from ...process import loss_ratio
 from ..config import TrainConfig
-from ..data import Images, cifar, digits, folder
+from ..config_schema import STREAMED
+from ..data import PIXELS, Encoding, Images, cifar, digits, open_latents, open_pictures, shuffled
 from .loop import train
 from .objective import edm_objective
 
@@ -31,6 +31,7 @@ _AVERAGED = 0.1  # half-life of the averaged weights, as a share of the steps so
 _LEVELS = 20
 _LOWEST, _HIGHEST = 0.02, 40.0  # sigma of training and measurement, in standard deviations of the data
 _MEASURED = 256  # held-out images
+_SEEN = 50_000  # images that the standard deviation is of
 _TRIAL_STEPS = 6
 # Each training measures raw and averaged weights at half its length and at its end; a forward is a third of a step.
 _MEASURING = 4 * _LEVELS * _MEASURED // 3  # in images trained on
@@ -46,63 +47,70 @@ class ShortTraining:
     profile: Profile  # at the end
 
 
-def load_pixels(dataset: str, data: str | None, size: int | None, limit: int) -> Tensor:
-    """Images for short trainings. uint8 [N, C, H, H].
+def load_some(dataset: str, data: str | None, size: int | None, limit: int) -> Images:
+    """Images for short trainings, in memory as `train`; there are no others.
 
     Args:
         dataset: one of `vadiff.trainer.config.DATASETS`.
         data: path of the data set, as in a training config.
         size: height and width in pixels, to which images are averaged over squares, and pictures in a folder scaled;
-            None is the images' own, 32 for a folder.
+            None is the images' own, 32 for a folder. Latents have their own.
         limit: maximum number of images, the first of a shuffled order.
 
     Raises:
         DataError: the data set is missing, corrupt or has fewer than `FEWEST_IMAGES`.
-        ValueError: a size that does not divide the images' own, or is below 4.
+        ValueError: a size that does not divide the images' own, or is below 4; or one for latents.
         MissingExtraError: a package that reads it is not installed.
     """
     path = None if data is None else Path(data)
-    if dataset == "images":
-        if path is None:
-            raise DataError("data is None, expected the folder of the pictures: --data FOLDER")
-        images = folder.load(path, _FOLDER_SIZE if size is None else _checked(size), limit)
-    elif dataset == "digits":
-        images = digits.digits()
+    if path is None and dataset in STREAMED:
+        raise DataError(f"data is None, expected the path of the {dataset}: --data PATH")
+    encoding: Encoding = PIXELS
+    if path is not None and dataset == "images":
+        pictures = open_pictures(path, _FOLDER_SIZE if size is None else _checked(size))
+        found = pictures[shuffled(len(pictures))[:limit]]
+    elif path is not None and dataset == "latents":
+        latents = open_latents(path)
+        if size not in (None, latents.shape[-1]):
+            raise ValueError(f"image size is {size}, expected none: latents have their own, {latents.shape[-1]}")
+        found, encoding = _shuffled(latents, limit), latents.encoding
     else:
-        images = cifar.load(dataset, path)
-    found = torch.cat([images.train[:], images.held_out[:]])
-    found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:limit]]
+        found = _shuffled(digits.digits() if dataset == "digits" else cifar.load(dataset, path), limit)
     if len(found) < FEWEST_IMAGES:
         raise DataError(
             f"{'--images' if limit < FEWEST_IMAGES else data} gives {len(found)} images, expected at least "
             f"{FEWEST_IMAGES}: a network memorises fewer, and its error on other images says nothing of the data"
         )
     own = found.shape[-1]
-    if size is None or size == own:
-        return found
-    if own % _checked(size):
-        raise ValueError(f"image size is {size}, expected a divisor of {own}, the size of {dataset}")
-    return nn.functional.avg_pool2d(found.float(), own // size).round().to(torch.uint8)
+    if size is not None and size != own:
+        if own % _checked(size):
+            raise ValueError(f"image size is {size}, expected a divisor of {own}, the size of {dataset}")
+        found = nn.functional.avg_pool2d(found.float(), own // size).round().to(torch.uint8)
+    return _of_stored(found, encoding)
 
 
-def sigma_data_of(pixels: Tensor) -> float:
-    """Standard deviation of all pixels of images [N, C, H, W], uint8, scaled to [-1, 1].
+def sigma_data_of(images: Images) -> float:
+    """Standard deviation of all numbers that a network sees of the training images: pixels scaled to [-1, 1].
+
+    Of 50,000 images, evenly spaced, where there are more.
 
     Raises:
-        DataError: the pixels do not differ.
+        DataError: the numbers do not differ.
     """
-    found = float(normalised(pixels).double().std())
+    number = len(images.train)
+    rows = torch.arange(number) if number <= _SEEN else torch.linspace(0, number - 1, _SEEN).long()
+    found = float(images.encoding.inputs(images.train[rows]).double().std())
     if found == 0.0:
         raise DataError("all pixels of all images are equal, expected images that a network can learn something of")
     return found
 
 
-def training_speed(pixels: Tensor, device: str = "auto") -> float:
+def training_speed(images: Images, device: str = "auto") -> float:
     """Images per second of a short trial of the training of `short_trainings`."""
-    images = _split(pixels, 0)
-    config = _config(images, sigma_data_of(pixels), _TRIAL_STEPS, device, 0)
+    half = _split(images, 0)
+    config = _config(half, sigma_data_of(images), _TRIAL_STEPS, device, 0)
     trial = dataclasses.replace(config, log_every=_TRIAL_STEPS // 2, held_out_every=0, held_out_images=1)
-    return float(train(trial, progress=False, images=images).metrics[-1]["images_per_second"])
+    return float(train(trial, progress=False, images=half).metrics[-1]["images_per_second"])
 
 
 def seconds_of(steps: int, speed: float) -> float:
@@ -119,7 +127,7 @@ def steps_within(seconds: float, speed: float) -> int:
 
 
 def short_trainings(
-    pixels: Tensor, steps: int, device: str = "auto", on_step: Callable[[], object] | None = None
+    images: Images, steps: int, device: str = "auto", on_step: Callable[[], object] | None = None
 ) -> list[ShortTraining]:
     """Train on each half of the images with each of `SEEDS`, and measure on the other half.
 
@@ -127,7 +135,7 @@ def short_trainings(
     the result; the trainer's small U-Net, with averaged weights.
 
     Args:
-        pixels: uint8 [N, C, H, H].
+        images: square; those held out are not used.
         steps: of each training, of 64 images.
         device: as in a training config.
         on_step: called at every step.
@@ -138,7 +146,7 @@ def short_trainings(
     """
     if steps < FEWEST_STEPS:
         raise ValueError(f"steps is {steps}, expected at least {FEWEST_STEPS}: an untrained network knows no scale")
-    sigma_data = sigma_data_of(pixels)
+    sigma_data = sigma_data_of(images)
 
     def objective(
         criterion: DiffusionLoss, output: Tensor, x0: Tensor, eps: Tensor, sigma: Tensor, scale: float,
@@ -150,10 +158,10 @@ def short_trainings(
 
     found = []
     for half in (0, 1):
-        images = _split(pixels, half)
+        split = _split(images, half)
         for seed in SEEDS:
-            config = _config(images, sigma_data, steps, device, seed)
-            trained = train(config, objective, progress=False, images=images)
+            config = _config(split, sigma_data, steps, device, seed)
+            trained = train(config, objective, progress=False, images=split)
             halfway, end = [_profile(line["held_out"], sigma_data) for line in trained.metrics if "held_out" in line]
             found.append(ShortTraining(half, seed, halfway, end))
     return found
@@ -165,10 +173,25 @@ def _profile(held_out: Mapping[str, Any], sigma_data: float) -> Profile:
     return Profile(log_snr, loss / loss_ratio("edm", log_snr, sigma_data=sigma_data))
 
 
-def _split(pixels: Tensor, half: int) -> Images:
+def _shuffled(images: Images, limit: int) -> Tensor:
+    """Stored images of a data set, trained on or not, the first of a shuffled order."""
+    known = len(images.train)
+    order = shuffled(known + len(images.held_out))[:limit]
+    first = order < known
+    train, held_out = images.train[order[first]], images.held_out[order[~first] - known]
+    found = torch.empty(len(order), *train.shape[1:], dtype=train.dtype)
+    found[first], found[~first] = train, held_out
+    return found
+
+
+def _of_stored(stored: Tensor, encoding: Encoding) -> Images:
+    return Images(stored, None, stored[:0], None, held_out_is_test=False, encoding=encoding)
+
+
+def _split(images: Images, half: int) -> Images:
     """Half number `half` to train on, the other one to measure on."""
-    halves = pixels.chunk(2)
-    return Images(halves[half], None, halves[1 - half], None, held_out_is_test=False)
+    halves = images.train[:].chunk(2)
+    return _of_stored(halves[half], images.encoding)._replace(held_out=halves[1 - half])
 
 
 def _config(images: Images, sigma_data: float, steps: int, device: str, seed: int) -> TrainConfig:

@@ -15,6 +15,8 @@ from torch import Tensor
 _ORDER = "order"
 DEVICE_STREAMS = ("levels", "noise", "flips", "labels")
 REFERENCES = "references"  # a stream on the device too, of posterior-mean targets
+LATENTS = "latents"  # and of latents that are drawn from their mean and variance
+_WINDOW = 16  # groups of images, as shards, that are shuffled together
 
 
 class Streams:
@@ -26,7 +28,8 @@ class Streams:
         device: on which the numbers of a step are drawn.
 
     Attributes:
-        generators: of each stream on the device, by name: "levels", "noise", "flips", "labels", "references".
+        generators: of each stream on the device, by name: "levels", "noise", "flips", "labels", "references",
+            "latents".
         epoch_levels: seed of noise levels that are stratified over an epoch, which the host draws.
     """
 
@@ -35,10 +38,11 @@ class Streams:
         self._dropout = _derived(seed, 1)
         self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate((_ORDER, *DEVICE_STREAMS))}
         self.epoch_levels = _derived(data_seed, 2 + len(self._data))
-        self._data[REFERENCES] = _derived(data_seed, 3 + len(self._data))
+        for name in (REFERENCES, LATENTS):
+            self._data[name] = _derived(data_seed, 3 + len(self._data))
         self._order = torch.Generator()
         # One for each stream, as a CUDA graph draws from all of them and cannot seed a generator.
-        self.generators = {name: torch.Generator(device) for name in (*DEVICE_STREAMS, REFERENCES)}
+        self.generators = {name: torch.Generator(device) for name in (*DEVICE_STREAMS, REFERENCES, LATENTS)}
 
     def seed(self, step: int) -> None:
         """Set the generators of all streams on the device to a step."""
@@ -48,6 +52,23 @@ class Streams:
     def order(self, epoch: int, size: int) -> Tensor:
         """A shuffled pass over `size` images. int64 [size], on the CPU."""
         return torch.randperm(size, generator=self._order.manual_seed(self._data[_ORDER] + epoch))
+
+    def order_by_groups(self, groups: Tensor) -> Callable[[int, int], Tensor]:
+        """A function like `order`, for images in groups that are best read together, as shards.
+
+        The groups are shuffled, and the images of 16 groups at a time among each other: a pass then reads from few
+        shards at a time, which the operating system keeps in memory.
+
+        Args:
+            groups: of each image, int64 [N], 0 and up.
+        """
+
+        def order(epoch: int, size: int) -> Tensor:
+            rows = self.order(epoch, size)
+            places = torch.randperm(int(groups.max()) + 1, generator=self._order)  # goes on after `rows`
+            return rows[(places[groups[rows]] // _WINDOW).argsort(stable=True)]
+
+        return order
 
     def seed_dropout(self, step: int, part: int) -> None:
         """Seed torch's global generators, from which dropout draws."""
@@ -65,16 +86,16 @@ class ShuffledIndices:
     """
 
     def __init__(self, order: Callable[[int, int], Tensor], size: int, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
         self._order = order
         self._size = size
-        self._batch_size = batch_size
         self._device = device
         self._passes: dict[int, Tensor] = {}
 
     def at(self, step: int) -> Tensor:
         """The indices of step 0, 1, ... int64 [batch_size]."""
-        start = step * self._batch_size
-        end = start + self._batch_size
+        start = step * self.batch_size
+        end = start + self.batch_size
         epochs = range(start // self._size, (end - 1) // self._size + 1)
         self._passes = {epoch: self._passes[epoch] if epoch in self._passes else self._moved(epoch) for epoch in epochs}
         parts = [self._passes[e][max(start - e * self._size, 0) : end - e * self._size] for e in epochs]

@@ -1,9 +1,9 @@
-"""Ready-made configs."""
+"""Ready-made configs for digits, CIFAR and images of your own."""
 
 import dataclasses
 import math
 
-from .config import TrainConfig
+from ..config import TrainConfig
 
 # The protocol of "Variance-Aware Adaptive Weighting for Diffusion Model Training" (arXiv 2603.10391), as its authors
 # coded it: EDM preconditioning, unconditional, no flips, learning rate and EMA without warm-up. Their network is their

@@ -1,0 +1,52 @@
+"""Encoded pictures (PNG, JPEG, ...) decoded and scaled to one size."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ...extras import import_extra
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+MOST_BYTES = 2**28  # of a file with one picture
+
+
+def decoded(content: bytes, size: int, name: str) -> Tensor:
+    """The square in the middle of a picture, scaled to `size` × `size` by a Lanczos filter, in colour.
+
+    Args:
+        content: of the picture's file.
+        size: height and width in pixels.
+        name: of the file, for errors.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        DataError: it is not a picture, is damaged, or has more pixels than Pillow takes for a decompression bomb.
+        MissingExtraError: Pillow is not installed.
+    """
+    module: Any = import_extra("PIL.Image", "train")
+    try:
+        with module.open(io.BytesIO(content)) as picture:
+            limit = module.MAX_IMAGE_PIXELS
+            if limit is not None and picture.width * picture.height > limit:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, expected at most {limit:,} in all")
+            picture = picture.convert("RGB")
+            if picture.size != (size, size):
+                side = min(picture.size)
+                left, top = (picture.width - side) // 2, (picture.height - side) // 2
+                box = (left, top, left + side, top + side)
+                picture = picture.resize((size, size), module.Resampling.LANCZOS, box=box)
+            return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    except (
+        OSError, SyntaxError, ValueError, EOFError, OverflowError, module.DecompressionBombError,
+        module.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        raise DataError(
+            f"{name} cannot be read as a picture: {error}. Repair or remove it, or leave such pictures out with "
+            "--on-bad-image skip"
+        ) from error
