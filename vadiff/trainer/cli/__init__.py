@@ -28,8 +28,8 @@ from . import (
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
 COMMANDS = (
-    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode, demo,
-    doctor,
+    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode,
+    demo, doctor,
 )  # fmt: skip
 
 

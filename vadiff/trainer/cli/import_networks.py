@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images or latents that it was trained on, as for `vadiff train`; needed only to measure on them",
     )  # fmt: skip
     parser.add_argument(
+        "--vae", type=Path, metavar="PATH", default=None,
+        help="of a network that draws latents: folder of Stable Diffusion's VAE (diffusers), which decodes them",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch-size", type=int, metavar="N", default=2048,
         help="images per step of its training, by which the images in a file's name become steps",
     )  # fmt: skip
@@ -37,8 +41,9 @@ def run(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         options.parser.error(f"argument --batch-size: {options.batch_size}, expected at least 1")
     done = import_networks(
-        options.files, options.out, data=options.data, batch_size=options.batch_size, overwrite=options.overwrite
-    )
+        options.files, options.out, data=options.data, vae=options.vae, batch_size=options.batch_size,
+        overwrite=options.overwrite,
+    )  # fmt: skip
     network = done.network
     channels, height, width = network.image_shape
     classes = f"{network.classes} classes" if network.classes else "no classes"
@@ -47,5 +52,5 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.out}: checkpoint step-{done.step}, {done.snapshots} snapshots")
     if network.classes:
         print("Without a class it draws nothing sensible: for --guidance, name another network with --guide")
-    if done.config.dataset == "latents":
-        print("It draws latents, which `vadiff sample --vae PATH` decodes")
+    if done.config.dataset == "latents" and options.vae is None:
+        print("It draws latents: to sample it, import it again with --vae PATH and --overwrite")

@@ -23,7 +23,9 @@ from ..training.assembly import build_denoiser
 from ..training.averages import SNAPSHOTS
 from ..training.checkpoint import save_checkpoint
 from ..training.run import CONFIG, IMPORTED
+from ..training.run_encoding import keep_encoding
 from .edm2 import ImportedNetwork, converted
+from .latents import latent_encoding
 from .pickled_modules import read_module
 
 _NETWORK = "ema"  # in the mapping of a file
@@ -48,6 +50,7 @@ def import_networks(
     out: Path,
     *,
     data: str | None = None,
+    vae: Path | None = None,
     batch_size: int = 2048,
     overwrite: bool = False,
 ) -> Import:
@@ -61,11 +64,13 @@ def import_networks(
         files: a network, or snapshots of one training, with thousands of images and width in their names.
         out: the run directory.
         data: path of the images or latents that the network was trained on, for measurements on them.
+        vae: folder of the VAE that decodes the latents of a network that draws latents, for sampling.
         batch_size: images per step of that training, by which images become steps.
         overwrite: replace a run in `out`.
 
     Raises:
-        DataError: a file cannot be read, is of another network, or does not fit the other files.
+        DataError: a file cannot be read, is of another network, or does not fit the other files; or the VAE cannot be
+            read, or does not fit the network.
         RunError: `out` holds a run already, or is a file.
         CheckpointError: a file cannot be written.
     """
@@ -78,6 +83,7 @@ def import_networks(
     widths = tuple(sorted({file.width for file in named})) if len(named) > 1 else ()
     config = _config(network, last.step, data, batch_size, widths)
     _check_shapes(network, config, last.path)
+    encoding = None if vae is None else latent_encoding(network.image_shape, vae)
     run_folder.check(out, config, resume=False, overwrite=overwrite)
     sums = {file.path.name: sha256_of(file.path) for file in named}
     weights = network.state()
@@ -97,6 +103,8 @@ def import_networks(
                 _write_snapshots(staged / SNAPSHOTS, named, network, run)
             save_checkpoint(staged, last.step, state, keep=1)
             (staged / IMPORTED).write_text(json.dumps({"files": sums}, indent=1) + "\n")
+            if encoding is not None:
+                keep_encoding(encoding, staged)
             config.save(staged / CONFIG)
         run_folder.clear(out)
         for entry in sorted((out / _STAGED).iterdir(), key=lambda entry: entry.name == CONFIG):

@@ -141,7 +141,7 @@ def begin(
         optimal.save(path / CURVE_FILE)
     if profile is not None and not (path / PROFILE_FILE).exists():
         profile.save(path / PROFILE_FILE)
-    keep_encoding(images, path)
+    keep_encoding(images.encoding, path)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
