@@ -1,7 +1,7 @@
 """LoRA with PEFT on a small U-Net of diffusers, and power-function averages of the adapters alone.
 
-A network is trained on the digits 0 to 4, frozen, and adapted to 5 to 9: with F.mse_loss, and with adaptive weights. The
-averages hold the adapters only; any width of them is made after training, and loaded into the adapted network.
+A network is trained on the digits 0 to 4, frozen, and adapted to 5 to 9: with F.mse_loss, and with adaptive weights.
+The averages hold the adapters only; any width of them is made after training, and loaded into the adapted network.
 
 python examples/lora_ema.py            # needs vadiff[train] and peft; half a minute on two CPU cores
 """
@@ -93,10 +93,8 @@ with tempfile.TemporaryDirectory() as folder:
     model = adapt("vadiff, variance_aware", criterion, Path(folder, "vadiff"))
     print(criterion.summary())
 
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"\n{adapters:,} of {sum(p.numel() for p in model.parameters()):,} parameters are adapters and in the averages"
-    )
+    adapters, everything = model.get_nb_trainable_parameters()
+    print(f"\n{adapters:,} of {everything:,} parameters are adapters and in the averages")
     print(f"{'average':24} {'held-out loss':>14}\n{'none':24} {held_out_loss(model):14.4f}")
     for width, state in reconstruct(Path(folder, "vadiff"), [0.05, 0.10, 0.15]).items():
         model.load_state_dict(state, strict=False)  # the frozen weights stay as they are

@@ -28,7 +28,7 @@ def test_every_size_has_the_parameters_of_the_paper(name: str) -> None:
 
 
 def test_there_are_the_sizes_of_the_paper_for_pixels_and_latents() -> None:
-    assert SIZED == [f"img64-{size}" for size in ("xs", "s", "m", "l", "xl")] + [f"img512-latent-{n}" for n in PAPER]
+    assert [f"img64-{size}" for size in ("xs", "s", "m", "l", "xl")] + [f"img512-latent-{n}" for n in PAPER] == SIZED
     for name in SIZED:
         config, pixels = PRESETS[name], name.startswith("img64")
         assert config.dataset == ("images" if pixels else "latents")
@@ -60,7 +60,7 @@ def test_presets_train_as_the_paper_does(name: str, rate: float, dropout: float,
 
 
 def test_operations_of_a_small_network_are_those_counted_by_hand() -> None:
-    """Multiplies and adds of all layers, for a map of 4 × 4: one resolution, one block down and two up, and the middle."""
+    """Multiplies and adds of all layers on 4 × 4 pixels: one block down, two in the middle, two up."""
     width, pixels = 8, 16
     config = dataclasses.replace(
         TINY, channels=(width,), layers_per_block=1, dataset="images", image_size=4, attention_resolutions=()

@@ -265,7 +265,7 @@ def open_latents(path: Path | str) -> Images:
         labels = [_read_labels(folder, part, len(one)) for part, one in ((TRAIN, train), (HELD_OUT, held_out))]
     return Images(
         train, labels[0], held_out, labels[1], facts.held_out_is_test, facts.classes, facts.encoding,
-        _fingerprint(folder / FACTS),
+        fingerprint=_fingerprint(folder / FACTS),
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def train(
         out: the run directory; None writes nothing.
         resume: go on from the latest checkpoint in `out`, or start if there is none.
         overwrite: replace a run in `out`.
-        progress: show a progress bar where stderr is a terminal.
+        progress: print the network's size, and show a progress bar where stderr is a terminal.
         images: the data set; that of the config by default.
 
     Returns:

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...ema import PRECISIONS
 from ..config import TrainConfig
-from .assembly import build_denoiser, load_images
+from .assembly import build_denoiser
+from .data_set import load_images
 
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 _IMAGENET = 1000  # classes, of data sets that are not there yet
