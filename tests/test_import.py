@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vadiff import ema
 from vadiff.errors import DataError, RunError
 from vadiff.trainer.cli import main
+from vadiff.trainer.data.autoencoder import open_autoencoder
 from vadiff.trainer.importing import import_networks
 from vadiff.training import open_run
 
@@ -102,6 +103,44 @@ def test_imported_run_is_sampled_and_refuses_guidance_without_a_guide(
     with pytest.raises(SystemExit):
         main([*draw, "--guidance", "2"])
     assert "give a guide" in capsys.readouterr().err
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """A VAE of 2 pixels per latent, with random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    made = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_latents_are_decoded_after_the_standardisation_of_edm2(vae: Path, tmp_path: Path) -> None:
+    file = edm2_files.write(tmp_path / "net.pkl", edm2_files.network(images=4))
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), "--vae", str(vae)]) == 0
+    latents = torch.randn(2, 4, 8, 8)
+    mean, std = (torch.tensor(v).view(4, 1, 1) for v in ([5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]))
+    expected = open_autoencoder(vae).pictures(latents / 0.5 * std + mean)
+    assert (open_run(tmp_path / "run").pictures(latents).int() - expected.int()).abs().max() <= 1  # rounding
+    draw = ["sample", str(tmp_path / "run"), "--images", "2", "--steps", "2", "--devices", "cpu"]
+    assert main([*draw, "--out", str(tmp_path / "drawn.npz")]) == 0
+    assert np.load(tmp_path / "drawn.npz")["arr_0"].shape == (2, 16, 16, 3)
+
+
+def test_vae_belongs_to_a_network_that_draws_latents(
+    run: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", str(tmp_path / "net.pkl"), "--out", str(run), "--overwrite", "--vae"]
+    assert main([*command, str(vae)]) == 1
+    assert "expected none: the network draws 3 channels, latents of EDM2 have 4" in capsys.readouterr().err
+    file = edm2_files.write(tmp_path / "latents.pkl", edm2_files.network(images=4))
+    assert main(["import", str(file), "--out", str(tmp_path / "latents")]) == 0
+    assert "to sample it, import it again with --vae PATH" in capsys.readouterr().out
+    assert main(["sample", str(tmp_path / "latents"), "--images", "1", "--steps", "2", "--devices", "cpu"]) == 1
+    assert "import the run again, with --vae PATH" in capsys.readouterr().err
 
 
 def test_network_without_classes_guides_one_with_classes(run: Path, tmp_path: Path) -> None:

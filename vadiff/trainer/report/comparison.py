@@ -151,8 +151,10 @@ def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) 
         ValueError: no readable images, or invalid options of the comparison.
         UserError: the reference is a run whose data set is missing.
     """
-    comparison, _ = prepared(comparison, None if comparison.reference is None else _dataset(comparison.reference))
-    reference = None if comparison.reference is None else _read_reference(comparison.reference, comparison)
+    reference, dataset = None, None
+    if comparison.reference is not None:
+        reference, dataset = _read_reference(comparison.reference, comparison), _dataset(comparison.reference)
+    comparison, _ = prepared(comparison, dataset)
     return compare(read_pictures(path), reference, comparison, device)
 
 
