@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vadiff import ema
 from vadiff.errors import DataError, RunError
+from vadiff.integrations.edm import EDM2Loss
 from vadiff.trainer.cli import main
 from vadiff.trainer.data.autoencoder import open_autoencoder
 from vadiff.trainer.importing import import_networks
@@ -103,6 +104,12 @@ def test_imported_run_is_sampled_and_refuses_guidance_without_a_guide(
     with pytest.raises(SystemExit):
         main([*draw, "--guidance", "2"])
     assert "give a guide" in capsys.readouterr().err
+
+
+def test_snapshot_of_a_training_with_vadiffs_loss_is_imported(tmp_path: Path) -> None:
+    loss = EDM2Loss()
+    file = edm2_files.write(tmp_path / "net.pkl", edm2_files.network(), loss_fn=loss)
+    assert import_networks([file], tmp_path / "run").network.classes == 5
 
 
 @pytest.fixture

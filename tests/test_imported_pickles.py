@@ -137,6 +137,8 @@ ONE = b"}\x8c\x01a\x8c\x01bs"  # {"a": "b"}
         written(the("torch.nn.modules.container", "ModuleDict"), b")\x81", b"N", ONE, b"\x86b"),
         written(the("dnnlib.util", "EasyDict"), b"N", ONE, b"\x86b"),
         written(the("dnnlib.util", "EasyDict"), b")\x81", ONE, b"b"),
+        written(the("vadiff.loss", "DiffusionLoss"), ONE, b"b"),
+        written(the("vadiff.loss", "DiffusionLoss.forward.__globals__")),
         written(the("torch.nn.modules.container", "ModuleDict.__init__.__globals__")),
         written(the("torch_utils.persistence", "_reconstruct_persistent_obj.__globals__")),
         b"\x80\x04\x95",

@@ -21,6 +21,7 @@ from ..data.pickled_arrays import ArrayUnpickler, DType, EasyDict, Function, Uns
 from .storages import PickledTensor, storage
 
 _TORCH_MODULES = "torch.nn.modules."  # classes of torch: containers of modules
+_VADIFF = "vadiff."  # of the loss, in snapshots of a training with `vadiff.integrations.edm`
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,27 @@ class _Object:
         self.state = state
 
 
+class _Ignored:
+    """In place of every object of vadiff itself: takes what it is given, and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *unused: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *unused: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _ModuleUnpickler(ArrayUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(_TORCH_MODULES) and "." not in name:
             return _Object
+        if module.startswith(_VADIFF) and "." not in name:
+            return _Ignored
         return super().find_class(module, name)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...files import replacing
-from ..data import Images
 from ..evaluation import image_metrics
 from ..evaluation.feature_statistics import FeatureStatistics, is_statistics, read_statistics
 from ..evaluation.fidelity import (
@@ -28,7 +27,7 @@ from ..evaluation.fidelity import (
     within_reach,
 )
 from ..pictures import read_pictures
-from ..training import Run, open_run
+from ..training import open_run
 
 _NO_PICTURES = (
     "the run was trained on latents, expected pictures to compare with: give the folder or .npz of those that were "
@@ -161,7 +160,7 @@ def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) 
     """
     reference, dataset = None, None
     if comparison.reference is not None:
-        reference, dataset = _read_reference(comparison.reference, comparison), _dataset(comparison.reference)
+        reference, dataset = read_reference(comparison.reference, comparison), _dataset(comparison.reference)
     comparison, _ = prepared(comparison, dataset)
     return compare(read_pictures(path), reference, comparison, device)
 
@@ -196,7 +195,7 @@ def reference_key(reference: Reference) -> str:
     return reference.key if isinstance(reference, FeatureStatistics) else content_key(reference)
 
 
-def _read_reference(path: Path, comparison: Comparison) -> Reference:
+def read_reference(path: Path, comparison: Comparison) -> Reference:
     """What --reference names."""
     if is_statistics(path):
         return read_statistics(path, comparison.features or "inception", comparison.layer)
@@ -217,24 +216,9 @@ def reference_images(path: Path) -> Tensor:
     if not _is_run(path):
         return read_pictures(path)
     run = open_run(path)
-    return _training_pictures(run, run.images())
-
-
-def real_images(run: Run, data: Callable[[], Images], comparison: Comparison) -> Reference:
-    """What the pictures of a run are compared with: its training images by default, for which `data` is called.
-
-    Raises:
-        ValueError: a run on latents, without a reference.
-    """
-    if comparison.reference is None:
-        return _training_pictures(run, data())
-    return _read_reference(comparison.reference, comparison)
-
-
-def _training_pictures(run: Run, data: Images) -> Tensor:
     if run.config.dataset == "latents":
-        raise ValueError(f"{run.path}: {_NO_PICTURES}")
-    return data.train[:]
+        raise ValueError(f"{path}: {_NO_PICTURES}")
+    return run.images().train[:]
 
 
 def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:

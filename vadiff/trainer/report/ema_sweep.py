@@ -11,7 +11,7 @@ from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .comparison import Comparison, Reference, check_drawn, compare, prepared, real_images
+from .comparison import Comparison, Reference, check_drawn, compare, prepared, read_reference
 from .drawn_images import draw_images
 
 
@@ -37,7 +37,8 @@ def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Compa
         MissingExtraError: torch-fidelity is not installed.
     """
     comparison, _ = prepared(comparison, run.config.dataset)
-    reference = real_images(run, run.images, comparison)
+    chosen = comparison.reference
+    reference = run.images().train[:] if chosen is None else read_reference(chosen, comparison)
     check_drawn(run.encoding.picture_shape(run.config.image_shape), number, reference, comparison)
     return comparison, reference
 

@@ -32,7 +32,7 @@ from .comparison import (
     compare,
     prepared,
     print_metrics,
-    real_images,
+    read_reference,
     reference_key,
     seed_sets,
 )
@@ -132,7 +132,8 @@ def _compare(
 ) -> None:  # fmt: skip
     """Measure each set of images that metrics.json does not have yet, and write it there."""
     comparison, network = prepared(comparison, run.config.dataset)
-    reference = real_images(run, data, comparison)
+    chosen = comparison.reference
+    reference = data().train[:] if chosen is None else read_reference(chosen, comparison)
     check_drawn(run.encoding.picture_shape(run.config.image_shape), len(sets[0]), reference, comparison)
     settings = _settings(run, generation, sets[0], comparison, network, reference)
     record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])
