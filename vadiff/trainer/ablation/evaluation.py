@@ -55,7 +55,7 @@ class Evaluation:
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
         if self.features not in (None, "inception", "digits"):
-            raise ValueError(f"features is {self.features!r}, expected inception or digits")
+            raise ValueError(f"features is {self.features!r}, expected one of inception, digits")
         for name, known in (("solver", list(SOLVERS)), ("spacing", list(SPACINGS))):
             if (value := getattr(self, name)) is not None and value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)} in quotes")
