@@ -25,6 +25,7 @@ LIBRARY = {
     "extras": set(),
     "files": set(),
     "pixels": set(),
+    "augmentation": set(),
     "betas": set(),
     "schedule_checks": {"betas", "errors"},
     "log_snr": {"schedule_checks"},

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from vadiff.augmentation import EDMAugmentation, labels_of, transformed
+from vadiff.integrations.edm import EDMLoss
+from vadiff.models import EDM2UNet, unet
+from vadiff.trainer.presets import PRESETS
+from vadiff.training import TrainConfig, train
 
 
 def parameters(**given: float) -> Tensor:
@@ -129,3 +135,66 @@ def test_bad_arguments_are_named() -> None:
         transformed(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8))
     with pytest.raises(ValueError, match="of at least 7 x 7 pixels"):
         transformed(torch.zeros(1, 3, 6, 8), torch.zeros(1, 8))
+
+
+def test_edm_loss_takes_it_for_its_augment_pipe() -> None:
+    seen = []
+
+    def network(noisy: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor) -> Tensor:
+        seen.append(augment_labels)
+        return noisy
+
+    loss = EDMLoss()(network, torch.randn(6, 3, 16, 16), None, EDMAugmentation(0.5))
+    assert torch.as_tensor(loss).isfinite().all()
+    assert seen[0].shape == (6, 9)
+
+
+CONFIG = TrainConfig(
+    steps=4, batch_size=16, channels=(8, 16), log_every=2, checkpoint_every=2, held_out_images=20, held_out_levels=3,
+    tensorboard=False, device="cpu", backend="reference", deterministic=True, flips=True, augment=0.5, held_out_every=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["unet", "edm2"])
+@pytest.mark.parametrize("class_conditional", [False, True])
+def test_networks_are_told_and_nothing_is_told_in_sampling(model: str, class_conditional: bool) -> None:
+    found = train(dataclasses.replace(CONFIG, model=model, class_conditional=class_conditional), progress=False)
+    denoiser, noisy, sigma = found.denoiser, torch.randn(2, 1, 8, 8), torch.ones(2)
+    plain = denoiser.network_output(noisy, sigma)
+    told = torch.zeros(2, 9)
+    as_training = denoiser.training_output(noisy, torch.zeros_like(noisy), sigma, augmentation=told)
+    torch.testing.assert_close(as_training, plain)
+    told[0] = 1.0
+    told = denoiser.training_output(noisy, torch.zeros_like(noisy), sigma, augmentation=told)
+    assert not torch.equal(told[0], as_training[0])
+    torch.testing.assert_close(told[1], plain[1])
+
+
+def test_accumulation_draws_the_same_images_and_a_stream_of_its_own() -> None:
+    config = dataclasses.replace(CONFIG, weighting="constant")
+    whole, parts = (train(dataclasses.replace(config, accumulate=n), progress=False) for n in (1, 2))
+    assert whole.metrics[-1]["loss"] == pytest.approx(parts.metrics[-1]["loss"], rel=1e-4)
+    never = train(dataclasses.replace(CONFIG, augment=1e-9, flips=False), progress=False)
+    assert never.metrics[-1]["statistics"]["count"] == whole.metrics[-1]["statistics"]["count"]  # the same noise levels
+
+
+def test_networks_without_augmentation_are_as_they_were() -> None:
+    for network in (EDM2UNet((1, 8, 8), (8, 16), attention_resolutions=()), unet((1, 8, 8), (8, 16), labels=3)):
+        assert not [name for name, _ in network.named_parameters() if "augment" in name or "conditions" in name]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target": "posterior_mean"}, "expected 0 with target posterior_mean: the network is told"),
+        ({"weighting": "gap"}, "expected 0 with weighting or levels from the optimal loss"),
+        ({"dataset": "latents", "flips": False, "sigma_data": 0.5}, "expected 0 with latents: a transformed"),
+    ],
+)
+def test_what_does_not_go_with_augmentation_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **fields)
+
+
+def test_preset_of_edm_takes_the_flag() -> None:
+    assert dataclasses.replace(PRESETS["cifar10-edm"], augment=0.12).augment == 0.12

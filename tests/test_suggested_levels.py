@@ -433,7 +433,9 @@ def test_sigma_data_far_from_the_errors_at_the_highest_noise_is_warned_of(
 
 def test_folder_that_is_missing_is_one_line_and_status_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["levels", "suggest", "--data", "nowhere"]) == 1
-    assert capsys.readouterr().err.startswith("vadiff: data is nowhere, which is not a folder")
+    assert capsys.readouterr().err.startswith(
+        "vadiff: data is nowhere, which does not exist; expected a folder of pictures"
+    )
     assert main(["levels", "suggest", "--dataset", "images"]) == 1
     assert "expected the folder of the pictures: --data FOLDER" in capsys.readouterr().err
 

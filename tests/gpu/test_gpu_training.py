@@ -42,6 +42,8 @@ CONFIG = TrainConfig(
         {"levels": "beta", "uniform_share": 0.1},
         {"target": "posterior_mean", "reference": 256},
         {"target": "posterior_mean", "reference": "all", "flips": False, "levels": "information"},
+        {"augment": 0.5},
+        {"cache": "host", "workers": 1},
     ],
     ids=str,
 )
@@ -210,3 +212,21 @@ def test_tf32_is_on_while_a_run_trains(tf32: bool) -> None:
     train(dataclasses.replace(CONFIG, tf32=tf32, steps=1), looking, progress=False)
     assert seen == [("high", True) if tf32 else ("highest", False)]
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_images_that_are_read_ahead_are_those_in_memory(tmp_path: Path, graph: bool) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pictures are read by Pillow: pip install pillow")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(200):
+        pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        image.fromarray(pixels.numpy()).save(tmp_path / f"{number:03d}.png")
+    config = dataclasses.replace(
+        CONFIG, dataset="images", data=str(tmp_path), image_size=8, class_conditional=False, graph=graph, compile=False,
+        steps=12, workers=2, deterministic=True,
+    )  # fmt: skip
+    losses = [
+        [line["loss"] for line in train(dataclasses.replace(config, cache=cache), progress=False).metrics]
+        for cache in ("device", "host", "none")
+    ]
+    assert losses[0] == losses[1] == losses[2]

@@ -26,7 +26,7 @@ _LARGEST = 256.0  # activations are clipped to +-this, far below float16's 65504
 
 
 class EDM2UNet(nn.Module):
-    """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W] in x's dtype.
+    """An untrained F: (c_in·x [B, C, H, W], c_noise [B], with classes labels [B]) → [B, C, H, W] in x's dtype.
 
     Config G of EDM2 (arXiv 2312.02696): no biases and no group norms; the layers preserve magnitudes; the noise
     level and the class scale the channels of each block; an input channel of ones replaces biases; the output starts
@@ -43,6 +43,7 @@ class EDM2UNet(nn.Module):
         dropout: in the residual blocks.
         labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
         head_channels: channels per attention head; a narrower layer has one head.
+        augmentation: numbers that say how an image was augmented, see `vadiff.augmentation`; 0: not told.
         gradient_checkpointing: compute the activations of each block again in the backward pass, to save memory; the
             state of dropout's random numbers is restored for it.
 
@@ -60,6 +61,7 @@ class EDM2UNet(nn.Module):
         dropout: float = 0.0,
         labels: int = 0,
         head_channels: int = 64,
+        augmentation: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class EDM2UNet(nn.Module):
         self.noise_features = MPFourier(channels[0])
         self.noise_embedding = MPLinear(channels[0], embedding)
         self.class_embedding = MPLinear(labels + 1, embedding) if labels else None
+        self.augmentation_embedding = MPLinear(augmentation, embedding) if augmentation else None
         self.first = MPConv(image_channels + 1, channels[0], 3)
         self.last = MPConv(channels[0], image_channels, 3)
         self.last_gain = nn.Parameter(torch.zeros(()))
@@ -104,7 +107,9 @@ class EDM2UNet(nn.Module):
                 self.decoder.append(block(width, width, decoder=True, resample="up"))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
-    def forward(self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         embedding = self.noise_embedding(self.noise_features(c_noise))
         if self.class_embedding is not None:
             if labels is None:
@@ -112,6 +117,8 @@ class EDM2UNet(nn.Module):
             classes = torch.arange(self.labels + 1, device=labels.device)
             one_hot = (labels[:, None] == classes).to(c_noise.dtype) * (self.labels + 1) ** 0.5
             embedding = mp_sum(embedding, self.class_embedding(one_hot))
+        if self.augmentation_embedding is not None and augmentation is not None:
+            embedding = embedding + self.augmentation_embedding(augmentation)  # nothing, for images as they are
         embedding = mp_silu(embedding)
         x = torch.cat([noisy, torch.ones_like(noisy[:, :1])], 1).contiguous(memory_format=torch.channels_last)
         x = self.first(x)

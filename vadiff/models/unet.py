@@ -21,6 +21,7 @@ def unet(
     norm_groups: int = 8,
     dropout: float = 0.0,
     labels: int = 0,
+    augmentation: int = 0,
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
     """An untrained F: (c_in·x [B, C, H, W], c_noise [B], and with classes labels [B]) → [B, C, H, W].
@@ -33,6 +34,7 @@ def unet(
         norm_groups: number of groups of group normalisation.
         dropout: in the residual blocks.
         labels: number of classes, to which one is added for "none given"; 0 for an unconditional network.
+        augmentation: numbers that say how an image was augmented, see `vadiff.augmentation`; 0: not told.
         gradient_checkpointing: compute the activations of each residual block again in the backward pass, to save
             memory, by diffusers' own switch; the state of dropout's random numbers is restored for it.
 
@@ -46,7 +48,11 @@ def unet(
         raise ValueError(f"channels is {tuple(channels)}, expected multiples of norm_groups = {norm_groups}")
     check_attention(height, channels, attention_resolutions)
     attends = [height >> level in attention_resolutions for level in range(len(channels))]
+    conditions: dict[str, object] = {"num_class_embeds": labels + 1 if labels else None}
+    if augmentation:  # diffusers adds an embedding that is made here
+        conditions = {"class_embed_type": "identity"}
     network = _UNet(
+        _Conditions(labels, augmentation, 4 * channels[0]) if augmentation else None,
         sample_size=(height, width),
         in_channels=channel_count,
         out_channels=channel_count,
@@ -57,7 +63,7 @@ def unet(
         add_attention=any(attends),
         norm_num_groups=norm_groups,
         dropout=dropout,
-        num_class_embeds=labels + 1 if labels else None,
+        **conditions,
     )
     if gradient_checkpointing:
         network.unet.enable_gradient_checkpointing(Checkpointing(random=dropout > 0.0))
@@ -97,14 +103,34 @@ def check_attention(height: int, channels: Sequence[int], attention_resolutions:
         )
 
 
+class _Conditions(nn.Module):
+    """What is added to diffusers' embedding of the noise level: of the class, and of how an image was augmented."""
+
+    def __init__(self, labels: int, augmentation: int, width: int) -> None:
+        super().__init__()
+        self.classes = nn.Embedding(labels + 1, width) if labels else None
+        self.augmentation = nn.Linear(augmentation, width, bias=False)
+
+    def forward(self, c_noise: Tensor, labels: Tensor | None, augmentation: Tensor | None) -> Tensor:
+        if augmentation is None:
+            augmentation = c_noise.new_zeros(len(c_noise), self.augmentation.in_features)
+        embedding: Tensor = self.augmentation(augmentation)
+        return embedding if self.classes is None else embedding + self.classes(labels)
+
+
 class _UNet(nn.Module):
-    def __init__(self, **options: object) -> None:
+    def __init__(self, conditions: _Conditions | None, **options: object) -> None:
         super().__init__()
         unet_2d = import_extra("diffusers.models.unets.unet_2d", "train")
         # channels_last is 10 % faster on a CPU, and the layout of tensor cores.
         self.unet = unet_2d.UNet2DModel(**options).to(memory_format=torch.channels_last)
+        self.conditions = conditions
 
-    def forward(self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, noisy: Tensor, c_noise: Tensor, labels: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
+        if self.conditions is not None:
+            labels = self.conditions(c_noise, labels, augmentation)
         output: Tensor = self.unet(noisy, _STEPS_PER_C_NOISE * c_noise, class_labels=labels, return_dict=False)[0]
         return output

@@ -17,7 +17,9 @@ from ..models.parameterisation import VP, sigma_range
 from .config_fields import check, typed
 from .config_schema import (
     AUTO,
+    CURVE_WEIGHTINGS,
     FLUX_PATCH,
+    GAP,
     LATENT_STD,
     POSTERIOR_MEAN,
     SHAPES,
@@ -91,6 +93,7 @@ class TrainConfig(ConfigSchema):
                 raise ValueError(f"device is {self.device!r}, expected auto, cpu, cuda or cuda:N") from None
 
     def _check_data(self) -> None:
+        self._check_augmentation()
         if self.cache == "none" and self.dataset not in STREAMED:
             raise ValueError(f"cache is none, expected auto, device or host: {self.dataset} is read as a whole")
         if self.dataset == "latents":
@@ -104,6 +107,23 @@ class TrainConfig(ConfigSchema):
                     f"sigma_data is {self.sigma_data:g}, expected {LATENT_STD:g}: the standard deviation to which "
                     "latents are scaled"
                 )
+
+    def _check_augmentation(self) -> None:
+        if not self.augment:
+            return
+        if self.dataset == "latents":
+            raise ValueError(
+                f"augment is {self.augment:g}, expected 0 with latents: a transformed latent is not that of the "
+                "transformed image"
+            )
+        alone = "the network is told how its image was augmented, and no other image is augmented alike"
+        if self.target == POSTERIOR_MEAN:
+            raise ValueError(f"augment is {self.augment:g}, expected 0 with target posterior_mean: {alone}")
+        if GAP in (self.weighting, self.levels) or self.weighting in CURVE_WEIGHTINGS:
+            raise ValueError(
+                f"augment is {self.augment:g}, expected 0 with weighting or levels from the optimal loss, which "
+                "is that of the images as they are"
+            )
 
     def form(self) -> Parameterisation:
         """What the network predicts, of which process.

@@ -65,6 +65,11 @@ class LatentSamples:
         found: torch.dtype = getattr(torch, self._dtype)
         return found
 
+    @property
+    def groups(self) -> Tensor:
+        """The shard of each latent, int64 [N]."""
+        return torch.from_numpy(np.repeat(np.arange(len(self._shards)), np.diff(self._starts)))
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -265,7 +270,7 @@ def open_latents(path: Path | str) -> Images:
         labels = [_read_labels(folder, part, len(one)) for part, one in ((TRAIN, train), (HELD_OUT, held_out))]
     return Images(
         train, labels[0], held_out, labels[1], facts.held_out_is_test, facts.classes, facts.encoding,
-        fingerprint=_fingerprint(folder / FACTS),
+        groups=train.groups, fingerprint=_fingerprint(folder / FACTS),
     )  # fmt: skip
 
 

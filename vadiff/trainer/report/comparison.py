@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...files import replacing
-from ..data import Images
 from ..evaluation import image_metrics
 from ..evaluation.fidelity import (
     FeatureNetwork,
@@ -25,7 +24,12 @@ from ..evaluation.fidelity import (
     within_reach,
 )
 from ..pictures import read_pictures
-from ..training import Run, open_run
+from ..training import open_run
+
+_NO_PICTURES = (
+    "the run was trained on latents, expected pictures to compare with: give the folder or .npz of those that were "
+    "encoded, or a run on them, with --reference"
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,13 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
         network.
 
     Raises:
-        ValueError: options that do not go together, or weights that are missing or cannot give the metrics.
+        ValueError: options that do not go together, latents without a reference, or weights that are missing or cannot
+            give the metrics.
         UserError: the weights could not be downloaded.
         MissingExtraError: torch-fidelity is not installed.
     """
+    if dataset == "latents" and comparison.metrics and comparison.reference is None:
+        raise ValueError(_NO_PICTURES)
     features = comparison.features or (features_for(dataset) if dataset is not None else "inception")
     check_metrics(comparison.metrics, features, comparison.layer)
     possible = within_reach(comparison.metrics, comparison.layer, comparison.inception_weights)
@@ -140,25 +147,9 @@ def reference_images(path: Path) -> Tensor:
     if not _is_run(path):
         return read_pictures(path)
     run = open_run(path)
-    return _training_pictures(run, run.images())
-
-
-def real_images(run: Run, data: Images, comparison: Comparison) -> Tensor:
-    """The pictures [N, C, H, W] uint8 that those of a run are compared with: its training images by default.
-
-    Raises:
-        ValueError: a run on latents, without a reference.
-    """
-    return _training_pictures(run, data) if comparison.reference is None else reference_images(comparison.reference)
-
-
-def _training_pictures(run: Run, data: Images) -> Tensor:
     if run.config.dataset == "latents":
-        raise ValueError(
-            f"{run.path} was trained on latents, expected pictures to compare with: give the folder or .npz of those "
-            "that were encoded, or a run on them, with --reference"
-        )
-    return data.train[:]
+        raise ValueError(f"{path}: {_NO_PICTURES}")
+    return run.images().train[:]
 
 
 def seed_sets(seeds: Sequence[int], repeats: int) -> list[list[int]]:

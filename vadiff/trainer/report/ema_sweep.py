@@ -12,7 +12,7 @@ from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .comparison import Comparison, check_drawn, compare, prepared, real_images
+from .comparison import Comparison, check_drawn, compare, prepared, reference_images
 from .drawn_images import draw_images
 
 
@@ -39,7 +39,7 @@ def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Compa
     """
     comparison, _ = prepared(comparison, run.config.dataset)
     data = run.images()
-    reference = real_images(run, data, comparison)
+    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
     check_drawn(data.encoding.picture_shape(data.shape), number, reference, comparison)
     return comparison, reference
 

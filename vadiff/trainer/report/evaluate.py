@@ -30,7 +30,7 @@ from .comparison import (
     compare,
     prepared,
     print_metrics,
-    real_images,
+    reference_images,
     seed_sets,
 )
 from .drawn_images import draw_images, kept_images
@@ -127,7 +127,7 @@ def _compare(
 ) -> None:  # fmt: skip
     """Measure each set of images that metrics.json does not have yet, and write it there."""
     comparison, network = prepared(comparison, run.config.dataset)
-    reference = real_images(run, data, comparison)
+    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
     check_drawn(data.encoding.picture_shape(data.shape), len(sets[0]), reference, comparison)
     settings = _settings(run, generation, sets[0], comparison, network, reference)
     record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])

@@ -37,7 +37,7 @@ DEFAULTS = {
     "flow": (Default("SD3", 0.0, 1.0, "arXiv 2403.03206, latents"),),
 }
 _SIGMA_DATA = {
-    PIXELS: "standard deviation of the pixels",
+    PIXELS: "standard deviation of the data",
     GIVEN: "as given",
     INFERRED: "inferred from the errors at the highest noise: the deviation from the mean image",
 }

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ... import levels, weighting
+from ...augmentation import LABELS
 from ...errors import RunError
 from ...information import Profile
 from ...levels import GapLevels, LevelSampler
@@ -41,13 +42,21 @@ def build_denoiser(config: TrainConfig, image_shape: tuple[int, int, int], class
         "dropout": config.dropout,
         "gradient_checkpointing": config.gradient_checkpointing,
         "labels": labels,
+        "augmentation": LABELS if config.augment else 0,
     }
     network: nn.Module
     if config.model == "edm2":
         network = EDM2UNet(image_shape, config.channels, **sizes)
     else:
         network = unet(image_shape, config.channels, norm_groups=config.norm_groups, **sizes)
-    return Denoiser(network, config.sigma_data, labels=labels, image_shape=image_shape, process=config.form())
+    return Denoiser(
+        network,
+        config.sigma_data,
+        labels=labels,
+        image_shape=image_shape,
+        process=config.form(),
+        augmented=config.augment > 0.0,
+    )
 
 
 def build_criterion(config: TrainConfig, run: Path | None = None, optimal: OptimalLoss | None = None) -> DiffusionLoss:

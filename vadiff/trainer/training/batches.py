@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...augmentation import EDMAugmentation, labels_of, transformed
 from ...levels import EpochUniforms, LevelSampler, uniforms
 from ...models.parameterisation import VPForm
 from ...process import DiscreteVP
@@ -13,7 +14,7 @@ from ..data import Images
 from .caching import stays_on_device
 from .distributed import Ranks
 from .image_source import OnDevice, ReadAhead, Shares, Source, default_workers
-from .streams import LATENTS, ShuffledIndices, Streams
+from .streams import AUGMENTATION, LATENTS, ShuffledIndices, Streams
 
 
 class Batch(NamedTuple):
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     labels: Tensor | None  # [B] int64, `classes` where withheld; None for a network without classes
     sample_weight: Tensor | None  # [B] float32
     rows: Tensor  # [B] int64, of the training images
+    augmentation: Tensor | None  # [B, 9] float32, what the network is told of it; None where images stay as they are
 
 
 def memory_format_of(output: Tensor) -> torch.memory_format:
@@ -81,6 +83,8 @@ class Batches:
         form = config.form()
         process = form.process if isinstance(form, VPForm) else None
         self._timesteps = process if isinstance(process, DiscreteVP) else None
+        # The flips are then part of it, as the network is told of them too.
+        self._augmentation = EDMAugmentation(config.augment, xflip=config.flips) if config.augment else None
         self._shares = Shares(config, ranks)
         self.source = _source(config, images, streams, device, self._shares)
         self.labels = None
@@ -118,7 +122,8 @@ class Batches:
         if self._uniforms is None:
             u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
         eps = self._normal("noise")
-        mirrored = self._coins("flips", 0.5) if config.flips else None
+        mirrored = self._coins("flips", 0.5) if config.flips and self._augmentation is None else None
+        augmented = self._augmented()
         withheld = self._coins("labels", config.label_dropout) if self.labels is not None else None
         spread = self._normal(LATENTS) if self.encoding.random else None
         batches = []
@@ -126,6 +131,9 @@ class Batches:
             mine = self._shares.of(part)
             stored, rows = self.source.part(part)
             x0 = self._inputs(stored, spread, mirrored, mine)
+            told = None
+            if augmented is not None:
+                x0, told = transformed(x0, augmented[mine]), labels_of(augmented[mine])
             labels = None
             if self.labels is not None and withheld is not None:
                 labels = self.labels[rows].masked_fill(withheld[mine], self._classes)
@@ -135,7 +143,7 @@ class Batches:
                 levels = levels._replace(log_snr=log_snr)
             # Drawn in the order of a contiguous tensor, so that a seed gives the same noise in any format.
             noise = eps[mine].contiguous(memory_format=self.memory_format)
-            batches.append(Batch(x0, noise, levels.sigma, labels, levels.sample_weight, rows))
+            batches.append(Batch(x0, noise, levels.sigma, labels, levels.sample_weight, rows, told))
         return batches
 
     def _inputs(self, stored: Tensor, spread: Tensor | None, mirrored: Tensor | None, mine: slice) -> Tensor:
@@ -143,6 +151,13 @@ class Batches:
         stored = stored.contiguous(memory_format=self.memory_format)  # cheaper as bytes than as floats
         x0 = self.encoding.inputs(stored, None if spread is None else spread[mine])
         return x0 if mirrored is None else flipped(x0, mirrored[mine])
+
+    def _augmented(self) -> Tensor | None:
+        """The random numbers of the augmentation for the whole batch. [batch_size, 8]."""
+        if self._augmentation is None:
+            return None
+        generator = self.streams.generators[AUGMENTATION]
+        return self._augmentation.draw(self._config.batch_size, device=generator.device, generator=generator)
 
     def _normal(self, stream: str) -> Tensor:
         """N(0, 1) for the whole batch. [batch_size, C, H, W]."""

@@ -41,7 +41,7 @@ from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import LateReading, Optimisation, RunningAverage, learning_rate_at
 from .posterior_targets import posterior_targets
 from .rms import rms_per_layer, weights_of_layers
-from .samples import save_grid
+from .samples import check_grids, save_grid
 from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
@@ -156,6 +156,7 @@ class _Trainer:
         if images is None:
             images = in_memory(load_images(config), config, device, progress=progress and group.is_main)
         self.images = images
+        check_grids(config, images)
         torch.manual_seed(self.streams.initialisation)
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step

@@ -44,7 +44,7 @@ def rms_per_layer(
 
     hooks = [layer.register_forward_hook(recording(name)) for name, (layer, _) in layers.items()]
     try:
-        denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels)
+        denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels, batch.augmentation)
     finally:
         for hook in hooks:
             hook.remove()

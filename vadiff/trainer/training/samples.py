@@ -3,14 +3,27 @@
 import math
 from pathlib import Path
 
+import torch
+
 from ...extras import import_extra
 from ...files import replacing
 from ...models import Denoiser
 from ...models.parameterisation import sigma_range
 from ...pixels import normalised, pixels
 from ...sampling.generation import default_generation, solve, with_options
-from ..data import PIXELS, Encoding
+from ..config import TrainConfig
+from ..data import PIXELS, Encoding, Images
 from ..pictures import image_grid
+
+
+def check_grids(config: TrainConfig, images: Images) -> None:
+    """Make a picture if the run will have grids: a VAE that is missing is found now, not hours later.
+
+    Raises:
+        DataError: the VAE that decodes latents is missing, or another than that which encoded them.
+    """
+    if config.samples_every:
+        images.encoding.pictures(torch.zeros(1, *images.shape))
 
 
 def save_grid(run: Path, step: int, denoiser: Denoiser, process: str, count: int, encoding: Encoding = PIXELS) -> None:

@@ -14,8 +14,8 @@ from ...information import Profile
 from ...loss import DiffusionLoss
 from ...process import loss_ratio
 from ..config import TrainConfig
-from ..config_schema import STREAMED
-from ..data import PIXELS, Encoding, Images, cifar, digits, open_latents, open_pictures, shuffled
+from ..config_schema import LATENT_STD, STREAMED
+from ..data import PIXELS, Encoding, Images, LatentEncoding, cifar, digits, open_latents, open_pictures, shuffled
 from .loop import train
 from .objective import edm_objective
 
@@ -92,11 +92,13 @@ def load_some(dataset: str, data: str | None, size: int | None, limit: int) -> I
 def sigma_data_of(images: Images) -> float:
     """Standard deviation of all numbers that a network sees of the training images: pixels scaled to [-1, 1].
 
-    Of 50,000 images, evenly spaced, where there are more.
+    Of 50,000 images, evenly spaced, where there are more. Latents are scaled to 0.5, of all training images.
 
     Raises:
         DataError: the numbers do not differ.
     """
+    if isinstance(images.encoding, LatentEncoding):
+        return LATENT_STD
     number = len(images.train)
     rows = torch.arange(number) if number <= _SEEN else torch.linspace(0, number - 1, _SEEN).long()
     found = float(images.encoding.inputs(images.train[rows]).double().std())

@@ -93,7 +93,9 @@ class TrainingStep:
     def _loss(self, batch: Batch) -> Tensor:
         dtype = AUTOCAST[self.config.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.denoiser.training_output(batch.x0, batch.eps, batch.sigma, batch.labels, network=self.network)
+            output = self.denoiser.training_output(
+                batch.x0, batch.eps, batch.sigma, batch.labels, augmentation=batch.augmentation, network=self.network
+            )
         self.batches.memory_format = memory_format_of(output)
         # Copies at the first step only: later batches are made in this format.
         targets = moved(self.criterion, batch, self.batches.streams.generators[REFERENCES])

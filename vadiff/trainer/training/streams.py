@@ -16,6 +16,7 @@ _ORDER = "order"
 DEVICE_STREAMS = ("levels", "noise", "flips", "labels")
 REFERENCES = "references"  # a stream on the device too, of posterior-mean targets
 LATENTS = "latents"  # and of latents that are drawn from their mean and variance
+AUGMENTATION = "augmentation"
 _WINDOW = 16  # groups of images, as shards, that are shuffled together
 
 
@@ -29,7 +30,7 @@ class Streams:
 
     Attributes:
         generators: of each stream on the device, by name: "levels", "noise", "flips", "labels", "references",
-            "latents".
+            "latents", "augmentation".
         epoch_levels: seed of noise levels that are stratified over an epoch, which the host draws.
     """
 
@@ -38,11 +39,13 @@ class Streams:
         self._dropout = _derived(seed, 1)
         self._data = {name: _derived(data_seed, 2 + index) for index, name in enumerate((_ORDER, *DEVICE_STREAMS))}
         self.epoch_levels = _derived(data_seed, 2 + len(self._data))
-        for name in (REFERENCES, LATENTS):
+        for name in (REFERENCES, LATENTS, AUGMENTATION):
             self._data[name] = _derived(data_seed, 3 + len(self._data))
         self._order = torch.Generator()
         # One for each stream, as a CUDA graph draws from all of them and cannot seed a generator.
-        self.generators = {name: torch.Generator(device) for name in (*DEVICE_STREAMS, REFERENCES, LATENTS)}
+        self.generators = {
+            name: torch.Generator(device) for name in (*DEVICE_STREAMS, REFERENCES, LATENTS, AUGMENTATION)
+        }
 
     def seed(self, step: int) -> None:
         """Set the generators of all streams on the device to a step."""
