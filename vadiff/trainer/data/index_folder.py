@@ -30,7 +30,8 @@ def folder_index(path: Path) -> Index:
     listed = path / LABELS
     if listed.is_file():
         with listed.open("rb") as file:
-            labels = from_json(file.read(MOST_LABEL_BYTES + 1), names, str(listed))
+            content = file.read(min(os.fstat(file.fileno()).st_size, MOST_LABEL_BYTES + 1))
+        labels = from_json(content, names, str(listed))
     else:
         labels = from_folders(names)
     wanted = f"expected a folder for each class, or {LABELS}"

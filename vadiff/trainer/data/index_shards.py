@@ -202,7 +202,7 @@ def _kept(paths: Sequence[Path], versions: Sequence[Version]) -> _List | None:
 def _read(file: Path, versions: Sequence[Version]) -> _List | None:
     """The list in a file of the cache; None if there is none, it is damaged, or the shards have changed."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             if int(stored["layout"]) != _LAYOUT or not np.array_equal(stored["versions"], np.array(versions)):
                 return None
             return _List(

@@ -75,11 +75,12 @@ class Files:
     def content(self, place: int) -> bytes:
         try:
             with open(self.name(place), "rb") as file:
-                content = file.read(MOST_BYTES + 1)
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(size) if size <= MOST_BYTES else b""
         except OSError as error:
             raise DataError(f"{self.name(place)} cannot be read: {error}") from error
-        if len(content) > MOST_BYTES:
-            raise DataError(f"{self.name(place)} has more than {MOST_BYTES:,} bytes, expected a picture")
+        if size > MOST_BYTES:
+            raise DataError(f"{self.name(place)} has {size:,} bytes, expected a picture of at most {MOST_BYTES:,}")
         return content
 
 
