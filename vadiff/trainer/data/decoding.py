@@ -1,5 +1,6 @@
 """Encoded pictures (PNG, JPEG, ...) decoded and scaled to one size."""
 
+import functools
 import io
 import os
 from typing import Any
@@ -38,13 +39,14 @@ def decoded(content: bytes, size: int, name: str) -> Tensor:
         DataError: it is not a picture, is damaged, or has more pixels than Pillow takes for a decompression bomb.
         MissingExtraError: Pillow is not installed.
     """
-    module: Any = import_extra("PIL.Image", "train")
+    module = _pillow()
     try:
         with module.open(io.BytesIO(content), formats=_FORMATS) as picture:
             limit = module.MAX_IMAGE_PIXELS
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, expected at most {limit:,} in all")
-            picture = picture.convert("RGB")
+            if picture.mode != "RGB":
+                picture = picture.convert("RGB")
             if picture.size != (size, size):
                 side = min(picture.size)
                 left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -58,3 +60,8 @@ def decoded(content: bytes, size: int, name: str) -> Tensor:
         module.DecompressionBombWarning,
     ) as error:  # fmt: skip
         raise DataError(f"{name} cannot be read as a picture: {error}. {_MEND}") from error
+
+
+@functools.cache  # importing it anew for each picture takes a tenth of reading a small one
+def _pillow() -> Any:
+    return import_extra("PIL.Image", "train")
