@@ -89,6 +89,7 @@ TRAINER = {
     "trainer.training": {
         "trainer.config", "trainer.config_schema", "trainer.data", "trainer.pictures", "trainer.presets",
     },
+    "trainer.importing": {"trainer.config", "trainer.data", "trainer.training"},
     "trainer.ablation": {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.presets", "trainer.training",
     },
@@ -97,8 +98,8 @@ TRAINER = {
     },
     "trainer.cli": {
         "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",
-        "trainer.doctor", "trainer.evaluation", "trainer.pictures", "trainer.presets", "trainer.report",
-        "trainer.training",
+        "trainer.doctor", "trainer.evaluation", "trainer.importing", "trainer.pictures", "trainer.presets",
+        "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

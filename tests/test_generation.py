@@ -194,8 +194,8 @@ def test_guide_needs_no_label_dropout_but_the_same_images_and_classes(run: Run) 
     labels, shape = 10, (3, 8, 8)
     with pytest.raises(ValueError, match=r"guide small has images of shape \(3, 8, 8\), expected \(1, 8, 8\)"):
         list(generate(run, [0], dataclasses.replace(QUICK, guidance=2.0, guide=Guide("small", Other()))))
-    labels, shape = 0, (1, 8, 8)
-    with pytest.raises(ValueError, match="guide small has number of classes 0, expected 10"):
+    labels, shape = 3, (1, 8, 8)
+    with pytest.raises(ValueError, match="guide small has number of classes 3, expected 10"):
         list(generate(run, [0], dataclasses.replace(QUICK, guidance=2.0, guide=Guide("small", Other()))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -191,6 +192,7 @@ def test_bad_pictures_stop_a_run_or_are_counted(shards: Path, tmp_path: Path) ->
     (damaged / "2.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"020\.png in .*2\.tar cannot be read as a picture.*--on-bad-image skip"):
         train(config_of(damaged, workers=2, held_out_images=1), out=tmp_path / "stopped", progress=False)
+    assert not multiprocessing.active_children()
     found = [
         train(config_of(damaged, workers=2, on_bad_image="skip", cache=cache), out=tmp_path / cache, progress=False)
         for cache in ("none", "device")

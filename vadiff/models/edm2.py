@@ -141,6 +141,25 @@ class EDM2UNet(nn.Module):
         return output
 
 
+@torch.no_grad()
+def with_null_class(weight: Tensor) -> Tensor:
+    """The class embedding of a network that was trained without a class for "none given".
+
+    The embedding of class c is weight[:, c] over the RMS of the row. The further column is the row's RMS, which leaves
+    that of the row, and so the embeddings of all classes, as they are. The class itself, "none given", was never
+    trained.
+
+    Args:
+        weight: of one column per class, [E, classes].
+
+    Returns:
+        [E, classes + 1], in the dtype of `weight`.
+    """
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    rms = wide.square().mean(1, keepdim=True).sqrt()
+    return torch.cat([wide, rms], 1).to(weight.dtype)
+
+
 class _Block(nn.Module):
     """A residual block, with attention after it where `heads` is not 0."""
 

@@ -73,7 +73,7 @@ class Guide:
 
     Args:
         name: names it in messages and files.
-        run: the guide, with images of the same shape and the same classes as the model it guides.
+        run: the guide, with images of the same shape as the model it guides, and with the same classes or none.
         weights: as in `Generation`.
         step: as in `Generation`; None becomes the last that there is now.
 
@@ -258,7 +258,7 @@ def generate(run: TrainedModel, seeds: Sequence[int], generation: Generation) ->
         Batches in order of completion, which on several devices is not the order of seeds.
 
     Raises:
-        ValueError: options that the model does not support, or a guide of another shape or other classes.
+        ValueError: options that the model does not support, or a guide of another shape or with other classes.
         RunError: the denoiser returned non-finite values.
     """
     devices = list(dict.fromkeys(generation.devices))
@@ -316,12 +316,16 @@ def solve(
 
 
 def _check_guide(name: str, guide: Denoiser, guided: Denoiser) -> None:
-    for what, mine, expected in (
-        ("images of shape", guide.image_shape, guided.image_shape),
-        ("number of classes", guide.labels, guided.labels),
-    ):
-        if mine != expected:
-            raise ValueError(f"guide {name} has {what} {mine}, expected {expected}: those of the model that it guides")
+    if guide.image_shape != guided.image_shape:
+        raise ValueError(
+            f"guide {name} has images of shape {guide.image_shape}, expected {guided.image_shape}: those of the model "
+            "that it guides"
+        )
+    if guide.labels not in (0, guided.labels):
+        raise ValueError(
+            f"guide {name} has number of classes {guide.labels}, expected {guided.labels}, those of the model that it "
+            "guides, or none"
+        )
 
 
 def default_generation(

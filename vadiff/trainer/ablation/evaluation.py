@@ -27,7 +27,7 @@ from ...sampling.generation import SPACINGS, Generation, default_generation, wit
 from ...sampling.solvers import SOLVERS
 from ...sampling.steps import RHO
 from ..config import TrainConfig
-from ..evaluation.fidelity import FEATURES, LAYERS, METRICS, check_metrics, features_for, result_name
+from ..evaluation.fidelity import LAYERS, METRICS, check_metrics, features_for, result_name
 from ..training.run import is_complete, open_run
 
 
@@ -54,8 +54,8 @@ class Evaluation:
             raise ValueError(f"metrics is {list(self.metrics)}, expected some of {', '.join(METRICS)}")
         if self.layer not in LAYERS:
             raise ValueError(f"layer is {self.layer!r}, expected one of {', '.join(LAYERS)} in quotes")
-        if self.features not in (None, *FEATURES):
-            raise ValueError(f"features is {self.features!r}, expected one of {', '.join(FEATURES)}")
+        if self.features not in (None, "inception", "digits"):
+            raise ValueError(f"features is {self.features!r}, expected one of inception, digits")
         for name, known in (("solver", list(SOLVERS)), ("spacing", list(SPACINGS))):
             if (value := getattr(self, name)) is not None and value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)} in quotes")

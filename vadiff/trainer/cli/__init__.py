@@ -17,6 +17,7 @@ from . import (
     ema,
     encode,
     evaluate,
+    import_networks,
     levels,
     optimal_loss,
     report,
@@ -27,7 +28,8 @@ from . import (
 
 # Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
 COMMANDS = (
-    train, validate, diagnose, ema, sample, evaluate, report, ablate, optimal_loss, levels, encode, demo, doctor,
+    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode,
+    demo, doctor,
 )  # fmt: skip
 
 

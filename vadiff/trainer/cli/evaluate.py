@@ -18,7 +18,8 @@ DESCRIPTION = (
     "RUN/evaluation/step-<n>, where `vadiff report` finds them; each as soon as it is measured, so that a further call "
     "with the same options goes on from there. Digits are compared by a small classifier of theirs, which the first "
     "call trains in seconds, all other images by Inception, whose weights the first call downloads. For a folder of "
-    "images or an .npz archive: compare it with the images of --reference."
+    "images or an .npz archive: compare it with the images of --reference. With --save-reference: write the statistics "
+    "of the images' features, and nothing else."
 )
 
 
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--no-keep-images", action="store_true", help="do not write the images to the folder")
     add_comparison_options(parser)
+    parser.add_argument(
+        "--save-reference", type=_archive, metavar="FILE.npz", default=None,
+        help="write mean and covariance of the features of the images (of a run: its training images), to be a "
+        "--reference later, and end",
+    )  # fmt: skip
     levels = parser.add_argument_group("per noise level (runs only)")
     levels.add_argument("--no-held-out", action="store_true", help="skip the loss on held-out images")
     levels.add_argument("--held-out-images", type=int, metavar="N", default=None, help="maximum; default: all")
@@ -53,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Options shared by `evaluate` and `ema`: real images, features, Inception layer and weights, cache."""
+    """Options shared by `evaluate` and `ema`: real images, features, layer and weights of the network, cache."""
     parser.add_argument(
         "--reference", type=Path, metavar="PATH", default=None,
-        help="real images: folder, .npz or run directory; default: the run's training images, "
-        "which a run on latents does not have",
+        help="real images: folder, .npz or run directory; or statistics of their features, for fid alone: NVlabs' .npz "
+        "or .pkl, or what --save-reference wrote; default: the run's training images, which a run on latents does not "
+        "have",
     )  # fmt: skip
     parser.add_argument(
         "--features", choices=FEATURES, default=None,
@@ -69,6 +76,10 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inception-weights", type=Path, metavar="PATH", default=None,
         help="torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for machines without internet",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dinov2-weights", type=Path, metavar="PATH", default=None,
+        help="with --features dinov2: Meta's dinov2_vitl14_pretrain.pth",
     )  # fmt: skip
     parser.add_argument(
         "--cache",
@@ -83,14 +94,16 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     """The comparison options; a missing weights file is a usage error."""
     from ..report.comparison import Comparison
 
-    if options.inception_weights is not None and not options.inception_weights.is_file():
-        options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
-    names = ("metrics", "reference", "features", "layer", "inception_weights", "cache")
+    for name in ("inception_weights", "dinov2_weights"):
+        weights = getattr(options, name)
+        if weights is not None and not weights.is_file():
+            options.parser.error(f"argument --{name.replace('_', '-')}: {weights} is not a file")
+    names = ("metrics", "reference", "features", "layer", "inception_weights", "dinov2_weights", "cache")
     return Comparison(**{name: getattr(options, name) for name in names})
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..report.comparison import evaluate_pictures
+    from ..report.comparison import evaluate_pictures, save_statistics
     from ..report.evaluate import evaluate_run
     from ..training import open_run
 
@@ -108,6 +121,9 @@ def run(options: argparse.Namespace) -> None:
             f"{options.target} does not exist, expected a run directory, a folder of images or an .npz"
         )
     try:
+        if options.save_reference is not None:
+            save_statistics(options.target, comparison, options.save_reference, devices_of(options)[0])
+            return
         if (options.target / "config.yaml").exists():
             if not (options.metrics or options.gradients or options.gap) and options.no_held_out:
                 options.parser.error("nothing to measure: no --metrics, --no-held-out, no --gradients and no --gap")
@@ -133,3 +149,9 @@ def run(options: argparse.Namespace) -> None:
         evaluate_pictures(options.target, comparison, devices_of(options)[0])
     except (ValueError, FileNotFoundError) as error:
         options.parser.error(str(error))
+
+
+def _archive(text: str) -> Path:
+    if not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a file ending in .npz")
+    return Path(text)

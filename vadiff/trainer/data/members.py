@@ -2,10 +2,9 @@
 
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,18 +15,38 @@ STORED, DEFLATED = 0, 8  # compression methods of zip
 _MOST_OPEN = 64  # files
 _LOCAL_HEADER = 30  # bytes of a zip's member before its name
 
+MEMBER = np.dtype(
+    [
+        ("archive", np.int32),  # number of the archive
+        ("offset", np.int64),  # of the content in a tar, of the header in a zip
+        ("stored", np.int64),  # bytes in the archive
+        ("size", np.int64),  # bytes of the content
+        ("method", np.uint8),  # compression: STORED or DEFLATED
+        ("checksum", np.uint32),  # CRC-32 of the content, in a zip
+    ]
+)
+"""Where a picture is in an archive."""
+
 
 class Names:
     """Many names in two arrays: a list of a million strings would be copied into every process that reads."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, text: bytes, ends: np.ndarray) -> None:
+        self.text, self.ends = text, ends  # of all names, one after the other; int64 [N + 1]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Names":
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._text = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])
+        return cls(b"".join(encoded), np.cumsum([0, *map(len, encoded)]))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
 
     def __getitem__(self, place: int) -> str:
-        start, end = self._ends[place], self._ends[place + 1]
-        return self._text[start:end].decode("utf-8", "surrogateescape")
+        return self.text[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
 
 
 class Container(Protocol):
@@ -47,51 +66,53 @@ class Container(Protocol):
 class Files:
     """Pictures in files of their own below a folder."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._folder, self._names = folder, Names(names)
+    def __init__(self, folder: Path, names: Names) -> None:
+        self._folder, self._names = str(folder), names
 
     def name(self, place: int) -> str:
-        return str(self._folder / self._names[place])
+        return os.path.join(self._folder, self._names[place])
 
     def content(self, place: int) -> bytes:
         try:
             with open(self.name(place), "rb") as file:
-                content = file.read(MOST_BYTES + 1)
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(size) if size <= MOST_BYTES else b""
         except OSError as error:
             raise DataError(f"{self.name(place)} cannot be read: {error}") from error
-        if len(content) > MOST_BYTES:
-            raise DataError(f"{self.name(place)} has more than {MOST_BYTES:,} bytes, expected a picture")
+        if size > MOST_BYTES:
+            raise DataError(f"{self.name(place)} has {size:,} bytes, expected a picture of at most {MOST_BYTES:,}")
         return content
 
 
-@dataclass
-class Member:
-    """Where a picture is in an archive."""
+class Version(NamedTuple):
+    """Of a file: another one if it was written again."""
 
-    name: str
-    archive: int  # number of the archive
-    offset: int  # of its content in a tar, of its header in a zip
-    stored: int  # bytes in the archive
-    size: int  # bytes of the content
-    method: int = STORED
-    checksum: int = -1  # CRC-32; -1: none
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Version":
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 class Archives:
     """Pictures in zip or tar files, read by their offset; nothing is written to the disk.
 
+    A process opens an archive when it first reads from it, and has at most 64 open. One thread reads at a time.
+
     Args:
         paths: of the archives.
-        members: of all of them.
-        zipped: whether they are zip files, whose members begin with a header.
+        versions: of these, when their members were listed.
+        names: of the members.
+        members: `MEMBER` [N].
+        zipped: whether they are zip files, whose members begin with a header and have a checksum.
     """
 
-    def __init__(self, paths: Sequence[Path], members: Sequence[Member], *, zipped: bool) -> None:
-        self._paths, self._zipped = [str(path) for path in paths], zipped
-        self._seen = [_version(os.stat(path)) for path in self._paths]
-        self._names = Names([member.name for member in members])
-        fields = [(each.archive, each.offset, each.stored, each.size, each.method, each.checksum) for each in members]
-        self._fields = np.array(fields, dtype=np.int64).reshape(-1, 6)
+    def __init__(
+        self, paths: Sequence[Path], versions: Sequence[Version], names: Names, members: np.ndarray, *, zipped: bool
+    ) -> None:
+        self._paths, self._versions = [str(path) for path in paths], list(versions)
+        self._names, self._members, self._zipped = names, members, zipped
         self._open: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,12 +123,14 @@ class Archives:
             os.close(descriptor)
 
     def name(self, place: int) -> str:
-        return f"{self._names[place]} in {self._paths[self._fields[place, 0]]}"
+        return f"{self._names[place]} in {self._paths[self._members['archive'][place]]}"
 
     def content(self, place: int) -> bytes:
-        archive, offset, stored, size, method, checksum = self._fields[place].tolist()
+        archive, offset, stored, size, method, checksum = self._members[place].tolist()
         if max(stored, size) > MOST_BYTES:
-            raise DataError(f"{self.name(place)} has {max(stored, size):,} bytes, expected a picture of {MOST_BYTES:,}")
+            raise DataError(
+                f"{self.name(place)} has {max(stored, size):,} bytes, expected a picture of at most {MOST_BYTES:,}"
+            )
         try:
             descriptor = self._descriptor(archive)
             if self._zipped:
@@ -123,7 +146,7 @@ class Archives:
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
             if len(content) != size:
                 raise ValueError(f"it unpacks to another size than the {size:,} bytes that the archive says")
-            if checksum >= 0 and zlib.crc32(content) != checksum:
+            if self._zipped and zlib.crc32(content) != checksum:
                 raise ValueError("its checksum is wrong")
         except (OSError, ValueError, zlib.error) as error:
             raise DataError(f"{self.name(place)} cannot be read: {error}. Get the archive again") from error
@@ -133,12 +156,7 @@ class Archives:
         if archive not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
-            descriptor = os.open(self._paths[archive], os.O_RDONLY)
-            self._open[archive] = descriptor
-            if _version(os.fstat(descriptor)) != self._seen[archive]:
-                raise ValueError("the archive has changed since this run began")
+            self._open[archive] = os.open(self._paths[archive], os.O_RDONLY)
+        if Version.of(os.fstat(self._open[archive])) != self._versions[archive]:
+            raise ValueError("the archive has changed since its pictures were listed")
         return self._open[archive]
-
-
-def _version(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns

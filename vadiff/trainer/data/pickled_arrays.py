@@ -9,8 +9,8 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,13 +32,22 @@ def load_arrays(content: bytes) -> Any:
         UnsafePickleError: the pickle asks for anything else, which was not run.
         Exception: the pickle is broken; `pickle` raises almost any kind.
     """
-    return _with_arrays(_ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
+    return with_arrays(ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
+    """Makes placeholders of arrays, which `with_arrays` replaces, and of what a subclass allows besides.
+
+    Attributes:
+        further: (module, name) → what a pickle gets in place of it, for subclasses.
+    """
+
+    further: ClassVar[Mapping[tuple[str, str], Any]] = {}
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+        for allowed in (_ALLOWED, self.further):
+            if (module, name) in allowed:
+                return allowed[module, name]
         raise UnsafePickleError(f"it asks for {module}.{name}, which a data file has no use for")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -54,7 +63,7 @@ class _NDArray:
         raise UnsafePickleError("it changes a class or a function")
 
 
-class _Function(_NDArray):
+class Function(_NDArray):
     """A function that a pickle can call but not change: on a plain one a pickle could set attributes."""
 
     __slots__ = ("_function",)
@@ -66,7 +75,16 @@ class _Function(_NDArray):
         return self._function(*arguments)
 
 
-class _DType:
+class EasyDict(dict[Any, Any]):
+    """Placeholder of NVlabs' mapping with attributes: a mapping, whose class and attributes a pickle cannot change."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("it sets attributes of a mapping")
+
+
+class DType:
     """Placeholder of a dtype."""
 
     __slots__ = ("_order", "name")
@@ -102,7 +120,7 @@ class _Array:
     __slots__ = ("_data", "_dtype", "_order", "_shape")
 
     def __init__(self) -> None:
-        self._dtype: _DType | None = None
+        self._dtype: DType | None = None
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not tuple or len(state) != 5:
@@ -110,7 +128,7 @@ class _Array:
         _, shape, dtype, by_columns, data = state
         if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
             raise UnsafePickleError(f"it asks for an array of shape {shape!r}, expected whole numbers")
-        if type(dtype) is not _DType:
+        if type(dtype) is not DType:
             raise UnsafePickleError(f"it asks for an array of {type(dtype).__name__}, expected numbers")
         if type(data) is not bytes:
             raise UnsafePickleError(f"it fills an array from {type(data).__name__}, expected bytes")
@@ -126,7 +144,7 @@ class _Array:
         return flat.reshape(self._shape, order="F" if self._order == "F" else "C").copy()
 
 
-def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
+def with_arrays(value: Any, done: dict[int, Any]) -> Any:
     """`value` with arrays for placeholders; `done` maps the id of each object already converted to its result."""
     if id(value) in done:
         return done[id(value)]
@@ -134,12 +152,12 @@ def _with_arrays(value: Any, done: dict[int, Any]) -> Any:
         done[id(value)] = value.real()
     elif type(value) is list:
         items = done[id(value)] = []
-        items.extend(_with_arrays(item, done) for item in value)
-    elif type(value) is dict:
+        items.extend(with_arrays(item, done) for item in value)
+    elif type(value) in (dict, EasyDict):
         entries = done[id(value)] = {}
-        entries.update((_with_arrays(key, done), _with_arrays(item, done)) for key, item in value.items())
+        entries.update((with_arrays(key, done), with_arrays(item, done)) for key, item in value.items())
     elif type(value) is tuple:
-        done[id(value)] = tuple(_with_arrays(item, done) for item in value)
+        done[id(value)] = tuple(with_arrays(item, done) for item in value)
     elif type(value) in _PLAIN:
         return value
     else:
@@ -164,8 +182,9 @@ def _reconstruct(kind: Any, *unused: Any) -> _Array:
 _NDARRAY = _NDArray()
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Function(_DType),
-    ("_codecs", "encode"): _Function(_encode),
-    ("numpy.core.multiarray", "_reconstruct"): _Function(_reconstruct),
-    ("numpy._core.multiarray", "_reconstruct"): _Function(_reconstruct),
+    ("numpy", "dtype"): Function(DType),
+    ("dnnlib.util", "EasyDict"): EasyDict,
+    ("_codecs", "encode"): Function(_encode),
+    ("numpy.core.multiarray", "_reconstruct"): Function(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): Function(_reconstruct),
 }

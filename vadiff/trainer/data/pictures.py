@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from .decoding import decoded
+from ...extras import import_extra
+from .decoding import SUFFIXES, decoded
 from .images import Images, held_out_from
-from .index import Index, indexed
+from .index import Index
+from .index_folder import folder_index
+from .index_shards import shards_index
+from .index_zip import zip_index
 from .members import Container
 
 _MOST_TRIED = 100  # pictures in a row that cannot be read
@@ -32,7 +37,7 @@ class Read(NamedTuple):
 class Pictures:
     """Pictures of any size and format, cut to the square in their middle and scaled, in colour.
 
-    Can be sent to other processes, and is small: a million pictures are some tens of megabytes.
+    Can be sent to other processes, and is small: about 100 bytes for each picture. Each process opens the files anew.
 
     Attributes:
         size: height and width in pixels.
@@ -40,7 +45,7 @@ class Pictures:
         classes: number of classes, 0 without.
         groups: int64 [N], the shard of each picture; None where they are not in shards.
         fingerprint: equal for equal names, sizes and labels of the files.
-        left_out: number of files that were left out of the index, as they are damaged or have no label.
+        left_out: number of files that are not among the pictures, as they are damaged or have no label.
         on_bad_image: "error", or "skip", which reads the next picture in place of one that cannot be read.
     """
 
@@ -124,27 +129,30 @@ def open_pictures(
             classes; or dataset.json in the folder says them;
             a zip of such a folder, as EDM's and StyleGAN's data set tools write it, with or without dataset.json:
             {"labels": [["00000/img00000000.png", 6], ...]};
-            WebDataset shards, uncompressed tar files: a folder of them, or a name with braces, as
-            "train-{000000..000099}.tar". A sample is the files that have a name up to the first dot in common: the
-            picture, and its class as text in a .cls, or as "label" or "cls" in a .json.
+            WebDataset shards, uncompressed tar files: a folder of them, or their names with braces or wildcards, as
+            "train-{000000..000099}.tar" or "train-*.tar". A sample is the files that have a name up to the first dot in
+            common: the picture, and its class as text in a .cls, or as "label" or "cls" in a .json. The list of a large
+            set (64 MiB or more) is kept in vadiff/shards in the user's cache folder ($XDG_CACHE_HOME).
         size: height and width in pixels, to which pictures are cut and scaled.
-        on_bad_image: "error", or "skip", which counts damaged shards and pictures without a label, and leaves them out.
+        on_bad_image: "error", or "skip", which leaves out what is damaged or has no label, and counts it. Of a shard
+            that is cut off, the pictures before that place stay.
         require_labels: whether pictures without a label are an error; otherwise the data set then has no classes.
 
     Raises:
         DataError: no such files, fewer than two pictures, an archive or dataset.json that is damaged, or missing
             labels; the message names the file.
     """
-    index = indexed(Path(path), skip=on_bad_image == "skip")
-    labels, kept = _labels(index, require_labels, on_bad_image == "skip", Path(path))
+    path, skip = Path(path), on_bad_image == "skip"
+    index = _index(path, skip)
+    labels, kept = _labels(index, require_labels, skip, path)
     if len(kept) < 2:
-        raise DataError(f"{path} has {len(kept)} pictures, expected two or more")
+        raise DataError(f"{path} has {len(kept)} pictures, expected two or more ({', '.join(sorted(SUFFIXES))})")
     return Pictures(
         size=size,
         labels=labels,
         classes=0 if labels is None else int(labels.max()) + 1,
         groups=None if index.groups is None else torch.from_numpy(index.groups[kept]),
-        fingerprint=_fingerprint(index),
+        fingerprint=index.fingerprint,
         left_out=index.left_out + len(index.labels) - len(kept),
         on_bad_image=on_bad_image,
         _container=index.container,
@@ -168,6 +176,43 @@ def shuffled(number: int) -> Tensor:
     return torch.randperm(number, generator=torch.Generator().manual_seed(0))
 
 
+def _index(path: Path, skip: bool) -> Index:
+    """List the pictures of a folder, zip or shards."""
+    text = str(path)
+    if re.match("[a-z0-9]{2,}:/|pipe:", text):  # a Path has one slash
+        raise DataError(f"data is {text}, expected files on this machine: download the shards first")
+    if path.is_dir():
+        shards = sorted(path.glob("*.tar"))
+        return shards_index(shards, skip=skip) if shards else folder_index(path)
+    if path.suffix == ".zip" and path.is_file():
+        return zip_index(path)
+    if (path.exists() and path.suffix != ".tar") or re.search(r"\.(tar\.\w+|tgz)$", text):
+        raise DataError(
+            f"data is {path}, expected a folder of pictures, a .zip, or uncompressed .tar shards: other files cannot "
+            "be read picture by picture in any order"
+        )
+    if path.suffix == ".tar" or "{" in text:
+        return shards_index(_shards(text), skip=skip)
+    raise DataError(f"data is {path}, which does not exist; expected a folder of pictures, a .zip or .tar shards")
+
+
+def _shards(pattern: str) -> list[Path]:
+    """The files that a name with braces or wildcards means."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    try:
+        names = list(import_extra("braceexpand", "train").braceexpand(pattern))
+    except ValueError as error:  # braces that are not closed
+        raise DataError(f"data is {pattern}, expected the names of shards: {error}") from error
+    found: list[str] = []
+    for name in names:
+        matching = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not matching:
+            raise DataError(f"data is {pattern}, expected the names of shards: no file is called {name}")
+        found += matching
+    return [Path(name) for name in found]
+
+
 def _labels(index: Index, required: bool, skip: bool, path: Path) -> tuple[Tensor | None, np.ndarray]:
     """The classes of the pictures that stay, and their places."""
     everything = np.arange(len(index.labels))
@@ -186,10 +231,3 @@ def _labels(index: Index, required: bool, skip: bool, path: Path) -> tuple[Tenso
         return None, everything
     kept = everything[~missing]
     return torch.from_numpy(index.labels[kept]), kept
-
-
-def _fingerprint(index: Index) -> str:
-    digest = hashlib.blake2b(index.labels.tobytes(), digest_size=8)
-    for name, size in zip(index.names, index.sizes, strict=True):
-        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()

@@ -1,34 +1,32 @@
 """Fréchet distance, KID, Inception score, precision and recall, all through torch-fidelity.
 
-Images are compared by features of a network: Inception, which published figures are of, or for scikit-learn's digits a
-small classifier of theirs.
+Images are compared by features of a network: Inception, which published figures are of; DINOv2; or for scikit-learn's
+digits a small classifier of theirs.
 """
 
-import functools
 import hashlib
 import math
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...errors import UserError
 from ...extras import import_extra
-from ...pixels import normalised
+from ...files import sha256_of
 from . import digits_classifier
+from .extractors import DINOV2_WEIGHTS, LAYER_OF, register
+from .feature_statistics import FeatureStatistics
+from .inception_weights import PUBLISHED_SHA256, PUBLISHED_WEIGHTS, download_weights, read_weights
 
 METRICS = ("fid", "kid", "isc", "prc")
 LAYERS = ("64", "192", "768", "2048")
-FEATURES = ("inception", "digits")
-PUBLISHED_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+FEATURES = ("inception", "digits", "dinov2")
 
-_EXTRACTORS = {"inception": "inception-v3-compat", "digits": "vadiff-digits"}
 # Blocks that a feature layer needs in addition to those of earlier layers; the Inception score needs all, and fc.
 _BLOCKS = {
     "64": ("Conv2d_1", "Conv2d_2"),
@@ -60,11 +58,11 @@ def features_for(dataset: str) -> str:
 
 
 def result_name(metric: str, features: str, layer: str) -> str:
-    """Name of a value in results: "fid" of Inception's layer 2048, "fid-768" of another layer, "fd-digits"; of "prc",
-    which has two values, the first."""
+    """Name of a value in results: "fid" of Inception's layer 2048, "fid-768" of another layer, "fd-digits" and
+    "fd-dinov2" of other features; of "prc", which has two values, the first."""
     metric = "precision" if metric == "prc" else metric
-    if features == "digits":
-        return f"{'fd' if metric == 'fid' else metric}-digits"
+    if features != "inception":
+        return f"{'fd' if metric == 'fid' else metric}-{features}"
     return metric if layer == "2048" or metric.startswith("isc") else f"{metric}-{layer}"
 
 
@@ -72,6 +70,7 @@ def find_network(
     features: str,
     *,
     inception_weights: Path | None = None,
+    dinov2_weights: Path | None = None,
     cache: Path | None = None,
     progress: bool = True,
 ) -> FeatureNetwork:
@@ -80,8 +79,9 @@ def find_network(
     Commands call it before they draw images, so that a missing file costs no hours.
 
     Args:
-        features: "inception" or "digits".
+        features: one of `FEATURES`.
         inception_weights: file of torch-fidelity's Inception weights; None is that in torch's hub folder.
+        dinov2_weights: file of the weights of DINOv2's ViT-L/14, for these features.
         cache: folder of the digits classifier; None is `cache_folder()`.
         progress: show a bar while downloading.
 
@@ -93,26 +93,32 @@ def find_network(
     if features not in FEATURES:
         raise ValueError(f"features is {features!r}, expected one of {', '.join(FEATURES)}")
     import_extra("torch_fidelity", "eval")
+    if (dinov2_weights is None) == (features == "dinov2"):
+        given = "none are" if dinov2_weights is None else f"{dinov2_weights} is"
+        raise ValueError(f"features is {features}, but {given} given as dinov2_weights: {DINOV2_WEIGHTS} is for dinov2")
+    if dinov2_weights is not None:
+        return FeatureNetwork(dinov2_weights, weights_key(dinov2_weights))
     if features == "digits":
         if inception_weights is not None:
             raise ValueError(f"inception_weights is {inception_weights}, but features is digits: give one of the two")
         found = digits_classifier.trained_classifier(cache_folder() if cache is None else cache)
         return FeatureNetwork(found.path, found.key)
     if inception_weights is not None:
-        _read_weights(inception_weights)
+        read_weights(inception_weights)
     else:
-        _download_weights(progress)
+        download_weights(progress)
     return FeatureNetwork(inception_weights, weights_key(inception_weights))
 
 
 def image_metrics(
     images: Tensor,
-    reference: Tensor | None,
+    reference: Tensor | FeatureStatistics | None,
     *,
     metrics: Sequence[str] = ("fid", "kid", "prc"),
     features: str = "inception",
     layer: str = "2048",
     inception_weights: Path | None = None,
+    dinov2_weights: Path | None = None,
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 64,
@@ -125,13 +131,15 @@ def image_metrics(
 
     Args:
         images: generated, [N, C, H, W] uint8, C 1 or 3; grey becomes RGB for Inception.
-        reference: real images, [M, C, H, W] uint8; may be None for "isc" alone.
+        reference: real images, [M, C, H, W] uint8, or for "fid" the statistics of their features; may be None for "isc"
+            alone.
         metrics: of "fid" (Fréchet distance of the features), "kid", "isc" (Inception score) and "prc" (precision and
             recall).
         features: "inception"; or "digits", the 32 features of a small classifier of scikit-learn's digits, for images
-            [N, 1, 8, 8], without "isc".
+            [N, 1, 8, 8], without "isc"; or "dinov2", the features of ViT-L/14, without "isc".
         layer: Inception features for FID, KID, precision and recall: "64", "192", "768" or "2048" (the usual one).
         inception_weights: file of torch-fidelity's Inception weights; None lets torch-fidelity download them.
+        dinov2_weights: file of the weights of DINOv2's ViT-L/14, for these features.
         cache: folder for the features of references and for the digits classifier; None is `cache_folder()`.
         device: "cpu" or a CUDA device.
         batch_size: images at a time in the network.
@@ -139,8 +147,8 @@ def image_metrics(
 
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
-        layer is not the usual 2048 it is part of the name, as in fid-768, and so are the digits, as in fd-digits: such
-        numbers are not comparable with published ones. isc is skipped, with a warning, if the last layers of the
+        layer is not the usual 2048 it is part of the name, as in fid-768, and so are other features, as in fd-digits:
+        such numbers are not comparable with published FID. isc is skipped, with a warning, if the last layers of the
         weights file are non-finite.
 
     Raises:
@@ -150,36 +158,93 @@ def image_metrics(
     """
     check_metrics(metrics, features, layer)
     check_images(images, reference, metrics, features)
-    network = find_network(features, inception_weights=inception_weights, cache=cache, progress=progress)
+    network = find_network(
+        features, inception_weights=inception_weights, dinov2_weights=dinov2_weights, cache=cache, progress=progress
+    )
     possible = within_reach(metrics, layer, inception_weights)
     if len(possible) < len(metrics):
         warnings.warn(f"isc is skipped: {inception_weights} is not finite up to the last layer", stacklevel=2)
     metrics = possible
     device = torch.device(device)
-    number = len(images) if reference is None else min(len(images), len(reference))
+    number = len(images) if not isinstance(reference, Tensor) else min(len(images), len(reference))
+    layer_name = LAYER_OF.get(features, layer)
     options = {
-        "input1": _Pixels(images),
-        "feature_extractor": _EXTRACTORS[features],
-        "feature_extractor_weights_path": None if network.weights is None else str(network.weights),
-        **{f"feature_layer_{name}": "hidden" if features == "digits" else layer for name in ("fid", "kid", "prc")},
-        **{name: name in metrics for name in METRICS},
+        **_extraction(images, features, network, device, batch_size, progress),
+        **{f"feature_layer_{name}": layer_name for name in ("fid", "kid", "prc")},
         "kid_subset_size": min(1000, number),
+    }
+    values: dict[str, float] = {}
+    if isinstance(reference, FeatureStatistics):
+        if reference.made_by not in (None, network.key):
+            raise ValueError(
+                f"reference is of the network {reference.made_by}, expected {network.key}: of the weights that the "
+                "images are compared by"
+            )
+        with _current(device):
+            found = _statistics(options, layer_name, network)
+        values[result_name("fid", features, layer)] = found.distance(reference)
+        metrics = tuple(name for name in metrics if name != "fid")
+    if isinstance(reference, Tensor) and set(metrics) != {"isc"}:
+        options["input2"] = _Pixels(reference)
+        options["input2_cache_name"] = f"{content_key(reference)}-{network.key}"
+        options["cache_root"] = str(cache_folder() if cache is None else cache)
+    if metrics:
+        options |= {name: name in metrics for name in METRICS}
+        with _current(device):
+            measured = import_extra("torch_fidelity", "eval").calculate_metrics(**options)
+        named = {result_name(name, features, layer): key for key, name in _KEYS.items() if key in measured}
+        values |= {name: float(measured[key]) for name, key in named.items()}
+    _check_finite(values)
+    return values
+
+
+def feature_statistics(
+    images: Tensor,
+    *,
+    features: str,
+    layer: str,
+    network: FeatureNetwork,
+    device: torch.device,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> FeatureStatistics:
+    """Mean and covariance of the features of images [N, C, H, W] uint8, for `image_metrics`; see there.
+
+    Raises:
+        ValueError: invalid images.
+    """
+    check_images(images, None, ("isc",), features)
+    options = _extraction(images, features, network, device, batch_size, progress)
+    with _current(device):
+        return _statistics(options, LAYER_OF.get(features, layer), network)
+
+
+def _extraction(
+    images: Tensor, features: str, network: FeatureNetwork, device: torch.device, batch_size: int, progress: bool
+) -> dict[str, Any]:
+    """Options of torch-fidelity: whose features, and how they are computed."""
+    return {
+        "input1": _Pixels(images),
+        "feature_extractor": register(features),
+        "feature_extractor_weights_path": None if network.weights is None else str(network.weights),
         "cuda": device.type == "cuda",
         "batch_size": batch_size,
         "save_cpu_ram": True,  # no worker processes for images that are in memory already
         "verbose": progress,
     }
-    if reference is not None and set(metrics) != {"isc"}:
-        options["input2"] = _Pixels(reference)
-        options["input2_cache_name"] = f"{content_key(reference)}-{network.key}"
-        options["cache_root"] = str(cache_folder() if cache is None else cache)
-    if features == "digits":
-        _register_digits_extractor()
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        found = import_extra("torch_fidelity", "eval").calculate_metrics(**options)
-    values = {result_name(name, features, layer): float(found[key]) for key, name in _KEYS.items() if key in found}
-    _check_finite(values)
-    return values
+
+
+def _statistics(options: Mapping[str, Any], layer: str, network: FeatureNetwork) -> FeatureStatistics:
+    """Of the first input of torch-fidelity's options."""
+    module = import_extra("torch_fidelity.utils", "eval")
+    extractor = module.create_feature_extractor(options["feature_extractor"], [layer], **options)
+    features = module.extract_featuresdict_from_input_id(1, extractor, **options)[layer]
+    return FeatureStatistics.of(features, network.key)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one, which torch-fidelity computes on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_metrics(metrics: Sequence[str], features: str, layer: str) -> None:
@@ -197,12 +262,12 @@ def check_metrics(metrics: Sequence[str], features: str, layer: str) -> None:
         raise ValueError(f"features is {features!r}, expected one of {', '.join(FEATURES)}")
     if layer not in LAYERS:
         raise ValueError(f"layer is {layer!r}, expected one of {', '.join(LAYERS)}")
-    if features == "digits":
+    if features != "inception":
         if "isc" in metrics:
-            raise ValueError("metrics has isc, the Inception score, but features is digits: leave it out")
+            raise ValueError(f"metrics has isc, the Inception score, but features is {features}: leave it out")
         if layer != "2048":
             raise ValueError(
-                f"layer is {layer!r}, but features is digits, which has one layer: leave it out, or take inception"
+                f"layer is {layer!r}, but features is {features}, which has one layer: leave it out, or take inception"
             )
 
 
@@ -214,7 +279,7 @@ def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tu
     """
     if weights is None or not metrics:
         return tuple(metrics)
-    broken = {name.split(".")[0] for name, value in _read_weights(weights).items() if not bool(value.isfinite().all())}
+    broken = {name.split(".")[0] for name, value in read_weights(weights).items() if not bool(value.isfinite().all())}
     needed = tuple(block for part in LAYERS[: LAYERS.index(layer) + 1] for block in _BLOCKS[part])
     if set(metrics) != {"isc"} and (missing := sorted(name for name in broken if name.startswith(needed))):
         raise ValueError(
@@ -231,8 +296,9 @@ def within_reach(metrics: Sequence[str], layer: str, weights: Path | None) -> tu
 
 
 def weights_key(path: Path | None) -> str:
-    """Identifier of a weights file: first digits of its SHA-256; "published" for torch-fidelity's download."""
-    return "published" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """Identifier of a weights file: first digits of its SHA-256; "published" for torch-fidelity's Inception."""
+    digest = PUBLISHED_SHA256 if path is None else sha256_of(path)
+    return "published" if digest.startswith(PUBLISHED_SHA256) else digest[:16]
 
 
 def content_key(images: Tensor) -> str:
@@ -264,34 +330,9 @@ class _Pixels(torch.utils.data.Dataset[Tensor]):
         return image.expand(3, -1, -1)
 
 
-@functools.cache
-def _register_digits_extractor() -> None:
-    """Tell torch-fidelity of the digits classifier, once per process."""
-    module = import_extra("torch_fidelity.feature_extractor_base", "eval")
-
-    class Extractor(module.FeatureExtractorBase):  # type: ignore[name-defined]
-        """torch-fidelity's protocol: [B, 3, 8, 8] uint8 → a tuple of features."""
-
-        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
-            super().__init__(name, features_list)
-            self.network = digits_classifier.read(Path(options["feature_extractor_weights_path"]))
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("hidden",)
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (self.network.features(normalised(images[:, :1])).double(),)
-
-    registry = import_extra("torch_fidelity", "eval").register_feature_extractor
-    registry(_EXTRACTORS["digits"], Extractor)
-
-
-def check_images(images: Tensor, reference: Tensor | None, metrics: Sequence[str], features: str) -> None:
+def check_images(
+    images: Tensor, reference: Tensor | FeatureStatistics | None, metrics: Sequence[str], features: str
+) -> None:
     """Raise unless these images can be compared.
 
     Raises:
@@ -299,8 +340,10 @@ def check_images(images: Tensor, reference: Tensor | None, metrics: Sequence[str
     """
     if reference is None and set(metrics) != {"isc"}:
         raise ValueError("reference is None, expected real images: only isc needs none")
+    if isinstance(reference, FeatureStatistics) and not set(metrics) <= {"fid", "isc"}:
+        raise ValueError(f"metrics is {', '.join(metrics)}, expected fid or isc: reference is statistics, not images")
     for name, pixels in (("images", images), ("reference", reference)):
-        if pixels is None:
+        if not isinstance(pixels, Tensor):
             continue
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[1] not in (1, 3):
             raise ValueError(f"{name} is {tuple(pixels.shape)} {pixels.dtype}, expected [N, 1 or 3, H, W] uint8")
@@ -310,48 +353,11 @@ def check_images(images: Tensor, reference: Tensor | None, metrics: Sequence[str
             raise ValueError(
                 f"{name} is {tuple(pixels.shape)}, expected [N, 1, 8, 8] with features digits: grey images of 8 x 8"
             )
-    if reference is not None and images.shape[2:] != reference.shape[2:]:
+    if isinstance(reference, Tensor) and images.shape[2:] != reference.shape[2:]:
         raise ValueError(
             f"images have {images.shape[3]} x {images.shape[2]} pixels, the reference {reference.shape[3]} x "
             f"{reference.shape[2]}: resize neither by hand, compare images of one size"
         )
-
-
-def _download_weights(progress: bool) -> None:
-    """Download the Inception weights to torch's hub folder, where torch-fidelity looks for them, unless they are there.
-
-    Raises:
-        UserError: that failed.
-    """
-    file = Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS
-    if file.is_file():
-        return
-    url = import_extra("torch_fidelity.feature_extractor_inceptionv3", "eval").URL_INCEPTION_V3
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading Inception weights to {file}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix="6726825d", progress=progress)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
-        raise UserError(
-            f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
-            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub"
-        ) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, read with weights_only: torch-fidelity's own load could run code from it."""
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"inception_weights is {path}, but there is no such file") from None
-    except Exception as error:
-        raise ValueError(
-            f"inception_weights is {path}, which does not load as plain tensors ({error}); expected "
-            f"{PUBLISHED_WEIGHTS} of torch-fidelity"
-        ) from error
-    if not isinstance(state, Mapping) or "Conv2d_1a_3x3.conv.weight" not in state:
-        raise ValueError(f"inception_weights is {path}, which holds no weights of torch-fidelity's Inception network")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _check_finite(values: Mapping[str, float]) -> None:

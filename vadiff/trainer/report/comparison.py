@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ...files import replacing
 from ..evaluation import image_metrics
+from ..evaluation.feature_statistics import FeatureStatistics, is_statistics, read_statistics
 from ..evaluation.fidelity import (
     FeatureNetwork,
     check_images,
     check_metrics,
+    content_key,
+    feature_statistics,
     features_for,
     find_network,
     result_name,
@@ -31,6 +34,8 @@ _NO_PICTURES = (
     "encoded, or a run on them, with --reference"
 )
 
+Reference = Tensor | FeatureStatistics  # real images [N, C, H, W] uint8, or the statistics of their features
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -38,10 +43,12 @@ class Comparison:
 
     Args:
         metrics: of "fid", "kid", "isc", "prc"; empty for no comparison.
-        reference: real images: a folder, an .npz archive or a run directory; None is the run's training images.
-        features: "inception" or "digits"; None chooses by the data set.
+        reference: real images: a folder, an .npz archive or a run directory; or statistics of their features, see
+            `evaluation.feature_statistics`; None is the run's training images.
+        features: "inception", "digits" or "dinov2"; None chooses by the data set.
         layer: of the Inception network.
         inception_weights: file of that network's weights; None downloads them.
+        dinov2_weights: file of the weights of DINOv2, for these features.
         cache: folder for the features of references and for the digits classifier; None is the user's cache.
     """
 
@@ -50,6 +57,7 @@ class Comparison:
     features: str | None = None
     layer: str = "2048"
     inception_weights: Path | None = None
+    dinov2_weights: Path | None = None
     cache: Path | None = None
 
 
@@ -61,8 +69,8 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
         dataset: that the images imitate; None if unknown.
 
     Returns:
-        The comparison with its features set and without metrics that the weights cannot give, which is printed; and the
-        network.
+        The comparison with its features set and without metrics that the weights or the reference cannot give, which is
+        printed; and the network.
 
     Raises:
         ValueError: options that do not go together, latents without a reference, or weights that are missing or cannot
@@ -78,15 +86,29 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
     network = find_network(
         features,
         inception_weights=comparison.inception_weights,
+        dinov2_weights=comparison.dinov2_weights,
         cache=comparison.cache,
         progress=sys.stderr.isatty(),
     )
     if len(possible) < len(comparison.metrics):
         print(f"isc (Inception score) is skipped: {comparison.inception_weights} is not finite up to the last layer")
+    if comparison.reference is not None and is_statistics(comparison.reference):
+        possible = _within_statistics(possible, comparison.reference)
     return dataclasses.replace(comparison, features=features, metrics=possible), network
 
 
-def check_drawn(shape: tuple[int, int, int], number: int, reference: Tensor, comparison: Comparison) -> None:
+def _within_statistics(metrics: Sequence[str], path: Path) -> tuple[str, ...]:
+    """The metrics that need no real images, but only the statistics of their features; the others are printed."""
+    possible = tuple(name for name in metrics if name in ("fid", "isc"))
+    if not possible:
+        raise ValueError(f"metrics is {', '.join(metrics)}, expected fid: {path} has statistics, and no images")
+    if len(possible) < len(metrics):
+        others = ", ".join(name for name in metrics if name not in possible)
+        print(f"{others} is skipped: {path} has statistics of real images, and not the images")
+    return possible
+
+
+def check_drawn(shape: tuple[int, int, int], number: int, reference: Reference, comparison: Comparison) -> None:
     """Raise unless images [number, *shape], yet to be drawn, can be compared with the reference.
 
     Raises:
@@ -96,7 +118,9 @@ def check_drawn(shape: tuple[int, int, int], number: int, reference: Tensor, com
     check_images(images, reference, comparison.metrics, comparison.features or "inception")
 
 
-def compare(images: Tensor, reference: Tensor | None, comparison: Comparison, device: torch.device) -> dict[str, float]:
+def compare(
+    images: Tensor, reference: Reference | None, comparison: Comparison, device: torch.device
+) -> dict[str, float]:
     """The metrics by name, which includes the features unless they are the usual ones; also printed."""
     features = comparison.features or "inception"
     values = image_metrics(
@@ -106,12 +130,16 @@ def compare(images: Tensor, reference: Tensor | None, comparison: Comparison, de
         features=features,
         layer=comparison.layer,
         inception_weights=comparison.inception_weights,
+        dinov2_weights=comparison.dinov2_weights,
         cache=comparison.cache,
         device=device,
         progress=sys.stderr.isatty(),
     )
-    against = "" if reference is None else f" against {len(reference):,} real ones"
-    by = "features of the digits classifier" if features == "digits" else f"Inception layer {comparison.layer}"
+    against = f" against {len(reference):,} real ones" if isinstance(reference, Tensor) else ""
+    if isinstance(reference, FeatureStatistics):
+        against = f" against the statistics in {comparison.reference}"
+    others = {"digits": "features of the digits classifier", "dinov2": "features of DINOv2's ViT-L/14"}
+    by = others.get(features, f"Inception layer {comparison.layer}")
     print(f"{len(images):,} images{against}, {by}:")
     print_metrics(values)
     return values
@@ -132,10 +160,51 @@ def evaluate_pictures(path: Path, comparison: Comparison, device: torch.device) 
     """
     reference, dataset = None, None
     if comparison.reference is not None:
-        reference = reference_images(comparison.reference)
-        dataset = open_run(comparison.reference).config.dataset if _is_run(comparison.reference) else None
+        reference, dataset = read_reference(comparison.reference, comparison), _dataset(comparison.reference)
     comparison, _ = prepared(comparison, dataset)
     return compare(read_pictures(path), reference, comparison, device)
+
+
+def save_statistics(path: Path, comparison: Comparison, file: Path, device: torch.device) -> None:
+    """Write the mean and covariance of the features of images to an .npz, a reference for later comparisons.
+
+    Args:
+        path: a folder of images, an .npz archive, or a run directory, whose training images are taken.
+        comparison: whose features, layer and weights.
+        file: the .npz.
+        device: to compute on.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ValueError: no readable images, or invalid options.
+        UserError: the data set of the run is missing.
+    """
+    comparison = dataclasses.replace(comparison, metrics=("fid",), reference=None)
+    comparison, network = prepared(comparison, _dataset(path))
+    images = reference_images(path)
+    found = feature_statistics(
+        images, features=str(comparison.features), layer=comparison.layer, network=network, device=device,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    found.save(file)
+    print(f"Mean and covariance of {len(found.mean)} features of {len(images):,} images: {file}")
+
+
+def reference_key(reference: Reference) -> str:
+    """SHA-256 that is equal for equal references only."""
+    return reference.key if isinstance(reference, FeatureStatistics) else content_key(reference)
+
+
+def read_reference(path: Path, comparison: Comparison) -> Reference:
+    """What --reference names."""
+    if is_statistics(path):
+        return read_statistics(path, comparison.features or "inception", comparison.layer)
+    return reference_images(path)
+
+
+def _dataset(path: Path) -> str | None:
+    """Data set of a run; None of anything else."""
+    return open_run(path).config.dataset if _is_run(path) else None
 
 
 def reference_images(path: Path) -> Tensor:

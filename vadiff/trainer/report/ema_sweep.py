@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from .charts import METRICS, metric_title
-from .comparison import Comparison, check_drawn, compare, prepared, reference_images
+from .comparison import Comparison, Reference, check_drawn, compare, prepared, read_reference
 from .drawn_images import draw_images
 
 
@@ -21,7 +20,7 @@ def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
     return {name: loss.level_mean for name, loss in losses.items()}
 
 
-def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Comparison, Tensor]:
+def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Comparison, Reference]:
     """Find what `sweep_metrics` needs, before anything is measured.
 
     Args:
@@ -30,7 +29,7 @@ def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Compa
         comparison: with real images, see `Comparison`.
 
     Returns:
-        The comparison as `prepared` makes it, and the real images.
+        The comparison as `prepared` makes it, and the real images or their statistics.
 
     Raises:
         ValueError: invalid options of the comparison.
@@ -38,9 +37,9 @@ def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Compa
         MissingExtraError: torch-fidelity is not installed.
     """
     comparison, _ = prepared(comparison, run.config.dataset)
-    data = run.images()
-    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
-    check_drawn(data.encoding.picture_shape(data.shape), number, reference, comparison)
+    chosen = comparison.reference
+    reference = run.images().train[:] if chosen is None else read_reference(chosen, comparison)
+    check_drawn(run.encoding.picture_shape(run.config.image_shape), number, reference, comparison)
     return comparison, reference
 
 
@@ -50,7 +49,7 @@ def sweep_metrics(
     step: int,
     seeds: Sequence[int],
     comparison: Comparison,
-    reference: Tensor,
+    reference: Reference,
     generation: Generation,
 ) -> dict[float | str, dict[str, float]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.

@@ -2,9 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...sampling.generation import Generation
 from ...sampling.seeds import recorded_seeds
 from ..data import Images
 from ..evaluation import LevelGradients, level_gradients
-from ..evaluation.fidelity import FeatureNetwork, content_key
+from ..evaluation.fidelity import FeatureNetwork
 from ..training import HeldOutLoss, Run
 from ..training.held_out import held_out_log_snr, held_out_loss_of_run
 from ..training.optimal_curve import estimate_curve
@@ -26,11 +27,13 @@ from ..training.run_gap import direct_gap_of_run, gap_of_run
 from .comparison import (
     Comparison,
     Record,
+    Reference,
     check_drawn,
     compare,
     prepared,
     print_metrics,
-    reference_images,
+    read_reference,
+    reference_key,
     seed_sets,
 )
 from .drawn_images import draw_images, kept_images
@@ -88,14 +91,16 @@ def evaluate_run(
     if generation.weights not in ("ema", "raw"):  # post-hoc averages are not part of the run's history
         folder = run.path / "evaluation" / generation.weights / f"step-{step}"
     written: list[str] = []
-    data = run.images()
+    data = functools.cache(run.images)  # an imported run may have none, and may be compared without
+    if held_out_images != 0 or gradient_images or gap_images:
+        data()  # fail before minutes of drawing
     if comparison.metrics:
         _compare(run, data, generation, seed_sets(seeds, repeats), comparison, folder, keep_images)
         written.append("metrics.json")
     if held_out_images != 0:
-        limit = len(data.held_out) if held_out_images is None else held_out_images
+        limit = len(data().held_out) if held_out_images is None else held_out_images
         losses = {
-            name: held_out_loss_of_run(run.config, data, run.denoiser(name, step, device), limit=limit, progress=True)
+            name: held_out_loss_of_run(run.config, data(), run.denoiser(name, step, device), limit=limit, progress=True)
             for name in ("ema", "raw")
         }
         number = losses["ema"].per_image.shape[1]
@@ -105,14 +110,14 @@ def evaluate_run(
         charts = [held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())]
         written += _write(folder, {"held-out.csv": _csv(_held_out_rows(losses)), **_pictures(charts)})
     if gradient_images:
-        gradients = _gradients(run, data, step, device, gradient_images, generation.batch_size)
+        gradients = _gradients(run, data(), step, device, gradient_images, generation.batch_size)
         print(f"\nGradients per noise level, from {gradient_images} training images, trained (raw) weights:")
         print(_gradients_table(gradients))
         charts = gradient_charts(gradients)
         written += _write(folder, {"gradients.csv": _csv(_gradients_rows(gradients)), **_pictures(charts)})
     if gap_images:
-        gap = _gap(run, data, generation, device, gap_images, gap_directly)
-        number = min(gap_images, len(data.train))
+        gap = _gap(run, data(), generation, device, gap_images, gap_directly)
+        number = min(gap_images, len(data().train))
         print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
         print(gap_table(gap, run.config.sigma_data))
         charts = [gap_chart(gap, run.config.sigma_data)]
@@ -122,13 +127,14 @@ def evaluate_run(
 
 
 def _compare(
-    run: Run, data: Images, generation: Generation, sets: Sequence[Sequence[int]], comparison: Comparison,
-    folder: Path, keep_images: bool,
+    run: Run, data: Callable[[], Images], generation: Generation, sets: Sequence[Sequence[int]],
+    comparison: Comparison, folder: Path, keep_images: bool,
 ) -> None:  # fmt: skip
     """Measure each set of images that metrics.json does not have yet, and write it there."""
     comparison, network = prepared(comparison, run.config.dataset)
-    reference = data.train[:] if comparison.reference is None else reference_images(comparison.reference)
-    check_drawn(data.encoding.picture_shape(data.shape), len(sets[0]), reference, comparison)
+    chosen = comparison.reference
+    reference = data().train[:] if chosen is None else read_reference(chosen, comparison)
+    check_drawn(run.encoding.picture_shape(run.config.image_shape), len(sets[0]), reference, comparison)
     settings = _settings(run, generation, sets[0], comparison, network, reference)
     record = Record(folder / "metrics.json", settings, [seeds[0] for seeds in sets])
     for seeds in sets:
@@ -181,7 +187,7 @@ def _bin_of(log_snr: Tensor, centers: Tensor) -> Tensor:
 
 def _settings(
     run: Run, generation: Generation, seeds: Sequence[int], comparison: Comparison, network: FeatureNetwork,
-    reference: Tensor,
+    reference: Reference,
 ) -> dict[str, Any]:  # fmt: skip
     """All that the metrics depend on."""
     inception = comparison.features == "inception"
@@ -193,9 +199,10 @@ def _settings(
         "features": comparison.features,
         "layer": comparison.layer if inception else None,
         "inception_weights": network.key if inception else None,
-        "digits_classifier": None if inception else network.key,
-        "reference_images": len(reference),
-        "reference_sha256": content_key(reference),
+        "digits_classifier": network.key if comparison.features == "digits" else None,
+        **({"dinov2_weights": network.key} if comparison.features == "dinov2" else {}),
+        "reference_images": len(reference) if isinstance(reference, Tensor) else None,
+        "reference_sha256": reference_key(reference),
     }
 
 

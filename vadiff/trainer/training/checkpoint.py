@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, RunError
 from ...files import flush, sha256_of
 
 FOLDER = "checkpoints"
@@ -124,6 +124,19 @@ def load_checkpoint(run: Path, step: int | None = None, device: torch.device | s
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             trouble = str(error)
     raise CheckpointError(f"{folder} is corrupt: {trouble}. {_last_good(run, step)}")
+
+
+def load_training(run: Path, step: int | None = None) -> dict[str, Any]:
+    """`load_checkpoint` of a run that was trained here: with the criterion, the levels and the optimiser.
+
+    Raises:
+        CheckpointError: there is none, or it is corrupt.
+        RunError: it was imported, and has weights only.
+    """
+    state = load_checkpoint(run, step)
+    if "criterion" not in state:
+        raise RunError(f"{run} was imported: it has weights, but no statistics of its training")
+    return state
 
 
 def _chosen(run: Path, step: int | None) -> tuple[int, Path]:

@@ -1,5 +1,6 @@
 """The data set of a config."""
 
+import sys
 from pathlib import Path
 
 from ...errors import DataError
@@ -22,6 +23,11 @@ def load_images(config: TrainConfig) -> Images:
         pictures = open_pictures(
             config.data, config.image_size, on_bad_image=config.on_bad_image, require_labels=config.class_conditional
         )
+        if pictures.left_out:
+            print(
+                f"vadiff: {pictures.left_out:,} files of {config.data} are left out: damaged, or without a label",
+                file=sys.stderr,
+            )
         images = hold_out(pictures)
     elif config.dataset == "latents":
         images = _latents(config)

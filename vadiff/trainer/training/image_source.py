@@ -63,6 +63,9 @@ class Source(Protocol):
     def part(self, number: int) -> tuple[Tensor, Tensor]:
         """Stored images [n, ...] of a part, and the rows [n] int64 that they are of; work of the device alone."""
 
+    def close(self) -> None:
+        """End the processes that read. No step follows."""
+
 
 class OnDevice:
     """All images are in the device's memory.
@@ -85,6 +88,9 @@ class OnDevice:
     def part(self, number: int) -> tuple[Tensor, Tensor]:
         rows = self._chosen[self._shares.of(number)]
         return self.images[rows], rows
+
+    def close(self) -> None:
+        pass
 
 
 class ReadAhead:
@@ -130,6 +136,9 @@ class ReadAhead:
     def part(self, number: int) -> tuple[Tensor, Tensor]:
         mine = slice(number * self._shares.size, (number + 1) * self._shares.size)
         return self._to_device.stored[mine], self._to_device.rows[mine]
+
+    def close(self) -> None:
+        self._loader = None
 
     def _next(self) -> "_Loaded":
         assert self._loader is not None

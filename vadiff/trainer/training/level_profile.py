@@ -14,7 +14,7 @@ from ...errors import RunError
 from ...information import Profile
 from ..config import TrainConfig
 from .assembly import saved_criterion
-from .checkpoint import load_checkpoint
+from .checkpoint import load_training
 
 PROFILE_FILE = "profile.csv"  # in a run directory: copy of the errors that the config names
 _SHOWN = 120  # characters of the columns of another file in an error
@@ -89,7 +89,7 @@ def read_profile(config: TrainConfig, run: Path | None) -> Profile | None:
 
 def profile_of_run(config: TrainConfig, path: Path, step: int | None = None) -> Profile:
     """The errors that a checkpoint's statistics hold: see `Run.profile`, also for its errors."""
-    criterion = saved_criterion(config, path, load_checkpoint(path, step))
+    criterion = saved_criterion(config, path, load_training(path, step))
     return Profile.of_criterion(criterion, config.form().prediction, sigma_data=config.sigma_data)
 
 

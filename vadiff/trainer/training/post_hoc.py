@@ -10,10 +10,13 @@ import torch
 from ...ema import reconstruct, times_saved
 from ...ema.archive import write_archive
 from ...errors import CheckpointError
+from ...models.edm2 import with_null_class
 from .averages import PREFIX, SNAPSHOTS, average_file
 from .checkpoint import load_checkpoint
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .run import Run
+
+_CLASSES = "network.class_embedding.weight"  # of EDM2's network, in a denoiser's state
 
 
 def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None) -> dict[float, Path]:
@@ -40,6 +43,9 @@ def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None
     about = {name: value for name, value in load_checkpoint(run.path).items() if name in ("image_shape", "classes")}
     files = {width: average_file(run.path, step, width) for width in states}
     for width, state in states.items():
+        if run.is_imported and (weight := state.get(_CLASSES)) is not None:
+            # Its last column is the RMS of the others, and a mean of RMS is not the RMS of a mean.
+            state[_CLASSES] = with_null_class(weight[:, :-1])
         write_archive(files[width], {**about, "step": step, "sigma_rel": width, "ema": state})
     return files
 

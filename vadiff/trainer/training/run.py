@@ -9,6 +9,7 @@ metrics.jsonl        one JSON object per line, every `log_every` steps, see `vad
 tensorboard/         the same for TensorBoard
 checkpoints/step-<n>/
 samples/step-<n>.png
+import.json          the files that `vadiff import` took it from; such a run has weights, but no state of training
 snapshots/, ema/     see `vadiff.trainer.training.averages`
 """
 
@@ -35,14 +36,14 @@ from ..config import TrainConfig
 from ..data import Encoding, Images
 from . import averages
 from .assembly import build_denoiser, build_levels, saved_criterion
-from .checkpoint import checksum, load_checkpoint, steps_saved
+from .checkpoint import checksum, load_checkpoint, load_training, steps_saved
 from .data_set import load_images
 from .level_profile import profile_of_run, read_profile
 from .metrics import METRICS, read_metrics
 from .optimal_curve import check_curve_of, read_curve
 from .run_encoding import read_encoding
 
-CONFIG, DATA = "config.yaml", "data.json"
+CONFIG, DATA, IMPORTED = "config.yaml", "data.json", "import.json"
 WEIGHTS = ("ema", "raw")
 
 
@@ -62,6 +63,11 @@ class Run:
     path: Path
     config: TrainConfig
     vae: Path | None = None  # folder of the VAE that decodes latents; None is the one that encoded them
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether `vadiff import` wrote it: it has weights, but no state of training."""
+        return (self.path / IMPORTED).exists()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far; empty before the first.
@@ -152,7 +158,7 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, or it is corrupt; the message names the last intact one.
         """
-        return saved_criterion(self.config, self.path, load_checkpoint(self.path, step))
+        return saved_criterion(self.config, self.path, load_training(self.path, step))
 
     def diagnose(self, optimal: OptimalLoss | None = None, step: int | None = None) -> Diagnosis:
         """The diagnosis of the criterion of a checkpoint, with its gap where the optimal loss is known.
@@ -165,7 +171,7 @@ class Run:
             CheckpointError: there is no such checkpoint, or it is corrupt.
             RunError: `optimal` belongs to other images.
         """
-        state = load_checkpoint(self.path, step)
+        state = load_training(self.path, step)
         criterion = saved_criterion(self.config, self.path, state)
         optimal = read_curve(self.config, self.path) if optimal is None else optimal
         facts = self.data_facts()
@@ -195,7 +201,7 @@ class Run:
         """
         config, path = self.config, self.path
         sampler = build_levels(config, path, read_curve(config, path), read_profile(config, path))
-        sampler.load_state_dict(load_checkpoint(path, step)["levels"])
+        sampler.load_state_dict(load_training(path, step)["levels"])
         return sampler
 
     @cached_property

@@ -6,17 +6,17 @@ from pathlib import Path
 from ...errors import DataError, RunError
 from ...files import replacing
 from ..config import TrainConfig
-from ..data import PIXELS, Encoding, Images, LatentEncoding
+from ..data import PIXELS, Encoding, LatentEncoding
 from ..data.latents import read_facts
 
 ENCODING_FILE = "encoding.json"  # in the directory of a run on latents: their statistics, and the VAE that decodes
 
 
-def keep_encoding(images: Images, run: Path) -> None:
+def keep_encoding(encoding: Encoding, run: Path) -> None:
     """Copy the encoding of latents into a run's own folder, so that it can be sampled without its data set."""
-    if isinstance(images.encoding, LatentEncoding):
+    if isinstance(encoding, LatentEncoding):
         with replacing(run / ENCODING_FILE) as partial:
-            partial.write_text(json.dumps(images.encoding.as_dict(), indent=1) + "\n")
+            partial.write_text(json.dumps(encoding.as_dict(), indent=1) + "\n")
 
 
 def read_encoding(config: TrainConfig, run: Path, vae: Path | None = None) -> Encoding:
@@ -35,6 +35,8 @@ def read_encoding(config: TrainConfig, run: Path, vae: Path | None = None) -> En
             raise RunError(f"vae is {vae}, expected none: {run} draws pixels, its data set is {config.dataset}")
         return PIXELS
     path = run / ENCODING_FILE
+    if config.data is None and not path.exists():
+        raise RunError(f"{path} is missing: import the run again, with --vae PATH of the VAE that decodes its latents")
     try:
         if path.exists():
             encoding = LatentEncoding.of_dict(json.loads(path.read_text()))

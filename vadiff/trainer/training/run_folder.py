@@ -25,7 +25,7 @@ from .checkpoint import FOLDER
 from .level_profile import PROFILE_FILE
 from .metrics import METRICS
 from .optimal_curve import CURVE_FILE
-from .run import CONFIG, DATA, open_run
+from .run import CONFIG, DATA, IMPORTED, open_run
 from .run_encoding import ENCODING_FILE, keep_encoding
 
 # Fields that do not affect what a run computes.
@@ -57,6 +57,11 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     if not (path / CONFIG).exists():
         return
     if resume:
+        if (path / IMPORTED).exists():
+            raise RunError(
+                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Train a "
+                "run of your own in another folder"
+            )
         saved = TrainConfig.load(path / CONFIG)
         if differing := differences(saved, config, _CHANGEABLE):
             raise RunError(
@@ -128,7 +133,7 @@ def begin(
         _drop_later(path, step)
     else:
         table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
-        _clear(path)
+        clear(path)
         path.mkdir(parents=True, exist_ok=True)
         if table is not None:
             keep_table(table, path)
@@ -136,7 +141,7 @@ def begin(
         optimal.save(path / CURVE_FILE)
     if profile is not None and not (path / PROFILE_FILE).exists():
         profile.save(path / PROFILE_FILE)
-    keep_encoding(images, path)
+    keep_encoding(images.encoding, path)
     facts = {
         "train": len(images.train),
         "held_out": len(images.held_out),
@@ -200,9 +205,9 @@ def is_in_use(path: Path) -> bool:
     return False
 
 
-def _clear(path: Path) -> None:
+def clear(path: Path) -> None:
     """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
+    for name in (CONFIG, IMPORTED, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
         (path / name).unlink(missing_ok=True)
     for name in (
         FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",

@@ -85,7 +85,11 @@ class TrainingStep:
         self._sigma = parts[-1].sigma
 
     def close(self) -> None:
-        """Let go of the graph and of its memory, in which lies what the last step left. No step follows."""
+        """Let go of the graph and of its memory, in which lies what the last step left, and of the processes that read.
+
+        No step follows.
+        """
+        self.batches.source.close()
         if self._in_graph is not None:
             self._in_graph = self._sigma = None
             self.criterion.copy_last_call()
