@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import train_vae  # benchmarks/experiments
 from torch import Tensor
 
 from vadiff.errors import DataError, RunError
@@ -558,3 +559,22 @@ def test_posterior_mean_targets_are_latents(digit_latents: Path, cache: str) -> 
     config = latent_config(digit_latents, target="posterior_mean", reference=128, cache=cache)
     trained = train(config, progress=False)
     assert all(math.isfinite(line["loss"]) for line in trained.metrics)
+
+
+def test_autoencoder_of_the_example_learns_and_its_error_is_that_of_its_decoded_means(tmp_path: Path) -> None:
+    pictures = torch.randint(100, 156, (40, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures = pictures.expand(-1, -1, 32, 32)
+    torch.manual_seed(0)
+    network = train_vae.autoencoder()
+    before = train_vae.error_of(network, pictures)["rmse"]
+    assert train_vae.train(network, pictures, minutes=0.02, generator=torch.Generator().manual_seed(0)) >= 1
+    network.save_pretrained(tmp_path)
+    found = train_vae.error_of(network, pictures)
+    assert found["rmse"] < before
+    assert found["psnr_db"] == pytest.approx(20.0 * math.log10(2.0 / found["rmse"]))
+    vae = open_autoencoder(tmp_path)
+    assert vae.latent_shape((3, 32, 32)) == (4, 8, 8)
+    decoded = vae.pictures(vae.moments(pictures)[:, :4])
+    assert float((normalised(decoded) - normalised(pictures)).square().mean().sqrt()) == pytest.approx(
+        found["rmse"], rel=0.05
+    )

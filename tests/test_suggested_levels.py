@@ -437,7 +437,7 @@ def test_folder_that_is_missing_is_one_line_and_status_one(capsys: pytest.Captur
         "vadiff: data is nowhere, which does not exist; expected a folder of pictures"
     )
     assert main(["levels", "suggest", "--dataset", "images"]) == 1
-    assert "expected the folder of the pictures: --data FOLDER" in capsys.readouterr().err
+    assert "expected the path of the images: --data PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.5, 3.0])

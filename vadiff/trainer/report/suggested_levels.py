@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...extras import import_extra
 from ...levels import information_density
-from ..training.level_evidence import GIVEN, INFERRED, LENGTH, NUMBERS, PIXELS, Evidence
+from ..training.level_evidence import GIVEN, INFERRED, LATENTS, LENGTH, NUMBERS, PIXELS, Evidence
 
 FITS, NEAR, NO_FIT, UNKNOWN = "fits", "near", "does not fit", "cannot be told apart"  # what is said of a default
 # Least share of draws that a default has in common with the suggestion. Measured on the digits, what the suggestion
@@ -37,7 +37,8 @@ DEFAULTS = {
     "flow": (Default("SD3", 0.0, 1.0, "arXiv 2403.03206, latents"),),
 }
 _SIGMA_DATA = {
-    PIXELS: "standard deviation of the data",
+    PIXELS: "standard deviation of the pixels",
+    LATENTS: "to which latents are scaled",
     GIVEN: "as given",
     INFERRED: "inferred from the errors at the highest noise: the deviation from the mean image",
 }

@@ -10,7 +10,7 @@ import torch
 
 from ...information import Profile
 from ...levels import Suggestion, suggest
-from ..data import Images
+from ..data import Images, encoding
 from .held_out import HeldOutLoss, held_out_loss_of_run
 from .level_profile import read_errors
 from .run import Run
@@ -18,7 +18,7 @@ from .short import SEEDS, short_trainings, sigma_data_of
 
 HALVES, APART, LENGTH = "halves", "seeds", "half the steps"  # what independent ways to get a suggestion differ by
 NUMBERS = ("p_mean", "p_std", "logit_mean", "logit_std", "alpha")
-PIXELS, GIVEN, INFERRED = "pixels", "given", "inferred"  # where sigma_data is from
+PIXELS, LATENTS, GIVEN, INFERRED = "pixels", "latents", "given", "inferred"  # where sigma_data is from
 _FAR = 4.0  # factor between the variance that the errors show and sigma_data² from which on there is a warning
 _LEVELS = 20  # at which a run's held-out images are measured
 
@@ -32,8 +32,8 @@ class Evidence:
         source: what it is from, in words.
         profiles: the x0 errors of each network, or of each half of the images.
         differences: `HALVES`, `APART` (seeds) or `LENGTH` → name in `NUMBERS` → difference of that number.
-        sigma_data_from: `PIXELS`, their standard deviation; `GIVEN`, by a flag or with the losses; or `INFERRED`, from
-            the errors at the highest noise.
+        sigma_data_from: `PIXELS`, their standard deviation; `LATENTS`, to which they are scaled; `GIVEN`, by a flag or
+            with the losses; or `INFERRED`, from the errors at the highest noise.
         command: of `vadiff train` for the same images, to which the suggestion is added; None if not known.
     """
 
@@ -84,6 +84,7 @@ def of_short_trainings(
             APART: _difference(seeds[0], seeds[1], sigma_data),
             LENGTH: _difference([run.halfway for run in runs], profiles, sigma_data),
         },
+        _seen(images),
     )
 
 
@@ -101,12 +102,15 @@ def of_statistics(run: Run, step: int | None = None, sigma_data: float | None = 
         ValueError: too few samples, or levels that do not reach the data's scale at both ends.
     """
     profile = run.profile(step)
-    scale = sigma_data_of(run.images()) if sigma_data is None else sigma_data
+    scale, scale_from = sigma_data, GIVEN
+    if scale is None:
+        images = run.images()
+        scale, scale_from = sigma_data_of(images), _seen(images)
     return Evidence(
         _suggest([profile], scale),
         f"training statistics of {run.path}, raw weights",
         [profile],
-        sigma_data_from=PIXELS if sigma_data is None else GIVEN,
+        sigma_data_from=scale_from,
     )
 
 
@@ -130,7 +134,7 @@ def of_held_out(
         f"averaged weights of {run.path} on {found.per_image.shape[1]:,} held-out images",
         halves,
         {HALVES: _difference(halves[:1], halves[1:], scale)},
-        sigma_data_from=PIXELS if sigma_data is None else GIVEN,
+        sigma_data_from=_seen(images) if sigma_data is None else GIVEN,
     )
 
 
@@ -176,6 +180,11 @@ def of_file(path: Path, prediction_type: str | None = None, sigma_data: float | 
 def _of_profile(profile: Profile, path: Path, sigma_data: float | None) -> Evidence:
     suggestion = _suggest([profile], sigma_data)
     return Evidence(suggestion, str(path), [profile], sigma_data_from=INFERRED if sigma_data is None else GIVEN)
+
+
+def _seen(images: Images) -> str:
+    """What the network sees of images, for `Evidence.sigma_data_from`."""
+    return PIXELS if images.encoding is encoding.PIXELS else LATENTS
 
 
 def _suggest(profiles: Sequence[Profile], sigma_data: float | None) -> Suggestion:
