@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor
 
 from vadiff.augmentation import EDMAugmentation, labels_of, transformed
+from vadiff.errors import RunError
 from vadiff.integrations.edm import EDMLoss
 from vadiff.models import EDM2UNet, unet
 from vadiff.trainer.presets import PRESETS
+from vadiff.trainer.training.data_set import load_images
+from vadiff.trainer.training.optimal_curve import check_curve, estimate_curve
 from vadiff.training import TrainConfig, train
 
 
@@ -99,6 +104,38 @@ def test_anisotropy_stretches_along_its_angle(angle: float, stretched: tuple[int
     torch.testing.assert_close(inner(found), inner(expected(torch.diag(factors))), rtol=0.0, atol=0.01)
 
 
+def test_transformations_follow_one_another_in_the_order_of_the_paper_s_table() -> None:
+    a0, a1, a2, a3, a4, a5, a6, a7 = (1.0, 0.0, 0.8, 2.0, 0.6, -1.2, 0.5, -0.25)
+
+    def rotation(angle: float) -> Tensor:
+        return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+    anisotropy = rotation(a4) @ torch.diag(torch.tensor([2 ** (0.2 * a5), 2 ** (-0.2 * a5)])) @ rotation(-a4)
+    forwards = anisotropy @ rotation(-a3) * 2 ** (0.2 * a2) @ torch.diag(torch.tensor([1.0 - 2.0 * a0, 1.0]))
+    found = transformed(wave(), torch.tensor([[a0, a1, a2, a3, a4, a5, a6, a7]]))
+    moved = expected(forwards.inverse(), shift=(32 * a6 / 8, 32 * a7 / 8))
+    torch.testing.assert_close(inner(found), inner(moved), rtol=0.0, atol=0.01)
+
+
+def test_autocast_does_not_blur_what_is_transformed() -> None:
+    images, drawn = torch.rand(4, 3, 32, 32), EDMAugmentation(1.0).draw(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = transformed(images, drawn)
+    assert torch.equal(found, transformed(images, drawn))
+
+
+def test_a_plain_image_stays_plain_under_every_transformation() -> None:
+    images = torch.full((64, 1, 24, 32), 0.7)
+    torch.testing.assert_close(transformed(images, EDMAugmentation(1.0).draw(64)), images)
+
+
+def test_an_image_that_is_not_finite_does_not_spread_to_others() -> None:
+    images = torch.rand(3, 1, 16, 16)
+    images[1, 0, 4, 5] = math.nan
+    found = transformed(images, EDMAugmentation(1.0).draw(3))
+    assert found.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
 def test_labels_say_what_was_done() -> None:
     assert torch.equal(labels_of(torch.zeros(2, 8)), torch.zeros(2, 9))
     a = torch.tensor([[1.0, 0.0, 0.3, math.pi / 2, math.pi, 2.0, -0.4, 0.6]])
@@ -178,6 +215,27 @@ def test_accumulation_draws_the_same_images_and_a_stream_of_its_own() -> None:
     assert never.metrics[-1]["statistics"]["count"] == whole.metrics[-1]["statistics"]["count"]  # the same noise levels
 
 
+def test_an_augmented_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, model="edm2", accumulate=2)
+    never = train(config, out=tmp_path, progress=False).denoiser.state_dict()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+    resumed = train(config, out=tmp_path, resume=True, progress=False).denoiser.state_dict()
+    assert [name for name in never if not torch.equal(never[name], resumed[name])] == []
+    with pytest.raises(RunError, match=r"augment was 0\.5, is 0\.0"):
+        train(dataclasses.replace(config, augment=0.0), out=tmp_path, resume=True, progress=False)
+
+
+def test_mirrored_images_are_data_unless_the_network_is_told() -> None:
+    told, untold = CONFIG, dataclasses.replace(CONFIG, augment=0.0)
+    assert (told.mirrored_data, untold.mirrored_data) == (False, True)
+    images = load_images(told)
+    ones = [estimate_curve(config, images, torch.device("cpu"), sigmas=[1.0]) for config in (told, untold)]
+    assert ones[1].samples == 2 * ones[0].samples == 2 * len(images.train)
+    check_curve(ones[0], told, images)
+    with pytest.raises(RunError, match="the training images are"):
+        check_curve(ones[1], told, images)
+
+
 def test_networks_without_augmentation_are_as_they_were() -> None:
     for network in (EDM2UNet((1, 8, 8), (8, 16), attention_resolutions=()), unet((1, 8, 8), (8, 16), labels=3)):
         assert not [name for name, _ in network.named_parameters() if "augment" in name or "conditions" in name]
@@ -188,6 +246,7 @@ def test_networks_without_augmentation_are_as_they_were() -> None:
     [
         ({"target": "posterior_mean"}, "expected 0 with target posterior_mean: the network is told"),
         ({"weighting": "gap"}, "expected 0 with weighting or levels from the optimal loss"),
+        ({"dataset": "images", "image_size": 4}, "expected 0 for images of 4 x 4 pixels: .* at least 7 x 7"),
         ({"dataset": "latents", "flips": False, "sigma_data": 0.5}, "expected 0 with latents: a transformed"),
     ],
 )

@@ -7,6 +7,7 @@ augmentation of GANs with limited data (arXiv 2006.06676, appendix B).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ _SYM6 = (
 )  # fmt: skip
 _TAPS = len(_SYM6)
 _BORDER = _TAPS // 2  # pixels by which an image is extended for the filter
+SMALLEST = _BORDER + 1  # pixels of height and width: there are no more to mirror
 # Pixels from a pixel's first fine pixel to the middle of its filter, as smooth images see it: its center of mass.
 _DELAY = sum(place * tap for place, tap in enumerate(_SYM6)) / sum(_SYM6) / 2.0
 
@@ -33,20 +35,21 @@ class EDMAugmentation:
     middle of the image, x to the right, y down:
 
         x-flip          a0 in {0, 1}, each with probability 1/2
-        y-flip          a1 in {0, 1}
+        y-flip          a1 in {0, 1}, each with probability 1/2
         scaling         by 2^(a2/5), a2 ~ N(0, 1)
         rotation        by the angle -a3, a3 ~ U(-pi, pi)
         anisotropy      by 2^(a5/5) along the direction of the angle a4 and 2^(-a5/5) across, a4 ~ U(-pi, pi),
                         a5 ~ N(0, 1)
         translation     by (a6, a7)/8 of width and height, a6, a7 ~ N(0, 1)
 
-    All but the x-flip are done with probability `p`, else their numbers are 0. The labels are
+    All but the x-flip are drawn with probability `p` each, else their numbers are 0. The labels are
     (a0, a1, a2, cos a3 - 1, sin a3, a5·cos a4, a5·sin a4, a6, a7): all 0 for an image that stays as it is, which is
     what a network is told when it samples.
 
     Flips are exact. The others are one affine map, by bilinear interpolation of the image enlarged to twice its size
-    with the low-pass filter of the wavelet sym6, mirrored at its borders; the same filter makes it small again. No
-    operation waits for a GPU, and all can be captured in a CUDA graph.
+    with the low-pass filter of the wavelet sym6, mirrored at its borders; the same filter makes it small again. The
+    filter overshoots at edges: pixels may lie a little beyond the range of the image's. No operation waits for a GPU,
+    and all can be captured in a CUDA graph.
 
     Args:
         p: probability of each transformation; EDM's is 0.12 for CIFAR-10, 0.15 for FFHQ and AFHQ.
@@ -110,53 +113,81 @@ def labels_of(parameters: Tensor) -> Tensor:
 
 
 def transformed(images: Tensor, parameters: Tensor) -> Tensor:
-    """Images [B, C, H, W] floats, transformed by the numbers a0 to a7, [B, 8].
+    """Images [B, C, H, W] floats, transformed by the numbers a0 to a7, [B, 8]; under autocast too, in float32.
 
     Raises:
         ValueError: images of another shape or dtype, or smaller than 7 × 7.
     """
-    if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) <= _BORDER:
+    if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) < SMALLEST:
         raise ValueError(
             f"images is {images.dtype} {tuple(images.shape)}, expected floats [B, C, H, W] of at least "
-            f"{_BORDER + 1} x {_BORDER + 1} pixels"
+            f"{SMALLEST} x {SMALLEST} pixels"
         )
     a0, a1, *others = parameters.float().unbind(1)
     flipped = torch.where(_per_image(a0 > 0.5), images.flip(3), images)
     flipped = torch.where(_per_image(a1 > 0.5), flipped.flip(2), flipped)
-    warped = _warped(flipped.float(), _inverse_map(*others)).to(images.dtype)
+    with torch.autocast(images.device.type, enabled=False):
+        warped = _warped(flipped.float(), _inverse_map(*others)).to(images.dtype)
     moved = torch.stack(others, 1).ne(0.0).any(1)  # the others stay as they are, bit by bit
     return torch.where(_per_image(moved), warped, flipped)
 
 
-def _inverse_map(a2: Tensor, a3: Tensor, a4: Tensor, a5: Tensor, a6: Tensor, a7: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a pixel of the result is in the image: p = M·(p' - t); M [B, 2, 2], and t [B, 2] in parts of its size."""
-    shrink = _diagonal(torch.exp2(-0.2 * a2), torch.exp2(-0.2 * a2))
-    squeeze = _diagonal(torch.exp2(-0.2 * a5), torch.exp2(0.2 * a5))
-    unstretch = _rotation(a4) @ squeeze @ _rotation(-a4)
-    return shrink @ _rotation(a3) @ unstretch, torch.stack([a6, a7], 1) / 8.0
+class _Inverse(NamedTuple):
+    """Where a pixel of the result is in the image: p = M·(p' - t), for each image."""
+
+    m00: Tensor  # [B] each
+    m01: Tensor
+    m10: Tensor
+    m11: Tensor
+    right: Tensor  # t in parts of width and height
+    down: Tensor
 
 
-def _warped(images: Tensor, inverse: tuple[Tensor, Tensor]) -> Tensor:
-    """Images [B, C, H, W] resampled at M·(p' - t), by way of twice their resolution."""
-    matrix, shift = inverse
+def _inverse_map(a2: Tensor, a3: Tensor, a4: Tensor, a5: Tensor, a6: Tensor, a7: Tensor) -> _Inverse:
+    """M = 2^(-a2/5) · rotation by a3 · [cosh k - sinh k·(cos 2a4, sin 2a4; sin 2a4, -cos 2a4)], k = ln 2·a5/5.
+
+    The last factor squeezes by 2^(-a5/5) along a4. Number by number: matrix products could be of TF32 numbers.
+    """
+    cosh, sinh = (function(math.log(2.0) / 5.0 * a5) for function in (torch.cosh, torch.sinh))
+    along, aside = sinh * (2.0 * a4).cos(), sinh * (2.0 * a4).sin()
+    shrink = torch.exp2(-0.2 * a2)
+    cos, sin = shrink * a3.cos(), shrink * a3.sin()
+    return _Inverse(
+        cos * (cosh - along) + sin * aside, -cos * aside - sin * (cosh + along),
+        sin * (cosh - along) - cos * aside, -sin * aside + cos * (cosh + along),
+        a6 / 8.0, a7 / 8.0,
+    )  # fmt: skip
+
+
+def _warped(images: Tensor, inverse: _Inverse) -> Tensor:
+    """Images [B, C, H, W] float32 resampled at M·(p' - t), by way of twice their resolution."""
     height, width = images.shape[2:]
-    fine = _enlarged(F.pad(images, [_BORDER] * 4, mode="reflect"))
+    taps = torch.stack([images.new_full((), tap) for tap in _SYM6])  # filled on the device: no copy from the host
+    # Products with the filter's matrices, as convolutions of one channel each are slow on a CPU.
+    padded = F.pad(images, [_BORDER] * 4, mode="reflect")
+    rows, columns = (math.sqrt(2.0) * _filter(taps, size) for size in padded.shape[2:])
+    fine = rows @ (padded @ columns.mT)  # [B, C, 2H + 34, 2W + 34]
     # 1. Where the fine pixels of the result are, in pixels from its middle: as many as the filter needs.
-    rows, columns = (
+    down, right = (
         torch.arange(2 * size + _TAPS - 2, device=images.device) / 2.0 - _DELAY - (size - 1) / 2.0
         for size in (height, width)
     )
-    x, y = torch.meshgrid(columns, rows, indexing="xy")  # [h, w] each
-    # 2. Where they are in the image: [B, h, w], from its first pixel.
-    x, y = x - _per_row(shift[:, 0] * width), y - _per_row(shift[:, 1] * height)
-    x, y = (_per_row(matrix[:, axis, 0]) * x + _per_row(matrix[:, axis, 1]) * y for axis in (0, 1))
+    # 2. Where they are in the image: [B, 2H + 10, 2W + 10], from its first pixel.
+    y = down[None, :, None] - height * _per_row(inverse.down)
+    x = right[None, None, :] - width * _per_row(inverse.right)
+    x, y = (
+        _per_row(inverse.m00) * x + _per_row(inverse.m01) * y,
+        _per_row(inverse.m10) * x + _per_row(inverse.m11) * y,
+    )
     x, y = _mirrored(x + (width - 1) / 2.0, width), _mirrored(y + (height - 1) / 2.0, height)
     # 3. Where that is in the enlarged image, from -1 to 1 over its pixels' outer edges.
     grid = [
         (4.0 * (place + _BORDER + _DELAY) + 1.0) / size - 1.0
         for place, size in ((x, fine.shape[3]), (y, fine.shape[2]))
     ]
-    return _reduced(F.grid_sample(fine, torch.stack(grid, -1), mode="bilinear", align_corners=False))
+    moved = F.grid_sample(fine, torch.stack(grid, -1), mode="bilinear", align_corners=False)
+    rows, columns = (math.sqrt(0.5) * _filter(taps, size) for size in (height, width))
+    return rows.mT @ moved @ columns
 
 
 def _mirrored(place: Tensor, size: int) -> Tensor:
@@ -168,41 +199,15 @@ def _mirrored(place: Tensor, size: int) -> Tensor:
     return torch.where(outside, inside, place)
 
 
-def _enlarged(images: Tensor) -> Tensor:
-    """[B, C, H, W] → [B, C, 2H + 10, 2W + 10]: zeros between the pixels, filtered."""
-    channels = images.shape[1]
-    for dim in (2, 3):
-        kernel, stride = _kernel(images, dim, math.sqrt(2.0))
-        images = F.conv_transpose2d(images, kernel, stride=stride, groups=channels)
-    return images
+def _filter(taps: Tensor, size: int) -> Tensor:
+    """What each of `size` pixels gives to the pixels of twice the resolution: [2·size + 10, size].
 
-
-def _reduced(images: Tensor) -> Tensor:
-    """[B, C, 2H + 10, 2W + 10] → [B, C, H, W]: filtered, and every second pixel; undoes `_enlarged`."""
-    channels = images.shape[1]
-    for dim in (2, 3):
-        kernel, stride = _kernel(images, dim, math.sqrt(0.5))
-        images = F.conv2d(images, kernel, stride=stride, groups=channels)
-    return images
-
-
-def _kernel(images: Tensor, dim: int, scale: float) -> tuple[Tensor, tuple[int, int]]:
-    """The filter along a dimension for each channel, and a stride of 2 there."""
-    taps = torch.stack(
-        [images.new_full((), scale * tap) for tap in _SYM6]
-    )  # filled on the device: no copy from the host
-    shape = (1, 1, _TAPS, 1) if dim == 2 else (1, 1, 1, _TAPS)
-    return taps.view(shape).expand(images.shape[1], *shape[1:]), (2, 1) if dim == 2 else (1, 2)
-
-
-def _rotation(angle: Tensor) -> Tensor:
-    """[B] → [B, 2, 2]."""
-    return torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
-
-
-def _diagonal(x: Tensor, y: Tensor) -> Tensor:
-    """Factors along x and y, [B] each → [B, 2, 2]."""
-    return torch.diag_embed(torch.stack([x, y], 1))
+    √2 times it enlarges: zeros between the pixels, filtered. √½ times its transpose makes small again: filtered, and
+    every second pixel. The one undoes the other, but for the rows that reach beyond the border.
+    """
+    fine = torch.arange(2 * size + _TAPS - 2, device=taps.device)
+    tap = fine[:, None] - 2 * torch.arange(size, device=taps.device)
+    return taps[tap.clamp(0, _TAPS - 1)] * ((tap >= 0) & (tap < _TAPS))
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import levels
+from ..augmentation import SMALLEST
 from ..errors import RunError
 from ..extras import import_extra
 from ..models import Parameterisation, check_attention, check_halvings, parameterisation
@@ -116,6 +117,11 @@ class TrainConfig(ConfigSchema):
                 f"augment is {self.augment:g}, expected 0 with latents: a transformed latent is not that of the "
                 "transformed image"
             )
+        if min(self.image_shape[1:]) < SMALLEST:
+            raise ValueError(
+                f"augment is {self.augment:g}, expected 0 for images of {self.image_shape[1]} x {self.image_shape[2]} "
+                f"pixels: augmentation needs at least {SMALLEST} x {SMALLEST}"
+            )
         alone = "the network is told how its image was augmented, and no other image is augmented alike"
         if self.target == POSTERIOR_MEAN:
             raise ValueError(f"augment is {self.augment:g}, expected 0 with target posterior_mean: {alone}")
@@ -142,6 +148,11 @@ class TrainConfig(ConfigSchema):
         """Channels, height and width of the images."""
         channels = self.image_channels if self.dataset == "latents" else 3
         return SHAPES.get(self.dataset, (channels, self.image_size, self.image_size))
+
+    @property
+    def mirrored_data(self) -> bool:
+        """Whether mirrored images belong to the data: with `flips`, unless the network is told which are mirrored."""
+        return self.flips and not self.augment
 
     @property
     def shift_alpha(self) -> float:

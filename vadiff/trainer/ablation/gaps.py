@@ -157,7 +157,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         config = opened.config
         device = run.config.torch_device()  # data and device of this machine are in the grid's config
         key = (
-            config.dataset, run.config.data, config.image_size, config.flips, config.class_conditional,
+            config.dataset, run.config.data, config.image_size, config.mirrored_data, config.class_conditional,
             config.held_out_levels, config.held_out_range(),
         )  # fmt: skip
         if key not in known:

@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     if config.class_conditional and options.estimator != "full":
         options.parser.error(f"argument --estimator: {options.estimator}, expected full for class-conditional J*")
     images = load_images(config)
-    data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
+    data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     machine = _product_speed(devices)
     where = ", ".join(str(device) for device in devices)
     told = "" if labels is None else f", conditional on {images.classes} classes"

@@ -122,7 +122,7 @@ class Batches:
         if self._uniforms is None:
             u = uniforms(size, generators["levels"], stratified=config.stratified, antithetic=config.antithetic)
         eps = self._normal("noise")
-        mirrored = self._coins("flips", 0.5) if config.flips and self._augmentation is None else None
+        mirrored = self._coins("flips", 0.5) if config.mirrored_data else None
         augmented = self._augmented()
         withheld = self._coins("labels", config.label_dropout) if self.labels is not None else None
         spread = self._normal(LATENTS) if self.encoding.random else None
@@ -134,6 +134,7 @@ class Batches:
             told = None
             if augmented is not None:
                 x0, told = transformed(x0, augmented[mine]), labels_of(augmented[mine])
+                x0 = x0.contiguous(memory_format=self.memory_format)
             labels = None
             if self.labels is not None and withheld is not None:
                 labels = self.labels[rows].masked_fill(withheld[mine], self._classes)

@@ -72,9 +72,9 @@ def check_curve_of(optimal: OptimalLoss, config: TrainConfig, number: int, eleme
     Raises:
         RunError: number or size of the images differ, or only one of curve and run is class-conditional.
     """
-    expected = (number * (2 if config.flips else 1), elements)
+    expected = (number * (2 if config.mirrored_data else 1), elements)
     if (optimal.samples, optimal.elements) != expected:
-        flips = " (each mirrored too: --flips)" if config.flips else ""
+        flips = " (each mirrored too: --flips)" if config.mirrored_data else ""
         raise RunError(
             f"optimal_loss is of {optimal.samples:,} images of {optimal.elements:,} numbers, the training images are "
             f"{expected[0]:,} of {expected[1]:,}{flips}: give the curve of this data set, or none to have it estimated"
@@ -98,7 +98,9 @@ def estimate_curve(
     limit: int = 4096,
     progress: bool = False,
 ) -> OptimalLoss:
-    """J* of a run's training images, with mirrored ones if it flips, given the class if it is class-conditional.
+    """J* of what a run is trained on, given the class if it is class-conditional.
+
+    Mirrored images are part of it if the run flips and its network is not told.
 
     A second on digits; on CIFAR-10 seconds on a GPU, minutes on a CPU.
 
@@ -112,7 +114,7 @@ def estimate_curve(
         relative, absolute, limit: see `vadiff.optimal_loss.estimate_until`.
         progress: show a progress bar where stderr is a terminal.
     """
-    data, labels = training_set(images, flips=config.flips, class_conditional=config.class_conditional)
+    data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     if sigmas is None:
         sigmas = torch.linspace(math.log(0.02), math.log(80.0), 36, dtype=torch.float64).exp().tolist()
     bar_type = import_extra("tqdm", "train").tqdm

@@ -31,7 +31,7 @@ def gap_of_run(
         run: the run.
         optimal: J* of its training images, see `optimal_curve.estimate_curve`.
         images: its data set, if already loaded.
-        number: of training images, including mirrored ones if the run flips.
+        number: of training images, including mirrored ones if the run flips and its network is not told.
         weights, step: of the denoiser, see `Run.denoiser`.
         seed: of the choice of images, and of the noise.
         device: where to compute.
@@ -42,7 +42,7 @@ def gap_of_run(
     images = run.images() if images is None else images
     check_curve(optimal, run.config, images)
     size = len(images.train)
-    chosen = _chosen(size * (2 if run.config.flips else 1), number, seed)
+    chosen = _chosen(size * (2 if run.config.mirrored_data else 1), number, seed)
     mirrored, rows = chosen >= size, chosen % size
     clean = images.encoding.inputs(images.train[rows])
     clean[mirrored] = clean[mirrored].flip(-1)
@@ -80,7 +80,8 @@ def direct_gap_of_run(
         UserError: the checkpoint or the data set is missing or corrupt.
     """
     images = run.images() if images is None else images
-    data, labels = training_set(images, flips=run.config.flips, class_conditional=run.config.class_conditional)
+    config = run.config
+    data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     return direct_gap(
         run.denoiser(weights, step, device),
         data,
