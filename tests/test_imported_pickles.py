@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import edm2_files
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vadiff.errors import DataError
+from vadiff.trainer.data.pickled_arrays import load_arrays
+from vadiff.trainer.evaluation.feature_statistics import read_statistics
 from vadiff.trainer.importing import import_networks
 from vadiff.trainer.importing.pickled_modules import read_module
 
@@ -159,3 +162,34 @@ def test_module_within_itself_ends(tmp_path: Path) -> None:
     network.unet.add_module("again", network.unet.out_conv)
     with pytest.raises(DataError, match=r"ema\.unet\.again is a module that is elsewhere in the network too"):
         read_module(edm2_files.write(tmp_path / "net.pkl", network), "ema")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"})" + b"\x85" * 1_000_000 + b"Ns.", "tuples in tuples without end"),  # a key whose hash recurses
+        (b"})" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(40)) + b"Ns.", "tuples in tuples without end"),
+        (b"})" + b"2\x86" * 28 + b"Ns.", "copies an object"),
+        (b"Nr" + (2**28).to_bytes(4, "little") + b".", "remembers an object under the number 268435456"),
+    ],
+)
+def test_pickles_that_would_exhaust_the_machine_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "net.pkl"
+    path.write_bytes(b"\x80\x04" + content)
+    with pytest.raises(DataError, match=message):
+        read_module(path, "ema")
+    with pytest.raises(DataError, match=message):
+        read_statistics(path)
+
+
+def test_numbers_that_are_used_again_and_again_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    content = stored(torch.zeros(50_000))
+    path.write_bytes(pickle.dumps({"ema": module(**{f"weight{i}": tensor(content, (50_000,)) for i in range(20)})}))
+    with pytest.raises(DataError, match="more than the file: they share numbers"):
+        read_module(path, "ema")
+    numbers = np.zeros(50_000, np.float32)
+    shared = [numbers.reshape(50_000, 1), numbers.reshape(1, 50_000)]
+    assert len(load_arrays(pickle.dumps([numbers, numbers]))) == 2  # one array twice is one
+    state = pickle.dumps(shared, protocol=2)
+    assert len(load_arrays(state)) == 2  # each has bytes of its own

@@ -93,11 +93,18 @@ def open_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Au
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise DataError(f"vae is {path}, which {what}; {expected}. Nothing is downloaded")
     try:
-        vae = import_extra("diffusers", "train").AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False
+        vae, report = import_extra("diffusers", "train").AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"vae is {path}, which cannot be read: {error}; {expected}") from error
+    except (
+        OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+    ) as error:  # fmt: skip
+        raise DataError(f"vae is {path}, which cannot be read: {error!r}; {expected}") from error
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report.get(what):  # diffusers would go on with random numbers
+            raise DataError(
+                f"vae is {path}, whose weights do not fit its config.json: {what} {report[what][:3]}; {expected}"
+            )
     return Autoencoder(vae.float().eval().requires_grad_(False), device)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ...errors import DataError
 from ...files import locked, replacing
 from .autoencoder import Autoencoder
-from .images import Images, Samples
+from .encoding import Samples
+from .images import Images
 from .latents import (
     FACTS,
     HELD_OUT,
@@ -22,6 +23,7 @@ from .latents import (
     MIRRORED,
     PLAN,
     TRAIN,
+    VERSION,
     LatentEncoding,
     LatentFacts,
     LatentSamples,
@@ -33,7 +35,6 @@ from .pictures import Pictures
 _LIMITS = {"float16": 65504.0, "float32": float("inf")}
 DTYPES = tuple(_LIMITS)
 _AT_ONCE = 1024  # latents whose statistics are summed at once
-_VERSION = 1  # of the layout
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def encode_images(
     channels, height, width = images.train.shape[1:]
     latent = vae.latent_shape((channels, height, width))
     plan: dict[str, Any] = {
-        "version": _VERSION,
+        "version": VERSION,
         "parts": {part.name: part.shards(options.shard) for part in parts},
         "dtype": options.dtype,
         "classes": images.classes,

@@ -1,10 +1,32 @@
 """How a data set stores its images, and what the network sees of them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ...pixels import normalised, pixels
+from .fixed_noise import fixed_noise
+
+DRAWS_SEED = 0x1A7E47  # of fixed draws; not that of any noise that is added to them, as 0 of the held-out loss
+
+
+class Samples(Protocol):
+    """Stored images, in memory or read from files when asked for; a tensor [N, C, H, W] is one."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, C, H, W)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or for latents that of the numbers that are stored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        """The images of some rows, [n, C, H, W]: bytes, or for latents the numbers that are stored."""
 
 
 class Encoding(Protocol):
@@ -31,6 +53,16 @@ class Encoding(Protocol):
 
     def pictures(self, x0: Tensor) -> Tensor:
         """Pictures of x0 [n, C, H, W]: bytes [n, 1 or 3, H', W']."""
+
+
+def inputs_of_rows(encoding: Encoding, samples: Samples, rows: Tensor) -> Tensor:
+    """x0 of some rows, int64 [n], with the fixed draws that `inputs` gives them when it is called for all of them."""
+    stored = samples[rows]
+    if not encoding.random:
+        return encoding.inputs(stored)
+    channels, height, width = samples.shape[1:]
+    shape = torch.Size((int(rows.max()) + 1, *encoding.shape((channels, height, width))))
+    return encoding.inputs(stored, fixed_noise(shape, DRAWS_SEED)[rows].to(stored.device))
 
 
 class PixelBytes:

@@ -1,31 +1,12 @@
 """A data set: images, labels, and the held-out part."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .encoding import PIXELS, Encoding
+from .encoding import PIXELS, Encoding, Samples
 
 HELD_OUT = 5000  # training images held out where a data set has no test part
-
-
-class Samples(Protocol):
-    """Stored images, in memory or read from files when asked for; a tensor [N, C, H, W] is one."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """(N, C, H, W)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """uint8, or for latents that of the numbers that are stored."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
-        """The images of some rows, [n, C, H, W]: bytes, or for latents the numbers that are stored."""
 
 
 class Images(NamedTuple):

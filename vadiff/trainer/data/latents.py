@@ -17,13 +17,14 @@ from torch import Tensor
 from ...errors import DataError
 from ..config_schema import LATENT_STD
 from .autoencoder import Autoencoder, open_autoencoder
+from .encoding import DRAWS_SEED
 from .fixed_noise import fixed_noise
 from .images import Images
 
 FACTS, PLAN = "latents.json", "plan.json"  # of a finished data set; what an unfinished one is to become
 TRAIN, MIRRORED, HELD_OUT = "train", "mirrored", "held-out"  # parts; mirrored: the training images once more
 LABELS = "labels"
-_DRAWS_SEED = 0x1A7E47  # of fixed draws; not that of any noise that is added to them, as 0 of the held-out loss
+VERSION = 1  # of the layout
 _LOADING = threading.Lock()  # a VAE is loaded once, whichever thread asks first
 
 
@@ -142,7 +143,7 @@ class LatentEncoding:
         if not self.random:
             return (stored.float() - mean) * scale
         centre, log_variance = stored.chunk(2, dim=1)
-        drawn = fixed_noise(centre.shape, _DRAWS_SEED).to(stored.device) if noise is None else noise
+        drawn = fixed_noise(centre.shape, DRAWS_SEED).to(stored.device) if noise is None else noise
         spread = log_variance.float().mul(0.5).exp_()
         return (centre.float() + spread * drawn - mean) * scale
 
@@ -241,6 +242,8 @@ def read_facts(folder: Path) -> LatentFacts:
         raise DataError(f"data is {folder}, which {what}; expected a folder that `vadiff encode` wrote")
     try:
         content = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise ValueError(f"version is {content['version']}, expected {VERSION}: a later vadiff wrote it")
         parts = {str(name): [int(number) for number in numbers] for name, numbers in content["parts"].items()}
         dtype = str(content["dtype"])
         if dtype not in ("float16", "float32"):

@@ -9,18 +9,18 @@ import io
 import math
 import pickle
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from .pickle_scan import UnsafePickleError, check
+
 _NUMBERS = re.compile("b1|[iu][1248]|f[248]")
+_SHARED = 64  # bytes that several arrays may be filled from: Python has short ones once
 _BYTE_ORDERS = ("|", "=", "<", ">")
 _PLAIN = (bytes, str, int, float, complex, bool, type(None))
-
-
-class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle asks for something other than arrays and plain containers."""
 
 
 def load_arrays(content: bytes) -> Any:
@@ -32,7 +32,9 @@ def load_arrays(content: bytes) -> Any:
         UnsafePickleError: the pickle asks for anything else, which was not run.
         Exception: the pickle is broken; `pickle` raises almost any kind.
     """
-    return with_arrays(ArrayUnpickler(io.BytesIO(content), encoding="bytes").load(), {})
+    file = io.BytesIO(content)
+    check(file)
+    return with_arrays(ArrayUnpickler(file, encoding="bytes").load(), {})
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -92,17 +94,19 @@ class DType:
     def __init__(self, name: Any, *flags: Any) -> None:  # copyreg's flags
         name = name.decode("latin1") if type(name) is bytes else name
         if type(name) is not str or not _NUMBERS.fullmatch(name):
-            raise UnsafePickleError(f"it asks for an array of {name!r}, expected numbers")
+            raise UnsafePickleError(f"it asks for an array of {_short(name)}, expected numbers")
         self.name: str = name
         self._order = "="
 
     def __setstate__(self, state: Any) -> None:
         # Version, byte order, subarray, names, fields, and three values that only structures and text use.
         if type(state) is not tuple or len(state) != 8 or state[0] != 3 or state[2:5] != (None, None, None):
-            raise UnsafePickleError(f"it asks for a dtype of state {state!r}, expected one of numbers")
+            raise UnsafePickleError(f"it asks for a dtype of state {_short(state)}, expected one of numbers")
         order = state[1].decode("latin1") if type(state[1]) is bytes else state[1]
         if order not in _BYTE_ORDERS:
-            raise UnsafePickleError(f"it asks for the byte order {order!r}, expected one of {' '.join(_BYTE_ORDERS)}")
+            raise UnsafePickleError(
+                f"it asks for the byte order {_short(order)}, expected one of {' '.join(_BYTE_ORDERS)}"
+            )
         self._order = order
 
     @property
@@ -127,7 +131,7 @@ class _Array:
             raise UnsafePickleError("it gives an array something other than version, shape, dtype, order and data")
         _, shape, dtype, by_columns, data = state
         if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
-            raise UnsafePickleError(f"it asks for an array of shape {shape!r}, expected whole numbers")
+            raise UnsafePickleError(f"it asks for an array of shape {_short(shape)}, expected whole numbers")
         if type(dtype) is not DType:
             raise UnsafePickleError(f"it asks for an array of {type(dtype).__name__}, expected numbers")
         if type(data) is not bytes:
@@ -136,6 +140,11 @@ class _Array:
         if len(data) != expected:
             raise UnsafePickleError(f"it fills an array of {expected} bytes with {len(data)}")
         self._shape, self._dtype, self._order, self._data = shape, dtype, "F" if by_columns else "C", data
+
+    @property
+    def data(self) -> bytes:
+        """Bytes of its numbers."""
+        return b"" if self._dtype is None else self._data
 
     def real(self) -> np.ndarray:
         if self._dtype is None:
@@ -149,6 +158,10 @@ def with_arrays(value: Any, done: dict[int, Any]) -> Any:
     if id(value) in done:
         return done[id(value)]
     if type(value) is _Array:
+        data = value.data
+        if id(data) in done and len(data) > _SHARED:
+            raise UnsafePickleError("it fills several arrays from the same bytes")
+        done[id(data)] = data
         done[id(value)] = value.real()
     elif type(value) is list:
         items = done[id(value)] = []
@@ -168,7 +181,7 @@ def with_arrays(value: Any, done: dict[int, Any]) -> Any:
 def _encode(text: Any, encoding: Any) -> bytes:
     """Encode text as protocol 2 does for bytes under Python 3; other codecs could decompress or import."""
     if type(text) is not str or encoding != "latin1":
-        raise UnsafePickleError(f"it asks for the codec {encoding!r}")
+        raise UnsafePickleError(f"it asks for the codec {_short(encoding)}")
     return text.encode("latin1")
 
 
@@ -188,3 +201,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): Function(_reconstruct),
     ("numpy._core.multiarray", "_reconstruct"): Function(_reconstruct),
 }
+
+
+def _short(value: Any) -> str:
+    """A value for an error, cut short."""
+    return reprlib.repr(value)

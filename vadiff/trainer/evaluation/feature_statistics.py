@@ -21,6 +21,7 @@ from ..data.pickled_arrays import load_arrays
 from .digits_classifier import FEATURES as DIGITS_FEATURES
 from .extractors import DINOV2_FEATURES
 
+_MOST_BYTES = 8 * 2048**2 + 2**16  # of an array in an .npz, unpacked
 _METRIC = {"inception": "fid", "dinov2": "fd_dinov2", "digits": "fd_digits"}  # names in a .pkl
 
 
@@ -100,12 +101,22 @@ def read_statistics(path: Path, features: str = "inception", layer: str = "2048"
         if not np.isfinite(array).all():
             raise DataError(f"{name} in {path} is not finite")
         arrays.append(array.astype(np.float64))
+    scale = np.abs(arrays[1]).max()
+    if not np.allclose(arrays[1], arrays[1].T, rtol=1e-4, atol=1e-6 * scale):
+        raise DataError(f"sigma in {path} is not symmetric, expected a covariance")
+    if (lowest := np.linalg.eigvalsh(arrays[1])[0]) < -1e-4 * scale:
+        raise DataError(
+            f"sigma in {path} has the eigenvalue {lowest:.3g}, expected a covariance, which has none below 0"
+        )
     made_by = content.get("made_by")
     return FeatureStatistics(arrays[0], arrays[1], None if made_by is None else str(made_by) or None)
 
 
 def _read_archive(path: Path) -> Mapping[str, Any]:
     try:
+        with zipfile.ZipFile(path) as members:
+            if any(member.file_size > _MOST_BYTES for member in members.infolist()):
+                raise ValueError(f"an array has more than {_MOST_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in ("mu", "sigma", "made_by") if name in archive}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:

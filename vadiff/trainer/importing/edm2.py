@@ -25,7 +25,7 @@ _HEAD = 64  # channels of an attention head
 # Attributes of the file's modules, where they have them, with the values that are constants in vadiff's network.
 _CONSTANTS = {"res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256, "label_balance": 0.5, "concat_balance": 0.5}
 _CLASSES = "network.class_embedding.weight"
-_FIRST = re.compile(r"enc\.(\d+)x\1_conv\.weight")
+_FIRST = re.compile(r"enc\.([1-9][0-9]{0,4})x\1_conv\.weight")
 
 
 class ImportedNetwork(NamedTuple):
@@ -65,11 +65,14 @@ def converted(network: PickledModule) -> ImportedNetwork:
     if "unet" not in network.children:
         raise DataError(f"ema is of class {network.kind} without a part unet, expected EDM2's network (config G)")
     sigma_data = network.attributes.get("sigma_data")
-    if not isinstance(sigma_data, float | int) or not 0.0 < sigma_data < math.inf:
+    if not isinstance(sigma_data, float | int) or isinstance(sigma_data, bool) or not 1e-6 < sigma_data < 1e6:
         raise DataError(f"sigma_data of ema is {sigma_data}, expected the standard deviation of its data")
     unet = network.children["unet"]
     _check_constants(unet, "unet")
     tensors = _Tensors(unet.flat())
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise DataError(f"unet.{name} is not of finite floating-point numbers")
     heights = _heights(tensors)
     layers = _count(tensors, f"enc.{_at(heights[0])}_block")
     first = [f"enc.{_at(height)}_block0." for height in heights]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ..data.pickled_arrays import ArrayUnpickler, DType, EasyDict, Function, UnsafePickleError
+from ..data.pickle_scan import UnsafePickleError, check
+from ..data.pickled_arrays import ArrayUnpickler, DType, EasyDict, Function
 from .storages import PickledTensor, storage
 
 _TORCH_MODULES = "torch.nn.modules."  # classes of torch: containers of modules
@@ -57,13 +58,18 @@ def read_module(path: Path, key: str) -> PickledModule:
     """
     try:
         with path.open("rb") as file:
+            check(file)
             content = _ModuleUnpickler(file).load()
         if type(content) not in (dict, EasyDict):
             raise UnsafePickleError(f"it holds {type(content).__name__.lstrip('_')}, expected a mapping")
         if key not in content:
             found = ", ".join(sorted(str(name) for name in content)) or "nothing"
             raise UnsafePickleError(f"it has no {key!r}, only {found}")
-        return _module(content[key], key, set())
+        module = _module(content[key], key, set())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in module.flat().values())
+        if size > path.stat().st_size:
+            raise UnsafePickleError(f"its tensors have {size:,} bytes in all, more than the file: they share numbers")
+        return module
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnsafePickleError as error:
@@ -159,6 +165,8 @@ _ModuleUnpickler.further = {
     ("torch.storage", "_load_from_bytes"): Function(storage),
     ("torch", "device"): Function(_nothing),
     ("collections", "OrderedDict"): Function(_ordered),
+    ("builtins", "set"): Function(_nothing),  # of protocols before 4
+    ("__builtin__", "set"): Function(_nothing),
     ("numpy.core.multiarray", "scalar"): Function(_scalar),
     ("numpy._core.multiarray", "scalar"): Function(_scalar),
     **{("torch", str(dtype).removeprefix("torch.")): None for dtype in (torch.float16, torch.float32, torch.float64)},

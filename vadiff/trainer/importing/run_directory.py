@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from .pickled_modules import read_module
 _NETWORK = "ema"  # in the mapping of a file
 # Thousands of images seen, and the width of the average, as in network-snapshot-0008388-0.050.pkl.
 _NAME = re.compile(r"-(\d{7,})(?:-(0?\.\d+))?\.pkl")
-_RGB = 3
+_RGB, _LATENT = 3, 4  # channels of pictures, of latents of Stable Diffusion's VAE
 _STAGED = ".import"  # folder in the run directory that is written first
 
 
@@ -96,6 +97,8 @@ def import_networks(
     }
     out.mkdir(parents=True, exist_ok=True)
     with run_folder.lock(out):
+        if (out / _STAGED).exists():  # a call that was killed while it moved its files
+            shutil.rmtree(out / _STAGED)
         with replacing(out / _STAGED) as staged:
             staged.mkdir()
             if widths:
@@ -141,7 +144,7 @@ def _read(path: Path) -> ImportedNetwork:
         return converted(module)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except (IndexError, RuntimeError) as error:
+    except (LookupError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: a tensor has an unexpected shape: {error}") from error
 
 
@@ -150,6 +153,8 @@ def _config(
 ) -> TrainConfig:
     """What is known of the training; fields that a file does not tell have their defaults."""
     channels, height, _ = network.image_shape
+    if channels not in (_RGB, _LATENT):
+        raise DataError(f"the network draws images of {channels} channels, expected {_RGB}, or {_LATENT} of latents")
     return TrainConfig(
         dataset="images" if channels == _RGB else "latents",
         data=data,

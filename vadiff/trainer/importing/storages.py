@@ -11,12 +11,14 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import reprlib
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.pickled_arrays import UnsafePickleError
+from ..data.pickle_scan import UnsafePickleError, check
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of torch's legacy format
 _DTYPES = {
@@ -29,6 +31,7 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+_HEADERS = 5  # pickles before the numbers
 _COUNT = 8  # bytes of the number of elements before the numbers
 
 
@@ -50,7 +53,7 @@ def storage(content: Any) -> Storage:
     if type(content) is not bytes:
         raise UnsafePickleError(f"it fills a tensor from {type(content).__name__}, expected bytes")
     stream = io.BytesIO(content)
-    header = [_StorageUnpickler(stream).load() for _ in range(5)]
+    header = [_checked(stream).load() for _ in range(_HEADERS)]
     magic, version, _, described, keys = header
     if (magic, version) != (_MAGIC, _VERSION) or type(described) is not _Described or keys != [described.key]:
         raise UnsafePickleError("it fills a tensor from bytes that are not one storage in torch's legacy format")
@@ -61,7 +64,9 @@ def storage(content: Any) -> Storage:
         raise UnsafePickleError(f"it fills a tensor of {expected} bytes with {max(0, len(content) - start)}")
     if not described.number:
         return Storage(torch.empty(0, dtype=described.dtype))
-    return Storage(torch.frombuffer(bytearray(memoryview(content)[start:]), dtype=described.dtype))
+    with warnings.catch_warnings():  # not a copy: a file may have many tensors refer to the same bytes
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return Storage(torch.frombuffer(content, dtype=described.dtype, offset=start))
 
 
 class _Described(NamedTuple):
@@ -84,8 +89,13 @@ class _StorageUnpickler(pickle.Unpickler):
             raise UnsafePickleError("it refers to objects outside of itself")
         kind, key, number = pid[1], pid[2], pid[4]
         if type(kind) is not str or kind not in _DTYPES or type(key) is not str or type(number) is not int:
-            raise UnsafePickleError(f"it asks for a storage of {kind!r}, expected numbers")
+            raise UnsafePickleError(f"it asks for a storage of {reprlib.repr(kind)}, expected numbers")
         return _Described(_DTYPES[kind], key, number)
+
+
+def _checked(stream: io.BytesIO) -> _StorageUnpickler:
+    check(stream)
+    return _StorageUnpickler(stream)
 
 
 class PickledTensor:

@@ -17,7 +17,7 @@ from ...files import replacing
 from ...optimal_loss import ModelGap
 from ...sampling.generation import Generation
 from ...sampling.seeds import recorded_seeds
-from ..data import Images
+from ..data import Images, inputs_of_rows
 from ..evaluation import LevelGradients, level_gradients
 from ..evaluation.fidelity import FeatureNetwork
 from ..training import HeldOutLoss, Run
@@ -158,7 +158,7 @@ def _gradients(
     log_snr = held_out_log_snr(run.config).flip(0)  # ascending, as the charts draw them
     return level_gradients(
         run.denoiser("raw", step=step, device=device).requires_grad_(True),
-        data.encoding.inputs(data.train[chosen]),
+        inputs_of_rows(data.encoding, data.train, chosen),
         None if data.train_labels is None else data.train_labels[chosen],
         log_snr,
         criterion.weight_at(log_snr.float()),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...optimal_loss import ModelGap, OptimalLoss, direct_gap, model_gap
-from ..data import Images
+from ..data import Images, inputs_of_rows
 from .optimal_curve import check_curve, training_set
 from .run import Run
 
@@ -44,7 +44,7 @@ def gap_of_run(
     size = len(images.train)
     chosen = _chosen(size * (2 if run.config.mirrored_data else 1), number, seed)
     mirrored, rows = chosen >= size, chosen % size
-    clean = images.encoding.inputs(images.train[rows])
+    clean = inputs_of_rows(images.encoding, images.train, rows)
     clean[mirrored] = clean[mirrored].flip(-1)
     labels = images.train_labels if run.config.class_conditional else None
     return model_gap(
