@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,34 @@ def test_imported_network_computes_what_the_file_describes(sizes: dict[str, Any]
         found = denoiser(x.double(), sigma.double(), given)
     assert difference(found, edm2_files.denoised(network, x, sigma, given)) < 1e-6
     assert torch.equal(found, open_run(tmp_path / "run").denoiser("raw").double()(x.double(), sigma.double(), given))
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+def test_pickles_of_any_protocol_are_read(protocol: int, tmp_path: Path) -> None:
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps({"ema": edm2_files.network(), "dataset_kwargs": {}}, protocol))
+    import_networks([path], tmp_path / "run")
+    assert open_run(tmp_path / "run").config.channels
+
+
+def test_a_call_that_was_killed_while_it_moved_its_files_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rename = edm2_files.write(tmp_path / "net.pkl", edm2_files.network()), Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "import.json":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_networks([file], tmp_path / "run")
+    monkeypatch.undo()
+    for name, module in edm2_files.pretend_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    import_networks([file], tmp_path / "run", overwrite=True)
+    assert open_run(tmp_path / "run").denoiser()
 
 
 def test_sizes_are_found_in_the_file(tmp_path: Path) -> None:

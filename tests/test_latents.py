@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import train_vae  # benchmarks/experiments
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vadiff.errors import DataError, RunError
 from vadiff.optimal_loss import OptimalLoss
 from vadiff.pixels import normalised, pixels
 from vadiff.trainer.cli import main
-from vadiff.trainer.data import Images, LatentEncoding, open_latents
+from vadiff.trainer.data import Images, LatentEncoding, inputs_of_rows, open_latents
 from vadiff.trainer.data.autoencoder import Autoencoder, open_autoencoder
 from vadiff.trainer.data.encode import EncodingOptions, encode_images
 from vadiff.trainer.data.fixed_noise import fixed_noise
@@ -269,6 +270,21 @@ def test_damaged_data_sets_are_named(encode: Encode, tmp_path: Path) -> None:
         open_latents(tmp_path)
 
 
+def test_fixed_draws_go_by_the_row(encode: Encode) -> None:
+    images = open_latents(encode())
+    rows = torch.tensor([17, 3, 29])
+    assert torch.equal(
+        inputs_of_rows(images.encoding, images.train, rows), images.encoding.inputs(images.train[:])[rows]
+    )
+
+
+def test_latents_of_a_later_version_are_refused(encode: Encode) -> None:
+    facts = encode() / FACTS
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "version": 2}))
+    with pytest.raises(DataError, match="version is 2, expected 1: a later vadiff wrote it"):
+        open_latents(facts.parent)
+
+
 def test_fingerprint_is_that_of_the_latents_wherever_they_are(encode: Encode, tmp_path: Path) -> None:
     path = encode()
     (tmp_path / "elsewhere").mkdir()
@@ -320,6 +336,10 @@ def test_a_missing_or_damaged_vae_is_named(tmp_path: Path, vae_path: Path) -> No
         open_autoencoder(tmp_path)
     broken = shutil.copytree(vae_path, tmp_path / "broken")
     weights = next(broken.glob("*.safetensors"))
+    whole = load_file(weights)
+    save_file({name: value for name, value in whole.items() if "conv_out" not in name}, weights, {"format": "pt"})
+    with pytest.raises(DataError, match=r"broken, whose weights do not fit its config.json: missing_keys .*conv_out"):
+        open_autoencoder(broken)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(DataError, match="broken, which cannot be read"):
         open_autoencoder(broken)

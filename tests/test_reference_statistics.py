@@ -82,6 +82,25 @@ def test_pickle_has_statistics_of_several_features(
         read_statistics(tmp_path / "ref.pkl", "digits")
 
 
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (np.random.default_rng(0).normal(size=(64, 64)), "is not symmetric, expected a covariance"),
+        (-np.eye(64), "has the eigenvalue -1, expected a covariance"),
+    ],
+)
+def test_a_matrix_that_is_no_covariance_is_refused(sigma: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(64), sigma=sigma)
+    with pytest.raises(DataError, match=message):
+        read_statistics(tmp_path / "ref.npz", layer="64")
+
+
+def test_an_archive_that_unpacks_to_more_than_statistics_is_not_unpacked(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "ref.npz", mu=np.zeros(2**24, np.float32), sigma=np.zeros((2, 2)))
+    with pytest.raises(DataError, match="an array has more than 33,619,968 bytes"):
+        read_statistics(tmp_path / "ref.npz")
+
+
 class Harm:
     def __init__(self, path: Path) -> None:
         self.path = path
