@@ -5,7 +5,7 @@
 The same pictures are written as PNG files in folders, one for each class, as a zip of these, and as WebDataset shards
 of 1,000. All are read once, in a shuffled order, with torch's DataLoader in batches of 128: `ImageFolder` with the
 transform that does with square pictures what vadiff does (scaled by a Lanczos filter), and vadiff's `Pictures` as
-`vadiff train --cache none` reads them. That all four give the same pixels is checked first. The kinds take turns;
+`vadiff train --cache none` reads them, after a check that 100 pictures are the same in all. The kinds take turns;
 printed is the median over rounds, with the start of the workers, and the slowest and fastest round; without workers
 also the processor time of a picture, which other load on the machine disturbs less. Files are in the page cache: this
 measures decoding and Python, not a disk.

@@ -219,7 +219,7 @@ def test_memory_does_not_grow_with_passes_over_the_data(shards: Path) -> None:
     alive = []
     for step in range(20 * len(images) // 16):
         source.prepare(step)
-        if step % (4 * len(images) // 16) == 0:
+        if step % (9 * len(images) // 16) == 0:
             gc.collect()
             alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
     assert max(alive[1:]) <= alive[1] + 2

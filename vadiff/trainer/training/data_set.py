@@ -1,5 +1,6 @@
 """The data set of a config."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def load_images(config: TrainConfig) -> Images:
         pictures = open_pictures(
             config.data, config.image_size, on_bad_image=config.on_bad_image, require_labels=config.class_conditional
         )
-        if pictures.left_out:
+        if pictures.left_out and os.environ.get("RANK", "0") == "0":
             print(
                 f"vadiff: {pictures.left_out:,} files of {config.data} are left out: damaged, or without a label",
                 file=sys.stderr,
