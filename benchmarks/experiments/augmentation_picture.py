@@ -1,6 +1,6 @@
 """The picture of docs/training.md: each transformation of EDM's augmentation alone, and what a network is given.
 
-    python benchmarks/experiments/augmentation_picture.py cifar-10-batches-bin    # writes docs/augmentation.png
+python benchmarks/experiments/augmentation_picture.py cifar-10-batches-bin    # writes docs/augmentation.png
 """
 
 from __future__ import annotations
