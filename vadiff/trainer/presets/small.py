@@ -69,8 +69,8 @@ _CIFAR10_MINI = dataclasses.replace(
 )
 
 # EDM v1's class-conditional CIFAR-10 (arXiv 2206.00364): DDPM++'s widths and depth, learning rate with a
-# ramp of 10 million images, EMA with a half-life of half a million. Of its augmentations only the flips; the network
-# is diffusers', 59 million parameters.
+# ramp of 10 million images, EMA with a half-life of half a million. Its augmentation is a flag, --augment 0.12; without
+# it there are flips. The network is diffusers', 59 million parameters.
 _EDM = dataclasses.replace(
     _PAPER,
     weighting="constant",
