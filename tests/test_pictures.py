@@ -243,3 +243,10 @@ def test_what_cannot_be_read_in_any_order_is_an_error(tmp_path: Path) -> None:
         archive.add(folder(tmp_path / "data"), "data")
     with pytest.raises(DataError, match=r"packed\.tar cannot be read as an uncompressed tar"):
         open_pictures(tmp_path / "packed.tar", SIZE)
+
+
+def test_pictures_of_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    for number in range(2):
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040).save(tmp_path / f"{number}.png")
+    expected = torch.from_numpy(np.arange(64) * 1040 / 257).round().view(8, 8)
+    assert torch.equal(open_pictures(tmp_path, SIZE)[:1][0, 0].double(), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from test_pictures import tarred
 from test_training_resume import assert_same, outcome, stopping_at
 
 from vadiff.errors import DataError, RunError
-from vadiff.trainer.data import hold_out, open_pictures
+from vadiff.trainer.data import hold_out, open_pictures, with_labels
+from vadiff.trainer.training.caching import in_memory
 from vadiff.trainer.training.distributed import Ranks
 from vadiff.trainer.training.image_source import ReadAhead, Shares
+from vadiff.trainer.training.optimal_curve import training_set
 from vadiff.trainer.training.streams import ShuffledIndices, Streams
 from vadiff.training import Stopped, TrainConfig, open_run, train
 
@@ -182,6 +186,77 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_signal_to_all_processes_of_a_run_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    config = config_of(shards, workers=2, steps=10_000, schedule="constant", checkpoint_every=20, log_every=10)
+    config.save(tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "vadiff", "train", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "checkpoints" / "step-20").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step" in said
+    assert f"step-{open_run(tmp_path / 'run').checkpoints()[-1]}" != "step-20"
+
+
+def damaged_zip(path: Path) -> Path:
+    """Sixty pictures of classes 0 to 2, some of them broken."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(60):
+            pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            archive.writestr(f"{number % 3}/{number:02d}.png", b"broken" if number % 7 == 0 else file.getvalue())
+    return path
+
+
+def test_pictures_in_place_of_bad_ones_have_their_own_labels(tmp_path: Path) -> None:
+    images = hold_out(open_pictures(damaged_zip(tmp_path / "bad.zip"), SIZE, on_bad_image="skip"))
+    config = config_of(tmp_path / "bad.zip", cache="device", on_bad_image="skip")
+    whole = in_memory(images, config, torch.device("cpu"), progress=False)
+    for one, other in zip(
+        training_set(images, flips=False, class_conditional=True),
+        training_set(whole, flips=False, class_conditional=True),
+        strict=True,
+    ):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    for part, labels in (("train", "train_labels"), ("held_out", "held_out_labels")):
+        found = with_labels(getattr(images, part), getattr(images, labels), slice(None))
+        assert torch.equal(found[0], getattr(whole, part))
+        assert found[1] is not None
+        assert torch.equal(found[1], getattr(whole, labels))
+
+
+def test_references_from_elsewhere_are_refused_at_resume(shards: Path, tmp_path: Path) -> None:
+    config = config_of(shards, target="posterior_mean", batch_size=8, reference=40, schedule="constant", flips=False)
+    for cache, other in (("none", "device"), ("device", "none")):
+        train(dataclasses.replace(config, steps=2, cache=cache), out=tmp_path / cache, progress=False)
+        with pytest.raises(RunError, match=f"cache is {other}, by which the images, and with them the references"):
+            train(dataclasses.replace(config, cache=other), out=tmp_path / cache, resume=True, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+def test_an_error_of_a_step_that_is_never_reached_stops_nothing(tmp_path: Path) -> None:
+    images = hold_out(open_pictures(damaged_zip(tmp_path / "bad.zip"), SIZE)).train
+    broken = [row for row in range(len(images)) if int(images.name(row).split(".")[0][-2:]) % 7 == 0]  # type: ignore[attr-defined]
+    rows = torch.tensor([row for row in range(len(images)) if row not in broken][:32])
+    bad = torch.tensor(broken[:1] * 16)
+    indices = ShuffledIndices(lambda *_: torch.cat([rows, bad]), 48, 16, torch.device("cpu"))
+    source = ReadAhead(images, indices, Shares(CONFIG, ONE_RANK), torch.device("cpu"), 0)
+    source._to_device.runs_ahead = True  # as on a GPU
+    source.prepare(0)
+    source.prepare(1)
+    with pytest.raises(DataError, match="cannot be read as a picture"):
+        source.prepare(2)
 
 
 def test_bad_pictures_stop_a_run_or_are_counted(shards: Path, tmp_path: Path) -> None:

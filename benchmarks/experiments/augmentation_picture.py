@@ -1,6 +1,6 @@
 """The picture of docs/training.md: each transformation of EDM's augmentation alone, and what a network is given.
 
-python benchmarks/experiments/augmentation_picture.py cifar-10-batches-bin    # writes docs/augmentation.png
+python benchmarks/experiments/augmentation_picture.py    # writes docs/augmentation.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vadiff.augmentation import EDMAugmentation, transformed
 from vadiff.pixels import normalised, pixels
-from vadiff.trainer.data import cifar
+from vadiff.trainer.data import digits
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 ALONE = {"x-flip": (0,), "y-flip": (1,), "scaling": (2,), "rotation": (3,), "anisotropy": (4, 5), "translation": (6, 7)}
@@ -33,7 +33,7 @@ def parameters() -> Tensor:
 
 
 def picture(images: Tensor, p: float, path: Path) -> None:
-    """Write it, of images [NUMBER, 3, H, W] in [-1, 1], one in each row; `p` is the probability of the drawn ones."""
+    """Write it, of grey images [NUMBER, 1, H, W] in [-1, 1], one in each row; `p` is that of the drawn ones."""
     generator = torch.Generator().manual_seed(0)
     titles = ["image", *ALONE, *[""] * len(ALONE)]
     columns = [transformed(images, row.expand(NUMBER, -1)) for row in parameters()]
@@ -44,7 +44,7 @@ def picture(images: Tensor, p: float, path: Path) -> None:
         for column, (title, augmented) in enumerate(zip(titles, columns, strict=True)):
             panels[0, column].set_title(title, fontsize=7)
             for panel, image in zip(panels[:, column], pixels(augmented), strict=True):
-                panel.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+                panel.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 panel.axis("off")
         panels[0, -len(ALONE) // 2].set_title(f"drawn with p = {p:g}", fontsize=7)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +53,10 @@ def picture(images: Tensor, p: float, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="CIFAR-10, as `vadiff train --data` takes it")
     parser.add_argument("--p", type=float, default=0.12, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=DOCS / "augmentation.png", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    images = cifar.load("cifar10", options.data).train[:NUMBER]
-    picture(normalised(torch.as_tensor(images)), options.p, options.out)
+    picture(normalised(digits.digits().train[:NUMBER]), options.p, options.out)
     print(f"Written to {options.out}")
 
 

@@ -5,7 +5,7 @@ from .digits import Digits, load_digits
 from .encoding import PIXELS, Encoding, Samples, inputs_of_rows
 from .images import Images, hold_out_last
 from .latents import LatentEncoding, open_latents
-from .pictures import Pictures, hold_out, open_pictures, shuffled
+from .pictures import Pictures, hold_out, open_pictures, shuffled, with_labels
 
 __all__ = [
     "PIXELS",
@@ -24,4 +24,5 @@ __all__ = [
     "open_latents",
     "open_pictures",
     "shuffled",
+    "with_labels",
 ]

@@ -15,7 +15,7 @@ from ...extras import import_extra
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 MOST_BYTES = 2**28  # of a file with one picture
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # Pillow has others, which run programs or are little tested
-_MEND = "Repair or remove it, or leave such pictures out with --on-bad-image skip"
+_MEND = "Repair or remove it, or in training leave such pictures out with --on-bad-image skip"
 
 
 def is_picture(name: str) -> bool:
@@ -45,6 +45,10 @@ def decoded(content: bytes, size: int, name: str) -> Tensor:
             limit = module.MAX_IMAGE_PIXELS
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, expected at most {limit:,} in all")
+            if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                picture = module.fromarray(
+                    (np.array(picture).astype(np.float32) / 257.0).round().clip(0, 255).astype(np.uint8)
+                )
             if picture.mode != "RGB":
                 picture = picture.convert("RGB")
             if picture.size != (size, size):

@@ -186,7 +186,10 @@ def _version(path: Path) -> Version:
 def _kept(paths: Sequence[Path], versions: Sequence[Version]) -> _List | None:
     """The list of the shards, from the cache or put there. Of several processes one makes it, the others wait."""
     key = hashlib.sha256("\0".join(os.path.abspath(path) for path in paths).encode("utf-8", "surrogateescape"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vadiff" / "shards"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vadiff" / "shards"
+    except RuntimeError:  # no home
+        return None
     file = cache / f"{key.hexdigest()[:32]}.npz"
     with ExitStack() as stack:
         with suppress(OSError, ImportError):  # the cache cannot be written, or the system has no such locks

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import DataError
 from ...extras import import_extra
 from .decoding import SUFFIXES, decoded
+from .encoding import Samples
 from .images import Images, held_out_from
 from .index import Index
 from .index_folder import folder_index
@@ -158,6 +159,14 @@ def open_pictures(
         _container=index.container,
         _places=kept,
     )
+
+
+def with_labels(samples: Samples, labels: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Images of some rows, and the labels of those that were really read in place of bad ones."""
+    if not isinstance(samples, Pictures):
+        return samples[rows], None if labels is None else labels[rows]
+    pixels, found = samples.read(torch.arange(len(samples))[rows])
+    return pixels, None if labels is None else labels[found]
 
 
 def hold_out(pictures: Pictures) -> Images:

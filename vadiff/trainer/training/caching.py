@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
-from ..data import Images, Samples
+from ..data import Images, Pictures, Samples
 from .image_source import Rows, default_workers, ranks_here
 from .progress import progress_bar
 
@@ -75,8 +75,13 @@ def _whole(samples: Samples, workers: int, what: str | None) -> tuple[Tensor, Te
             rows[asked] = loaded.rows
             if bar is not None:
                 bar.update(len(asked))
-    if bad := int((rows != torch.arange(len(samples))).sum()):
-        print(f"vadiff: {bad:,} of {len(samples):,} pictures cannot be read: others take their places", file=sys.stderr)
+    bad = (rows != torch.arange(len(samples))).nonzero().flatten().tolist()
+    if bad and isinstance(samples, Pictures) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"vadiff: {len(bad):,} of {len(samples):,} pictures cannot be read, others take their places; one is "
+            f"{samples.name(bad[0])}",
+            file=sys.stderr,
+        )
     return stored, rows
 
 

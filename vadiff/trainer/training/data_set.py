@@ -26,7 +26,7 @@ def load_images(config: TrainConfig) -> Images:
         )
         if pictures.left_out and os.environ.get("RANK", "0") == "0":
             print(
-                f"vadiff: {pictures.left_out:,} files of {config.data} are left out: damaged, or without a label",
+                f"vadiff: {pictures.left_out:,} files of {config.data} are left out: damaged, or no picture or label",
                 file=sys.stderr,
             )
         images = hold_out(pictures)

@@ -17,7 +17,7 @@ from ...models import Denoiser
 from ...process import loss_ratio
 from ...validation import LevelLosses, LevelValidation, Records, mean_log_ratio
 from ..config import TrainConfig
-from ..data import Images
+from ..data import Images, with_labels
 from ..data.fixed_noise import fixed_noise
 from .progress import progress_bar
 
@@ -105,11 +105,11 @@ def held_out_loss_of_run(
         progress: show a progress bar.
     """
     number = config.held_out_images if limit is None else limit
-    stored, labels = images.held_out[:number], images.held_out_labels
+    stored, labels = with_labels(images.held_out, images.held_out_labels, slice(number))
     found = held_out_loss(
         denoiser,
         images.encoding.inputs(stored),
-        None if labels is None else labels[:number],
+        labels,
         log_snr_levels=held_out_log_snr(config).tolist(),
         draws=config.held_out_draws,
         progress=progress,

@@ -5,15 +5,15 @@ without the interruption, also with another number of ranks or of reading proces
 """
 
 import os
-import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ...errors import DataError
+from ...errors import DataError, TrainingError
 from ..config import TrainConfig
 from ..data import Samples
 from .distributed import Ranks
@@ -54,6 +54,10 @@ class Source(Protocol):
     """Gives the stored images of each part of a batch."""
 
     @property
+    def kind(self) -> str:
+        """Which kind of source it is, for checkpoints."""
+
+    @property
     def bad(self) -> set[int]:
         """Rows that could not be read so far, and were replaced."""
 
@@ -75,6 +79,8 @@ class OnDevice:
         indices: rows of each step, on the device.
         shares: of this rank.
     """
+
+    kind = "device"
 
     def __init__(self, images: Tensor, indices: ShuffledIndices, shares: Shares) -> None:
         self.images = images
@@ -106,6 +112,8 @@ class ReadAhead:
         workers: number of processes; 0 reads in this one, when a batch is needed.
     """
 
+    kind = "read ahead"
+
     def __init__(
         self, samples: Samples, indices: ShuffledIndices, shares: Shares, device: torch.device, workers: int
     ) -> None:
@@ -114,6 +122,7 @@ class ReadAhead:
         self._workers = workers
         self._to_device = _Copies(device)
         self._loader: Iterator[_Loaded | DataError] | None = None
+        self._error: DataError | None = None
         self._step = self._loader_is_at = -1  # the step prepared last; the one whose images the loader gives next
 
     def prepare(self, step: int) -> None:
@@ -127,11 +136,13 @@ class ReadAhead:
         if self._loader is None or step != self._step + 1:
             self._loader, self._loader_is_at = self._from(step), step
         if self._loader_is_at == step:
-            self._to_device.start(self._next())
+            self._fetch()
+        if self._error is not None:
+            raise self._error
         self._step = step
         self._to_device.finish()
         if self._to_device.runs_ahead:
-            self._to_device.start(self._next())
+            self._fetch()
 
     def part(self, number: int) -> tuple[Tensor, Tensor]:
         mine = slice(number * self._shares.size, (number + 1) * self._shares.size)
@@ -140,19 +151,21 @@ class ReadAhead:
     def close(self) -> None:
         self._loader = None
 
-    def _next(self) -> "_Loaded":
+    def _fetch(self) -> None:
+        """Take the images of the next step. An error waits until that step is asked for: there may be none."""
         assert self._loader is not None
         loaded = next(self._loader)
         self._loader_is_at += 1
         if isinstance(loaded, DataError):
-            raise loaded
+            self._error = loaded
+            return
         self.bad.update(loaded.asked[loaded.asked != loaded.rows].tolist())
-        return loaded
+        self._to_device.start(loaded)
 
     def _from(self, step: int) -> Iterator["_Loaded | DataError"]:
         options: dict[str, Any] = {}
         if self._workers:
-            options = {"prefetch_factor": _BATCHES_AHEAD, "worker_init_fn": _ignore_interrupts}
+            options = {"prefetch_factor": _BATCHES_AHEAD, "worker_init_fn": _leave_group}
         return iter(
             DataLoader(
                 Rows(self._samples), batch_size=None, sampler=_RowsOfSteps(self._indices, self._shares, step),
@@ -237,6 +250,24 @@ class _Copies:
         self.rows.copy_(rows)
 
 
+@contextmanager
+def reading_processes_named() -> Iterator[None]:
+    """Say what it means that torch raises because a process of its loader has ended.
+
+    Raises:
+        TrainingError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that reads images has ended, perhaps for want of memory: {error}. Go on from the last "
+            "checkpoint with --resume and fewer --workers"
+        ) from error
+
+
 def default_workers() -> int:
     """One reading process per CPU of the rank, 8 at most."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -248,6 +279,6 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the training process: it ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_group(_: int) -> None:
+    """Leave signals to a group of processes, as Ctrl-C is one, to the training process: it ends its workers."""
+    os.setpgrp()

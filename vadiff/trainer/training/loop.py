@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
 import signal
 import sys
 import time
@@ -24,22 +23,24 @@ from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..config_schema import TABLE
-from ..data import Images, Pictures
+from ..data import Images
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, read_table
 from .averages import SNAPSHOTS
+from .bad_images import BadImages
 from .batches import Batches
 from .caching import in_memory
 from .checkpoint import fingerprint, load_checkpoint, save_checkpoint, steps_saved
 from .data_set import load_images
 from .distributed import Ranks, local_device, ranks
 from .held_out import HeldOutLoss, held_out_loss_of_run
+from .image_source import reading_processes_named
 from .level_profile import read_profile
 from .metrics import MetricsLog, levels_state, memory_bytes, statistics_of
 from .objective import Objective, objective_of
 from .optimal_curve import check_curve, estimate_curve, needs_curve, read_curve
 from .optimisation import LateReading, Optimisation, RunningAverage, learning_rate_at
-from .posterior_targets import posterior_targets
+from .posterior_targets import check_references, posterior_targets
 from .rms import rms_per_layer, weights_of_layers
 from .samples import check_grids, save_grid
 from .size import network_size, size_in_words
@@ -126,7 +127,8 @@ def train(
             print(size_in_words(config, size), file=sys.stderr)
         trainer.open_log()
         try:
-            return trainer.run(progress)
+            with reading_processes_named():
+                return trainer.run(progress)
         finally:
             trainer.log.close()
             trainer.train_step.close()
@@ -172,6 +174,7 @@ class _Trainer:
         self.profile = group.from_main(lambda: read_profile(config, earlier))
         self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
+        self.bad_images = BadImages(self.images.train, self.batches.source, group)
         self.criterion.target = posterior_targets(config, self.batches, self.images.classes)
         parameters = [*self.denoiser.parameters(), *self.criterion.parameters()]  # of a learned weighting
         self.optimisation = Optimisation(config, parameters, device)
@@ -179,7 +182,7 @@ class _Trainer:
             config, objective, self.denoiser, self.criterion, self.levels, self.batches, self.optimisation,
             self.running_average, self.power_averages, group,
         )  # fmt: skip
-        self.step, self.seconds, self.bad_images = 0, 0.0, 0
+        self.step, self.seconds = 0, 0.0
         self.saved: int | None = None  # the step of the latest checkpoint
         self.save_due = False
         self._agree(earlier)
@@ -264,7 +267,7 @@ class _Trainer:
             "images_per_second": (self.step - self.timed_step) * self.config.batch_size / (now - self.since),
             "memory_bytes": memory_bytes(self.device),
             "seconds": self.seconds + now - self.resumed,
-            **self._bad_images(),
+            **self.bad_images.entry(),
             **statistics_of(self.criterion),
             **levels_state(self.levels),
         }
@@ -287,21 +290,6 @@ class _Trainer:
         self.timed_step, self.since = self.step, time.monotonic()
         self._check_skipped(float(totals[6]), self.step)
         return held_out
-
-    def _bad_images(self) -> dict[str, int]:
-        """Entry of a line about pictures that could not be read, on any rank; every rank must call it."""
-        if self.config.on_bad_image == "error" or not isinstance(self.images.train, Pictures):
-            return {}
-        found = self.group.gather(json.dumps(sorted(self.batches.source.bad)))
-        bad = sorted(set().union(*map(json.loads, found)))
-        if len(bad) > self.bad_images and self.group.is_main:
-            print(
-                f"vadiff: {len(bad):,} pictures cannot be read, others take their places; one is "
-                f"{self.images.train.name(bad[-1])}",
-                file=sys.stderr,
-            )
-        self.bad_images = len(bad)
-        return {"bad_images": self.bad_images}
 
     def _check_skipped(self, longest: float, step: int) -> None:
         """Raise TrainingError if too many consecutive steps, up to `step`, were skipped."""
@@ -352,6 +340,7 @@ class _Trainer:
         self.save_due = False
         if self.saved == self.step:
             return
+        bad = self.bad_images.rows()
         if self.out is not None:
             state = {
                 "step": self.step,
@@ -365,7 +354,8 @@ class _Trainer:
                 "optimizer": self.optimisation.state_dict(),
                 "scaler": self.optimisation.scaler.state_dict(),
                 "totals": self.optimisation.totals,
-                "bad_images": sorted(self.batches.source.bad),
+                "bad_images": bad,
+                "references": "" if self.criterion.target is None else self.batches.source.kind,
             }
             if self.power_averages is not None:
                 state["power_averages"] = self.power_averages.state_dict()
@@ -373,6 +363,7 @@ class _Trainer:
         self.saved = self.step
 
     def _load(self, state: dict[str, Any]) -> None:
+        check_references(self.config, self.batches, state)
         self.denoiser.load_state_dict(state["model"])
         self.average.load_state_dict(state["ema"])
         self.criterion.load_state_dict(state["criterion"])

@@ -14,7 +14,7 @@ from ...extras import import_extra
 from ...optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
 from ..config import TrainConfig
 from ..config_schema import CURVE_WEIGHTINGS, GAP
-from ..data import Images
+from ..data import Images, with_labels
 
 CURVE_FILE = "optimal_loss.csv"  # in a run directory: the optimal loss it is trained with
 
@@ -54,7 +54,8 @@ def training_set(images: Images, *, flips: bool, class_conditional: bool) -> tup
     Returns:
         x0 [N, C, H, W] float32, one fixed draw of each image where its encoding is random; and int64 [N] or None.
     """
-    data, labels = images.encoding.inputs(images.train[:]), images.train_labels if class_conditional else None
+    stored, labels = with_labels(images.train, images.train_labels if class_conditional else None, slice(None))
+    data = images.encoding.inputs(stored)
     if flips:
         data = torch.cat([data, data.flip(-1)])
         labels = None if labels is None else labels.repeat(2)

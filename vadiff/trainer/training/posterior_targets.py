@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import RunError
 from ...log_snr import from_sigma
 from ...loss import DiffusionLoss
 from ...targets import PosteriorMean, Recorded
@@ -44,6 +47,20 @@ def posterior_targets(config: TrainConfig, batches: Batches, classes: int) -> Po
         reference, subset=subset, labels=batches.labels, augment=mirrored if config.flips else None,
         unlabelled=None if batches.labels is None else classes,
     )  # fmt: skip
+
+
+def check_references(config: TrainConfig, batches: Batches, state: Mapping[str, Any]) -> None:
+    """Raise if a run with posterior-mean targets goes on with references from elsewhere than before.
+
+    Raises:
+        RunError: the images are kept on the device now and were not before, or the other way round.
+    """
+    kind = batches.source.kind
+    if config.target == POSTERIOR_MEAN and state.get("references", kind) != kind:
+        raise RunError(
+            f"cache is {config.cache}, by which the images, and with them the references of the targets, are "
+            f"{kind!r} now and were {state['references']!r} before: go on with another --cache"
+        )
 
 
 def _mirrored(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -148,7 +148,8 @@ def begin(
         "held_out_is_test": images.held_out_is_test,
         "fingerprint": images.fingerprint,
     }
-    (path / DATA).write_text(json.dumps(facts) + "\n")
+    with replacing(path / DATA) as partial:
+        partial.write_text(json.dumps(facts) + "\n")
     with replacing(path / CONFIG) as partial:
         config.save(partial)
 
