@@ -57,7 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=DOCS / "augmentation.png", help="default: %(default)s")
     options = parser.parse_args(arguments)
     picture(normalised(digits.digits().train[:NUMBER]), options.p, options.out)
-    print(f"Written to {options.out}")
+    images = normalised(digits.digits().train[:])
+    augmented, _ = EDMAugmentation(options.p)(images, generator=torch.Generator().manual_seed(1))
+    beyond = (augmented.abs() - 1.0).clamp(min=0.0)
+    print(
+        f"{len(images):,} digits, p = {options.p:g}: {100 * float((beyond > 1e-3).double().mean()):.2g} % of pixels "
+        f"are outside [-1, 1], by {float(beyond.max()):.2g} at most. Written to {options.out}"
+    )
 
 
 if __name__ == "__main__":

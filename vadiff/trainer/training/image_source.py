@@ -134,7 +134,7 @@ class ReadAhead:
         if step == self._step:
             return
         if self._loader is None or step != self._step + 1:
-            self._loader, self._loader_is_at = self._from(step), step
+            self._loader, self._loader_is_at, self._error = self._from(step), step, None
         if self._loader_is_at == step:
             self._fetch()
         if self._error is not None:
