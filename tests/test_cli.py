@@ -29,11 +29,14 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command line that does not fit prints as its last line; its exit status must be 2."""
+    """The error of a command line that does not fit: one line, and one that says where to look; exit status 2."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    error, where = capsys.readouterr().err.splitlines()
+    command, _, _ = error.partition(": error: ")
+    assert where == f"See `{command} --help`."
+    return error
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,8 +67,8 @@ def test_train_writes_a_run_directory_and_prints_held_out_loss(
 
 
 def test_flags_reach_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--channels", "8", "8", "--weighting", "cauchy", "--weighting-options", "alpha=0.1", "--clip", "inf"]
-    flags += ["--flips", "--no-tensorboard", "--log-snr-range", "-10", "10", "--data-seed", "3"]
+    flags = ["--channels", "8,8", "--weighting", "cauchy", "--weighting-options", "alpha=0.1", "--clip", "inf"]
+    flags += ["--flips", "--no-tensorboard", "--log-snr-range", "-10,10", "--data-seed", "3"]
     flags += ["--target", "posterior-mean", "--reference", "all"]
     assert main(["train", "--preset", "digits", *flags, "--out", str(tmp_path)]) == 0
     assert "cauchy was not measured with them" in capsys.readouterr().out
@@ -142,13 +145,22 @@ def test_doctor_prints_its_report_and_succeeds(capsys: pytest.CaptureFixture[str
     ("option", "message"),
     [
         (["--steps", "0"], "vadiff train: error: steps is 0, expected at least 1"),
-        (["--steps", "many"], "vadiff train: error: argument --steps: invalid int value: 'many'"),
+        (["--steps", "many"], "vadiff train: error: argument --steps: 'many', expected a whole number"),
         (["--device", "toaster"], "vadiff train: error: device is 'toaster', expected auto, cpu, cuda or cuda:N"),
-        (["--weighting", "variance"], "argument --weighting: invalid choice: 'variance'"),
-        (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
+        (["--weighting", "variance"], "argument --weighting: 'variance', expected cauchy, constant, "),
+        (["--weighting", "variance-awre"], "inverse_optimal_loss; did you mean variance_aware?"),
+        (["--backend", "cuda"], "argument --backend: 'cuda', expected auto, reference, native, triton"),
         (["--weighting-options", "alpha"], "argument --weighting-options: 'alpha', expected NAME=NUMBER"),
-        (["--weighting-options", "beta=1"], "weighting_options is {'beta': 1.0}: "),
-        (["--channels", "8", "8", "8", "8", "8"], "images of 8 × 8 cannot be halved 4 times"),
+        (
+            ["--weighting-options", "strenght=.5"],
+            "weighting_options is {'strenght': 0.5}: variance_aware has no option strenght; did you mean strength? "
+            "It has strength, smoothing, clip, prior",
+        ),
+        (["--weighting", "cauchy", "--weighting-options", "beta=1"], "cauchy has no option beta. It has alpha"),
+        (["--weighting", "constant", "--weighting-options", "beta=1"], "constant has no option beta. It has none"),
+        (["--levels", "beta", "--levels-options", "alhpa=1"], "beta has no option alhpa. It has a, b"),
+        (["--levels-options", "alpha=1"], "levels_options is {'alpha': 1.0}: log_normal has no option alpha. It has p"),
+        (["--channels", "8,8,8,8,8"], "images of 8 × 8 cannot be halved 4 times"),
         (["--out", __file__], "test_cli.py is a file, expected a folder"),
     ],
 )
@@ -160,7 +172,8 @@ def test_bad_option_is_a_usage_error(
 
 def test_preset_and_command_are_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one of the arguments --preset --config is required" in usage_error(["train"], capsys)
-    assert "required: COMMAND" in usage_error([], capsys)
+    assert "expected a command, got none: demo, doctor, train, " in usage_error([], capsys)
+    assert "levels: error: expected a command, got none: suggest" in usage_error(["levels"], capsys)
 
 
 def test_bad_backend_in_the_environment_is_a_usage_error(
