@@ -234,7 +234,25 @@ def test_sample_never_replaces_what_is_there(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["sample", str(trained_run), "--out", str(tmp_path)])
-    assert f"{tmp_path} exists already" in capsys.readouterr().err
+    assert f"{tmp_path} exists already: replace it with --overwrite, or name another" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_images_and_nothing_else(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = ["sample", str(trained_run), "--steps", "1", "--solver", "euler", "--devices", "cpu", "--overwrite"]
+    for images, number in (("3", 3), ("2", 2)):
+        assert main([*sample, "--images", images, "--out", str(tmp_path / "png")]) == 0
+        assert main([*sample, "--images", images, "--out", str(tmp_path / "all.npz")]) == 0
+        assert len(list((tmp_path / "png").iterdir())) == number
+        assert len(np.load(tmp_path / "all.npz")["arr_0"]) == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "png"]
+    (tmp_path / "png" / "notes.txt").write_text("mine")
+    for out, message in (("png", "png has other files than images"), ("png/notes.txt", "is a file, expected a folder")):
+        with pytest.raises(SystemExit):
+            main([*sample, "--out", str(tmp_path / out)])
+        assert message in capsys.readouterr().err
+    assert len(list((tmp_path / "png").iterdir())) == 3
 
 
 def test_sample_of_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,7 @@ def _message(error: click.UsageError) -> str:
         advice = did_you_mean(error.command_name, known) or f", expected one of {', '.join(known)}"
         return f"no such command: {error.command_name}{advice}"
     if isinstance(error, click.NoSuchOption):
-        return f"no such option: {error.option_name}"
+        return f"no such option: {error.option_name}{did_you_mean(error.option_name, error.possibilities or ())}"
     if isinstance(error, click.MissingParameter) and error.param is not None:
         return f"argument {name_of(error.param)}: required"
     if isinstance(error, click.BadParameter) and error.param is not None:

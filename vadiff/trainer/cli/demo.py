@@ -8,7 +8,7 @@ import torch
 from ...ops import backends
 from ..presets import PRESETS
 from .command import command
-from .parameters import PATH, TEXT, WHOLE_NUMBER, Choice, Options, option, usage_error
+from .parameters import PATH, TEXT, WHOLE_NUMBER, Choice, Options, flag, option, usage_error
 
 NAME = "demo"
 HELP = "compare three weightings on handwritten digits: pictures and a table"
@@ -29,11 +29,14 @@ _PRESET = PRESETS["digits"]
 @option("--steps", WHOLE_NUMBER, "N", "optimiser steps", default=_PRESET.steps)
 @option("--batch-size", WHOLE_NUMBER, "N", "images per step", default=_PRESET.batch_size)
 @option("--seed", WHOLE_NUMBER, "N", "seed of weights, data and noise", default=_PRESET.seed)
-@option("--out", PATH, "DIR", "folder for results; replaces old ones", default=Path("runs/demo"))
+@option("--out", PATH, "DIR", "folder for results", default=Path("runs/demo"))
+@flag("--overwrite", "replace the runs of an earlier demo in --out")
 @option("--device", TEXT, "DEVICE", "auto (a GPU if there is one), cpu, cuda, cuda:N", default=_PRESET.device)
 @option("--backend", Choice(backends.BACKENDS), None, "which kernels compute the loss", default=_PRESET.backend)
 def run(options: Options) -> None:
     from ..report import run_demo
+    from ..report.demo import WEIGHTINGS
+    from ..training.run_folder import check_free
 
     fields = {name: getattr(options, name) for name in ("steps", "batch_size", "seed", "device", "backend")}
     if options.out.exists() and not options.out.is_dir():
@@ -43,4 +46,6 @@ def run(options: Options) -> None:
         backends.select(config.backend, torch.empty(0, device=config.torch_device()))
     except (ValueError, RuntimeError) as error:
         usage_error(str(error))
+    for name in WEIGHTINGS:
+        check_free(options.out / name, overwrite=options.overwrite)
     run_demo(config, options.out)

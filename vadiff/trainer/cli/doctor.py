@@ -9,7 +9,7 @@ DESCRIPTION = (
     "Print versions, devices, backends, environment variables and optional packages, and how to get what is missing. "
     "Paste it into a bug report."
 )
-EXAMPLES = ("vadiff doctor", "vadiff doctor > doctor.txt")
+EXAMPLES = ("vadiff doctor",)
 
 
 @command(NAME, HELP, DESCRIPTION, EXAMPLES)

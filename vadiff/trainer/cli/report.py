@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .command import command
-from .parameters import PATH, TEXT, Options, argument, option, usage_error
+from .parameters import PATH, TEXT, Options, argument, flag, option, usage_error
 
 NAME = "report"
 HELP = "one HTML page about one run, or comparing several"
@@ -28,6 +28,9 @@ EXAMPLES = (
     "page to write; its charts go to a folder of the same name beside it; default: RUN/report.html, for several runs "
     "report.html, for a log FILE with the ending .html",
 )  # fmt: skip
+@flag(
+    "--overwrite", "replace the file in --out even if it is no report of vadiff's; an older report always is replaced"
+)
 @option("--title", TEXT, "TEXT", "title of the page")
 def run(options: Options) -> None:
     from ...extras import import_extra
@@ -47,8 +50,8 @@ def run(options: Options) -> None:
     page = options.out or default
     if page.suffix != ".html":
         usage_error(f"argument --out: {page}, expected a file ending in .html")
+    _check_page(options, page)
     if log is not None:
-        _check_page_of_log(options, log, page)
         files = write_log_report(log, page, title=options.title)
     else:
         groups = group_runs([read_history(open_run(path)) for path in paths])
@@ -56,9 +59,12 @@ def run(options: Options) -> None:
     print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")
 
 
-def _check_page_of_log(options: Options, log: Path, page: Path) -> None:
-    """Neither page nor charts take the log's place, and the page replaces no page of others unless it is named."""
-    if log.resolve() in (page.resolve(), page.with_suffix("").resolve()):
+def _check_page(options: Options, page: Path) -> None:
+    """Neither page nor charts take the log's place, and the page replaces nothing but a report, unless told to."""
+    log = options.from_log
+    if log is not None and log.resolve() in (page.resolve(), page.with_suffix("").resolve()):
         usage_error(f"argument --out: {page} or its folder of charts would replace the log, expected another")
-    if options.out is None and page.exists() and b"Made by vadiff" not in page.read_bytes():
-        usage_error(f"argument --out: {page} exists and is no report; give --out to choose the page")
+    if page.is_dir():
+        usage_error(f"argument --out: {page} is a folder, expected a file")
+    if page.exists() and not options.overwrite and b"Made by vadiff" not in page.read_bytes():
+        usage_error(f"argument --out: {page} exists and is no report: replace it with --overwrite, or name another")

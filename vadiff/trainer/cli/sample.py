@@ -2,7 +2,7 @@
 
 from .command import command
 from .drawing import drawing_options, generation_of, seed_options, seeds_of, with_vae
-from .parameters import PATH, Options, argument, group, option, usage_error
+from .parameters import PATH, Options, argument, flag, group, option, usage_error
 
 NAME = "sample"
 HELP = "draw images from a run"
@@ -22,7 +22,9 @@ EXAMPLES = (
 @command(NAME, HELP, DESCRIPTION, EXAMPLES)
 @argument("run_directory", "RUN", "run directory that `vadiff train` wrote")
 @group(
-    "Results", option("--out", PATH, "PATH", "folder for PNG files, or a file ending in .npz; default: RUN/generated")
+    "Results",
+    option("--out", PATH, "PATH", "folder for PNG files, or a file ending in .npz; default: RUN/generated"),
+    flag("--overwrite", "replace the images in --out"),
 )
 @seed_options(images=64)
 @drawing_options()
@@ -40,7 +42,7 @@ def run(options: Options) -> None:
     assert denoiser.image_shape is not None  # every run's denoiser has one
     try:
         shape = opened.encoding.picture_shape(denoiser.image_shape)
-        writer = PictureWriter(out, seeds, shape, labels=denoiser.labels > 0)
+        writer = PictureWriter(out, seeds, shape, labels=denoiser.labels > 0, overwrite=options.overwrite)
         with writer, import_extra("tqdm", "train").tqdm(total=len(seeds), unit="image", disable=None) as bar:
             for batch in generate(opened, seeds, generation):
                 writer.write(batch.start, batch.images, batch.labels)
