@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data.encode import EncodingOptions, encode_images
     from ..training import TrainConfig
     from ..training.data_set import load_images
-    from ..training.progress import progress_bar
+    from ..progress import progress_bar
 
     try:
         config = TrainConfig(

@@ -184,7 +184,7 @@ def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidenc
 def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
-    from ..training.progress import progress_bar
+    from ..progress import progress_bar
     from ..training.short import TRAININGS, load_some
 
     dataset = options.dataset or "images"

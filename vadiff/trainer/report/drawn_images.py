@@ -12,7 +12,7 @@ from torch import Tensor
 from ...sampling.generation import Generation, generate
 from ..pictures import PictureWriter, read_labels, read_note, read_pictures
 from ..training import Run
-from ..training.progress import progress_bar
+from ..progress import progress_bar
 
 
 def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:

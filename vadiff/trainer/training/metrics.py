@@ -20,10 +20,11 @@ and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noi
 their running average), rms (weights, updates and activations per layer) and evaluation. NaN and infinities are null.
 """
 
+import contextlib
 import json
 import math
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ...errors import RunError
 from ...extras import import_extra
-from ...files import replacing
+from ...files import reason, replacing, writing
 from ...levels import Information, LevelSampler
 from ...loss import DiffusionLoss
 from ...metrics_file import finite, json_lines
@@ -122,21 +123,27 @@ class MetricsLog:
         values: dict[str, Any] = finite(entry)
         self.entries.append(values)
         if self._path is not None:
-            try:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(values, allow_nan=False) + "\n")
-            except OSError as error:
-                raise RunError(
-                    f"{self._path} cannot be written: {error}. Fix that, then go on with --resume"
-                ) from error
-        if self._writer is not None:
-            for name, value in _scalars(values):
-                self._writer.add_scalar(name, value, values["step"])
-            self._writer.flush()
+            with _written(self._path), self._path.open("a") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+        if self._path is not None and self._writer is not None:
+            with _written(self._path.with_name("tensorboard")):
+                for name, value in _scalars(values):
+                    self._writer.add_scalar(name, value, values["step"])
+                self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raise RunError for a failing write inside the `with` block."""
+    try:
+        with writing(path):
+            yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {reason(error)}. Fix that, then go on with --resume") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
