@@ -83,7 +83,7 @@ TRAINER = {
     "trainer.config_schema": {"trainer.config_fields"},
     "trainer.presets": {"trainer.config"},
     "trainer.progress": set(),
-    "trainer.next_steps": set(),
+    "trainer.next_steps": {"trainer.config_schema"},
     "trainer.data": {"trainer.config_schema", "trainer.progress"},
     "trainer.doctor": set(),
     "trainer.evaluation": {"trainer.data", "trainer.progress"},

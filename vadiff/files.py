@@ -94,8 +94,8 @@ def check_writable(path: Path, *, folder: bool) -> None:
     except OSError as error:  # names the temporary file
         if not where.exists():  # a link to nothing
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where)) from error
-        number = errno.EPERM if error.errno == errno.ENOENT else error.errno  # as in /proc
-        raise OSError(number, os.strerror(number or 0), str(path)) from error
+        number = errno.EPERM if error.errno in (errno.ENOENT, None) else error.errno  # as in /proc
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def problem(error: OSError) -> str | None:

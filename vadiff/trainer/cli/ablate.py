@@ -1,7 +1,6 @@
 """`vadiff ablate`."""
 
 import argparse
-import signal
 from pathlib import Path
 
 NAME = "ablate"
@@ -54,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..ablation import collect, collect_gaps, read_grid, results_table, train_all, write_gaps, write_results
+    from ..ablation.output import check_outputs, next_steps_of
+    from ..ablation.runner import GOING_ON, failures
+    from ..training.stopping import stoppable
 
     if options.gap_images < 2:
         options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
@@ -74,26 +76,27 @@ def run(options: argparse.Namespace) -> None:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the runs write checkpoints
+    check_outputs(out)
     failed = []
     if not options.collect:
-        failed = train_all(
-            grid,
-            out,
-            jobs=options.jobs,
-            index=getattr(options, "index", None),
-            evaluate=options.evaluate,
-            inception_weights=options.inception_weights,
-            cache=options.cache,
-        )
+        with stoppable(GOING_ON):
+            failed = train_all(
+                grid,
+                out,
+                jobs=options.jobs,
+                index=getattr(options, "index", None),
+                evaluate=options.evaluate,
+                inception_weights=options.inception_weights,
+                cache=options.cache,
+            )
     if "index" not in options:
         results = collect(grid, out)
         write_results(results, out)
         print(results_table(results))
-        print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
+        print(f"Written to {out / 'results'}.json, .csv, .txt and .png\n{next_steps_of(grid, out)}")
         if options.gap:
             gaps = collect_gaps(grid, out, images=options.gap_images)
             write_gaps(gaps, out)
             print(f"\n{gaps.as_text()}\nWritten to {out / 'gaps'}.csv, .txt and .png")
     if failed:
-        options.parser.exit(1, f"vadiff: {len(failed)} runs failed: {', '.join(str(path) for path in failed)}\n")
+        options.parser.exit(1, f"vadiff: {failures(failed)}\n")

@@ -27,8 +27,8 @@ def status_of(command: Callable[[], object]) -> int:
     except Stopped as stop:
         print(f"\nvadiff: {stop}", file=sys.stderr)
         return stop.exit_code
-    except KeyboardInterrupt:
-        print("\nvadiff: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nvadiff: interrupted {stop}".rstrip(), file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         _close_output()

@@ -5,13 +5,12 @@ import dataclasses
 import json
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ...files import replacing
+from ...files import check_writable, problem, replacing
 from ...process import PREDICTION_TYPES
 from ..config_schema import DATASETS
 
@@ -115,11 +114,9 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error(str(error))
     print(json.dumps(suggestion_content(evidence)) if options.json else suggestion_table(evidence))
     if options.plot is not None:
-        try:
-            with replacing(options.plot) as partial:
-                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
-        except OSError as error:
-            options.parser.error(f"the picture cannot be written: {error}")
+        with replacing(options.plot) as partial:
+            suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
+        print(f"Written to {options.plot}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> str:
@@ -154,9 +151,9 @@ def _check_picture(path: Path, error: Callable[[str], NoReturn]) -> None:
     if path.is_dir():
         error(f"argument --plot: {path} is a folder, expected a file")
     try:
-        tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())).close()
-    except OSError as problem:
-        error(f"argument --plot: {path} cannot be written: {problem}")
+        check_writable(path, folder=False)
+    except OSError as trouble:
+        error(f"argument --plot: {path} cannot be written: {problem(trouble) or trouble}")
 
 
 def _flag(name: str) -> str:
@@ -182,17 +179,18 @@ def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidenc
 
 
 def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
+    from ..progress import progress_bar
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
-    from ..progress import progress_bar
     from ..training.short import TRAININGS, load_some
+    from ..training.stopping import stoppable
 
     dataset = options.dataset or "images"
     limit = _LIMIT if options.images is None else options.images
     images = load_some(dataset, options.data, options.image_size, limit)
     try:
         steps = options.steps or _affordable_steps(images, options.minutes or _MINUTES, device)
-        with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
+        with stoppable("no suggestion"), progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
             evidence = of_short_trainings(images, steps, device, bar.update)
     except Stopped as stop:
         print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)

@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import json
-import tempfile
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...files import replacing
+from ...files import check_writable, problem, replacing
 from .drawing import weights_name
 
 if TYPE_CHECKING:
@@ -98,14 +98,13 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(content))
     else:
         print(f"EDM's {result}\ngeometric mean over levels of the x0 loss: {measured.level_mean:.5g}")
-    try:
-        if options.csv is not None:
-            result.save(options.csv)
-        if options.plot is not None:
-            with replacing(options.plot) as partial:
-                result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
-    except OSError as error:
-        options.parser.error(f"the result cannot be written: {error}")
+    if options.csv is not None:
+        result.save(options.csv)
+    if options.plot is not None:
+        with replacing(options.plot) as partial:
+            result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
+    for path in filter(None, (options.csv, options.plot)):
+        print(f"Written to {path}", file=sys.stderr)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -118,11 +117,12 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if path is None:
             continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
+            check_writable(path, folder=False)
             if name == "csv" and path.exists():
                 LevelLosses.load(path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            options.parser.error(f"argument --{name}: {path} cannot be written: {problem(error) or error}")
+        except ValueError as error:
             options.parser.error(f"argument --{name}: {path} cannot be written: {error}")
 
 

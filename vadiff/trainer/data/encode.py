@@ -147,6 +147,11 @@ def encode_images(
     return read_facts(out)
 
 
+def going_on(out: Path) -> str:
+    """What is kept when encoding stops, and how it goes on."""
+    return f"the files that are whole are kept in {out}: the same command encodes the others"
+
+
 def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or check that the folder was begun with the same."""
     path = out / PLAN

@@ -24,8 +24,8 @@ def folder_index(path: Path) -> Index:
     """
     found = []
     with progress_bar(None, f"Pictures in {path}", " files", delay=_QUIET) as bar:
-        for file in _files(path):
-            found.append(file)
+        for one in _files(path):
+            found.append(one)
             bar.update()
     found.sort()
     sizes = np.array([size for _, size in found], dtype=np.int64)

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data import Images, Pictures, Samples
-from .image_source import Rows, default_workers, ranks_here
 from ..progress import progress_bar
+from .image_source import Rows, default_workers, ranks_here
 
 DEVICE, HOST, NONE = "device", "host", "none"
 _SHARE_OF_GPU, _SHARE_OF_HOST = 0.5, 0.25  # of free memory of the GPU, and of the host's memory, for "auto"

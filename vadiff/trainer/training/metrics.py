@@ -23,6 +23,7 @@ their running average), rms (weights, updates and activations per layer) and eva
 import contextlib
 import json
 import math
+import os
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from ...metrics_file import finite, json_lines
 from ...regression_target import target_of
 
 METRICS = "metrics.jsonl"  # in a run directory
+_TAIL = 2**16  # bytes at the end of the file in which a whole line is looked for first
 _PER_BIN = ("count", "mean", "variance", "mass")
 
 
@@ -156,6 +158,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [line for _, line in json_lines(path)]
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def last_step(run: Path) -> int:
+    """The step of the last whole line of a run's metrics; 0 without one. Reads the end of the file only."""
+    try:
+        with (run / METRICS).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            part = min(size, _TAIL)
+            while True:
+                file.seek(size - part)
+                *lines, _ = file.read(part).split(b"\n")  # behind the last line feed: a line that is being written
+                if len(lines) > 1 or part == size:
+                    break
+                part = min(size, 4 * part)
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:

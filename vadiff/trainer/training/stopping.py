@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 import torch
@@ -14,10 +14,13 @@ from .distributed import Ranks
 
 
 @contextlib.contextmanager
-def stoppable(how_to_go_on: str) -> Iterator[None]:
+def stoppable(how_to_go_on: str | Callable[[], str]) -> Iterator[None]:
     """Make SIGTERM and SIGINT end the `with` block as `Stopped`, with a message of how to go on.
 
-    For work on one process only: under torchrun a process that waits for another one would not see the signal.
+    For work of one process only: under torchrun a process that waits for another one would not see the signal.
+
+    Args:
+        how_to_go_on: what is kept, and what to do; a function is called after the signal.
     """
     received = signal.SIGINT
 
@@ -31,7 +34,8 @@ def stoppable(how_to_go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(f"stopped by {received.name}; {how_to_go_on}", received) from None
+        told = how_to_go_on if isinstance(how_to_go_on, str) else how_to_go_on()
+        raise Stopped(f"stopped by {received.name}; {told}", received) from None
     finally:
         if catches:
             signal.signal(signal.SIGTERM, previous)
@@ -81,5 +85,5 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at once, by the second Ctrl-C: --resume goes on from the latest checkpoint")
         self._received = number
