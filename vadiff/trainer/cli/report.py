@@ -34,8 +34,9 @@ EXAMPLES = (
 @option("--title", TEXT, "TEXT", "title of the page")
 def run(options: Options) -> None:
     from ...extras import import_extra
-    from ..report import group_runs, read_history, write_log_report, write_report
-    from ..training import open_run
+    from ...files import check_writable
+    from ..report import group_runs, write_log_report, write_report
+    from ..report.runs import read_histories
 
     for module in ("jinja2", "matplotlib"):
         import_extra(module, "report")
@@ -50,11 +51,13 @@ def run(options: Options) -> None:
     page = options.out or default
     if page.suffix != ".html":
         usage_error(f"argument --out: {page}, expected a file ending in .html")
+    check_writable(page, folder=False)
+    check_writable(page.with_suffix(""), folder=True)
     _check_page(options, page)
     if log is not None:
         files = write_log_report(log, page, title=options.title)
     else:
-        groups = group_runs([read_history(open_run(path)) for path in paths])
+        groups = group_runs(read_histories(paths))
         files = write_report(groups, page, title=options.title)
     print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")
 
