@@ -45,7 +45,7 @@ def status_of(command: Callable[[], object]) -> int:
 def _trouble_with_output() -> str | None:
     """Why standard output cannot be written, as where it is a file on a full disk."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # what failed to be printed is no longer in the buffer
     except OSError as error:
         _close_output()
         return f"the output cannot be written: {os.strerror(error.errno or 0).lower()}"
