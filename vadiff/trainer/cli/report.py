@@ -7,8 +7,9 @@ NAME = "report"
 HELP = "one HTML page about one run, or comparing several"
 DESCRIPTION = (
     "Write one self-contained HTML page with charts of the loss, its spread and the weights per noise level, of the "
-    "held-out loss, of metrics and of samples over training, and the same charts as PNG and SVG. Runs that differ only "
-    "in their seed are shown as one, with their spread; all are compared with the first. With --from-log the page is "
+    "held-out loss, of metrics and of samples over training: values at the pointer, zoom, and arms to hide. The page "
+    "loads nothing. Runs that differ only in their seed are shown as one, with their spread; all are compared with the "
+    "first, runs of different length at equal numbers of training images. With --from-log the page is "
     "about a training with any other loop, from the file that criterion.log_to(vadiff.MetricsFile(FILE), step) wrote."
 )
 
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", default=None,
-        help="page to write; its charts go to a folder of the same name beside it; default: RUN/report.html, for "
-        "several runs report.html, for a log FILE with the ending .html",
+        help="page to write; default: RUN/report.html, for several runs report.html, for a log FILE with the ending "
+        ".html",
     )  # fmt: skip
     parser.add_argument("--title", default=None, help="title of the page")
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     from ..report import group_runs, read_history, write_log_report, write_report
     from ..training import open_run
 
-    for module in ("jinja2", "matplotlib"):
+    for module in ("jinja2", "plotly"):
         import_extra(module, "report")
     paths = list({path.resolve(): path for path in options.run_directories}.values())
     log = options.from_log
@@ -52,16 +53,16 @@ def run(options: argparse.Namespace) -> None:
         options.parser.error(f"argument --out: {page}, expected a file ending in .html")
     if log is not None:
         _check_page_of_log(options, log, page)
-        files = write_log_report(log, page, title=options.title)
+        charts = write_log_report(log, page, title=options.title)
     else:
         groups = group_runs([read_history(open_run(path)) for path in paths])
-        files = write_report(groups, page, title=options.title)
-    print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")
+        charts = write_report(groups, page, title=options.title)
+    print(f"{page}   ({charts} charts)")
 
 
 def _check_page_of_log(options: argparse.Namespace, log: Path, page: Path) -> None:
-    """Neither page nor charts take the log's place, and the page replaces no page of others unless it is named."""
-    if log.resolve() in (page.resolve(), page.with_suffix("").resolve()):
-        options.parser.error(f"argument --out: {page} or its folder of charts would replace the log, expected another")
+    """The page does not take the log's place, and replaces no page of others unless it is named."""
+    if log.resolve() == page.resolve():
+        options.parser.error(f"argument --out: {page} would replace the log, expected another")
     if options.out is None and page.exists() and b"Made by vadiff" not in page.read_bytes():
         options.parser.error(f"argument --out: {page} exists and is no report; give --out to choose the page")

@@ -35,7 +35,7 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     Raises:
         MissingExtraError: a package of the extras `train`, `report` or `eval` is not installed.
     """
-    for module in ("jinja2", "matplotlib"):
+    for module in ("jinja2", "matplotlib", "plotly"):
         import_extra(module, "report")  # fail before minutes of training
     find_network("digits")
     on_the_way = max(1, config.steps // 2)
