@@ -94,7 +94,8 @@ TRAINER = {
         "trainer.config", "trainer.data", "trainer.evaluation", "trainer.presets", "trainer.training",
     },
     "trainer.report": {
-        "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures",
+        "trainer.training",
     },
     "trainer.cli": {
         "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",

@@ -87,15 +87,12 @@ def _sweep(
     folder = next(iter(files.values())).parent
     step = int(folder.name.removeprefix("step-"))
     losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
-    scores, other_scores = sweep_scores(losses), sweep_scores(others)
-    best = min(scores, key=lambda width: scores[width])
+    scores = {f"ema-{width:g}": score for width, score in sorted(sweep_scores(losses).items())} | sweep_scores(others)
     print("\nx0 loss on held-out images, geometric mean over noise levels:")
-    for width in sorted(scores):
-        print(f"  {f'ema-{width:g}':>9} {scores[width]:.5f}{'  lowest' if width == best else ''}")
-    for name, score in other_scores.items():
-        print(f"  {name:>9} {score:.5f}")
+    for name, score in scores.items():
+        print(f"  {name:>9} {score:.5f}{'  lowest' if score == min(scores.values()) else ''}")
     content: dict[str, Any] = {
-        "log_snr": losses[best].log_snr.tolist(),
+        "log_snr": next(iter(losses.values())).log_snr.tolist(),
         "held_out": {f"ema-{width:g}": losses[width].mean.tolist() for width in sorted(losses)}
         | {name: loss.mean.tolist() for name, loss in others.items()},
     }

@@ -12,6 +12,7 @@ from ..data import load_digits
 from ..evaluation import image_metrics
 from ..evaluation.fidelity import find_network
 from ..training import TrainConfig, open_run, train
+from .comparison import Record
 from .figure import comparison_figure, spread_of
 from .page import write_report
 from .runs import group_runs, read_history
@@ -58,6 +59,9 @@ def run_demo(config: TrainConfig, out: Path) -> None:
             pixels(drawn), pixels(data.train), metrics=("fid",), features="digits", device=device, progress=False
         )
         distances[name] = found["fd-digits"]
+        settings = {"step": config.steps, "images_seen": config.steps * config.batch_size, "features": "digits"}
+        folder = out / name / "evaluation" / f"step-{config.steps}"
+        Record(folder / "metrics.json", {**settings, "images": COMPARED}, [0]).add(0, found)  # for the page
         print(f"{name}: trained, {time.monotonic() - started:.0f} s so far", file=sys.stderr)
 
     comparison_figure(runs, samples, data.held_out).savefig(out / "report.png")

@@ -10,9 +10,9 @@ import numpy as np
 from ...extras import import_extra
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
-from .charts import METRICS, metric_title
 from .comparison import Comparison, Reference, check_drawn, compare, prepared, read_reference
 from .drawn_images import draw_images
+from .training_charts import METRICS, metric_title
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:

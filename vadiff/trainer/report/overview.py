@@ -106,7 +106,7 @@ def differences_explained(groups: Sequence[Group]) -> str:
     if 1 in shared:
         text += " Of one seed there is no uncertainty to give: train others before you believe a difference."
     if 0 in shared:
-        text += " Where no seed is the same, there is no difference."
+        text += " No difference is given where no seed is the same."
     return text
 
 

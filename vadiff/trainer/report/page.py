@@ -70,9 +70,9 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
     return write_page(
         page,
         sections_of(groups),
-        title=title or _title(groups),
-        lead=_lead(groups),
-        notes=_notes(groups),
+        title=title or title_of(groups),
+        lead=lead_of(groups),
+        notes=notes_of(groups),
         held_out_of_train=_held_out_of_train(groups),
         settings=settings_table(groups),
         source=paths,
@@ -298,7 +298,8 @@ def _samples(groups: Sequence[Group]) -> Section | None:
     return Section("samples", "Generated images over training", text, strips=strips)
 
 
-def _title(groups: Sequence[Group]) -> str:
+def title_of(groups: Sequence[Group]) -> str:
+    """Title of the page about these groups."""
     dataset = str(groups[0].first.config.get("dataset", "")).replace("_", " ")
     if len(groups) == 1:
         return f"Training on {dataset}: {groups[0].first.config['weighting'].replace('_', ' ')} weighting"
@@ -311,7 +312,8 @@ def _held_out_of_train(groups: Sequence[Group]) -> str:
     return " or ".join(f"{number:,}" for number in sorted(numbers - {None}, key=str))
 
 
-def _lead(groups: Sequence[Group]) -> str:
+def lead_of(groups: Sequence[Group]) -> str:
+    """How many runs, of how many steps, and what is compared."""
     configs = [run.config for group in groups for run in group.runs]
     processes = [each.upper() if each == "edm" else each.replace("_", " ") for each in _different(configs, "process")]
     text = (
@@ -333,7 +335,7 @@ def _listed(configs: Sequence[dict[str, Any]], name: str) -> str:
     return " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
+def notes_of(groups: Sequence[Group]) -> list[str]:
     """Caveats to read before the charts."""
     notes = []
     equal, images = at_equal_images(groups)

@@ -117,7 +117,7 @@ def log_snr_axis(figure: Any, limits: tuple[float, float] | None = None) -> None
         name="σ",
         hovertemplate="%{customdata:.3~g}",
         mode="markers",
-        marker={"opacity": 0},
+        marker={"color": "rgba(0,0,0,0)"},
         showlegend=False,
     )
     figure.data = (figure.data[-1], *figure.data[:-1])

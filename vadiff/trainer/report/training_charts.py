@@ -117,14 +117,14 @@ def heatmap(groups: Sequence[Group], what: str) -> Chart:
         values, images = log_values(group, what), group_images(group)
         kept = np.unique(np.linspace(0, len(images) - 1, min(len(images), _COLUMNS)).round().astype(int))
         centers = group.first.centers
-        half = (centers[1] - centers[0]) / 2
+        half, sigmas = (centers[1] - centers[0]) / 2, np.exp(-0.5 * centers)
         figure.add_heatmap(
             x=np.concatenate([[0], images[kept]]),
             y=np.concatenate([centers - half, centers[-1:] + half]),
             z=values[kept].T.astype(np.float32),
-            customdata=np.dstack([10 ** values[kept].T, np.tile(np.exp(-0.5 * centers)[:, None], len(kept))]),
-            hovertemplate="%{x:,.0f} images, λ = %{y:.2f}, σ = %{customdata[1]:.3g}<br>"
-            f"%{{customdata[0]:.3~g}}{unit}<extra>{text(group.label) if len(groups) > 1 else ''}</extra>",
+            customdata=np.stack(np.broadcast_arrays(10 ** values[kept].T, sigmas[:, None], images[kept]), -1),
+            hovertemplate="%{customdata[2]:,.0f} images<br>λ = %{y:.2f}, σ = %{customdata[1]:.3g}<br>"
+            f"{label}: %{{customdata[0]:.3~g}}{unit}<extra>{text(group.label) if len(groups) > 1 else ''}</extra>",
             name=text(group.label),
             coloraxis="coloraxis",
             visible=group is groups[0],
