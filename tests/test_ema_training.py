@@ -129,8 +129,8 @@ def test_ema_command_makes_widths_and_measures_a_sweep(copied: Path, capsys: pyt
     output = capsys.readouterr().out
     rows = [line.split() for line in output.splitlines() if line.startswith("  ")]
     assert [row[0] for row in rows] == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
-    lowest = min(float(row[1]) for row in rows)
-    assert all((row[2:] == ["lowest"]) == (float(row[1]) == lowest) for row in rows)  # raw and ema among them
+    marked = [row[1] for row in rows if row[2:] == ["lowest"]]
+    assert marked == [min(row[1] for row in rows)]  # raw and ema among them
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
     assert list(content["held_out"]) == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
     last = open_run(copied).metrics()[-1]["held_out"]

@@ -15,6 +15,7 @@ from vadiff.trainer.report import (
     Group,
     History,
     charts,
+    from_log,
     group_runs,
     held_out_charts,
     overview,
@@ -80,7 +81,8 @@ def luminance(color: str) -> float:
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_every_colour_is_seen_on_both_grounds(mode: str) -> None:
     ground = luminance(style.template(mode)["layout"]["hoverlabel"]["bgcolor"])
-    for color in {style.line(index).color for index in range(7)} | {style.ONLY.color, style.OTHER.color}:
+    colors = {style.line(index).color for index in range(7)} | {style.ONLY.color, style.OTHER.color}
+    for color in colors | {from_log.shade(place) for place in np.linspace(0, 1, 9)}:
         low, high = sorted((luminance(color), ground))
         assert (high + 0.05) / (low + 0.05) >= 3.0, color
 

@@ -78,11 +78,11 @@ def inside(browser: Any, chart: str, selector: str) -> list[str]:
     )
 
 
-def until(condition: Callable[[], Any]) -> Any:
+def until(browser: Any, condition: Callable[[], Any]) -> Any:
     """What a condition returns once it is true; plotly draws what it is asked for after the event."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(None, 10, poll_frequency=0.05).until(lambda _: condition())
+    return WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
 
 
 def emulate(browser: Any, mode: str) -> None:
@@ -118,7 +118,7 @@ def test_pointer_shows_the_values_of_all_groups(browser: Any, report_groups: lis
     area = opened(browser, report_page).find_element("css selector", "#chart-base-loss .nsewdrag")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
     ActionChains(browser).move_to_element(area).perform()
-    title, sigma, constant, adaptive = until(lambda: inside(browser, "base-loss", ".hoverlayer text"))
+    title, sigma, constant, adaptive = until(browser, lambda: inside(browser, "base-loss", ".hoverlayer text"))
     run = report_groups[0].first
     place = int(np.abs(run.centers - float(title.removeprefix("λ = ").replace("−", "-"))).argmin())
     assert float(sigma.removeprefix("σ : ")) == pytest.approx(np.exp(-0.5 * run.centers[place]), rel=5e-3)
@@ -136,10 +136,10 @@ def test_legend_hides_a_group_and_its_band(browser: Any, report_page: Path) -> N
     toggle = browser.find_elements("css selector", "#chart-base-loss .infolayer .legendtoggle")[1]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", toggle)
     toggle.click()
-    until(lambda: browser.execute_script(visible) == before - 2)  # line and band
+    until(browser, lambda: browser.execute_script(visible) == before - 2)  # line and band
     toggle = browser.find_elements("css selector", "#chart-base-loss .infolayer .legendtoggle")[1]
     toggle.click()
-    until(lambda: browser.execute_script(visible) == before)
+    until(browser, lambda: browser.execute_script(visible) == before)
 
 
 def test_page_follows_the_readers_dark_and_light_mode(browser: Any, report_page: Path) -> None:
@@ -157,7 +157,7 @@ def test_page_follows_the_readers_dark_and_light_mode(browser: Any, report_page:
             ground, *inks = (sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in found)
             return all((ground < 0.2 and ink > 0.8) if dark else (ground > 0.9 and ink < 0.3) for ink in inks)
 
-        until(follows)
+        until(browser, follows)
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 

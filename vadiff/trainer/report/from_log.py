@@ -20,6 +20,7 @@ from .style import (
     Line,
     add_band,
     add_line,
+    line,
     log_axis,
     log_snr_axis,
     make_room_for_legend,
@@ -272,20 +273,20 @@ def _curve(name: str, title: str, caption: str, step: Array, values: dict[str, A
     figure = new_figure(_STEPS, title.removesuffix(" by noise level").lower())
     for place, (label, row) in enumerate(values.items()):
         known = np.isfinite(row)
-        style = ONLY if len(values) == 1 else Line(_shade(place / (len(values) - 1)), "solid")
+        style = ONLY if len(values) == 1 else Line(shade(place / (len(values) - 1)), line(place).dash)
         add_line(figure, step[known], row[known], style, label)
     if _wide(np.concatenate(list(values.values()))):
         log_axis(figure, *values.values())
     figure.update_xaxes(tickformat="~s", unifiedhovertitle_text="step %{x:,.0f}")
     make_room_for_legend(figure, len(values))
     if len(values) > 1:
-        figure.update_layout(legend_title_text="log-SNR")
+        caption += " Lines: bands of log-SNR."
     return Chart(name, title, caption, figure)
 
 
-def _shade(place: float) -> str:
+def shade(place: float) -> str:
     """Colour of a band of log-SNR, from 0, the noisiest, to 1: an order that the eye sees on both grounds."""
-    ends = np.array([[0x56, 0x3D, 0xB8], [0x1F, 0x8A, 0x8C], [0xC9, 0x8A, 0x00]])
+    ends = np.array([[0x7B, 0x62, 0xD9], [0x1F, 0x8A, 0x8C], [0xB5, 0x7C, 0x00]])
     color = [np.interp(place, [0.0, 0.5, 1.0], channel) for channel in ends.T]
     return "#" + "".join(f"{round(value):02x}" for value in color)
 

@@ -73,17 +73,18 @@ def difference(group: Group, first: Group, value_of: Callable[[History], float |
     """
     if not kind or group is first:
         return ""
+    spoken: Callable[[float], str] = _change if kind == RATIO else _signed
     theirs = {run.config["seed"]: value_of(run) for run in first.runs}
     pairs = [(value_of(run), theirs.get(run.config["seed"])) for run in group.runs]
     known = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
     if kind == RATIO:
         if not known or not all(np.isfinite(pair).all() and min(pair) > 0 for pair in known):
             return ""
-        ends, spoken = [math.log(mine / other) for mine, other in known], _change
+        ends = [math.log(mine / other) for mine, other in known]
     else:
         if not known or not np.isfinite(known).all():
             return ""
-        ends, spoken = [mine - other for mine, other in known], _signed
+        ends = [mine - other for mine, other in known]
     found = interval(ends)
     if len(ends) == 1:
         return spoken(found.mean)

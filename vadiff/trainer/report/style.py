@@ -91,7 +91,7 @@ def template(mode: str) -> dict[str, Any]:
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": soft, "activecolor": ink, "orientation": "v"},
             "updatemenudefaults": {"bgcolor": ground, "bordercolor": soft, "font": font},
             "xaxis": axis,
-            "yaxis": axis,
+            "yaxis": {**axis, "exponentformat": "e"},
         }
     }
 

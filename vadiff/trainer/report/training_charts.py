@@ -132,8 +132,9 @@ def heatmap(groups: Sequence[Group], what: str) -> Chart:
     images_axis(figure, max(float(group_images(group)[-1]) for group in groups))
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(range=shown_range(groups), showgrid=False)
-    # buttons above the colour bar, beside the menu
-    figure.update_layout(height=figure.layout.height + 40, margin={"r": 12, "t": 52}, modebar_orientation="h")
+    # buttons in a row above the colour bar, and a row for the menu
+    row = 40
+    figure.update_layout(height=figure.layout.height + 2 * row, margin={"r": 12, "t": row}, modebar_orientation="h")
     if len(groups) > 1:
         _menu(figure, [group.label for group in groups])
     over_seeds = " Mean of the seeds." if any(len(group.runs) > 1 for group in groups) else ""
@@ -148,6 +149,7 @@ def _menu(figure: Any, labels: Sequence[str]) -> None:
     ]
     place = {"x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom", "pad": {"b": 4}}
     figure.update_layout(updatemenus=[{"buttons": buttons, "direction": "down", "showactive": True, **place}])
+    figure.update_layout(margin_t=2 * figure.layout.margin.t)
 
 
 _HEATMAPS: dict[str, tuple[str, str, str, str, list[list[Any]]]] = {
