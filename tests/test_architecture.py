@@ -98,8 +98,8 @@ TRAINER = {
         "trainer.progress", "trainer.training",
     },
     "trainer.report": {
-        "trainer.config", "trainer.data", "trainer.evaluation", "trainer.next_steps", "trainer.pictures",
-        "trainer.progress", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.data", "trainer.evaluation", "trainer.next_steps",
+        "trainer.pictures", "trainer.progress", "trainer.training",
     },
     "trainer.cli": {
         "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",

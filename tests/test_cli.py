@@ -136,7 +136,7 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
     assert "Fréchet distance of samples" in printed
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    assert all(name in page for name in ("constant", "loss level", "variance aware"))
+    assert all(name in page for name in ("constant", "loss level", "variance aware", "Fréchet distance (digits)"))
     assert sorted(path.parent.name for path in tmp_path.glob("*/config.yaml")) == [
         "constant",
         "loss_level",

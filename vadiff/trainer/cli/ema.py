@@ -106,10 +106,9 @@ def _sweep(
     step = int(folder.name.removeprefix("step-"))
     losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
     scores, other_scores = sweep_scores(losses), sweep_scores(others)
-    best = min(scores, key=lambda width: scores[width])
     print(f"\n{scores_table(scores, other_scores)}")
     content: dict[str, Any] = {
-        "log_snr": losses[best].log_snr.tolist(),
+        "log_snr": next(iter(losses.values())).log_snr.tolist(),
         "held_out": {f"ema-{width:g}": losses[width].mean.tolist() for width in sorted(losses)}
         | {name: loss.mean.tolist() for name, loss in others.items()},
     }

@@ -17,6 +17,7 @@ from ..evaluation.fidelity import find_network
 from ..next_steps import next_steps
 from ..training import TrainConfig, open_run, train
 from ..training.stopping import stoppable
+from .comparison import Record
 from .figure import comparison_figure, spread_of
 from .page import write_report
 from .runs import group_runs, read_history
@@ -55,7 +56,7 @@ def _compare(config: TrainConfig, out: Path) -> None:
         MissingExtraError: a package of the extras `train`, `report` or `eval` is not installed.
     """
     check_writable(out, folder=True)  # fail before minutes of training
-    for module in ("jinja2", "matplotlib"):
+    for module in ("jinja2", "matplotlib", "plotly"):
         import_extra(module, "report")
     find_network("digits")
     on_the_way = max(1, config.steps // 2)
@@ -78,6 +79,9 @@ def _compare(config: TrainConfig, out: Path) -> None:
             pixels(drawn), pixels(data.train), metrics=("fid",), features="digits", device=device, progress=False
         )
         distances[name] = found["fd-digits"]
+        settings = {"step": config.steps, "images_seen": config.steps * config.batch_size, "features": "digits"}
+        folder = out / name / "evaluation" / f"step-{config.steps}"
+        Record(folder / "metrics.json", {**settings, "images": COMPARED}, [0]).add(0, found)  # for the page
         print(f"{name}: trained, {time.monotonic() - started:.0f} s so far", file=sys.stderr)
 
     comparison_figure(runs, samples, data.held_out).savefig(out / "report.png")

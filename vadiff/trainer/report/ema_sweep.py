@@ -15,9 +15,9 @@ from ...files import check_writable, replacing
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
 from ..training.stopping import stoppable
-from .charts import METRICS, metric_title
 from .comparison import Comparison, Reference, check_drawn, compare, prepared, read_reference
 from .drawn_images import draw_images
+from .training_charts import METRICS, metric_title
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:

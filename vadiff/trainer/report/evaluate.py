@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...extras import import_extra
 from ...files import check_writable, replacing
 from ...optimal_loss import ModelGap
 from ...sampling.generation import Generation
@@ -41,10 +40,7 @@ from .comparison import (
     seed_sets,
 )
 from .drawn_images import draw_images, kept_images
-from .gap import gap_chart, gap_rows, gap_table
-from .gradient_charts import gradient_charts
-from .held_out_charts import held_out_levels
-from .style import Chart
+from .gap import gap_rows, gap_table
 
 
 def evaluate_run(
@@ -84,9 +80,8 @@ def evaluate_run(
     Raises:
         UserError: the checkpoint or the data set is missing or corrupt, or the Inception weights cannot be downloaded.
         ValueError: invalid options of the comparison.
-        MissingExtraError: a package of the extra `eval` or `report` is not installed.
+        MissingExtraError: a package of the extra `eval` is not installed.
     """
-    import_extra("matplotlib", "report")  # fail before minutes of drawing
     steps = run.checkpoints()
     step = generation.step if generation.step is not None else (steps[-1] if steps else None)
     generation = dataclasses.replace(generation, step=step)
@@ -133,22 +128,18 @@ def _measure_levels(
         number = losses["ema"].per_image.shape[1]
         print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
-        ema, raw = losses["ema"], losses["raw"]
-        charts = [held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())]
-        written += _write(folder, {"held-out.csv": _csv(_held_out_rows(losses)), **_pictures(charts)})
+        written.append(_write(folder / "held-out.csv", _held_out_rows(losses)))
     if gradient_images:
         gradients = _gradients(run, data(), step, device, gradient_images, generation.batch_size)
         print(f"\nGradients per noise level, from {gradient_images} training images, trained (raw) weights:")
         print(_gradients_table(gradients))
-        charts = gradient_charts(gradients)
-        written += _write(folder, {"gradients.csv": _csv(_gradients_rows(gradients)), **_pictures(charts)})
+        written.append(_write(folder / "gradients.csv", _gradients_rows(gradients)))
     if gap_images:
         gap = _gap(run, data(), generation, device, gap_images, gap_directly)
         number = min(gap_images, len(data().train))
         print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
         print(gap_table(gap, run.config.sigma_data))
-        charts = [gap_chart(gap, run.config.sigma_data)]
-        written += _write(folder, {"gap.csv": _csv(gap_rows(gap, run.config.sigma_data)), **_pictures(charts)})
+        written.append(_write(folder / "gap.csv", gap_rows(gap, run.config.sigma_data)))
     return written
 
 
@@ -318,13 +309,8 @@ def _csv(rows: Sequence[dict[str, float]]) -> str:
     return text.getvalue()
 
 
-def _pictures(charts: Sequence[Chart]) -> dict[str, bytes]:
-    return {f"{chart.name}.{kind}": chart.picture(kind, described=True) for chart in charts for kind in ("png", "svg")}
-
-
-def _write(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
-    """Write files atomically; returns their names."""
-    for name, content in files.items():
-        with replacing(folder / name) as partial:
-            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [*files]
+def _write(file: Path, rows: Sequence[dict[str, float]]) -> str:
+    """Write a table atomically, as CSV; returns its name."""
+    with replacing(file) as partial:
+        partial.write_text(_csv(rows))
+    return file.name
