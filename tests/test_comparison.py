@@ -176,7 +176,6 @@ def test_killed_drawing_loses_only_the_batch_in_work(
 
     monkeypatch.setattr(drawn_images, "generate", generate)
     with pytest.raises(KeyboardInterrupt):
-    with pytest.raises(Stopped, match="stopped by SIGINT; kept in "):
         kept_images(run, seeds, how, tmp_path / "kept")
     parts = tmp_path / "kept" / "images-3.parts"
     assert len([*parts.iterdir()]) == 2

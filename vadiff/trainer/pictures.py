@@ -45,10 +45,11 @@ class PictureWriter:
     ) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists already: give another name, or remove it first")
-        check_writable(path, folder=path.suffix != ".npz")
+        archive = path.suffix == ".npz"  # written at the end
+        check_writable(path, folder=not archive, size=len(seeds) * math.prod(shape) if archive else 0)
         if shape[0] not in (1, 3):
             raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
-        self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
+        self.path, self.seeds, self.archive = path, seeds, archive
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
         self.note = note
