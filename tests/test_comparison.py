@@ -175,6 +175,7 @@ def test_killed_drawing_loses_only_the_batch_in_work(
                 yield Generated(start, images.train[numbers], images.train_labels[numbers])
 
     monkeypatch.setattr(drawn_images, "generate", generate)
+    seeds, how = range(3, 33), default_generation(run)
     with pytest.raises(KeyboardInterrupt):
         kept_images(run, seeds, how, tmp_path / "kept")
     parts = tmp_path / "kept" / "images-3.parts"
