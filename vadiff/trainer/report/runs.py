@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RunError
-from ..training import Run, TrainConfig
+from ..progress import progress_bar
+from ..training import Run, TrainConfig, open_run
 
 Array = np.ndarray
 
@@ -20,6 +21,7 @@ _NOT_COMPARED = {
     "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
     "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard", "tf32",
 }  # fmt: skip
+_QUIET = 2.0  # seconds without a progress bar
 _ENOUGH = 20.0  # effective number of samples from which a bin is drawn
 
 
@@ -139,6 +141,20 @@ def read_history(run: Run) -> History:
         held_out_is_test=None if facts is None else facts.held_out_is_test,
         held_out_number=None if facts is None else facts.held_out,
     )
+
+
+def read_histories(paths: Sequence[Path]) -> list[History]:
+    """The histories of run directories, with a progress bar.
+
+    Raises:
+        RunError: a path is no run directory, or its metrics are damaged.
+    """
+    found = []
+    with progress_bar(len(paths), "reading", "run", delay=_QUIET) as bar:
+        for path in paths:
+            found.append(read_history(open_run(path)))
+            bar.update()
+    return found
 
 
 def group_runs(histories: Sequence[History]) -> list[Group]:
