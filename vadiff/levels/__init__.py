@@ -12,6 +12,7 @@ from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
 from .information import Information
+from .k_diffusion import CosineInterpolated, SplitLogNormal
 from .mixture import Mixture
 from .noise_share import Beta, LogLogistic
 from .sampler import LevelSampler, NoiseLevels, uniforms
@@ -25,6 +26,7 @@ __all__ = [
     "Beta",
     "Cauchy",
     "CosMap",
+    "CosineInterpolated",
     "EpochUniforms",
     "GapLevels",
     "Information",
@@ -40,6 +42,7 @@ __all__ = [
     "NoiseLevels",
     "SecondMoment",
     "Shift",
+    "SplitLogNormal",
     "Suggestion",
     "Table",
     "UniformTime",
@@ -55,6 +58,7 @@ __all__ = [
 _BY_NAME: dict[str, type[LevelSampler]] = {
     "beta": Beta,
     "cauchy": Cauchy,
+    "cosine_interpolated": CosineInterpolated,
     "cosmap": CosMap,
     "information": Information,
     "laplace": Laplace,
@@ -65,6 +69,7 @@ _BY_NAME: dict[str, type[LevelSampler]] = {
     "loss_spread": LossSpread,
     "mode": Mode,
     "second_moment": SecondMoment,
+    "split_log_normal": SplitLogNormal,
     "table": Table,
     "uniform_time": UniformTime,
 }
