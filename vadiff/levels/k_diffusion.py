@@ -12,7 +12,7 @@ from .sampler import LevelSampler, require_number
 
 
 class SplitLogNormal(LevelSampler):
-    """ln(sigma) with a normal density of one width below its mode and of another above: k-diffusion's "split-lognormal".
+    """ln(sigma) normal with one width below its mode and another above: k-diffusion's "split-lognormal".
 
     The density of ln(sigma) is 2/(scale_1 + scale_2)·φ((ln(sigma) - loc)/scale), φ the standard normal density, scale_1
     below loc and scale_2 above: it is continuous, and scale_1/(scale_1 + scale_2) of the draws are below loc.

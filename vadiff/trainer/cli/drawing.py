@@ -117,6 +117,12 @@ def add_solver_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGr
         help="away from the model without a class, or from --guide; 1: none; doubles the network calls",
     )  # fmt: skip
     drawing.add_argument(
+        "--guidance-sigma-min", type=float, metavar="S", default=0.0, help="no guidance at this noise level and below"
+    )
+    drawing.add_argument(
+        "--guidance-sigma-max", type=float, metavar="S", default=float("inf"), help="no guidance above this noise level"
+    )
+    drawing.add_argument(
         "--guide", metavar="RUN[:WEIGHTS[/STEP]]", default=None,
         help="a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
         "--weights, default: ema of the latest checkpoint",
@@ -185,6 +191,7 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
             clip=options.clip_x0,
             label=options.labels if options.label is None else options.label,
             guidance=options.guidance,
+            guided_sigma=(options.guidance_sigma_min, options.guidance_sigma_max),
             guide=guide,
         )
         generation.levels(form)
