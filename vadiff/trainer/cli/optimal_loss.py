@@ -47,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--levels", type=int, metavar="N", default=16, help="number of noise levels")
     parser.add_argument("--sigma-min", type=float, metavar="S", default=0.1, help="lowest noise level")
     parser.add_argument("--sigma-max", type=float, metavar="S", default=40.0, help="highest noise level")
-    parser.add_argument("--estimator", choices=("full", "snis", "dol", "cdol"), default="full", help="see the docs")
+    parser.add_argument(
+        "--estimator", choices=("full", "snis", "dol", "cdol", "cdol_paper"), default="full", help="see the docs"
+    )
     parser.add_argument("--subset", type=int, metavar="L", help="samples per subset, default N/10 (not for full)")
-    parser.add_argument("--correction", type=float, metavar="C", help="of cdol, default 2N/L")
+    parser.add_argument("--correction", type=float, metavar="C", help="of cdol, default 2N/L; of cdol_paper, 4N/L")
     parser.add_argument(
         "--relative", type=float, metavar="X", default=0.05, help="target standard error, as a share of J*"
     )
