@@ -170,6 +170,11 @@ class ConfigSchema:
         0.1, "probability of dropping a label, for classifier-free guidance", at_least=0, at_most=1
     )
 
+    transfer: str | None = setting(
+        None,
+        "run directory, also an imported one, whose averaged weights of the latest checkpoint are the initial weights; "
+        "steps, optimiser and statistics start anew",
+    )
     steps: int = setting(450, "optimiser steps", at_least=1)
     batch_size: int = setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
     accumulate: int = setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
