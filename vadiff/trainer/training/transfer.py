@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ...errors import RunError
-from ...models import Denoiser
+from ...models import Denoiser, normalize_weights
 from ..config import TrainConfig
 from .run import Run, open_run
 
@@ -54,6 +54,8 @@ def start_from(run: Run, denoiser: Denoiser) -> str:
             "there: give the run's own --channels and --layers-per-block"
         )
     denoiser.load_state_dict(same, strict=False)
+    if run.config.model == "edm2":
+        normalize_weights(denoiser)  # as after each step; files of others, and averages, have other magnitudes
     names = ", ".join(afresh[:_NAMED]) + (f" and {len(afresh) - _NAMED} more" if len(afresh) > _NAMED else "")
     rest = f"; initialised anew: {names}" if afresh else ""
     return f"Weights: averages of step {step} of {run.path}, {len(same)} of {len(mine)} tensors{rest}"
