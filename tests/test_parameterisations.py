@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import vadiff
 from vadiff import levels, weighting
+from vadiff.errors import DiffusionLossWarning
 from vadiff.log_snr import from_sigma
 from vadiff.models import PREDICTIONS, Denoiser, parameterisation
 from vadiff.models.parameterisation import VP, vp_process
 from vadiff.process import DiscreteVP, VPCosine, VPLinear, VPScaledLinear, edm_preconditioning, loss_ratio
-from vadiff.trainer.training.assembly import build_criterion, build_levels
+from vadiff.trainer.training.assembly import build_criterion, build_levels, training_criterion
 from vadiff.trainer.training.held_out import held_out_log_snr
 from vadiff.trainer.training.objective import objective_of
 from vadiff.training import TrainConfig, train
@@ -184,6 +185,14 @@ def test_adaptive_levels_start_from_uniform_timesteps() -> None:
     counts = process.timestep(sampler(u).log_snr).bincount(minlength=1000)
     assert counts.max() <= 4
     assert counts.sum() == 2000
+
+
+def test_training_says_that_a_weighting_leaves_the_terminal_step_untrained() -> None:
+    config = dataclasses.replace(TINY, process="vp_linear", prediction="v_prediction", zero_terminal_snr=True)
+    with pytest.warns(DiffusionLossWarning, match="SoftMinSNR for 'v_prediction' is 0 at zero SNR.*not trained"):
+        training_criterion(dataclasses.replace(config, weighting="soft_min_snr"), None, None)
+    for weighting_name in ("min_snr", "constant", "variance_aware"):  # min_snr is 1 there in the trainer
+        training_criterion(dataclasses.replace(config, weighting=weighting_name), None, None)
 
 
 def test_a_network_is_told_no_time_beyond_the_last_one() -> None:

@@ -25,7 +25,7 @@ from ..config import TrainConfig
 from ..config_schema import TABLE
 from ..data import Images
 from . import run_folder
-from .assembly import build_criterion, build_denoiser, build_levels, read_table
+from .assembly import build_denoiser, build_levels, read_table, training_criterion
 from .averages import SNAPSHOTS
 from .bad_images import BadImages
 from .batches import Batches
@@ -47,7 +47,7 @@ from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
-from .transfer import source_of, start_from
+from .transfer import transfer
 
 
 @dataclass
@@ -166,18 +166,14 @@ class _Trainer:
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         earlier = out if resume else None  # folder to resume from
         resumes = earlier is not None and bool(steps_saved(earlier))
-        self.transferred = None if config.transfer is None or resumes else source_of(config)
-        if self.transferred is not None:
-            told = start_from(self.transferred, self.denoiser)
-            if progress and group.is_main:
-                print(told, file=sys.stderr)
+        self.transferred = None if resumes else transfer(config, self.denoiser, progress=progress and group.is_main)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config)
         self.power_averages = None  # on the main process only: identical on all ranks
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
         self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
-        self.criterion = build_criterion(config, earlier, self.optimal).to(device)
+        self.criterion = training_criterion(config, earlier, self.optimal).to(device)
         self.profile = group.from_main(lambda: read_profile(config, earlier))
         self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)

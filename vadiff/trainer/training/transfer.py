@@ -1,5 +1,6 @@
 """Initial weights from another run, `--transfer`: the averaged weights of its latest checkpoint."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -12,12 +13,32 @@ from .run import Run, open_run
 _NAMED = 4  # tensors that a message names
 
 
-def source_of(config: TrainConfig) -> Run:
-    """The run that the config's `transfer` names.
+def transfer(config: TrainConfig, denoiser: Denoiser, *, progress: bool = False) -> Run | None:
+    """Start a denoiser from the run that the config names.
+
+    Args:
+        config: of the run that starts.
+        denoiser: its weights change.
+        progress: print what was copied.
+
+    Returns:
+        The other run, or None where the config names none.
 
     Raises:
         RunError: not a run directory, or one whose network is of another kind or predicts something else.
+        CheckpointError: it has no checkpoint, or a corrupt one.
     """
+    if config.transfer is None:
+        return None
+    run = _source_of(config)
+    told = _start_from(run, denoiser)
+    if progress:
+        print(told, file=sys.stderr)
+    return run
+
+
+def _source_of(config: TrainConfig) -> Run:
+    """The run that the config's `transfer` names, checked."""
     run = open_run(Path(str(config.transfer)))
     mine, others = config.form(), run.config.form()
     for name, value, other in (
@@ -34,15 +55,13 @@ def source_of(config: TrainConfig) -> Run:
 
 
 @torch.no_grad()
-def start_from(run: Run, denoiser: Denoiser) -> str:
+def _start_from(run: Run, denoiser: Denoiser) -> str:
     """Copy the averaged weights of a run's latest checkpoint, where name and shape are the same.
 
     Returns:
         One line: what was copied, and which tensors start as they were, as those of another number of classes do.
 
-    Raises:
-        CheckpointError: the run has no checkpoint, or a corrupt one.
-        RunError: no tensor is the same.
+    Raises as `transfer`; also RunError if no tensor is the same.
     """
     step, _ = run.fingerprint()
     theirs, mine = run.denoiser(step=step).state_dict(), denoiser.state_dict()
