@@ -57,7 +57,12 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     plain = drawn("plain")
     assert torch.equal(drawn("itself", "--guidance", "3", "--guide", str(trained_run)), plain)
     assert torch.equal(drawn("ema", "--guidance", "3", "--guide", f"{trained_run}:ema/4"), plain)
-    assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
+    by_raw = drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw")
+    assert not torch.equal(by_raw, plain)
+    interval = ("--guidance-sigma-min", "1", "--guidance-sigma-max", "5")
+    limited = drawn("limited", "--guidance", "3", "--guide", f"{trained_run}:raw", *interval)
+    assert not torch.equal(limited, plain)
+    assert not torch.equal(limited, by_raw)
 
 
 def with_statistics(trained_run: Path, folder: Path) -> Path:
