@@ -81,7 +81,9 @@ class NetworkTrainer:
         return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
 
     def train(self, args: Any) -> None:
-        """Here, what it does before anything is loaded."""
+        """One step."""
+        scheduler = self.get_noise_scheduler(args)
+        self.process_batch(Network(), batch(scheduler), args, scheduler)
 
     def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
         self.logged = logs
@@ -431,6 +433,24 @@ def test_options_of_the_criterion_come_from_the_command_line() -> None:
 def test_bad_options_are_refused_before_anything_is_loaded(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         trained(line)
+
+
+def test_a_training_loop_that_weights_nothing_is_named() -> None:
+    class Other(kohya.AdaptiveLoss, NetworkTrainer):
+        def process_batch(self, *given: Any, **named: Any) -> Any:
+            return 0.0
+
+    with pytest.warns(
+        UserWarning, match="Other has recorded no loss: its training loop did not call post_process_loss"
+    ):
+        Other().train(options(""))
+
+    class Loop(NetworkTrainer):
+        def train(self, args: Any) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="Loop has a training loop of its own, which does not call post_process_loss"):
+        type("Trainer", (kohya.AdaptiveLoss, Loop), {})
 
 
 def test_options_beside_a_criterion_in_the_class_are_refused() -> None:

@@ -15,6 +15,6 @@ and `trainer = Trainer()` in place of `NetworkTrainer()`. The trainer's own flag
 
 from .arguments import add_arguments
 from .loss import post_process_loss, refresh_all_snr
-from .trainer import AdaptiveLoss
+from .trainer import AdaptiveLoss, MusubiAdaptiveLoss
 
-__all__ = ["AdaptiveLoss", "add_arguments", "post_process_loss", "refresh_all_snr"]
+__all__ = ["AdaptiveLoss", "MusubiAdaptiveLoss", "add_arguments", "post_process_loss", "refresh_all_snr"]

@@ -1,4 +1,4 @@
-"""Run one of sd-scripts' trainers of networks with adaptive weights, without a change of its file.
+"""Run a trainer of networks of sd-scripts or musubi-tuner with adaptive weights, without a change of its file.
 
 accelerate launch -m vadiff.integrations.kohya sdxl_train_network.py --vadiff_weighting loss_level ...
 """
@@ -10,16 +10,17 @@ import ast
 import importlib
 import sys
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any
 
 from .arguments import add_arguments
-from .trainer import AdaptiveLoss
+from .base import Adaptive
+from .trainer import AdaptiveLoss, MusubiAdaptiveLoss
 
 _USAGE = "python -m vadiff.integrations.kohya SCRIPT [options of the script] [--vadiff_... options]"
 
 
-def main(arguments: list[str]) -> AdaptiveLoss:
+def main(arguments: list[str]) -> Any:
     """Run a script's `if __name__ == "__main__"` block with its trainer, and its parser, extended.
 
     Args:
@@ -39,25 +40,34 @@ def main(arguments: list[str]) -> AdaptiveLoss:
     block = _main_block(script)
     sys.path.insert(0, str(script.resolve().parent))
     module = importlib.import_module(script.stem)  # importable, so that workers can unpickle what it defines
-    trainer = _trainer_of(module, block)
-    name = trainer.__name__
-    adaptive = type(name, (_Launched, trainer), {"__module__": module.__name__})
-    made: list[AdaptiveLoss] = []
+    names, namespace = block.co_names, vars(module)
+    if "main" in names:  # of musubi-tuner, where scripts import it
+        names, namespace = module.main.__code__.co_names, module.main.__globals__
+    trainer = _trainer_of(script, names, namespace)
+    parser = next(name for name in names if name in ("setup_parser", "setup_parser_common"))
+    made: list[Any] = []
+    own_parser = namespace[parser]
 
-    def make(*given: Any, **options: Any) -> AdaptiveLoss:
-        made.append(adaptive(*given, **options))
+    def make() -> Any:
+        made.append(trainer())
         return made[-1]
 
-    def parser() -> argparse.ArgumentParser:
-        return add_arguments(module.setup_parser())
+    def extended_parser() -> argparse.ArgumentParser:
+        return add_arguments(own_parser())
 
     sys.argv = arguments
-    exec(block, {**vars(module), "__name__": "__main__", "setup_parser": parser, name: make})
+    replaced = {parser: extended_parser, trainer.__name__: make}
+    kept = {name: namespace[name] for name in replaced}
+    namespace.update(replaced)
+    try:
+        exec(block, {**vars(module), **replaced, "__name__": "__main__"})
+    finally:
+        namespace.update(kept)
     return made[-1]
 
 
-class _Launched(AdaptiveLoss):
-    """The mixin, whose errors are those of the command line."""
+class _Launched(Adaptive):
+    """Errors of the options are those of the command line."""
 
     def _read_options(self, args: Any) -> None:
         try:
@@ -71,18 +81,22 @@ def _main_block(script: Path) -> CodeType:
     for node in ast.parse(script.read_bytes()).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
             return compile(ast.Module(node.body, type_ignores=[]), str(script), "exec")
-    sys.exit(f'{script} has no block `if __name__ == "__main__"`, expected a script of sd-scripts')
+    sys.exit(f'{script} has no block `if __name__ == "__main__"`, expected a script of sd-scripts or musubi-tuner')
 
 
-def _trainer_of(module: ModuleType, block: CodeType) -> type:
-    """The class of trainer that the block makes."""
-    for name in block.co_names:
-        found = getattr(module, name, None)
-        if isinstance(found, type) and hasattr(found, "post_process_loss") and hasattr(module, "setup_parser"):
-            return found
+def _trainer_of(script: Path, names: tuple[str, ...], namespace: dict[str, Any]) -> type:
+    """The class of trainer that the script makes, with the mixin for it."""
+    for name in names:
+        found = namespace.get(name)
+        for mixin in (AdaptiveLoss, MusubiAdaptiveLoss):
+            if isinstance(found, type) and hasattr(found, mixin._hook):
+                try:
+                    return type(name, (_Launched, mixin, found), {"__module__": found.__module__})
+                except TypeError as error:
+                    sys.exit(f"{script}: {error}")
     sys.exit(
-        f"{module.__name__} has no trainer with the method post_process_loss, expected a script *train_network.py of "
-        "sd-scripts. For the other scripts, see the line to change in docs/trainers/kohya.md"
+        f"{script} makes no trainer with a method post_process_loss or compute_loss, expected a script "
+        "*train_network.py. For the other scripts, see the line to insert in docs/trainers/kohya.md"
     )
 
 

@@ -8,7 +8,6 @@ import inspect
 from typing import Any
 
 from ...loss import DiffusionLoss
-from ...schedulers import is_flow
 from ...weighting import AdaptiveWeighting, Weighting, available, from_name, takes_prediction_type
 
 _DEFAULT = "variance_aware"
@@ -71,12 +70,12 @@ def given(args: Any) -> list[str]:
     return [f"--vadiff_{name}" for name in _OF_THE_CRITERION if option(args, name) is not None]
 
 
-def criterion_for(args: Any, noise_scheduler: Any, loss_form: str) -> DiffusionLoss:
+def criterion_for(args: Any, process: Any, loss_form: str) -> DiffusionLoss:
     """The criterion that the options describe, by default `for_process(..., fine_tuning=True)`.
 
     Args:
         args: the script's.
-        noise_scheduler: the trainer's.
+        process: the trainer's, as for `DiffusionLoss.for_process`.
         loss_form: form of the loss, one of `vadiff.process.PREDICTION_TYPES`.
 
     Raises:
@@ -89,7 +88,6 @@ def criterion_for(args: Any, noise_scheduler: Any, loss_form: str) -> DiffusionL
     ends = option(args, "log_snr_range")
     if ends is not None:
         overrides["log_snr_range"] = tuple(ends)
-    process = "flow" if is_flow(noise_scheduler) else noise_scheduler
     criterion = DiffusionLoss.for_process(
         process, prediction_type=loss_form, fine_tuning=True, weighting=name, **overrides
     )

@@ -73,7 +73,7 @@ def refresh_all_snr(noise_scheduler: Any) -> None:
     """Recompute `noise_scheduler.all_snr` from its current `alphas_cumprod`.
 
     sd-scripts' trainers compute it only before `--zero_terminal_snr` changes the schedule, so that `--min_snr_gamma`
-    and similar flags use the old one. A zero becomes 2⁻²⁴, so that Min-SNR's weights are at their limits instead of 0/0.
+    and similar flags use the old one. A zero becomes 2⁻²⁴, so that Min-SNR's weights are at their limits, not 0/0.
     Does nothing to a scheduler without that table.
     """
     cached = getattr(noise_scheduler, "all_snr", None)

@@ -1,20 +1,16 @@
-"""A mixin for sd-scripts' `NetworkTrainer` and its subclasses."""
+"""Mixins for the `NetworkTrainer` of sd-scripts and that of musubi-tuner, and their subclasses."""
 
 from __future__ import annotations
 
-import copy
-import os
-import re
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...loss import DiffusionLoss
 from ...schedulers import is_flow, loss_form_of
-from ..accelerate import prepare
-from .arguments import criterion_for, given, option
+from .arguments import option
+from .base import Adaptive
 from .loss import post_process_loss, refresh_all_snr
 
 _UNIT_TIMES = "AnimaNetworkTrainer"  # passes sigma, where the others pass 1000*sigma
@@ -22,7 +18,7 @@ _LOSS_OF_DATA = "Sd3NetworkTrainer"  # compares x0, where the other flows compar
 _CHECKED_SAMPLES = 64  # whose timesteps are looked at, for which the host waits for a GPU
 
 
-class AdaptiveLoss:
+class AdaptiveLoss(Adaptive):
     """Mixin to list before `NetworkTrainer`, or a subclass of it.
 
     The criterion's state is saved by `--save_state` and restored by `--resume`; its statistics are logged with the
@@ -43,81 +39,25 @@ class AdaptiveLoss:
             "sample" for `Sd3NetworkTrainer`, else that of the scheduler and `--v_parameterization`.
     """
 
-    criterion: DiffusionLoss
-    log_every: int = 100
-    fresh_statistics: bool = False
     refresh_snr: bool = False
     unit_times: bool | None = None
     loss_form: str | None = None
-    _logged_at = 0  # optimiser step of the last record: the scripts log several times at a step
     _samples_checked = 0
     _largest_time = 0.0  # of these samples
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError if the trainer is listed first: its methods would then run instead of these."""
-        super().__init_subclass__(**kwargs)
-        for before in cls.__mro__[: cls.__mro__.index(AdaptiveLoss)]:
-            if not issubclass(before, AdaptiveLoss) and hasattr(before, "post_process_loss"):
-                raise TypeError(
-                    f"{cls.__name__} has {before.__name__} before AdaptiveLoss, which then does nothing. Use "
-                    f"class {cls.__name__}(AdaptiveLoss, {before.__name__})."
-                )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        shared = getattr(type(self), "criterion", None)
-        if "criterion" not in vars(self) and isinstance(shared, DiffusionLoss):
-            self.criterion = copy.deepcopy(shared)
-
-    def train(self, args: Any) -> Any:
-        """Read the options of `add_arguments`, then train.
-
-        Raises:
-            ValueError: options of the criterion with a criterion in the class, or as `DiffusionLoss`; a learned
-                weighting, which the trainer's optimizer does not train.
-            TypeError: the class's criterion is not a `DiffusionLoss`.
-        """
-        self._read_options(args)
-        return super().train(args)  # type: ignore[misc]
+    _hook = "post_process_loss"
 
     def post_process_network(self, args: Any, accelerator: Any, network: Any, text_encoders: Any, unet: Any) -> Any:
         """Register the criterion for saving; called once, before a state is resumed."""
-        if self.fresh_statistics:
-            _register_without_loading(accelerator, self.criterion)
-        else:
-            prepare(accelerator, self.criterion)
-            accelerator.register_load_state_pre_hook(_require_statistics)
-        bins = self.criterion.statistics.bins
-        accelerator.print(
-            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}"
-        )
+        self._register(accelerator)
         return super().post_process_network(args, accelerator, network, text_encoders, unet)  # type: ignore[misc]
 
     def _read_options(self, args: Any) -> None:
-        """Make the criterion where there is none, and take the other options that were given."""
-        criterion = getattr(self, "criterion", None)
-        name = type(self).__name__
-        if criterion is None:
-            scheduler = self.get_noise_scheduler(args, torch.device("cpu"))  # type: ignore[attr-defined]
-            self.criterion = criterion_for(args, scheduler, self._form(args, scheduler))
-        elif not isinstance(criterion, DiffusionLoss):
-            raise TypeError(f"{name}.criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss")
-        elif given(args):
-            raise ValueError(
-                f"{', '.join(given(args))} given with {name}.criterion, expected one of them: leave out `criterion = "
-                "...` in the class to choose on the command line"
-            )
-        if any(True for _ in self.criterion.parameters()):
-            raise ValueError(
-                "criterion has parameters (a learned weighting), but the trainer's optimizer takes its network's only. "
-                "Use weighting='loss_level', to which they converge."
-            )
-        every = option(args, "log_every")
-        self.log_every = self.log_every if every is None else every
-        if self.log_every < 1:
-            raise ValueError(f"log_every is {self.log_every!r}, expected a positive integer")
-        self.fresh_statistics = self.fresh_statistics or bool(option(args, "fresh_statistics"))
+        super()._read_options(args)
         self.refresh_snr = self.refresh_snr or bool(option(args, "refresh_snr"))
+
+    def _process_and_form(self, args: Any) -> tuple[Any, str]:
+        scheduler = self.get_noise_scheduler(args, torch.device("cpu"))  # type: ignore[attr-defined]
+        return "flow" if is_flow(scheduler) else scheduler, self._form(args, scheduler)
 
     def post_process_loss(self, loss: Tensor, args: Any, timesteps: Tensor, noise_scheduler: Any) -> Tensor:
         """Apply the trainer's own hook, then the criterion.
@@ -157,59 +97,67 @@ class AdaptiveLoss:
                     f"{type(self).__name__} does not pass what unit_times={unit} says. Set unit_times = {not unit} in "
                     "the class."
                 )
-        return timesteps * steps if unit else timesteps
+        return timesteps.float() * steps if unit else timesteps
 
     def _is(self, name: str) -> bool:
         return any(base.__name__ == name for base in type(self).__mro__)
 
     def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
         """Log the trainer's metrics, once every `log_every` steps with the statistics of each noise level."""
-        if global_step != self._logged_at and global_step % self.log_every == 0:
-            self._logged_at = global_step
-            self.criterion.log_to(lambda values, step: logs.update(values), global_step)
+        logs.update(self._statistics_at(global_step))
         super().step_logging(accelerator, logs, global_step, epoch)  # type: ignore[misc]
 
 
-def _files_of_statistics(folder: str) -> list[str]:
-    """Accelerate's files of registered objects in a state; the scripts register none of their own."""
-    return [name for name in os.listdir(folder) if re.fullmatch(r"custom_checkpoint_\d+\.pkl", name)]
+class MusubiAdaptiveLoss(Adaptive):
+    """Mixin to list before a `NetworkTrainer` of musubi-tuner, or a subclass of it.
 
-
-def _require_statistics(models: list[Any], folder: str) -> None:
-    if not _files_of_statistics(folder):
-        raise ValueError(
-            f"the state {folder} holds no statistics: it was saved without vadiff. Start them afresh, with "
-            "--vadiff_fresh_statistics or with fresh_statistics = True in the trainer's class"
-        )
-
-
-def _register_without_loading(accelerator: Any, criterion: DiffusionLoss) -> None:
-    """`accelerate.prepare` with a criterion that a state does not change.
-
-    Accelerate refuses states with more or fewer objects than are registered: the criterion is one from the first state
-    that is saved, or that is loaded and has one.
+    Attributes `criterion`, `log_every` and `fresh_statistics` as of `AdaptiveLoss`. The trainer's own `compute_loss` is
+    called for each sample, and so stays in effect with `--weighting_scheme` and whatever a subclass adds.
     """
-    criterion.to(accelerator.device)
-    registered: list[_Kept] = []
 
-    def register() -> None:
-        if not registered:
-            registered.append(_Kept(criterion.state_dict))
-            accelerator.register_for_checkpointing(registered[0])
+    _hook = "compute_loss"
+    _step = 0
 
-    def before_loading(models: list[Any], folder: str) -> None:
-        if _files_of_statistics(folder):
-            register()
+    def _process_and_form(self, args: Any) -> tuple[Any, str]:
+        return "flow", "flow"
 
-    accelerator.register_load_state_pre_hook(before_loading)
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: register())
+    def resume_from_local_or_hf_if_specified(self, accelerator: Any, args: Any) -> Any:
+        """Register the criterion for saving, then resume."""
+        self._register(accelerator)
+        return super().resume_from_local_or_hf_if_specified(accelerator, args)  # type: ignore[misc]
 
+    def compute_loss(
+        self,
+        args: Any,
+        output: Any,
+        timesteps: Tensor,
+        noise_scheduler: Any,
+        dit_dtype: Any,
+        network_dtype: Any,
+        global_step: int,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Apply the trainer's own method to each sample, then the criterion.
 
-class _Kept:
-    """What Accelerate saves of a criterion, and does not load."""
+        Args:
+            output: `DiTOutput` of a batch; `extra` is the same for all samples.
+            timesteps: [B], 1000·t, or with the samplings of t (all but "sigma") 1000·t + 1.
 
-    def __init__(self, state_dict: Callable[[], dict[str, torch.Tensor]]) -> None:
-        self.state_dict = state_dict
+        Returns:
+            The mean loss, and the means of the trainer's metrics.
+        """
+        self._step = global_step + 1  # as `extra_step_logs` counts
+        losses, metrics = [], []
+        for i in range(len(timesteps)):
+            one = dataclasses.replace(output, pred=output.pred[i : i + 1], target=output.target[i : i + 1])
+            loss, named = super().compute_loss(  # type: ignore[misc]
+                args, one, timesteps[i : i + 1], noise_scheduler, dit_dtype, network_dtype, global_step
+            )
+            losses.append(loss.float())
+            metrics.append(named)
+        t = timesteps if args.timestep_sampling == "sigma" else timesteps - 1
+        weighted = post_process_loss(self.criterion, torch.stack(losses), args, t, noise_scheduler)
+        return weighted.mean(), {key: sum(named[key] for named in metrics) / len(metrics) for key in metrics[0]}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        pass
+    def extra_step_logs(self, args: Any, logs: dict[str, Any]) -> dict[str, Any]:
+        """Add the statistics of each noise level, once every `log_every` steps."""
+        return {**super().extra_step_logs(args, logs), **self._statistics_at(self._step)}  # type: ignore[misc]
