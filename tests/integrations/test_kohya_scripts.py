@@ -249,7 +249,7 @@ OTHERS = {
     "anima_train": "noise_scheduler",
 }
 LINE = "loss = kohya.post_process_loss(criterion, loss, args, {timesteps}, {scheduler})"
-ALWAYS = ("fine_tune", "sdxl_train")  # have per-sample losses only with one of these flags
+ALWAYS = ("fine_tune", "sdxl_train")  # have losses of each sample only with flags such as --min_snr_gamma
 
 
 def lines_of_the_loss(script: str) -> str:
@@ -272,8 +272,13 @@ def lines_of_the_loss(script: str) -> str:
     lines = [textwrap.dedent(" " * part.col_offset + (ast.get_source_segment(source, part) or "")) for part in kept]
     timesteps = "1000 * timesteps" if script == "anima_train" else "timesteps"
     ours = LINE.format(timesteps=timesteps, scheduler=OTHERS[script])
+    assert source.count("train_util.resume_from_local_or_hf_if_specified(accelerator, args)") == 1
     *before, final = lines
     if script in ALWAYS:
+        branch = body[last[0]]
+        assert isinstance(branch, ast.If)
+        branch.test = ast.Constant(True)  # `if True:`
+        final = ast.unparse(branch)
         assert final.count("    loss = loss.mean()") == 1
         return "\n".join([*before, final.replace("    loss = loss.mean()", f"    {ours}\n    loss = loss.mean()")])
     assert source.count("loss = loss.mean()\n") + source.count("loss = loss.mean() ") == 1
@@ -284,7 +289,7 @@ def lines_of_the_loss(script: str) -> str:
 def test_line_for_the_other_scripts(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's own lines between residual and mean, with ours: the loss of constant weights is the script's."""
     module = importlib.import_module(script)
-    args = module.setup_parser().parse_args(["--min_snr_gamma=5"] if script in ALWAYS else [])
+    args = module.setup_parser().parse_args([])
     flow = script.startswith(("flux", "sd3", "lumina", "anima"))
     line = trainer_class("sd3_train_network" if flow else "train_network")()
     options = arguments("sd3_train_network" if flow else "train_network")

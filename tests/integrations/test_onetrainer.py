@@ -186,6 +186,14 @@ def test_fixed_weights_are_those_of_the_form_of_the_loss(mixins: Any) -> None:
         assert criterion.weighting == vadiff.weighting.MinSNR(prediction_type=form)
 
 
+def test_several_gpus_are_refused(mixins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    onetrainer.attach(vadiff.DiffusionLoss())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="trains on 2 GPUs, expected one"):
+        losses_of(mixins, "flow", 0)
+
+
 def test_what_cannot_be_attached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"criterion is a str, expected a vadiff\.DiffusionLoss"):
         onetrainer.attach("constant")

@@ -39,6 +39,7 @@ def attach(criterion: DiffusionLoss) -> DiffusionLoss:
     Raises:
         TypeError: not a `DiffusionLoss`.
         ValueError: a learned weighting, whose parameters no optimizer of OneTrainer has.
+        RuntimeError: in training, on several GPUs, whose other processes would not weight.
         ModuleNotFoundError: OneTrainer's folder is not the working directory, nor on `sys.path`.
     """
     if not isinstance(criterion, DiffusionLoss):
@@ -71,6 +72,7 @@ def _weighted(criterion: DiffusionLoss, own: Callable[..., Tensor]) -> Callable[
         loss = own(self, batch, data, config, train_device, **tables)  # [B]
         if not loss.requires_grad or "timestep" not in data:
             return loss
+        _require_one_process()
         # By how the noise was added: Sana's is that of a flow, and its loss is computed by _diffusion_losses.
         flow = any(base.__name__ == "ModelSetupFlowMatchingMixin" for base in type(self).__mro__)
         log_snr = _log_snr_of_flow(data, **tables) if flow else _log_snr_of_diffusion(data, **tables)
@@ -78,6 +80,16 @@ def _weighted(criterion: DiffusionLoss, own: Callable[..., Tensor]) -> Callable[
         return moved_beside(criterion, loss).reweight(loss, log_snr.to(loss.device))
 
     return losses
+
+
+def _require_one_process() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise RuntimeError(
+                f"OneTrainer trains on {ranks} GPUs, expected one: it starts the other processes anew, in which no "
+                "criterion is attached. Switch multi_gpu off."
+            )
 
 
 def _log_snr_of_flow(data: dict[str, Any], sigmas: Tensor | None = None, betas: Tensor | None = None) -> Tensor:
