@@ -153,9 +153,9 @@ class WeightedDenoiser(nn.Module):
 def import_k_diffusion() -> ModuleType:
     """``import k_diffusion`` whole, as train.py needs it, or at least its layers, models and samplers.
 
-    Its evaluation imports the package `clip` (clip-anytorch), which takes `packaging` from a pkg_resources that
-    setuptools no longer has since version 82: `clip` is imported with a stand-in for that module. If another dependency
-    of k_diffusion.evaluation, config or augmentation is missing, placeholders replace the three modules and raise when
+    Its evaluation imports the package `clip` (clip-anytorch), which takes `packaging` from a pkg_resources that only
+    old versions of setuptools have: `clip` is imported with a stand-in for that module. If another dependency of
+    k_diffusion.evaluation, config or augmentation is missing, placeholders replace the three modules and raise when
     they are used.
 
     Raises:
