@@ -60,7 +60,7 @@ class NetworkTrainer:
         loss = nn.functional.mse_loss(pred.float(), target.float(), reduction="none").mean(1)
         return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
 
-    def train(self, network: Denoiser, data: Tensor, steps: int, lr: float) -> float:
+    def fit(self, network: Denoiser, data: Tensor, steps: int, lr: float) -> float:
         """Train; returns milliseconds per step."""
         self.post_process_network(args, Accelerator(cpu=True), network, [], None)
         noise_scheduler = make_scheduler()
@@ -99,7 +99,7 @@ def test_loss(network: Denoiser) -> float:
 
 torch.manual_seed(0)
 base = Denoiser()
-NetworkTrainer().train(base, train_images, steps=args.steps, lr=1e-3)
+NetworkTrainer().fit(base, train_images, steps=args.steps, lr=1e-3)
 base.requires_grad_(False)
 base.down.requires_grad_(True)
 base.up.requires_grad_(True)
@@ -111,6 +111,6 @@ for name, trainer in (("NetworkTrainer", NetworkTrainer()), ("with AdaptiveLoss"
     network.down.requires_grad_(True)
     network.up.requires_grad_(True)
     before = test_loss(network)
-    milliseconds = trainer.train(network, threes, steps=args.steps, lr=3e-3)
+    milliseconds = trainer.fit(network, threes, steps=args.steps, lr=3e-3)
     print(f"{name:24} {before:12.4f} {test_loss(network):12.4f} {milliseconds:12.2f}")
 print(trainer.criterion.summary())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,7 @@ class FlowMatchingLoss(nn.Module):
         data_at, sigma, sigma_min: see `log_snr`.
         target: regress on the posterior mean's velocity, in training mode; becomes `criterion.target`. For noise that
             is drawn independently of the data (no optimal-transport pairs) and sigma = 0.
+        options: of the named weighting and of `vadiff.DiffusionLoss`, such as ``strength=0.5, fresh_statistics=True``.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss.
@@ -75,10 +78,11 @@ class FlowMatchingLoss(nn.Module):
         sigma: float = 0.0,
         sigma_min: float = 0.0,
         target: PosteriorMean | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         log_snr(torch.zeros(1), data_at=data_at, sigma=sigma, sigma_min=sigma_min)  # checks them
-        self.criterion = criterion_in_form(criterion, "flow", target=target)
+        self.criterion = criterion_in_form(criterion, "flow", target=target, options=options)
         self.data_at = data_at
         self.sigma = float(sigma)
         self.sigma_min = float(sigma_min)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...loss import DiffusionLoss
+from ..accelerate import prepare
 from .arguments import criterion_for, given, option
-from .saving import register
 
 
 class Adaptive:
@@ -95,10 +97,14 @@ class Adaptive:
 
     def _register(self, accelerator: Any) -> None:
         """Make the criterion part of the states, and say what it is."""
-        register(accelerator, self.criterion, self.fresh_statistics)
+        self.criterion.fresh_statistics |= self.fresh_statistics
+        if not self.criterion.fresh_statistics:
+            accelerator.register_load_state_pre_hook(_name_the_switch)
+        prepare(accelerator, self.criterion)
         bins = self.criterion.statistics.bins
         accelerator.print(
-            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}"
+            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}",
+            file=sys.stderr,
         )
 
     def _statistics_at(self, step: int) -> dict[str, float]:
@@ -108,3 +114,12 @@ class Adaptive:
             self._logged_at = step
             self.criterion.log_to(lambda values, _: logs.update(values), step)
         return logs
+
+
+def _name_the_switch(models: list[Any], folder: str) -> None:
+    """Refuse a state from before the criterion, in the words of these trainers' command lines."""
+    if not any(any(Path(folder).glob(name)) for name in ("vadiff_criterion.pt", "custom_checkpoint_*.pkl")):
+        raise ValueError(
+            f"the state {folder} holds no statistics: it was saved without vadiff. Start them afresh, with "
+            "--vadiff_fresh_statistics or with fresh_statistics = True in the trainer's class"
+        )
