@@ -308,7 +308,7 @@ def test_state_is_in_what_the_trainer_saves_and_resumes(accelerator: Accelerator
 
 @pytest.mark.parametrize("saved_with", [False, True])
 @pytest.mark.filterwarnings("ignore:.*the statistics start afresh")
-def test_statistics_begin_afresh_in_a_resumed_state_without_any(
+def test_a_resumed_state_without_statistics_begins_them(
     accelerator: Accelerator, tmp_path: Path, saved_with: bool
 ) -> None:
     args, network, criterion = arguments(), Network(), vadiff.DiffusionLoss()
