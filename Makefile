@@ -38,7 +38,7 @@ $(NATIVE): $(wildcard csrc/*) | $(STAMP)
 	touch $(NATIVE)
 
 demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
-	$(BIN)/vadiff demo --out runs/demo
+	$(BIN)/vadiff demo --out runs/demo --overwrite
 
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
