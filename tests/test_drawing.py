@@ -245,7 +245,7 @@ def test_sample_never_replaces_what_is_there(
 def test_overwrite_replaces_images_and_nothing_else(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = ["sample", str(trained_run), "--steps", "1", "--solver", "euler", "--devices", "cpu", "--overwrite"]
+    sample = ["sample", str(trained_run), "--steps", "2", "--solver", "euler", "--devices", "cpu", "--overwrite"]
     for images, number in (("3", 3), ("2", 2)):
         assert main([*sample, "--images", images, "--out", str(tmp_path / "png")]) == 0
         assert main([*sample, "--images", images, "--out", str(tmp_path / "all.npz")]) == 0

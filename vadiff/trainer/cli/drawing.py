@@ -150,6 +150,12 @@ def solver_options(*others: Decorator[Any]) -> Decorator[Any]:
             option("--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0),
             option("--guidance-sigma-max", NUMBER, "S", "no guidance above this noise level", default=float("inf")),
             option(
+                "--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0
+            ),
+            option(
+                "--guidance-sigma-max", NUMBER, "S", "no guidance above this noise level", default=float("inf")
+            ),
+            option(
                 "--guide", TEXT, "RUN[:WEIGHTS[/STEP]]",
                 "a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
                 "--weights, default: ema of the latest checkpoint",
