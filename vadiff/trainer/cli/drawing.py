@@ -147,8 +147,6 @@ def solver_options(*others: Decorator[Any]) -> Decorator[Any]:
                 "away from the model without a class, or from --guide; 1: none; doubles the network calls",
                 default=1.0,
             ),
-            option("--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0),
-            option("--guidance-sigma-max", NUMBER, "S", "no guidance above this noise level", default=float("inf")),
             option(
                 "--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0
             ),
