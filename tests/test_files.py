@@ -116,6 +116,11 @@ def test_path_that_cannot_be_written_is_named_with_the_reason(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_too_little_space_is_a_full_disk_before_the_work(tmp_path: Path) -> None:
+    error = error_of(lambda: check_writable(tmp_path / "new" / "a", folder=False, size=2**60))
+    assert "a cannot be written: no space left on its disk (" in str(problem(error))
+
+
 def test_path_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     for name in ("new/er", ".", "a.txt"):
         check_writable(tmp_path / name, folder=name == ".")

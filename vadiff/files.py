@@ -66,12 +66,13 @@ def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
         raise OSError(found.errno, found.strerror, str(path)) from error
 
 
-def check_writable(path: Path, *, folder: bool) -> None:
+def check_writable(path: Path, *, folder: bool, size: int = 0) -> None:
     """Raise unless a file or folder can be written at `path`. Nothing is left there: it is for before long work.
 
     Args:
         path: it may exist.
         folder: whether it is a folder.
+        size: bytes that its disk must have free.
 
     Raises:
         OSError: it cannot be written; its `filename` is `path`.
@@ -96,6 +97,8 @@ def check_writable(path: Path, *, folder: bool) -> None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(where)) from error
         number = errno.EPERM if error.errno in (errno.ENOENT, None) else error.errno  # as in /proc
         raise OSError(number, os.strerror(number), str(path)) from error
+    if shutil.disk_usage(where).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def problem(error: OSError) -> str | None:

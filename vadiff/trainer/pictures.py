@@ -52,10 +52,11 @@ class PictureWriter:
             raise FileExistsError(f"{path} has other files than images: it is not replaced; name another")
         if path.is_file() and path.suffix != ".npz":
             raise FileExistsError(f"{path} is a file, expected a folder of PNG files")
-        check_writable(path, folder=path.suffix != ".npz")
+        archive = path.suffix == ".npz"  # written at the end
+        check_writable(path, folder=not archive, size=len(seeds) * math.prod(shape) if archive else 0)
         if shape[0] not in (1, 3):
             raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
-        self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
+        self.path, self.seeds, self.archive = path, seeds, archive
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
         self.note, self._overwrite = note, overwrite
