@@ -3,6 +3,7 @@
 import contextlib
 import html
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ _GROUNDS = {  # mode → ink, soft ink, grid, ground
     "dark": ("#e6e9ed", "#a9b4c0", "#333c47", "#171c23"),
 }
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-_HEIGHT, _LEGEND_LINE = 380, 20  # pixels
+_HEIGHT, _LEGEND_LINE = 380, 30  # pixels
+_LEGEND_WIDTH = 32  # characters, on a phone
 
 
 class Line(NamedTuple):
@@ -99,6 +101,11 @@ def template(mode: str) -> dict[str, Any]:
 def text(label: str) -> str:
     """A label as plotly shows it unchanged: plotly reads texts as HTML."""
     return html.escape(label, quote=False)
+
+
+def legend_name(label: str) -> str:
+    """A label in lines that a legend has room for on a phone."""
+    return "<br>".join(text(part) for part in textwrap.wrap(label, _LEGEND_WIDTH)) or text(label)
 
 
 def make_room_for_legend(figure: Any, number: int) -> None:
@@ -205,7 +212,7 @@ def add_line(
     figure.add_scatter(
         x=x,
         y=y,
-        name=text(label),
+        name=legend_name(label),
         legendgroup=text(label),
         mode="lines+markers" if markers or len(x) == 1 else "lines",
         line={"color": style.color, "dash": style.dash, "width": width},
@@ -224,7 +231,7 @@ def add_band(
     figure.add_scatter(
         x=np.concatenate([x[known], x[known][::-1]]),
         y=np.concatenate([high[known], low[known][::-1]]),
-        name=text(label),
+        name=legend_name(label),
         legendgroup=text(label),
         showlegend=False,
         mode="lines",
