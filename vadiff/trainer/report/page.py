@@ -275,8 +275,9 @@ def _metrics(groups: Sequence[Group]) -> Section | None:
     if not drawn:
         return None
     text = (
-        "Generated images compared with real ones by the features of an Inception network. Such numbers depend on the "
-        "number of images and on the layer of the network: compare them only with numbers made in the same way."
+        "Generated images compared with real ones by the features of a network: Inception's, or the one that the name "
+        "of the metric tells. Such numbers depend on the number of images, the network and its layer: compare them "
+        "only with numbers made in the same way."
     )
     return Section("metrics", "Quality of generated images", text, charts=drawn)
 

@@ -175,7 +175,7 @@ def add_spread(
     markers: bool = False,
     visible: bool | str = True,
 ) -> None:
-    """Draw the mean over runs, `rows` [runs, X], and with several runs a band of ± 1 standard deviation.
+    """Draw the mean over runs, `rows` [runs, X], and of several runs ± 1 standard deviation: a band, a bar at one x.
 
     Args:
         label: in the legend, which hides line and band together.
@@ -191,7 +191,9 @@ def add_spread(
         figure, x, middle, style, label, unit=unit, markers=markers, spoken=known,
         visible=visible,
     )  # fmt: skip
-    if np.isfinite(spread).any():
+    if len(x) == 1 and np.isfinite(spread).all():
+        figure.data[-1].error_y = {"array": spread, "thickness": 1.5, "width": 6}
+    elif np.isfinite(spread).any():
         add_band(figure, x, middle - spread, middle + spread, style.color, label, visible=visible)
 
 
