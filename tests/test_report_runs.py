@@ -41,6 +41,8 @@ def test_group_is_labelled_by_the_fields_that_differ(make_run: Callable[..., Pat
     paths = make_run("a", learning_rate=1e-3), make_run("b", learning_rate=2e-3), make_run("c", learning_rate=2e-3)
     assert grouped(*paths) == [("learning rate 0.001", ["a"]), ("learning rate 0.002", ["b", "c"])]
     assert grouped(paths[0]) == [("a", ["a"])]
+    options = [make_run("run", weighting_options=found) for found in ({}, {"strength": 0.1 + 0.2})]
+    assert [label for label, _ in grouped(*options)] == ["default weighting options", "strength 0.3"]
 
 
 def test_run_with_the_table_of_another_counts_by_the_others_settings(make_run: Callable[..., Path]) -> None:

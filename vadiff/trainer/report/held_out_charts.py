@@ -23,13 +23,13 @@ from .style import (
 )
 from .training_charts import aligned
 
-LOSS = "held-out EDM loss, per pixel"
+_LOSS = "held-out EDM loss, per pixel"
 _EMA, _RAW = "averaged weights (EMA)", "raw weights"
 
 
 def final_levels(groups: Sequence[Group]) -> Chart:
     """Held-out loss per noise level at each group's last measurement; of several, raw weights when they are chosen."""
-    figure = new_figure(LOG_SNR, LOSS)
+    figure = new_figure(LOG_SNR, _LOSS)
     everything = []
     for group, style in zip(groups, styles_of(groups).values(), strict=True):
         for name in ("loss_ema", "loss_raw"):

@@ -275,8 +275,9 @@ def _metrics(groups: Sequence[Group]) -> Section | None:
     if not drawn:
         return None
     text = (
-        "Generated images compared with real ones by the features of an Inception network. Such numbers depend on the "
-        "number of images and on the layer of the network: compare them only with numbers made in the same way."
+        "Generated images compared with real ones by the features of a network: Inception's, or the one that the name "
+        "of the metric tells. Such numbers depend on the number of images, the network and its layer: compare them "
+        "only with numbers made in the same way."
     )
     return Section("metrics", "Quality of generated images", text, charts=drawn)
 
@@ -349,17 +350,19 @@ def notes_of(groups: Sequence[Group]) -> list[str]:
             "The runs are of different length, and a longer one has logged nothing while the shortest was trained: "
             "values and charts are of different numbers of training images. Compare the charts over training."
         )
-    for group, cut in zip(groups, equal, strict=True):
-        for run, until in zip(group.runs, cut.runs, strict=True):
-            if run.step[-1] < run.config["steps"]:
-                notes.append(f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}: not finished.")
-            if not run.held_out:
-                notes.append(f"{run.name} was not measured on held-out images yet: that section is missing.")
-            elif not until.held_out:
-                notes.append(
-                    f"{run.name} was not measured on held-out images by {images:,} training images: there is no "
-                    "difference of held-out losses. Train with --held-out-every to have one."
-                )
+    runs = [run for group in groups for run in group.runs]
+    short = [run for run in runs if run.step[-1] < run.config["steps"]]
+    if short:
+        states = [f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}" for run in short]
+        notes.append(f"{'; '.join(states)}: not finished.")
+    if unmeasured := [run.name for run in runs if not run.held_out]:
+        notes.append(f"{_were(unmeasured)} not measured on held-out images yet: that section is missing.")
+    cut = [until for group in equal for until in group.runs]
+    if late := [run.name for run, until in zip(runs, cut, strict=True) if run.held_out and not until.held_out]:
+        notes.append(
+            f"{_were(late)} not measured on held-out images by {images:,} training images: there is no difference of "
+            "held-out losses. Train with --held-out-every to have one."
+        )
     fewest = min(len(group.runs) for group in groups)
     if len(groups) > 1 and fewest < 10:
         seeds = "one seed" if fewest == 1 else f"{fewest} seeds"
@@ -368,6 +371,10 @@ def notes_of(groups: Sequence[Group]) -> list[str]:
             "nothing about the spread over seeds."
         )
     return notes
+
+
+def _were(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
 
 
 def _data_url(png: bytes) -> str:

@@ -210,8 +210,15 @@ def _label(settings: dict[str, Any]) -> str:
     for name, value in settings.items():
         if isinstance(value, dict) and "weighting" in value:  # settings of the table's run
             value = f"of {value['weighting']}"
-        parts.append(f"{'' if name == 'weighting' else name} {value}".replace("_", " ").strip())
+        if isinstance(value, dict):  # options, whose names say enough
+            given = " ".join(f"{option} {_short(number)}" for option, number in value.items())
+            name, value = "", given or f"default {name}"
+        parts.append(f"{'' if name == 'weighting' else name} {_short(value)}".replace("_", " ").strip())
     return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Array]]]:

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ _GROUNDS = {  # mode → ink, soft ink, grid, ground
     "dark": ("#e6e9ed", "#a9b4c0", "#333c47", "#171c23"),
 }
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-_HEIGHT, _LEGEND_LINE = 380, 20  # pixels
+_HEIGHT, _LEGEND_LINE = 380, 30  # pixels
+_LEGEND_WIDTH = 32  # characters, on a phone
 
 
 class Line(NamedTuple):
@@ -101,6 +103,11 @@ def text(label: str) -> str:
     return html.escape(label, quote=False)
 
 
+def legend_name(label: str) -> str:
+    """A label in lines that a legend has room for on a phone."""
+    return "<br>".join(text(part) for part in textwrap.wrap(label, _LEGEND_WIDTH)) or text(label)
+
+
 def make_room_for_legend(figure: Any, number: int) -> None:
     """Higher figure for a legend of many lines, of which a phone shows one in a row."""
     figure.update_layout(height=_HEIGHT + _LEGEND_LINE * max(0, number - 2), showlegend=number > 1)
@@ -168,7 +175,7 @@ def add_spread(
     markers: bool = False,
     visible: bool | str = True,
 ) -> None:
-    """Draw the mean over runs, `rows` [runs, X], and with several runs a band of ± 1 standard deviation.
+    """Draw the mean over runs, `rows` [runs, X], and of several runs ± 1 standard deviation: a band, a bar at one x.
 
     Args:
         label: in the legend, which hides line and band together.
@@ -184,7 +191,9 @@ def add_spread(
         figure, x, middle, style, label, unit=unit, markers=markers, spoken=known,
         visible=visible,
     )  # fmt: skip
-    if np.isfinite(spread).any():
+    if len(x) == 1 and np.isfinite(spread).all():
+        figure.data[-1].error_y = {"array": spread, "thickness": 1.5, "width": 6}
+    elif np.isfinite(spread).any():
         add_band(figure, x, middle - spread, middle + spread, style.color, label, visible=visible)
 
 
@@ -205,7 +214,7 @@ def add_line(
     figure.add_scatter(
         x=x,
         y=y,
-        name=text(label),
+        name=legend_name(label),
         legendgroup=text(label),
         mode="lines+markers" if markers or len(x) == 1 else "lines",
         line={"color": style.color, "dash": style.dash, "width": width},
@@ -224,7 +233,7 @@ def add_band(
     figure.add_scatter(
         x=np.concatenate([x[known], x[known][::-1]]),
         y=np.concatenate([high[known], low[known][::-1]]),
-        name=text(label),
+        name=legend_name(label),
         legendgroup=text(label),
         showlegend=False,
         mode="lines",
