@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import CodeType
@@ -101,4 +102,6 @@ def _trainer_of(script: Path, names: tuple[str, ...], namespace: dict[str, Any])
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1:]).criterion.summary())
+    trained = main(sys.argv[1:])
+    if os.environ.get("RANK", "0") == "0":
+        print(trained.criterion.summary())
