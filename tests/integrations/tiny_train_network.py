@@ -77,19 +77,19 @@ def create_network(*given: Any, **options: Any) -> Network:
     return Network()
 
 
-class Tokens(strategies.TokenizeStrategy):  # type: ignore[misc]
+class Tokens(strategies.TokenizeStrategy):
     tokenizer = SimpleNamespace(model_max_length=77)
 
     def tokenize(self, text: Any) -> list[Tensor]:
         return [torch.zeros(1, 77, dtype=torch.long)]
 
 
-class Conditions(strategies.TextEncodingStrategy):  # type: ignore[misc]
+class Conditions(strategies.TextEncodingStrategy):
     def encode_tokens(self, strategy: Any, models: Any, tokens: list[Tensor]) -> list[Tensor]:
         return [torch.zeros(len(tokens[0]), 77, 8)]
 
 
-class TinyTrainer(scripts.NetworkTrainer):  # type: ignore[misc]
+class TinyTrainer(scripts.NetworkTrainer):
     def load_target_model(self, *given: Any) -> tuple[str, nn.Module, nn.Module, nn.Module]:
         return "sd_v1", TextEncoder(), VAE(), UNet()
 
