@@ -71,7 +71,7 @@ LIBRARY = {
     },
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
-        "extras", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
+        "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
         "targets", "validation", "weighting",
     },
 }  # fmt: skip

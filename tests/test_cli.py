@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 
 import vadiff
+from vadiff.extras import install_command
 from vadiff.trainer.cli import main
 from vadiff.trainer.training.objective import OBJECTIVES
 from vadiff.training import PRESETS, TrainConfig, edm_objective, open_run
@@ -178,7 +179,7 @@ def test_missing_package_is_one_line_without_a_traceback(
     assert main(["train", "--preset", "digits", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "pip install 'vadiff[train]'" in error
+    assert install_command("train") in error
 
 
 def test_demo_asks_for_matplotlib_before_it_trains(
@@ -186,7 +187,7 @@ def test_demo_asks_for_matplotlib_before_it_trains(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
-    assert "pip install 'vadiff[report]'" in capsys.readouterr().err
+    assert install_command("report") in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 

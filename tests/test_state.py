@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.weighting import LossLevel, MinSNR
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -212,3 +213,33 @@ def test_a_criterion_made_on_the_meta_device_loads_or_starts_afresh(make_criteri
     fresh.to_empty(device=device)
     fresh.statistics.reset_parameters()
     assert_same_bits(fresh.state_dict(), make_criterion().state_dict())
+
+
+def test_statistics_that_are_missing_or_do_not_fit_start_afresh_when_told_to() -> None:
+    criterion, device = vadiff.DiffusionLoss, torch.device("cpu")
+    net = torch.nn.Linear(1, 1)
+    learned = criterion("learned")
+    model = torch.nn.ModuleDict({"net": net, "criterion": learned})
+    before = {f"net.{name}": value for name, value in net.state_dict().items()}  # of a run without vadiff
+    with pytest.raises(
+        RuntimeError, match=r"no statistics .*without vadiff.*make the criterion with fresh_statistics=T"
+    ):
+        model.load_state_dict(before)
+    missing, unexpected = model.load_state_dict(before, strict=False)
+    assert set(missing) == model.state_dict().keys() - before.keys()
+    assert unexpected == []
+    feed(learned, torch.Generator(), device)
+    learned.fresh_statistics = True
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh: the saved state has no statistics"):
+        model.load_state_dict(before)
+    assert learned.statistics.count.sum() == 0
+    other = trained(criterion, device, bins=64)
+    with pytest.raises(RuntimeError, match=r"holds statistics of 64 bins.*fresh_statistics=True"):
+        trained(criterion, device).load_state_dict(other.state_dict())
+    switched = trained(criterion, device, fresh_statistics=True)
+    with pytest.warns(DiffusionLossWarning, match="start afresh: statistics.state holds statistics of 64 bins"):
+        switched.load_state_dict(other.state_dict())
+    assert_same_bits(state(switched), state(criterion()))
+    own = trained(criterion, device, seed=1)
+    switched.load_state_dict(own.state_dict())  # no warning: what fits is loaded, so that the switch may stay
+    assert_same_bits(state(switched), state(own))

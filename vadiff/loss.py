@@ -16,7 +16,7 @@ from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_
 from .process_defaults import arguments_for
 from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
 from .statistics import LogSNRStatistics
-from .watch import Watch
+from .watch import Watch, warn_of
 from .weighting import Weighting, for_criterion
 
 LOSSES = ("mse", "huber")
@@ -43,6 +43,8 @@ class DiffusionLoss(nn.Module):
         backend: "auto", "native", "triton" or "reference"; see "Backends" in the documentation.
         sync: merge the statistics of all ranks of the default process group, when one is initialised. Every rank
             must then call the criterion equally often.
+        fresh_statistics: start with empty statistics, and a warning, where a loaded state has none (a run begun without
+            vadiff) or has them for other bins. A state whose statistics fit is loaded: the switch may stay on.
 
     Attributes:
         statistics: `LogSNRStatistics`, per-bin count, mean, variance, mass, relative_std (float64 [K]) and skipped.
@@ -67,6 +69,7 @@ class DiffusionLoss(nn.Module):
     weighting: Any  # a Weighting; a name may be assigned
     base_loss: Tensor | None
     target: RegressionTarget | None
+    fresh_statistics: bool = False  # that of criteria pickled before there was the switch
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
@@ -82,6 +85,7 @@ class DiffusionLoss(nn.Module):
         huber_delta: float = 1.0,
         backend: str = "auto",
         sync: bool = True,
+        fresh_statistics: bool = False,
     ) -> None:
         super().__init__()
         self.weighting = for_criterion(weighting)
@@ -90,6 +94,7 @@ class DiffusionLoss(nn.Module):
         self.huber_delta = huber_delta
         self.backend = backend
         self.sync = sync
+        self.fresh_statistics = bool(fresh_statistics)
         self.target = None
         self._watch = Watch()
 
@@ -314,7 +319,22 @@ class DiffusionLoss(nn.Module):
         problem = problem_with_state(self, state_dict, prefix)
         if problem is not None:
             errors.append(problem)
+        if self.fresh_statistics:
+            self._start_afresh_without_statistics_in(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _start_afresh_without_statistics_in(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Empty the statistics, and let the state say so, where it has none or none that fit."""
+        problem = self.statistics.problem_with_state(state_dict, f"{prefix}statistics.")
+        if problem is None:
+            return
+        warn_of(f"the statistics start afresh: {problem}")
+        missing = f"{prefix}statistics.state" not in state_dict
+        self.statistics.reset()
+        state_dict.update(self.statistics.state_dict(prefix=f"{prefix}statistics."))
+        if missing:  # then a learned head is missing too
+            for name, value in self.state_dict(prefix=prefix).items():
+                state_dict.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from .ops.reference import levels_of, moments_of, totals_of, variance
 _SUMS = slice(StateTotals._fields.index("level_free"), StateTotals._fields.index("samples") + 1)
 _SINCE_SHARES = StateTotals._fields.index("since_shares")
 _LAST_READ = StateTotals._fields.index("last_read")
+
+_NO_STATISTICS = "the saved state has no statistics of noise levels, as in a run begun without vadiff"
+_START_AFRESH = "To start them afresh, once, make the criterion with fresh_statistics=True"
 
 
 class LogSNRStatistics(nn.Module):
@@ -211,17 +215,29 @@ class LogSNRStatistics(nn.Module):
         saved = state_dict.get(prefix + "state")
         if isinstance(saved, Tensor) and self._is_older(saved):
             state_dict[prefix + "state"] = self._of_now(saved)
-        for name, buffer in self.named_buffers(recurse=False):
-            found = state_dict.get(prefix + name)
-            if isinstance(found, Tensor):
-                reason = self._mismatch(name, found, buffer, state_dict.get(prefix + "log_weights"))
-                if reason:
-                    error_msgs.append(f"{prefix}{name} {reason}")
-                    return
+        problem = self.problem_with_state(state_dict, prefix)
+        if problem is not None and saved is not None:
+            error_msgs.append(f"{problem}. {_START_AFRESH}")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if saved is None:  # torch appends the names that are missing
+            missing_keys[:] = [_Missing(key) if key == prefix + "state" else key for key in missing_keys]
         self.state[4 * self.bins.size + 1] = 0  # the kernels' ticket, nonzero if saved while a kernel ran
+
+    def problem_with_state(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why saved buffers cannot be loaded; None if they can."""
+        if f"{prefix}state" not in state_dict:
+            return _NO_STATISTICS
+        for name, buffer in self.named_buffers(recurse=False):
+            found = state_dict.get(prefix + name)
+            if not isinstance(found, Tensor) or (name == "state" and self._is_older(found)):
+                continue
+            reason = self._mismatch(name, found, buffer, state_dict.get(prefix + "log_weights"))
+            if reason:
+                return f"{prefix}{name} {reason}"
+        return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -244,18 +260,22 @@ class LogSNRStatistics(nn.Module):
             return f"has dtype {found.dtype}, expected {buffer.dtype}: bits of floats, which a cast destroys"
         if found.shape != buffer.shape:
             bins = found.numel() if log_weights is None else log_weights.numel()
-            return (
-                f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}, "
-                "or start with fresh statistics"
-            )
+            return f"holds statistics of {bins} bins, expected {self.bins.size}: make the criterion with bins={bins}"
         if name == "log_snr_range":
             low, high = found.cpu().view(torch.float64).tolist()
             if (low, high) != (self.bins.low, self.bins.high):
                 return (
                     f"is ({low:g}, {high:g}), expected ({self.bins.low:g}, {self.bins.high:g}): make the criterion "
-                    f"with log_snr_range=({low:g}, {high:g}), or start with fresh statistics"
+                    f"with log_snr_range=({low:g}, {high:g})"
                 )
         return None
+
+
+class _Missing(str):
+    """Name of a missing buffer, which torch's error shows with what to do; it is no error with strict=False."""
+
+    def __format__(self, spec: str) -> str:
+        return f"{format(str(self), spec)} ({_NO_STATISTICS}. {_START_AFRESH})"
 
 
 def checked_bins(bins: int, log_snr_range: tuple[float, float]) -> Bins:

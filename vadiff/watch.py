@@ -165,10 +165,10 @@ class Watch:
         problem = None if self._levels_said else self._problem(criterion.statistics.bins, evidence)
         if problem:
             self._levels_said = True
-            _warn(problem)
+            warn_of(problem)
         if evidence.unmoved is not None and bool(evidence.unmoved) and not self._head_said:
             self._head_said = True
-            _warn(_HEAD_DOES_NOT_LEARN.format(period=period))
+            warn_of(_HEAD_DOES_NOT_LEARN.format(period=period))
 
 
 def judge_at_read(criterion: Any) -> None:
@@ -229,7 +229,7 @@ def _holds_gradient(criterion: Watched) -> bool:
     return any(p.grad is not None for p in _parameters_of(criterion))
 
 
-def _warn(message: str) -> None:
+def warn_of(message: str) -> None:
     """Warn at the line of the user's code that led here: the innermost outside of vadiff and torch."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):

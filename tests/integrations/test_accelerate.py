@@ -16,6 +16,7 @@ from ranks import join_two_ranks, leave_two_ranks
 from torch import Tensor, nn
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.integrations.accelerate import log_statistics, prepare, unwrap
 
 BATCH, MICRO, STEPS = (
@@ -139,6 +140,40 @@ def test_a_learned_weighting_is_prepared_saved_and_trained(tmp_path: Path) -> No
     resumed.accelerator.load_state(str(tmp_path))
     assert torch.equal(unwrap(resumed.criterion).weighting.weight, head)
     assert torch.equal(unwrap(resumed.criterion).statistics.count, unwrap(run.criterion).statistics.count)
+
+
+def test_a_folder_without_statistics_is_loaded_with_the_switch_alone(tmp_path: Path) -> None:
+    run = Run()
+    run.train(0, 1)
+    run.accelerator.save_state(str(tmp_path))
+    saved = tmp_path / "vadiff_criterion.pt"
+    saved.unlink()  # as before the criterion was added
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        run.accelerator.load_state(str(tmp_path))
+    run.criterion.fresh_statistics = True
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh"):
+        run.accelerator.load_state(str(tmp_path))
+    assert run.criterion.statistics.count.sum() == 0
+    torch.save(run.criterion.state_dict(), tmp_path / "custom_checkpoint_0.pkl")  # as an earlier vadiff saved it
+    with pytest.raises(RuntimeError, match=r"earlier version of vadiff, expected vadiff_criterion.pt: rename"):
+        run.accelerator.load_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("weighting", ["variance_aware", "learned"])
+def test_hooks_and_custom_objects_of_a_script_meet_their_own_only(weighting: str, tmp_path: Path) -> None:
+    """diffusers' scripts save every prepared model by `save_pretrained`, and may register objects of their own."""
+    run, models, own = Run(weighting), [], nn.Linear(1, 1)
+    run.accelerator.register_for_checkpointing(own)
+    run.accelerator.register_save_state_pre_hook(lambda found, weights, folder: models.extend(found))
+    second = prepare(run.accelerator, vadiff.DiffusionLoss("constant"))
+    run.train(0, 1)
+    run.accelerator.save_state(str(tmp_path))
+    assert models == [run.net]
+    count = run.criterion.statistics.count
+    run.criterion.statistics.reset()
+    run.accelerator.load_state(str(tmp_path))
+    assert torch.equal(run.criterion.statistics.count, count)
+    assert second.statistics.count.sum() == 0
 
 
 def test_statistics_are_logged_once_in_so_many_optimiser_steps() -> None:

@@ -7,6 +7,7 @@ are weighted and not after, and lambda is 1/sigma² + 1/sigma_data². ULPS bound
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from seen import Seen, ulps
 from torch import Tensor, nn
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.integrations.edm import EDM2Loss, EDMLoss
 
 ULPS = 16
@@ -286,7 +288,7 @@ def test_state_survives_edms_snapshot_and_resume(net: Net, images: Tensor, tmp_p
     (tmp_path / "network-snapshot-000005.pkl").write_bytes(pickle.dumps(snapshot))
     resumed = EDMLoss()
     saved = pickle.loads((tmp_path / "network-snapshot-000005.pkl").read_bytes())
-    resumed.load_state_dict(saved["loss_fn"].state_dict())
+    resumed.restore(saved["loss_fn"])
     same_from_here(loss_fn, resumed, net, images)
     assert resumed.criterion.training  # the snapshot was put into eval mode, what trains was not
 
@@ -301,6 +303,38 @@ def test_state_survives_edm2s_checkpoints_which_hold_the_state_dict_of_the_loss(
     resumed = EDM2Loss()
     resumed.load_state_dict(torch.load(tmp_path / "training-state.pt", weights_only=True)["loss_fn"])
     same_from_here(loss_fn, resumed, net, images)
+
+
+def test_a_run_begun_with_the_loops_own_loss_continues_with_the_switch() -> None:
+    """EDM's snapshots hold its loss object; EDM2's checkpoints the attributes of its loss as the state."""
+    edm_s_own, edm2_s_own = object(), {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5}
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        EDMLoss().restore(edm_s_own)
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        EDM2Loss().load_state_dict(edm2_s_own)
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh"):
+        EDMLoss(fresh_statistics=True).restore(edm_s_own)
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh"):
+        EDM2Loss(fresh_statistics=True).load_state_dict(edm2_s_own)
+
+
+def test_the_criterion_can_be_set_by_values_that_json_has(net: Net, images: Tensor) -> None:
+    """EDM and EDM2 write the options of their loss as JSON, and make it by them."""
+    options = {"criterion": "loss_level", "strength": 0.5, "bins": 64, "log_snr_range": [-10.0, 14.0], "half_life": 512}
+    found = EDMLoss(**json.loads(json.dumps(options))).criterion
+    expected = vadiff.DiffusionLoss(vadiff.weighting.LossLevel(0.5), 64, (-10.0, 14.0), 512)
+    assert found.weighting == expected.weighting
+    assert str(found.statistics) == str(expected.statistics)
+    capped = EDM2Loss(sigma_data=1.0, criterion="min_snr", gamma=1.0, fresh_statistics=True).criterion
+    assert capped.weighting == vadiff.weighting.MinSNR(1.0, prediction_type="edm", sigma_data=1.0)
+    with pytest.raises(TypeError, match=r"'strenght'.*Options of the criterion are backend, bins, fresh_stat"):
+        EDMLoss(strenght=0.5)
+    with pytest.raises(TypeError, match=r"strength given beside a criterion that is no name"):
+        EDMLoss(criterion=criterion(), strength=0.5)
+    for loss in (EDMLoss, EDM2Loss):
+        with pytest.raises(ValueError, match=r"'learned', whose parameters nothing would train: .*net.parameters\(\)"):
+            loss(criterion="learned")
+        loss(criterion=vadiff.DiffusionLoss("learned"))(net, images).sum().backward()  # for a loop that trains it
 
 
 def test_edm2s_snapshots_hold_the_loss_on_the_cpu(net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

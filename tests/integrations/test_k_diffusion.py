@@ -18,6 +18,7 @@ from seen import Seen
 from torch import Tensor, nn
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.extras import MissingExtraError
 from vadiff.integrations.k_diffusion import SigmaWeighting, WeightedDenoiser, import_k_diffusion
 
@@ -195,6 +196,28 @@ def test_state_survives_a_save_of_its_own_beside_the_inner_models(layers: Module
     assert torch.equal(resumed.loss(*batch(9)), model.loss(*batch(9)))
 
 
+def test_the_names_of_parameters_and_buffers_are_the_denoisers_as_train_py_compares_them(layers: ModuleType) -> None:
+    own = layers.Denoiser(Inner())
+    model = WeightedDenoiser(own, vadiff.DiffusionLoss("learned"))
+    average = copy.deepcopy(own)
+    layers.utils.ema_update(model, average, 0.5)
+    assert dict(model.named_parameters()).keys() == dict(average.named_parameters()).keys()
+    assert all(parameter is not model.criterion.weighting.weight for parameter in model.parameters())
+    saved = model.state_dict()
+    assert {"denoiser.inner_model.conv.weight", "criterion.statistics.state"} < saved.keys()
+    model.to(torch.float64)
+    assert model.inner_model.conv.weight.dtype is torch.float64
+
+
+def test_a_checkpoint_without_the_criterion_needs_the_switch(layers: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        WeightedDenoiser(layers.Denoiser(Inner())).criterion.load_state_dict({})
+    model = WeightedDenoiser(layers.Denoiser(Inner()), "loss_level", strength=0.5, fresh_statistics=True)
+    assert model.criterion.weighting == vadiff.weighting.LossLevel(strength=0.5)
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh: the saved state has no"):
+        model.criterion.load_state_dict({})
+
+
 def test_autocast_and_a_gradient_scaler_change_neither_statistics_nor_direction(layers: ModuleType) -> None:
     inner, results = Inner(), []
     model = WeightedDenoiser(layers.Denoiser(inner), criterion())
@@ -236,6 +259,10 @@ def test_fixed_weights_for_another_loss_or_twice_are_refused(
 
 
 def test_what_would_fight_the_weighting_is_refused(layers: ModuleType) -> None:
+    with pytest.raises(
+        ValueError, match=r"criterion is 'learned', whose parameters nothing would train: .*'loss_level'"
+    ):
+        WeightedDenoiser(layers.Denoiser(Inner()), "learned")
     with pytest.raises(TypeError, match="DenoiserWithVariance, which learns a weight"):
         WeightedDenoiser(layers.DenoiserWithVariance(Inner()))
     with pytest.raises(TypeError, match=r"denoiser is a Inner, expected a k_diffusion.layers.Denoiser"):
@@ -266,10 +293,30 @@ def test_a_left_out_part_of_k_diffusion_says_why(layers: ModuleType, monkeypatch
     monkeypatch.setitem(sys.modules, "skimage", None)
     package = import_k_diffusion()
     assert package.layers.Denoiser(Inner()).sigma_data == 1.0
-    with pytest.raises(AttributeError, match=r"k_diffusion.augmentation could not be imported: .*skimage"):
+    with pytest.raises(
+        AttributeError, match=r"k_diffusion.augmentation could not be imported: .*skimage.*pip install jsonmerge"
+    ):
         package.augmentation.KarrasAugmentWrapper  # noqa: B018
     for name in [name for name in sys.modules if name.partition(".")[0] == "k_diffusion"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchsde", None)
     with pytest.raises(MissingExtraError, match=r"cannot be imported.*pip install --no-deps dctorch k-diffusion"):
         import_k_diffusion()
+
+
+def test_clip_is_imported_without_the_pkg_resources_that_setuptools_has_no_longer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "clip", raising=False)
+    (tmp_path / "clip.py").write_text(
+        "from pkg_resources import packaging\nversion = packaging.version.parse('2.13')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    other = ModuleType("pkg_resources")
+    monkeypatch.setitem(sys.modules, "pkg_resources", other)
+    try:
+        import_k_diffusion()
+    except MissingExtraError as error:
+        pytest.skip(str(error))
+    assert sys.modules.pop("clip").version.major == 2
+    assert sys.modules["pkg_resources"] is other

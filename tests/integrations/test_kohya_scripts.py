@@ -370,7 +370,7 @@ def test_whole_training_by_the_command(tmp_path: Path) -> None:
     statistics = [values for tag, values in our_logs.items() if tag == "vadiff/level_free_loss"]
     assert [[step for step, _ in values] for values in statistics] == [[2, 4, 6, 8]]
 
-    with pytest.raises(RuntimeError, match="saved without vadiff"):
+    with pytest.raises(RuntimeError, match=r"run begun without vadiff.*--vadiff_fresh_statistics"):
         trained(tmp_path, "stopped", "--resume", "plain/t-000001-state")
     assert "12 samples" in trained(
         tmp_path, "fresh", "--resume", "plain/t-000001-state", "--vadiff_fresh_statistics", "--initial_epoch", "2"

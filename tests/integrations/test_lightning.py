@@ -21,6 +21,7 @@ lightning: Any = pytest.importorskip("lightning.pytorch", reason="lightning is n
 
 from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 
+from vadiff.errors import DiffusionLossWarning  # noqa: E402
 from vadiff.extras import MissingExtraError  # noqa: E402
 from vadiff.integrations.lightning import StatisticsLogger, ValidationLogger  # noqa: E402
 from vadiff.validation import LevelValidation  # noqa: E402
@@ -169,13 +170,16 @@ def test_state_survives_lightnings_checkpoints(tmp_path: Path) -> None:
     assert [step for step, _ in logger.lines] == [6, 8, 10]
 
 
-def test_a_checkpoint_from_before_the_criterion_loads_when_told_to(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_the_criterion_loads_with_the_switch(tmp_path: Path) -> None:
     before = trainer(tmp_path, max_steps=2, callbacks=[])
     before.fit(Module(), loader())
     before.save_checkpoint(tmp_path / "old.ckpt")
     module = Module(criterion())
-    module.strict_loading = False
-    trainer(tmp_path, max_steps=4).fit(module, loader(), ckpt_path=tmp_path / "old.ckpt")
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        trainer(tmp_path, max_steps=4).fit(module, loader(), ckpt_path=tmp_path / "old.ckpt")
+    module.criterion.fresh_statistics = True
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh"):
+        trainer(tmp_path, max_steps=4).fit(module, loader(), ckpt_path=tmp_path / "old.ckpt")
     assert module.criterion.statistics.count.sum() == 2 * BATCH
 
 

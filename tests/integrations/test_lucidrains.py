@@ -17,6 +17,7 @@ from seen import Seen
 from torch import Tensor, nn
 
 import vadiff
+from vadiff.errors import DiffusionLossWarning
 from vadiff.integrations import lucidrains
 
 ddpm: Any = pytest.importorskip("denoising_diffusion_pytorch", reason="denoising-diffusion-pytorch is not installed")
@@ -239,6 +240,11 @@ def test_a_copy_has_a_criterion_of_its_own_and_old_checkpoints_still_fit() -> No
     missing = diffusion.load_state_dict(old, strict=False)
     assert missing.unexpected_keys == []
     assert all(name.startswith("criterion.") for name in missing.missing_keys)
+    with pytest.raises(RuntimeError, match=r"no statistics .*without vadiff.*fresh_statistics=True"):
+        diffusion.load_state_dict(old)  # as the Trainer loads it
+    diffusion = lucidrains.attach(gaussian(), "loss_level", strength=0.5, fresh_statistics=True)
+    with pytest.warns(DiffusionLossWarning, match="the statistics start afresh"):
+        diffusion.load_state_dict(old)
 
 
 def test_autocast_and_a_gradient_scaler_change_neither_statistics_nor_direction() -> None:

@@ -6,10 +6,15 @@ log_statistics(accelerator, criterion, global_step)          # in the loop, wher
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
+from ..files import replacing
 from ..loss import DiffusionLoss
 
 if TYPE_CHECKING:
@@ -17,14 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["log_statistics", "prepare", "unwrap"]
 
+_prepared: WeakKeyDictionary[Accelerator, list[DiffusionLoss]] = WeakKeyDictionary()
+
 
 def prepare(accelerator: Accelerator, criterion: DiffusionLoss) -> Any:
     """Move the criterion to the accelerator's device and make it part of `save_state` and `load_state`.
 
-    A criterion without parameters is registered for checkpointing, under every launcher, and returned unchanged.
-    One with parameters of its own (`weighting.LearnedUncertainty`) goes through `accelerator.prepare`: it is then
-    saved as a model and, on several processes, wrapped, so that its gradient is averaged. Use the returned one, and
-    give its parameters to the optimizer as well.
+    Its state is a file of its own in the folder, `vadiff_criterion.pt`: neither a model, which the hooks of diffusers'
+    scripts would save as one of theirs, nor a custom object, whose number Accelerate compares on loading. A folder from
+    before the criterion was added is loaded by one with ``fresh_statistics=True``.
+
+    A criterion with parameters of its own (`weighting.LearnedUncertainty`) is wrapped on several processes, so that its
+    gradient is averaged: call the returned one, and give its parameters to the optimizer as well.
 
     Statistics of several processes are merged by the criterion itself, so each has to call it equally often. With
     gradient accumulation each micro-batch is one call, and `half_life` counts samples: nothing needs to be set.
@@ -38,13 +47,32 @@ def prepare(accelerator: Accelerator, criterion: DiffusionLoss) -> Any:
 
     Raises:
         TypeError: not a `DiffusionLoss`.
+        RuntimeError: from `load_state`, if the folder has no statistics, or some that do not fit.
     """
     if not isinstance(criterion, DiffusionLoss):
         raise TypeError(f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss")
-    if any(parameter.requires_grad for parameter in criterion.parameters()):
-        return accelerator.prepare(criterion)
     criterion.to(accelerator.device)
-    accelerator.register_for_checkpointing(criterion)
+    earlier = _prepared.setdefault(accelerator, [])
+    name = f"vadiff_criterion_{len(earlier)}.pt" if earlier else "vadiff_criterion.pt"
+    earlier.append(criterion)
+
+    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        each_node = accelerator.project_configuration.save_on_each_node
+        if accelerator.is_local_main_process if each_node else accelerator.is_main_process:
+            with replacing(Path(folder, name)) as partial:
+                torch.save(criterion.state_dict(), partial)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        path = Path(folder, name)
+        if not path.exists():
+            _refuse_older(Path(folder), name)
+        criterion.load_state_dict(torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {})
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    if accelerator.num_processes > 1 and any(parameter.requires_grad for parameter in criterion.parameters()):
+        # Without its buffers: the criterion merges the statistics itself.
+        return nn.parallel.DistributedDataParallel(criterion, broadcast_buffers=False)
     return criterion
 
 
@@ -84,3 +112,16 @@ def unwrap(criterion: nn.Module) -> DiffusionLoss:
             )
         criterion = inner
     return criterion
+
+
+def _refuse_older(folder: Path, name: str) -> None:
+    """Raise if an earlier vadiff saved the statistics here, as one of Accelerate's custom objects."""
+    for path in sorted(folder.glob("custom_checkpoint_*.pkl")):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # an object of another kind
+            continue
+        if isinstance(saved, dict) and "statistics.state" in saved:
+            raise RuntimeError(
+                f"{path} has the statistics of an earlier version of vadiff, expected {name}: rename the file to that"
+            )

@@ -6,9 +6,9 @@ these class names instead, or create the object in the loop.
 
 State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume: nothing to do. EDM
 pickles the loss object into each network snapshot but makes a new one on resume: load the state from the snapshot,
-``loss_fn.load_state_dict(snapshot["loss_fn"].state_dict())``. Snapshots of both contain the loss object, so
-that loading one needs vadiff installed. Statistics are merged over ranks and bit-identical on all of them, which EDM
-checks for every module that it saves.
+``loss_fn.restore(snapshot["loss_fn"])``. A run begun with the loops' own loss has no statistics: continue it with
+``fresh_statistics=True``. Snapshots of both contain the loss object, so that loading one needs vadiff installed.
+Statistics are merged over ranks and bit-identical on all of them, which EDM checks for every module that it saves.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class EDMLoss(nn.Module):
         P_mean, P_std: of ln(sigma).
         sigma_data: standard deviation of the data.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings. "constant" is
-            EDM's own loss.
+            EDM's own loss. Not "learned", as the loops optimise the network only.
         target: regress D on the posterior mean in place of y, in training mode; becomes `criterion.target`. With the
             classes of its reference if the network gets labels. Pickles (snapshots) do not hold its references.
+        options: of the named weighting and of `vadiff.DiffusionLoss`, such as ``strength=0.5, bins=64,
+            fresh_statistics=True``. All of them, like the name, can be written in JSON, as the loops write theirs.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss than "edm".
@@ -59,12 +61,16 @@ class EDMLoss(nn.Module):
         sigma_data: float = 0.5,
         criterion: DiffusionLoss | str = "variance_aware",
         target: PosteriorMean | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.P_mean = require_number("P_mean", P_mean)
         self.P_std = require_number("P_std", P_std, above=0.0)
         self.sigma_data = require_number("sigma_data", sigma_data, above=0.0)
-        self.criterion = criterion_in_form(criterion, "edm", sigma_data=self.sigma_data, target=target)
+        self.criterion = criterion_in_form(
+            criterion, "edm", sigma_data=self.sigma_data, target=target, options=options,
+            optimised="net.parameters()",
+        )  # fmt: skip
 
     _labels_seen = False  # whether a call with a target has looked at the labels
 
@@ -103,6 +109,23 @@ class EDMLoss(nn.Module):
         noisy = images + torch.randn_like(images) * sigma
         denoised = net(noisy, sigma, labels, **conditions)
         return _spread(self._weighted(denoised, self._target(images, noisy, sigma, labels), sigma), images)
+
+    def restore(self, saved: object) -> None:
+        """Load the state of the loss object in one of EDM's network snapshots, ``snapshot["loss_fn"]``.
+
+        Args:
+            saved: an `EDMLoss` or `EDM2Loss`; another object has no statistics, which `fresh_statistics` allows.
+
+        Raises:
+            RuntimeError: it has no statistics, or some that do not fit.
+        """
+        self.load_state_dict(saved.state_dict() if isinstance(saved, nn.Module) else {})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *given: Any) -> None:
+        """EDM2 saves the attributes of its own loss, P_mean among them, as the state: that of no module here."""
+        for name in ("P_mean", "P_std", "sigma_data"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *given)
 
     def _target(self, images: Tensor, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """What D is regressed on: the images, or their posterior mean."""
@@ -145,7 +168,7 @@ class EDM2Loss(EDMLoss):
 
     Args:
         P_mean, P_std, sigma_data: as for `EDMLoss`; these defaults are for ImageNet-512 latents.
-        criterion, target: as for `EDMLoss`.
+        criterion, target, options: as for `EDMLoss`.
         uncertainty: whether the head weights. None: if the criterion's weighting is "constant", which is EDM2's own
             loss with statistics of lambda·|D - y|².
 
@@ -161,8 +184,9 @@ class EDM2Loss(EDMLoss):
         criterion: DiffusionLoss | str = "variance_aware",
         uncertainty: bool | None = None,
         target: PosteriorMean | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(P_mean, P_std, sigma_data, criterion, target)
+        super().__init__(P_mean, P_std, sigma_data, criterion, target, **options)
         constant = isinstance(self.criterion.weighting, Constant)
         if uncertainty and not constant:
             raise ValueError(

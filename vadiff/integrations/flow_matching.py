@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ class FlowMatchingLoss(nn.Module):
         data_at, sigma: see `log_snr`.
         target: regress on the posterior mean's velocity, in training mode; becomes `criterion.target`. For noise that
             is drawn independently of the data (no optimal-transport pairs) and sigma = 0.
+        options: of the named weighting and of `vadiff.DiffusionLoss`, such as ``strength=0.5, fresh_statistics=True``.
 
     Raises:
         ValueError, TypeError: an argument out of bounds, or a criterion with fixed weights for another loss.
@@ -61,10 +64,11 @@ class FlowMatchingLoss(nn.Module):
         data_at: int = 1,
         sigma: float = 0.0,
         target: PosteriorMean | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         log_snr(torch.zeros(1), data_at=data_at, sigma=sigma)  # checks data_at and sigma
-        self.criterion = criterion_in_form(criterion, "flow", target=target)
+        self.criterion = criterion_in_form(criterion, "flow", target=target, options=options)
         self.data_at = data_at
         self.sigma = float(sigma)
         if self.criterion.target is not None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from .. import weighting as weightings
@@ -16,26 +20,45 @@ def criterion_in_form(
     sigma_data: float = 0.5,
     loss_is_given: bool = False,
     target: PosteriorMean | None = None,
+    options: Mapping[str, Any] | None = None,
+    optimised: str | None = None,
 ) -> DiffusionLoss:
     """Make or check the criterion of a trainer whose base loss has the form of one prediction type.
 
     Args:
-        criterion: a criterion, or the name of a weighting for one with the default settings.
+        criterion: a criterion, or the name of a weighting for one that is made here.
         prediction_type: form of the base loss, one of `vadiff.process.PREDICTION_TYPES`. A weighting given by name,
             here or to `DiffusionLoss`, is made for it.
         sigma_data: standard deviation of the data, the trainer's.
         loss_is_given: the trainer computes the loss per sample itself, the criterion only weights it.
         target: assigned to `criterion.target`; None leaves the criterion's own.
+        options: arguments of `DiffusionLoss` and of the named weighting, for a criterion made here: numbers, names and
+            lists, as in JSON.
+        optimised: what the trainer's optimizer is given, if not the criterion: a learned weighting is then refused by
+            name, and left to those who make the criterion themselves.
 
     Returns:
         The criterion.
 
     Raises:
-        TypeError: neither a criterion nor a name; a target of another kind.
+        TypeError: neither a criterion nor a name; a target of another kind; an unknown option, or options beside a
+            criterion.
         ValueError: an unknown name, or a criterion whose fixed weighting is written for another loss.
     """
+    options = {} if options is None else options
     if isinstance(criterion, str):
-        criterion = DiffusionLoss(criterion)
+        if optimised is not None and criterion == "learned":
+            raise ValueError(
+                f"criterion is 'learned', whose parameters nothing would train: the optimizer is given {optimised}. "
+                "Use 'loss_level', to which it converges; or make criterion = vadiff.DiffusionLoss('learned') and give "
+                "criterion.parameters() to the optimizer as well"
+            )
+        criterion = _made(criterion, prediction_type, sigma_data, options)
+    elif options:
+        raise TypeError(
+            f"{', '.join(options)} given beside a criterion that is no name, expected none: they are arguments of "
+            "vadiff.DiffusionLoss or of its weighting"
+        )
     if not isinstance(criterion, DiffusionLoss):
         raise TypeError(
             f"criterion is a {type(criterion).__name__}, expected a vadiff.DiffusionLoss or the name of a weighting "
@@ -64,6 +87,21 @@ def criterion_in_form(
             raise TypeError(f"target is a {type(target).__name__}, expected a vadiff.targets.PosteriorMean")
         criterion.target = target
     return criterion
+
+
+def _made(name: str, prediction_type: str, sigma_data: float, options: Mapping[str, Any]) -> DiffusionLoss:
+    """A criterion with the weighting of this name; `options` are its own and its weighting's."""
+    of_criterion = set(inspect.signature(DiffusionLoss).parameters) - {"weighting"}
+    given = {key: value for key, value in options.items() if key in of_criterion}
+    of_weighting = {key: value for key, value in options.items() if key not in of_criterion}
+    if not of_weighting:
+        return DiffusionLoss(name, **given)
+    if weightings.takes_prediction_type(name):
+        of_weighting = {"prediction_type": prediction_type, "sigma_data": sigma_data, **of_weighting}
+    try:
+        return DiffusionLoss(weightings.from_name(name, **of_weighting), **given)
+    except TypeError as error:
+        raise TypeError(f"{error}. Options of the criterion are {', '.join(sorted(of_criterion))}") from error
 
 
 def require_form(

@@ -6,7 +6,10 @@ must be written for the F loss, and with ``weighting="karras"`` (a weight of 1) 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +24,7 @@ from .form import criterion_in_form, moved_beside
 
 __all__ = ["SigmaWeighting", "WeightedDenoiser", "import_k_diffusion"]
 
-_NOT_FOR_TRAINING = ("augmentation", "config", "evaluation")  # need scikit-image, jsonmerge, clip and clean-fid
+_NOT_FOR_LAYERS = ("augmentation", "config", "evaluation")  # need scikit-image, jsonmerge, clip and clean-fid
 
 
 class SigmaWeighting(nn.Module):
@@ -62,27 +65,33 @@ class WeightedDenoiser(nn.Module):
     """A `Denoiser` whose `loss` is weighted by a criterion and recorded in its statistics.
 
     It replaces the denoiser. The base loss is the denoiser's own `loss`, computed by its own code with its `scales` and
-    its `weighting`. k-diffusion's train.py saves the inner network only: save
-    ``criterion.state_dict()`` beside it.
+    its `weighting`. `parameters` and `buffers` are the denoiser's, with its names, because train.py compares them with
+    those of its average and clips the norm of their gradient; `state_dict` contains the criterion. train.py saves the
+    inner network only: save ``criterion.state_dict()`` beside it.
 
     Args:
         denoiser: a `Denoiser` or `SimpleLossDenoiser`; its `weighting` must be "karras" for fixed weights.
         criterion: a `vadiff.DiffusionLoss`, or the name of a weighting for one with the default settings; "constant" is
-            the denoiser's own loss.
+            the denoiser's own loss. One with "learned" has to be made by you, and its ``criterion.parameters()`` given
+            to the optimizer.
+        options: of the named weighting and of `vadiff.DiffusionLoss`, such as ``strength=0.5, bins=64``.
 
     Raises:
         TypeError: the denoiser has no `loss`, or learns a weight of its own (`DenoiserWithVariance`).
         ValueError: the criterion's fixed weights are for another loss, or would multiply the denoiser's.
     """
 
-    def __init__(self, denoiser: Any, criterion: DiffusionLoss | str = "variance_aware") -> None:
+    def __init__(self, denoiser: Any, criterion: DiffusionLoss | str = "variance_aware", **options: Any) -> None:
         super().__init__()
         if not callable(getattr(denoiser, "loss", None)) or not hasattr(denoiser, "sigma_data"):
             raise TypeError(f"denoiser is a {type(denoiser).__name__}, expected a k_diffusion.layers.Denoiser")
         classes = {base.__name__ for base in type(denoiser).__mro__}
         form = "epsilon" if "SimpleLossDenoiser" in classes else "edm"
         sigma_data = float(denoiser.sigma_data)
-        criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True)
+        criterion = criterion_in_form(
+            criterion, form, sigma_data=sigma_data, loss_is_given=True, options=options,
+            optimised="the parameters of the inner network",
+        )  # fmt: skip
         if "DenoiserWithVariance" in classes and not isinstance(criterion.weighting, Constant):
             raise TypeError(
                 "denoiser is a DenoiserWithVariance, which learns a weight and would undo the criterion's: use a "
@@ -101,6 +110,20 @@ class WeightedDenoiser(nn.Module):
     def inner_model(self) -> Any:
         """The network that the denoiser wraps."""
         return self.denoiser.inner_model
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the denoiser, with its names; a learned weighting's are ``criterion.parameters()``."""
+        named: Iterator[tuple[str, nn.Parameter]] = self.denoiser.named_parameters(prefix, recurse, remove_duplicate)
+        return named
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Those of the denoiser, with its names; the criterion's are ``criterion.buffers()``."""
+        named: Iterator[tuple[str, Tensor]] = self.denoiser.named_buffers(prefix, recurse, remove_duplicate)
+        return named
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The denoiser's D(input; sigma)."""
@@ -128,28 +151,47 @@ class WeightedDenoiser(nn.Module):
 
 
 def import_k_diffusion() -> ModuleType:
-    """``import k_diffusion``, even if the dependencies of its evaluation, config and augmentation are missing.
+    """``import k_diffusion`` whole, as train.py needs it, or at least its layers, models and samplers.
 
-    Version 0.1.1.post1 imports all three modules, and their dependency `clip` needs a pkg_resources that setuptools no
-    longer has. If the import fails, placeholders replace the three modules and raise when they are used.
+    Its evaluation imports the package `clip` (clip-anytorch), which takes `packaging` from a pkg_resources that only
+    old versions of setuptools have: `clip` is imported with a stand-in for that module. If another dependency of
+    k_diffusion.evaluation, config or augmentation is missing, placeholders replace the three modules and raise when
+    they are used.
 
     Raises:
         vadiff.extras.MissingExtraError: k-diffusion or a dependency of its layers is not installed.
     """
+    with contextlib.suppress(ImportError), _packaging_in_pkg_resources():
+        importlib.import_module("clip")
     try:
         return import_extra("k_diffusion", "integrations")
     except MissingExtraError as error:
         cause = error
     for name in [name for name in sys.modules if name.partition(".")[0] == "k_diffusion"]:
         del sys.modules[name]
-    for name in _NOT_FOR_TRAINING:
+    for name in _NOT_FOR_LAYERS:
         sys.modules[f"k_diffusion.{name}"] = _Missing(f"k_diffusion.{name}", cause)
     try:
         return import_extra("k_diffusion", "integrations")
     except MissingExtraError as error:
-        for name in _NOT_FOR_TRAINING:
+        for name in _NOT_FOR_LAYERS:
             del sys.modules[f"k_diffusion.{name}"]
         raise MissingExtraError(f"{error}, and pip install --no-deps dctorch k-diffusion") from error
+
+
+@contextlib.contextmanager
+def _packaging_in_pkg_resources() -> Iterator[None]:
+    """Let ``from pkg_resources import packaging`` find the package of that name."""
+    stand_in, before = ModuleType("pkg_resources"), sys.modules.get("pkg_resources")
+    importlib.import_module("packaging.version")
+    stand_in.__dict__["packaging"] = sys.modules["packaging"]
+    sys.modules["pkg_resources"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]
+        if before is not None:
+            sys.modules["pkg_resources"] = before
 
 
 class _Missing(ModuleType):
@@ -160,7 +202,10 @@ class _Missing(ModuleType):
         self._cause = cause
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{self.__name__} could not be imported: {self._cause}") from self._cause
+        raise AttributeError(
+            f"{self.__name__} could not be imported: {self._cause.__cause__ or self._cause}. train.py needs it: "
+            "pip install jsonmerge scikit-image clean-fid clip-anytorch kornia"
+        ) from self._cause
 
 
 def _is_one(weighting: Any) -> bool:

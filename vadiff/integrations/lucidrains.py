@@ -26,7 +26,11 @@ _FORMS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"
 
 
 def attach(
-    diffusion: Any, criterion: DiffusionLoss | str = "variance_aware", *, target: PosteriorMean | None = None
+    diffusion: Any,
+    criterion: DiffusionLoss | str = "variance_aware",
+    *,
+    target: PosteriorMean | None = None,
+    **options: Any,
 ) -> Any:
     """Weight and record the losses of every ``diffusion(images)`` from now on.
 
@@ -44,6 +48,7 @@ def attach(
             the diffusion's own loss.
         target: regress on the posterior mean in place of the data, in training mode; becomes `criterion.target`. Its
             references are ``diffusion.normalize(images)``. For GaussianDiffusion and GaussianDiffusion1D.
+        options: of the named weighting and of `vadiff.DiffusionLoss`, such as ``strength=0.5, fresh_statistics=True``.
 
     Returns:
         The diffusion.
@@ -59,7 +64,9 @@ def attach(
         raise ValueError("diffusion has a criterion already: weights would multiply. Load its state, or use a new one.")
     form = "edm" if level == "sigma" else "epsilon"
     sigma_data = float(diffusion.sigma_data) if level == "sigma" else 0.5
-    criterion = criterion_in_form(criterion, form, sigma_data=sigma_data, loss_is_given=True, target=target)
+    criterion = criterion_in_form(
+        criterion, form, sigma_data=sigma_data, loss_is_given=True, target=target, options=options
+    )
     if criterion.target is not None:
         _check_noise(diffusion, level)
     if level == "times":

@@ -62,6 +62,10 @@ def main(arguments: list[str]) -> Any:
     namespace.update(replaced)
     try:
         exec(block, {**vars(module), **replaced, "__name__": "__main__"})
+    except RuntimeError as error:
+        if "fresh_statistics=True" not in str(error):
+            raise
+        sys.exit(f"vadiff: {error}: --vadiff_fresh_statistics")
     finally:
         namespace.update(kept)
     return made[-1]

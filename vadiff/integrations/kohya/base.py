@@ -7,8 +7,8 @@ import warnings
 from typing import Any, ClassVar
 
 from ...loss import DiffusionLoss
+from ..accelerate import prepare
 from .arguments import criterion_for, given, option
-from .saving import register
 
 
 class Adaptive:
@@ -16,7 +16,6 @@ class Adaptive:
 
     criterion: DiffusionLoss
     log_every: int = 100
-    fresh_statistics: bool = False
     _logged_at = 0  # optimiser step of the last record: the scripts log several times at a step
     _hook: ClassVar[str]  # the method of a trainer that a mixin extends
 
@@ -87,7 +86,8 @@ class Adaptive:
         self.log_every = self.log_every if every is None else every
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every!r}, expected a positive integer")
-        self.fresh_statistics = self.fresh_statistics or bool(option(args, "fresh_statistics"))
+        if option(args, "fresh_statistics"):
+            self.criterion.fresh_statistics = True
 
     def _process_and_form(self, args: Any) -> tuple[Any, str]:
         """Process and prediction type of `DiffusionLoss.for_process`."""
@@ -95,7 +95,7 @@ class Adaptive:
 
     def _register(self, accelerator: Any) -> None:
         """Make the criterion part of the states, and say what it is."""
-        register(accelerator, self.criterion, self.fresh_statistics)
+        prepare(accelerator, self.criterion)
         bins = self.criterion.statistics.bins
         accelerator.print(
             f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}"
