@@ -46,7 +46,7 @@ class Adaptive:
         if "criterion" not in vars(self) and isinstance(shared, DiffusionLoss):
             self.criterion = copy.deepcopy(shared)
 
-    def train(self, args: Any) -> Any:
+    def train(self, args: Any, *more: Any, **named: Any) -> Any:
         """Read the options of `add_arguments`, then train.
 
         Raises:
@@ -55,7 +55,7 @@ class Adaptive:
             TypeError: the class's criterion is not a `DiffusionLoss`.
         """
         self._read_options(args)
-        result = super().train(args)  # type: ignore[misc]
+        result = super().train(args, *more, **named)  # type: ignore[misc]
         if not self.criterion.statistics.count.any():
             warnings.warn(
                 f"{type(self).__name__} has recorded no loss: its training loop did not call {self._hook} with a loss "
