@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 import vadiff
@@ -315,3 +318,63 @@ def test_line_for_the_other_scripts(script: str, monkeypatch: pytest.MonkeyPatch
     recorded = criterion.statistics.count.nonzero().flatten().tolist()
     assert len(recorded) >= 5
     assert criterion.statistics.count.sum() == 6
+
+
+def trained(folder: Path, output: str, *arguments: str, vadiff: bool = True) -> str:
+    """What a whole training prints: 9 steps of a tiny LoRA on 8 pictures, with validation, states and TensorBoard."""
+    here = Path(__file__).parent
+    command = ["-m", "vadiff.integrations.kohya"] if vadiff else []
+    line = (
+        "--pretrained_model_name_or_path none --train_data_dir images --resolution 64 --min_bucket_reso 64 "
+        "--train_batch_size 2 --network_module tiny_train_network --network_train_unet_only --max_train_epochs 3 "
+        "--output_name t --log_with tensorboard --save_state --save_every_n_epochs 1 --validation_split 0.25 "
+        "--validate_every_n_steps 2 --learning_rate 0.01 --mixed_precision no --max_data_loader_n_workers 0 --seed 1 "
+        f"--output_dir {output} --logging_dir {output}-logs"
+    )
+    paths = os.pathsep.join([str(CHECKOUT), str(here), str(here.parents[1])])
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", *command, str(here / "tiny_train_network.py"), *line.split(), *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    if process.returncode:
+        raise RuntimeError(process.stdout + process.stderr)
+    return process.stdout
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of each scalar in TensorBoard's files."""
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in folder.rglob("events*"):
+        events = accumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
+
+
+def test_whole_training_by_the_command(tmp_path: Path) -> None:
+    """Constant weights leave LoRA and logs what they were, and a state is resumed with statistics and without."""
+    (tmp_path / "images" / "1_dog").mkdir(parents=True)
+    for seed in range(8):
+        pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / "1_dog" / f"{seed}.png")
+    trained(tmp_path, "plain", vadiff=False)
+    printed = trained(tmp_path, "constant", "--vadiff_weighting", "constant", "--vadiff_log_every", "2")
+    assert "vadiff: Constant(), 26 bins of log-SNR from -5.5 to 7.5" in printed
+    assert "18 samples" in printed
+    own, ours = (torch.load(tmp_path / name / "t.safetensors.pt") for name in ("plain", "constant"))
+    assert torch.equal(own, ours)
+    own_logs, our_logs = (logged(tmp_path / f"{name}-logs") for name in ("plain", "constant"))
+    assert {tag: our_logs[tag] for tag in own_logs} == own_logs
+    statistics = [values for tag, values in our_logs.items() if tag == "vadiff/level_free_loss"]
+    assert [[step for step, _ in values] for values in statistics] == [[2, 4, 6, 8]]
+
+    with pytest.raises(RuntimeError, match=r"run begun without vadiff.*--vadiff_fresh_statistics"):
+        trained(tmp_path, "stopped", "--resume", "plain/t-000001-state")
+    assert "12 samples" in trained(
+        tmp_path, "fresh", "--resume", "plain/t-000001-state", "--vadiff_fresh_statistics", "--initial_epoch", "2"
+    )
+    assert "18 samples" in trained(tmp_path, "again", "--resume", "constant/t-000001-state", "--initial_epoch", "2")
+    with pytest.raises(RuntimeError, match="has 'strenght', which variance_aware does not have"):
+        trained(tmp_path, "stopped", "--vadiff_weighting_args", "strenght=1")

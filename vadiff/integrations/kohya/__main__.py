@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import CodeType
@@ -61,6 +62,10 @@ def main(arguments: list[str]) -> Any:
     namespace.update(replaced)
     try:
         exec(block, {**vars(module), **replaced, "__name__": "__main__"})
+    except RuntimeError as error:
+        if "fresh_statistics=True" not in str(error):
+            raise
+        sys.exit(f"vadiff: {error}: --vadiff_fresh_statistics")
     finally:
         namespace.update(kept)
     return made[-1]
@@ -101,4 +106,6 @@ def _trainer_of(script: Path, names: tuple[str, ...], namespace: dict[str, Any])
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1:]).criterion.summary())
+    trained = main(sys.argv[1:])
+    if os.environ.get("RANK", "0") == "0":
+        print(trained.criterion.summary())

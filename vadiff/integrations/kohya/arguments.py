@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--vadiff_fresh_statistics",
         action="store_true",
-        help="--resume a state without statistics, or with some that do not fit: start them afresh",
+        help="--resume a state that was saved without vadiff, or with other bins: the statistics start empty",
     )
     return parser
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ...loss import DiffusionLoss
@@ -18,7 +17,6 @@ class Adaptive:
 
     criterion: DiffusionLoss
     log_every: int = 100
-    fresh_statistics: bool = False
     _logged_at = 0  # optimiser step of the last record: the scripts log several times at a step
     _hook: ClassVar[str]  # the method of a trainer that a mixin extends
 
@@ -49,7 +47,7 @@ class Adaptive:
         if "criterion" not in vars(self) and isinstance(shared, DiffusionLoss):
             self.criterion = copy.deepcopy(shared)
 
-    def train(self, args: Any) -> Any:
+    def train(self, args: Any, *more: Any, **named: Any) -> Any:
         """Read the options of `add_arguments`, then train.
 
         Raises:
@@ -58,7 +56,7 @@ class Adaptive:
             TypeError: the class's criterion is not a `DiffusionLoss`.
         """
         self._read_options(args)
-        result = super().train(args)  # type: ignore[misc]
+        result = super().train(args, *more, **named)  # type: ignore[misc]
         if not self.criterion.statistics.count.any():
             warnings.warn(
                 f"{type(self).__name__} has recorded no loss: its training loop did not call {self._hook} with a loss "
@@ -89,7 +87,8 @@ class Adaptive:
         self.log_every = self.log_every if every is None else every
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every!r}, expected a positive integer")
-        self.fresh_statistics = self.fresh_statistics or bool(option(args, "fresh_statistics"))
+        if option(args, "fresh_statistics"):
+            self.criterion.fresh_statistics = True
 
     def _process_and_form(self, args: Any) -> tuple[Any, str]:
         """Process and prediction type of `DiffusionLoss.for_process`."""
@@ -97,9 +96,6 @@ class Adaptive:
 
     def _register(self, accelerator: Any) -> None:
         """Make the criterion part of the states, and say what it is."""
-        self.criterion.fresh_statistics |= self.fresh_statistics
-        if not self.criterion.fresh_statistics:
-            accelerator.register_load_state_pre_hook(_name_the_switch)
         prepare(accelerator, self.criterion)
         bins = self.criterion.statistics.bins
         accelerator.print(
@@ -114,12 +110,3 @@ class Adaptive:
             self._logged_at = step
             self.criterion.log_to(lambda values, _: logs.update(values), step)
         return logs
-
-
-def _name_the_switch(models: list[Any], folder: str) -> None:
-    """Refuse a state from before the criterion, in the words of these trainers' command lines."""
-    if not any(any(Path(folder).glob(name)) for name in ("vadiff_criterion.pt", "custom_checkpoint_*.pkl")):
-        raise ValueError(
-            f"the state {folder} holds no statistics: it was saved without vadiff. Start them afresh, with "
-            "--vadiff_fresh_statistics or with fresh_statistics = True in the trainer's class"
-        )

@@ -29,8 +29,6 @@ class AdaptiveLoss(Adaptive):
             criterion of the class records nothing. Without one the trainer makes it when training starts, from the
             options of `add_arguments` and the noise scheduler.
         log_every: optimiser steps between records of the statistics.
-        fresh_statistics: whether `--resume` starts with empty statistics where the state has none, as one that was
-            saved without vadiff, or none that fit. They are saved from then on.
         refresh_snr: whether `--min_snr_gamma` and similar flags use the SNR of the schedule that `--zero_terminal_snr`
             has changed (`refresh_all_snr`). False leaves the trainer's loss what it is.
         unit_times: whether the trainer passes the times of a flow from 0 to 1 in place of 0 to 1000; None: those of
@@ -111,7 +109,7 @@ class AdaptiveLoss(Adaptive):
 class MusubiAdaptiveLoss(Adaptive):
     """Mixin to list before a `NetworkTrainer` of musubi-tuner, or a subclass of it.
 
-    Attributes `criterion`, `log_every` and `fresh_statistics` as of `AdaptiveLoss`. The trainer's own `compute_loss` is
+    Attributes `criterion` and `log_every` as of `AdaptiveLoss`. The trainer's own `compute_loss` is
     called for each sample, and so stays in effect with `--weighting_scheme` and whatever a subclass adds.
     """
 
