@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import itertools
 import json
 import math
 import pkgutil
@@ -33,9 +34,10 @@ PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted(DOCS.rglob("*.md"))]
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
 
 SHELL = ("sh", "bash", "console")
-_BLOCK = re.compile(
-    r"^<!-- runs first:\n(?P<hidden>.*?)^-->|^(?P<fence> *```)(?P<language>[^\n]*)\n(?P<text>.*?)^ *```", re.M | re.S
-)
+WIDEST = 100  # characters: what fits beside navigation and contents at 1280 px, measured in Chromium
+WIDEST_OUTPUT = 120  # site.css makes `text` smaller
+_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^ *```", re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -43,19 +45,22 @@ class Block(NamedTuple):
     line: int  # of its first line of text
     language: str
     text: str
+    output: str | None  # text block right below: what a Python block prints
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def blocks(page: Path) -> Iterator[Block]:
-    """The code blocks of a page, those in a comment `runs first` as well."""
-    whole = page.read_text()
-    for found in _BLOCK.finditer(whole):
-        hidden = found["hidden"] is not None
-        line = whole.count("\n", 0, found.start("hidden" if hidden else "text")) + 1
-        language = "python" if hidden else found["language"].split(" ")[0]
-        yield Block(page, line, language, textwrap.dedent(found["hidden" if hidden else "text"]))
+def blocks(page: Path) -> list[Block]:
+    """The code blocks that a reader of the page sees: what stands in an HTML comment is none."""
+    visible = _COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), page.read_text())
+    found, seen = [], list(_BLOCK.finditer(visible))
+    for block, below in itertools.zip_longest(seen, seen[1:]):
+        adjacent = below is not None and not visible[block.end() : below.start()].strip()
+        output = textwrap.dedent(below["text"]) if below and adjacent and below["language"] == "text" else None
+        line = visible.count("\n", 0, block.start("text")) + 1
+        found.append(Block(page, line, block["language"].split(" ")[0], textwrap.dedent(block["text"]), output))
+    return found
 
 
 def of_language(*languages: str) -> list[Any]:
@@ -67,12 +72,33 @@ def with_python() -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:FigureCanvasAgg is non-interactive",  # plt.show() of a page, without a window
+    "ignore:.*(does not have many workers|LeafSpec|number of training batches)",  # Lightning, of a page's few samples
+)
 @pytest.mark.parametrize("page", with_python())
-def test_python_of_a_page_runs_from_top_to_bottom(
+def test_visible_python_of_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    notebook: dict[str, dict[str, Any]] = {  # what a notebook has, and a test has not
+    surroundings(monkeypatch)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with warnings.catch_warnings():
+        for block in blocks(page):
+            if block.language == "python":
+                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+                capsys.readouterr()
+                exec(code, namespace)
+                if "print(" in block.text and page not in OUTPUT_ELSEWHERE:
+                    assert differences(block.output or "", capsys.readouterr().out) == [], block
+
+
+OUTPUT_ELSEWHERE = (ROOT / "README.md", DOCS / "index.md")  # their output is of other runs, which they name
+
+
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fresh process has, and a notebook; a test has neither."""
+    notebook: dict[str, dict[str, Any]] = {
         "IPython": {"get_ipython": lambda: None, "version_info": (9, 0)},
         "IPython.display": {"clear_output": lambda wait: None},
     }
@@ -80,12 +106,79 @@ def test_python_of_a_page_runs_from_top_to_bottom(
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    namespace: dict[str, Any] = {"__name__": "page"}
-    with warnings.catch_warnings():
-        for block in blocks(page):
-            if block.language == "python":
-                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-                exec(code, namespace)
+    if importlib.util.find_spec("matplotlib"):
+        importlib.import_module("matplotlib").use("Agg")
+    if "accelerate" in sys.modules:
+        state = importlib.import_module("accelerate.state")
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def differences(shown: str, printed: str) -> list[tuple[str, str]]:
+    """Lines that differ in their words, or in a number by more than 2 % and two units in its last place."""
+    lines = [[line.split() for line in text.strip().splitlines()] for text in (shown, printed)]
+    return [
+        (" ".join(ours or ()), " ".join(theirs or ()))
+        for ours, theirs in itertools.zip_longest(*lines)
+        if ours is None or theirs is None or not same_line(" ".join(ours), " ".join(theirs))
+    ]
+
+
+def same_line(shown: str, printed: str) -> bool:
+    if _NUMBER.sub("#", shown) != _NUMBER.sub("#", printed):
+        return False
+    pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
+    return all(
+        math.isclose(float(a.replace(",", "")), float(b.replace(",", "")), rel_tol=0.02, abs_tol=2 * last_place(a))
+        for a, b in pairs
+    )
+
+
+def last_place(number: str) -> float:
+    mantissa, _, exponent = number.replace(",", "").partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2])))
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("mean 1.00  std 2", "mean  1.01 std 2", True),
+        ("mean 1.00", "mean 1.06", False),
+        ("mean 1.00", "std 1.00", False),
+        ("mean 1.00", "mean 1.00\nstd 2", False),
+        ("p 1.2e-09", "p 1.3e-09", True),
+        ("", "1", False),
+    ],
+)
+def test_shown_output_is_compared_word_by_word_and_number_by_number(shown: str, printed: str, same: bool) -> None:
+    assert (differences(shown, printed) == []) is same
+
+
+def test_code_in_a_comment_is_not_visible(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!--\n```python\nhidden = 1\n```\n-->\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n")
+    assert [(block.text, block.line, block.output) for block in blocks(page)] == [
+        ("print(1)\n", 8, "1\n"),
+        ("1\n", 12, None),
+    ]
+
+
+def test_no_line_of_code_is_cut_off_at_1280_pixels() -> None:
+    long = [
+        f"{block.page.relative_to(ROOT)}:{block.line + number}: {len(line)} characters"
+        for page in DOCS.rglob("*.md")
+        for block in blocks(page)
+        for number, line in enumerate(with_included(block.text).splitlines())
+        if len(line) > (WIDEST_OUTPUT if block.language == "text" else WIDEST)
+    ]
+    assert long == []
+
+
+def with_included(text: str) -> str:
+    return re.sub(r'--8<-- "(.*)"', lambda found: (ROOT / found[1]).read_text(), text)
 
 
 def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
