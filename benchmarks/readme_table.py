@@ -85,7 +85,7 @@ def _device(results: Results, figures_in: str | None) -> Iterator[str]:
             f"{missed} missed, {open_} without a bound or not measured."
         )
         return
-    yield "| asked for by the design | | found | |"
+    yield "| asked for by the design | bound | found | result |"
     yield "| --- | --- | --- | --- |"
     for figure in judged:
         verdict = {True: "reached", False: "**missed**", None: ""}[figure.passed]

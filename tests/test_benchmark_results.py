@@ -301,7 +301,7 @@ def test_the_readme_counts_the_figures_that_the_docs_list() -> None:
     text = readme_table.markdown([results], figures_in="elsewhere.md")
     assert f"Of the [{len(found)} figures](elsewhere.md)" in text
     assert f"1 are reached, 1 missed, {len(found) - 2} without" in text
-    assert "asked for by the design | | found" not in text
+    assert "asked for by the design | bound | found" not in text
 
 
 def test_the_readme_table_has_a_column_for_each_provider_and_a_row_for_each_case() -> None:
