@@ -1,6 +1,6 @@
 """A loop with HF Accelerate: accumulation, trackers, save_state. The criterion is saved and logged with the run.
 
-python examples/accelerate_loop.py                    # needs vadiff[train] and accelerate; seconds on a CPU
+python examples/accelerate_loop.py                    # needs the extra train and accelerate; seconds on a CPU
 accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 """
 

@@ -1,6 +1,6 @@
 """A small version of diffusers' SD3 and Flux scripts: flow-matching scheduler, logit-normal t, a weighting scheme.
 
-python examples/diffusers_flow.py                     # needs vadiff[train]; half a minute on two CPU cores
+python examples/diffusers_flow.py                     # needs the extra train; half a minute on two CPU cores
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Both networks are validated at the same noise levels with the same noise; the last table compares them.
 
-python examples/diffusers_unconditional.py            # needs vadiff[train]; half a minute on two CPU cores
+python examples/diffusers_unconditional.py            # needs the extra train; half a minute on two CPU cores
 """
 
 import argparse

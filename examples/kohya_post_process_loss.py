@@ -1,6 +1,6 @@
 """A small version of kohya's sd-scripts: a LoRA for the threes of handwritten digits, v-prediction, --min_snr_gamma.
 
-    python examples/kohya_post_process_loss.py            # needs vadiff[train] and accelerate; seconds on a CPU
+    python examples/kohya_post_process_loss.py            # needs the extra train and accelerate; seconds on a CPU
 
 With the real scripts, import NetworkTrainer from train_network, and add only the class `Trainer` with its criterion.
 """

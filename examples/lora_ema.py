@@ -3,7 +3,7 @@
 A network is trained on the digits 0 to 4, frozen, and adapted to 5 to 9: with F.mse_loss, and with adaptive weights.
 The averages hold the adapters only; any width of them is made after training, and loaded into the adapted network.
 
-python examples/lora_ema.py            # needs vadiff[train] and peft; half a minute on two CPU cores
+python examples/lora_ema.py            # needs the extra train and peft; half a minute on two CPU cores
 """
 
 import argparse

@@ -1,13 +1,16 @@
 """vadiff doctor: the text people paste into bug reports."""
 
+import json
 import platform
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import vadiff
+from vadiff.extras import install_command
 from vadiff.ops import backends
 from vadiff.trainer import doctor
 
@@ -59,7 +62,49 @@ def test_installed_extras_are_listed_with_versions(packages: dict[str, str]) -> 
 
 def test_missing_extra_comes_with_the_command_that_installs_it(packages: dict[str, str]) -> None:
     packages.update(x="1.0")
-    assert "missing tqdm: pip install 'vadiff[train]'" in doctor.report()
+    assert f"missing tqdm: {install_command('train')}" in doctor.report()
+
+
+def installed_from(monkeypatch: pytest.MonkeyPatch, direct_url: dict[str, object] | None) -> None:
+    """As if pip had recorded this origin of vadiff."""
+    recorded = None if direct_url is None else json.dumps(direct_url)
+    monkeypatch.setattr(metadata, "distribution", lambda _: SimpleNamespace(read_text=lambda _: recorded))
+
+
+def test_advice_names_where_vadiff_was_installed_from(
+    packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed_from(monkeypatch, None)
+    assert install_command("train") == "pip install 'vadiff[train]'"
+
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    for editable, flag in ((False, ""), (True, "-e ")):
+        installed_from(monkeypatch, {"url": folder.as_uri(), "dir_info": {"editable": editable}})
+        assert install_command("train") == f"pip install {flag}'{folder}[train]'"
+    monkeypatch.chdir(folder)
+    assert install_command("train") == "pip install -e '.[train]'"
+
+    wheel = tmp_path / "vadiff-1-py3-none-any.whl"
+    wheel.touch()
+    installed_from(monkeypatch, {"url": wheel.as_uri(), "archive_info": {}})
+    assert install_command("train") == f"pip install '{wheel}[train]'"
+    wheel.unlink()
+    assert install_command("train") == "pip install 'tqdm>=4'"
+    assert install_command("eval") == "pip install x"
+
+    address = "https://example.org/vadiff"
+    installed_from(monkeypatch, {"url": address, "vcs_info": {"vcs": "git", "commit_id": "0"}})
+    assert install_command("train") == f"pip install 'vadiff[train] @ git+{address}'"
+
+
+def test_advice_for_a_source_tree_that_is_only_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> object:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", not_installed)
+    assert install_command("report").startswith("pip install -e ")
+    assert install_command("report").endswith("[report]'")
 
 
 def test_what_an_extra_needs_elsewhere_only_is_not_missing_here(

@@ -25,7 +25,7 @@ import torch
 
 import vadiff
 from vadiff import diagnosis
-from vadiff.trainer.cli import _parser
+from vadiff.trainer.cli import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -277,7 +277,7 @@ def check_command(words: list[str]) -> None:
 def parses(arguments: list[str]) -> bool:
     """Whether `vadiff` would run with these arguments, or print help."""
     try:
-        _parser().parse_args(arguments)
+        parse_options(arguments)
     except SystemExit as stopped:
         return stopped.code == 0
     return True

@@ -336,7 +336,7 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--reference", str(real)]
     command += ["--features", "inception", "--layer", "64"]
     command += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache"), "--devices", "cpu"]
-    command += ["--metrics", "fid", "isc"]
+    command += ["--metrics", "fid,isc"]
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0
     printed = capsys.readouterr().out
     assert "fid-64" in printed
@@ -382,7 +382,7 @@ def test_evaluate_compares_a_folder_with_another(
         ([".", "--gradients"], "argument --gradients: . is not a run directory"),
         (["."], "argument --reference: required"),
         ([".", "--inception-weights", "nowhere.pth"], "argument --inception-weights: nowhere.pth is not a file"),
-        ([".", "--metrics", "fdi"], "argument --metrics: invalid choice: 'fdi'"),
+        ([".", "--metrics", "fdi"], "argument --metrics: 'fdi', expected fid, kid, isc, prc; did you mean fid?"),
         ([".", "--reference", "nothing-here"], "nothing-here does not exist"),
     ],
 )
@@ -394,11 +394,11 @@ def test_evaluate_refuses_invalid_arguments(
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", *arguments])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-2]
 
 
 def test_evaluate_without_a_checkpoint_is_one_line(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run_copy / "checkpoints")
-    assert main(["evaluate", str(run_copy), "--metrics", "--devices", "cpu"]) == 1
+    assert main(["evaluate", str(run_copy), "--metrics", "none", "--devices", "cpu"]) == 1
     assert "has no checkpoint" in capsys.readouterr().err
     assert not (run_copy / "evaluation").exists()

@@ -133,7 +133,11 @@ def test_log_and_pages_of_others_are_not_overwritten(tmp_path: Path, capsys: pyt
         _logged(tmp_path / name, 1)
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for name, words in (("log.html", "replace the log"), ("log", "replace the log"), ("mine.jsonl", "is no report")):
+    for name, words in (
+        ("log.html", "replace the log"),
+        ("log", "replace the log"),
+        ("mine.jsonl", "mine.html exists and is no report: replace it with --overwrite, or name another"),
+    ):
         with pytest.raises(SystemExit):
             main(["report", "--from-log", str(tmp_path / name)])
         assert words in capsys.readouterr().err

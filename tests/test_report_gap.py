@@ -34,7 +34,7 @@ def test_gap_of_a_run_is_evaluated_and_reported(
         return curves[0]
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate.estimate_curve", roughly)
-    nothing_else = ["--metrics", "--no-held-out", "--devices", "cpu"]
+    nothing_else = ["--metrics", "none", "--no-held-out", "--devices", "cpu"]
     assert main(["evaluate", str(tmp_path / "run"), *nothing_else, "--gap", "--gap-images", "40"]) == 0
     printed = capsys.readouterr().out
     run = open_run(tmp_path / "run")
@@ -62,7 +62,17 @@ def test_gap_of_a_run_is_measured_directly(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = open_run(shutil.copytree(trained_run, tmp_path / "run"))
-    options = ["--metrics", "--no-held-out", "--devices", "cpu", "--gap", "--gap-images", "40", "--gap-directly"]
+    options = [
+        "--metrics",
+        "none",
+        "--no-held-out",
+        "--devices",
+        "cpu",
+        "--gap",
+        "--gap-images",
+        "40",
+        "--gap-directly",
+    ]
     assert main(["evaluate", str(run.path), *options]) == 0
     printed = capsys.readouterr().out
     written = run.path / "evaluation" / f"step-{run.config.steps}" / "gap.csv"

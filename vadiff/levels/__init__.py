@@ -7,6 +7,7 @@ levels.log_snr, levels.sigma, levels.sample_weight
 
 from typing import Any
 
+from .._validation import did_you_mean
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
 from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
@@ -86,6 +87,16 @@ def from_name(name: str, **options: Any) -> LevelSampler:
         >>> from_name("log_normal", p_mean=-0.4, p_std=1.0)
         LogNormal(p_mean=-0.4, p_std=1)
     """
+    return class_of(name)(**options)
+
+
+def class_of(name: str) -> type[LevelSampler]:
+    """The class of a name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in _BY_NAME:
-        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}")
-    return _BY_NAME[name](**options)
+        advice = did_you_mean(name, _BY_NAME)
+        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}{advice}")
+    return _BY_NAME[name]

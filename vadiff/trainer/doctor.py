@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from .._version import __version__
-from ..extras import MissingExtraError, import_extra
+from ..extras import MissingExtraError, import_extra, install_command, requirements_of_extras
 from ..ops import backends
 
 _ENVIRONMENT = {
@@ -69,33 +69,19 @@ def _environment() -> Iterator[str]:
 def _extras() -> Iterator[str]:
     """Installed and missing packages of each extra, from the package metadata: only pyproject.toml lists them."""
     try:
-        requirements = metadata.requires("vadiff") or []
+        extras = requirements_of_extras()
     except metadata.PackageNotFoundError:
         yield "vadiff is not installed, only importable; from its folder: pip install -e '.[train,report]'"
         return
-    packages: dict[str, list[str]] = {}
-    for requirement in requirements:
-        found = re.match(r"([\w.-]+).*;(.*\bextra == ['\"](\w+)['\"].*)", requirement)
-        if found and _applies(found[2], found[3]):
-            packages.setdefault(found[3], []).append(found[1])
-    for extra, names in packages.items():
-        versions = {name: _version(name) for name in names}
+    for extra, requirements in extras.items():
+        versions = {name: _version(name) for name in (re.split(r"[^\w.-]", text)[0] for text in requirements)}
         missing = [name for name, version in versions.items() if version is None]
         have = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
         yield f"{extra:<9} {have or 'nothing installed'}"
         if missing:
-            yield f"          missing {', '.join(missing)}: pip install 'vadiff[{extra}]'"
+            yield f"          missing {', '.join(missing)}: {install_command(extra)}"
     if _version("torchvision") is not None:
         yield from _torchvision_trouble()
-
-
-def _applies(marker: str, extra: str) -> bool:
-    """Whether a requirement's marker applies to this Python and system; True if `packaging` is not installed."""
-    try:
-        from packaging.markers import Marker
-    except ImportError:
-        return True
-    return Marker(marker).evaluate({"extra": extra})
 
 
 def _torchvision_trouble() -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Image files: PNG folders and npz archives, written atomically and read back as uint8; image grids."""
 
 import math
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,23 +31,29 @@ class PictureWriter:
         shape: (C, H, W), C 1 or 3.
         labels: whether `write` gets class labels.
         note: kept in an archive, for `read_note`.
+        overwrite: replace an archive, or a folder with nothing but PNG files.
 
     Raises:
-        FileExistsError: `path` exists already.
+        FileExistsError: `path` exists already, without `overwrite`, or it is something else.
         ValueError: images that are neither grey nor RGB.
     """
 
     def __init__(
-        self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False, note: str = ""
-    ) -> None:
-        if path.exists():
-            raise FileExistsError(f"{path} exists already: give another name, or remove it first")
+        self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False, note: str = "",
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already: replace it with --overwrite, or name another")
+        if path.is_dir() and not (path.suffix != ".npz" and all(file.suffix == ".png" for file in path.iterdir())):
+            raise FileExistsError(f"{path} has other files than images: it is not replaced; name another")
+        if path.is_file() and path.suffix != ".npz":
+            raise FileExistsError(f"{path} is a file, expected a folder of PNG files")
         if shape[0] not in (1, 3):
             raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
         self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
-        self.note = note
+        self.note, self._overwrite = note, overwrite
         self._pillow = import_extra("PIL.Image", "eval")
 
     def __enter__(self) -> "PictureWriter":
@@ -73,7 +80,7 @@ class PictureWriter:
 
     @contextmanager
     def _atomically(self) -> Iterator[None]:
-        with replacing(self.path) as self._partial:
+        with ExitStack() as replaced, replacing(self.path) as self._partial:
             if not self.archive:
                 self._partial.mkdir()
             yield
@@ -85,6 +92,9 @@ class PictureWriter:
                     arrays["note"] = np.array(self.note)
                 with self._partial.open("wb") as file:
                     np.savez(file, **arrays)
+            elif self._overwrite and self.path.exists():  # a folder with files in it cannot be renamed over
+                aside = tempfile.TemporaryDirectory(prefix=f"{self.path.name}.replaced-", dir=self.path.parent)
+                self.path.rename(Path(replaced.enter_context(aside)) / self.path.name)
 
 
 def read_pictures(path: Path) -> Tensor:

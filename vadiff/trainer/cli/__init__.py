@@ -1,10 +1,11 @@
 """The command `vadiff`: one module per command. Importing it defines the arguments; `run` does the heavy imports."""
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
+
+import click
 
 from ..._version import __version__
 from ...errors import UserError
@@ -25,12 +26,31 @@ from . import (
     train,
     validate,
 )
+from .command import call, options_of, parse, sections
+from .parameters import Options
 
-# Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (
-    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode,
-    demo, doctor,
-)  # fmt: skip
+# Each module has NAME, HELP (one line), DESCRIPTION, EXAMPLES and `run`, the command made of them.
+VADIFF = sections(
+    "vadiff",
+    "Adaptive weighting of noise levels for diffusion and flow training. `vadiff COMMAND --help` explains a command. A "
+    "list is written with commas: --sigma-rel 0.05,0.1.",
+    {
+        "Begin": (demo.run, doctor.run),
+        "Train": (train.run, ablate.run, encode.run, import_networks.run),
+        "Use a run": (sample.run, ema.run, report.run),
+        "Measure": (diagnose.run, validate.run, evaluate.run, optimal_loss.run, levels.COMMAND),
+    },
+    click.version_option(__version__, message="vadiff %(version)s"),
+)
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The values of a command line, which is not run.
+
+    Raises:
+        SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
+    """
+    return options_of(parse(VADIFF, arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
     """
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        call(parse(VADIFF, arguments))
         sys.stdout.flush()
     except (MissingExtraError, UserError) as error:
         print(f"vadiff: {error}", file=sys.stderr)
@@ -60,30 +79,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nvadiff: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults except `(default: None)`: the help texts of these arguments say what happens without them."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vadiff",
-        description="Adaptive weighting of noise levels for diffusion and flow training.",
-        epilog="`vadiff COMMAND --help` explains a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"vadiff {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for command in COMMANDS:
-        subparser = commands.add_parser(
-            command.NAME,
-            help=command.HELP,
-            description=command.DESCRIPTION,
-            formatter_class=_HelpFormatter,
-        )
-        subparser.set_defaults(run=command.run, parser=subparser)
-        command.add_arguments(subparser)
-    return parser

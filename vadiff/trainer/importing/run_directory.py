@@ -85,7 +85,7 @@ def import_networks(
     config = _config(network, last.step, data, batch_size, widths)
     _check_shapes(network, config, last.path)
     encoding = None if vae is None else latent_encoding(network.image_shape, vae)
-    run_folder.check(out, config, resume=False, overwrite=overwrite)
+    run_folder.check_free(out, overwrite=overwrite)
     sums = {file.path.name: sha256_of(file.path) for file in named}
     weights = network.state()
     state = {

@@ -72,6 +72,18 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
         raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
 
 
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise unless `path` can become a run directory that cannot be resumed.
+
+    Raises:
+        RunError: `path` is a file, or holds a run and `overwrite` is not set.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, expected a folder")
+    if (path / CONFIG).exists() and not overwrite:
+        raise RunError(f"{path} holds a run already: replace it with --overwrite, or name another")
+
+
 def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
     """The fields, except `ignored` ones, in which two configs differ; `steps` only if the schedule depends on it."""
     saved, config = saved.resolved(), config.resolved()
