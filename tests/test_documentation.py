@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import doctest
 import importlib.util
 import itertools
@@ -178,6 +179,45 @@ def with_included(text: str) -> str:
     return re.sub(r'--8<-- "(.*)"', lambda found: (ROOT / found[1]).read_text(), text)
 
 
+def test_validation_on_kohyas_page_measures_every_level_of_each_latent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("accelerate", "diffusers"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    surroundings(monkeypatch)
+    page: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(DOCS / "trainers" / "kohya.md"):
+        if block.language == "python":
+            exec(block.text, page)
+    trainer, seen = page["ValidatedTrainer"](), {}
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "log", lambda values, step: seen.update(values))
+    monkeypatch.setattr(trainer, "call_unet", lambda args, accelerator, unet, noisy, *rest: unet(noisy), raising=False)
+    scheduler = page["DDPMScheduler"](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    options, cached = types.SimpleNamespace(v_parameterization=False), torch.randn(20, 4, 2, 2)
+    for part in (cached[:9], cached[9:], cached[9:]):  # the script repeats a batch for each of its timesteps
+        given: tuple[Any, ...] = (
+            options,
+            accelerator,
+            scheduler,
+            part,
+            {},
+            [],
+            lambda noisy: 0.9 * noisy,
+            None,
+            torch.float32,
+            False,
+        )
+        assert trainer.get_noise_pred_and_target(*given, is_train=False) == "prediction and target"
+    assert trainer.get_noise_pred_and_target(*given) == "prediction and target"
+    trainer.epoch_logging(accelerator, {"loss/epoch_average": 1.0}, 10, 1)
+    assert not seen
+    trainer.epoch_logging(accelerator, {"loss/validation/epoch_average": 1.0}, 10, 1)
+    assert "vadiff/validation/mean_log_ratio" in seen
+    assert trainer.validation.reference.samples.tolist() == [20] * 8
+
+
 def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
     """A page that runs here could owe that to modules that another test has imported."""
     code = "import vadiff; print(*dir(vadiff))"
@@ -315,7 +355,7 @@ def test_configurations_parse(block: Block, tmp_path: Path) -> None:
 
 
 def test_every_block_says_what_it_is_in() -> None:
-    known = {"python", "diff", "toml", "yaml", "json", "text", *SHELL}
+    known = {"python", "diff", "toml", "yaml", "json", "text", "bibtex", *SHELL}
     assert [str(block) for page in PAGES for block in blocks(page) if block.language not in known] == []
 
 
@@ -360,17 +400,18 @@ def test_readme_and_docs_have_the_same_table_of_trainers_and_all_of_them() -> No
 
 
 def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None:
-    lines = (ROOT / "benchmarks/results/ablation-digits/results.txt").read_text().splitlines()
-    readme = (ROOT / "README.md").read_text().replace("−", "-")
-    for arm, form in (
-        ("variance_aware", "{} % ({} to {})"),
-        ("constant_twice_rate", "{} % for twice the learning rate"),
-    ):
-        (row,) = (line for line in lines if line.startswith(f"{arm} "))
-        mean, low, high = re.findall(r"[+-]\d+\.\d+", row)
-        assert form.format(mean, low, high) in readme
+    assert '--8<-- "benchmarks/results/ablation-digits/results.txt"' in (DOCS / "weighting.md").read_text()
     for picture, result in (("ablation-digits.png", "results.png"), ("ablation-digits-gaps.png", "gaps.png")):
         assert (DOCS / picture).read_bytes() == (ROOT / "benchmarks/results/ablation-digits" / result).read_bytes()
+
+
+def test_tables_of_the_docs_are_made_from_the_committed_results() -> None:
+    tables, results = experiment_script("result_tables"), ROOT / "benchmarks/results"
+    objectives = json.loads((results / "objectives-digits/results.json").read_text())
+    assert tables.objectives_table(objectives) == (results / "objectives-digits/table.md").read_text()
+    with (results / "ablation-digits/gaps.csv").open(newline="") as file:
+        table = tables.gap_table(list(csv.DictReader(file)))
+    assert table == (results / "ablation-digits/gap_table.txt").read_text()
 
 
 def test_figures_of_the_edm2_experiment_are_those_of_the_result_file() -> None:
@@ -452,6 +493,21 @@ def test_figures_by_objective_are_those_of_the_results(tmp_path: Path) -> None:
     picture = experiment_script("objectives_picture")
     picture.draw(results, tmp_path / "objectives.svg")
     assert "<svg" in (tmp_path / "objectives.svg").read_text()
+
+
+def test_the_picture_of_a_plot_is_made_from_the_code_of_its_page(tmp_path: Path) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    experiment_script("live_picture").main(["--out", str(tmp_path / "live.svg")])
+    assert "<svg" in (tmp_path / "live.svg").read_text()
+
+
+def test_pictures_of_the_docs_have_no_ground_of_their_own() -> None:
+    for name in ("picture.svg", "objectives.svg", "live.svg"):
+        text = (DOCS / name).read_text()
+        assert "fill: #ffffff" not in text
+        assert "#000000" not in text
+        assert float(re.findall(r'<svg [^>]*width="([\d.]+)pt"', text)[0]) <= 320  # 427 px: a phone hardly shrinks it
 
 
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,8 @@ class DiffusionLoss(nn.Module):
         Example:
             >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
             >>> criterion.weighting, criterion.statistics.bins
-            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0), Bins(size=26, low=-5.5, high=7.5))
+            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0),
+             Bins(size=26, low=-5.5, high=7.5))
         """
         return cls(**arguments_for(process, prediction_type, fine_tuning, **overrides))
 
