@@ -360,7 +360,7 @@ class DiffusionLoss(nn.Module):
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.
 
-        For those who destroy the graph and keep the criterion.
+        Needed where the graph is destroyed and the criterion is kept.
         """
         if self._last is not None and self._last_log_snr is not None:
             self._keep(self._last.clone(), self._last_log_snr.clone(), False)
