@@ -136,7 +136,7 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
     assert "Fréchet distance of samples" in printed
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    assert all(name in page for name in ("constant", "loss level", "variance aware"))
+    assert all(name in page for name in ("constant", "loss level", "variance aware", "Fréchet distance (digits)"))
     assert sorted(path.parent.name for path in tmp_path.glob("*/config.yaml")) == [
         "constant",
         "loss_level",
@@ -335,6 +335,55 @@ def test_interrupt_is_said_without_a_traceback(
     monkeypatch.setattr("vadiff.trainer.doctor.report", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "\nvadiff: interrupted\n"
+
+
+def test_next_steps_of_training_work_as_they_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--preset", "digits", "--steps", "1", "--out", "a run"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    report, sample, evaluate = [shlex.split(line)[1:] for line in printed[printed.index("Next:") + 1 :]]
+    assert evaluate == ["evaluate", "a run"]
+    assert main([*sample, "--images", "2"]) == 0
+    assert main(report) == 0
+    assert Path("a run/report.html").exists()
+
+
+@pytest.mark.parametrize("command", ["train --preset digits", "optimal-loss --dataset digits", "demo", "report RUN"])
+def test_path_that_cannot_be_written_is_one_line_before_any_work(
+    command: str, tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "below.html"
+    arguments = [str(trained_run) if part == "RUN" else part for part in command.split()]
+    assert main([*arguments, "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"vadiff: {tmp_path / 'file'} is a file, expected a folder\n"
+
+
+def test_output_on_a_full_disk_is_one_line(trained_run: Path) -> None:
+    command = [sys.executable, "-m", "vadiff", "diagnose", str(trained_run)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "vadiff: the output cannot be written: no space left on device\n"
+
+
+def test_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> str:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr("vadiff.trainer.doctor.report", failing)
+    with pytest.raises(OSError, match="no such thing"):
+        main(["doctor"])
+
+
+def test_folder_of_runs_is_told_from_a_run(
+    tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one").symlink_to(trained_run)
+    assert main(["diagnose", str(tmp_path)]) == 1
+    assert f"{tmp_path} is not a run directory, but has 1 in it: name {tmp_path / 'one'}" in capsys.readouterr().err
 
 
 def test_command_and_training_import_no_optional_package() -> None:

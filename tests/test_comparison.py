@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vadiff.errors import Stopped
 from vadiff.sampling.generation import Generated, default_generation
 from vadiff.trainer.ablation.evaluation import drawn_with
 from vadiff.trainer.cli import main
@@ -111,7 +112,7 @@ def test_killed_evaluation_loses_only_the_set_of_images_in_work(
         return measure(images, *others)
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped by SIGINT; kept in "):
         evaluate_run(run, default_generation(run), range(50), fid, repeats=3)
     folder = run.path / "evaluation" / "step-4"
     content = metrics_of(folder)
@@ -142,7 +143,7 @@ def test_evaluation_that_is_killed_in_a_later_call_keeps_what_it_had(
         return measure(*arguments)
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped by SIGINT; kept in "):
         evaluate_run(run, default_generation(run), range(50), both, repeats=3)
     content = metrics_of(folder)
     assert content["metrics"] == before["metrics"]

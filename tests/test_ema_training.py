@@ -127,7 +127,12 @@ def test_ema_command_makes_widths_and_measures_a_sweep(copied: Path, capsys: pyt
     assert f"ema-0.15: {copied}/ema/step-4/sigma-rel-0.15.pt" in capsys.readouterr().out
     assert main(["ema", str(copied), "--sigma-rel", "0.05,0.1,0.2", "--sweep", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in ("ema-0.2 ", "raw ", "lowest"))
+    table, _, after = output.partition("Written to")
+    assert f"vadiff sample {copied} --weights " in after
+    rows = [line.split() for line in table.splitlines() if line.startswith("  ")]
+    assert [row[0] for row in rows] == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
+    marked = [row[1] for row in rows if row[2:] == ["lowest"]]
+    assert marked == [min(row[1] for row in rows)]  # raw and ema among them
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
     assert list(content["held_out"]) == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
     last = open_run(copied).metrics()[-1]["held_out"]

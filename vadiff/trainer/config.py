@@ -57,7 +57,6 @@ class TrainConfig(ConfigSchema):
         if isinstance(self.shift, str) and self.shift not in levels.SHIFT_RULES:
             raise ValueError(f"shift is {self.shift!r}, expected a number or one of {', '.join(levels.SHIFT_RULES)}")
         self._check_data()
-        self._check_options()
         if self.stratified_epoch and self.antithetic:
             raise ValueError(
                 "antithetic is true, but so is stratified_epoch, whose numbers are not in pairs: choose one"
@@ -89,6 +88,7 @@ class TrainConfig(ConfigSchema):
         if self.timesteps == 1:
             raise ValueError("timesteps is 1, expected 0 for continuous time, or at least 2")
         self.held_out_range()
+        self._check_options()
         if self.device != "auto":
             try:
                 torch.device(self.device)

@@ -1,15 +1,10 @@
 """The command `vadiff`: one module per command. Importing it defines the arguments; `run` does the heavy imports."""
 
-import os
-import signal
-import sys
 from collections.abc import Sequence
 
 import click
 
 from ..._version import __version__
-from ...errors import UserError
-from ...extras import MissingExtraError
 from . import (
     ablate,
     demo,
@@ -27,6 +22,7 @@ from . import (
     validate,
 )
 from .command import call, options_of, parse, sections
+from .guard import status_of
 from .parameters import Options
 
 # Each module has NAME, HELP (one line), DESCRIPTION, EXAMPLES and `run`, the command made of them.
@@ -60,22 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0; 1 for an error that the user can fix (the message says how); 130 when interrupted; 141 when
-        the reader of the output closed the pipe.
+        The exit status, see `guard.status_of`.
 
     Raises:
         SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
     """
-    try:
-        call(parse(VADIFF, arguments))
-        sys.stdout.flush()
-    except (MissingExtraError, UserError) as error:
-        print(f"vadiff: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("\nvadiff: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    context = parse(VADIFF, arguments)
+    return status_of(lambda: call(context))

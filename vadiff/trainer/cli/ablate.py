@@ -1,6 +1,5 @@
 """`vadiff ablate`."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -71,6 +70,9 @@ EXAMPLES = (
 @not_together("index", "list", "collect")
 def run(options: Options) -> None:
     from ..ablation import collect, collect_gaps, read_grid, results_table, train_all, write_gaps, write_results
+    from ..ablation.output import check_outputs, next_steps_of
+    from ..ablation.runner import GOING_ON, failures
+    from ..training.stopping import stoppable
 
     if options.gap_images < 2:
         usage_error(f"argument --gap-images: {options.gap_images}, expected at least 2")
@@ -92,27 +94,28 @@ def run(options: Options) -> None:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the runs write checkpoints
+    check_outputs(out)
     failed = []
     if not options.collect:
-        failed = train_all(
-            grid,
-            out,
-            jobs=options.jobs,
-            index=options.index,
-            evaluate=options.evaluate,
-            inception_weights=options.inception_weights,
-            cache=options.cache,
-        )
+        with stoppable(GOING_ON):
+            failed = train_all(
+                grid,
+                out,
+                jobs=options.jobs,
+                index=options.index,
+                evaluate=options.evaluate,
+                inception_weights=options.inception_weights,
+                cache=options.cache,
+            )
     if options.index is None:
         results = collect(grid, out)
         write_results(results, out)
         print(results_table(results))
-        print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
+        print(f"Written to {out / 'results'}.json, .csv, .txt and .png\n{next_steps_of(grid, out)}")
         if options.gap:
             gaps = collect_gaps(grid, out, images=options.gap_images)
             write_gaps(gaps, out)
             print(f"\n{gaps.as_text()}\nWritten to {out / 'gaps'}.csv, .txt and .png")
     if failed:
-        print(f"vadiff: {len(failed)} runs failed: {', '.join(str(path) for path in failed)}", file=sys.stderr)
+        print(f"vadiff: {failures(failed)}", file=sys.stderr)
         raise SystemExit(1)

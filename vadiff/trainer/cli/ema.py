@@ -1,6 +1,5 @@
 """`vadiff ema`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +53,8 @@ _SWEEP = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.18, 0.21, 0.25
 @solver_options()
 def run(options: Options) -> None:
     from ...sampling.generation import with_options
+    from ..next_steps import next_steps
+    from ..report.ema_sweep import check_sweep
     from ..training import TrainConfig, open_run
     from ..training.post_hoc import write_averages
 
@@ -68,6 +69,7 @@ def run(options: Options) -> None:
         usage_error(f"argument --device: {error}")
     run = with_vae(open_run(options.run_directory), options)
     generation = with_options(solver_options_of(options, run), devices=(device,))
+    check_sweep(run.path / "ema", sweep=options.sweep)
     try:
         files = write_averages(run, options.sigma_rel or _SWEEP, options.step)
     except ValueError as error:
@@ -79,39 +81,45 @@ def run(options: Options) -> None:
             _sweep(run, files, generation, seeds, comparison)
         except ValueError as error:
             usage_error(str(error))
+    else:
+        print(next_steps(*(("sample", run.path, "--weights", f"ema-{width:g}") for width in files)))
 
 
 def _sweep(
     run: "Run", files: dict[float, Path], generation: "Generation", seeds: Sequence[int], comparison: "Comparison"
 ) -> None:
-    from ...extras import import_extra
     from ...sampling.seeds import recorded_seeds
-    from ..report.ema_sweep import prepared_sweep, sweep_figure, sweep_metrics, sweep_scores
+    from ..next_steps import next_steps
+    from ..report.ema_sweep import (
+        lowest_of,
+        prepared_sweep,
+        scores_table,
+        sweep_figure,
+        sweep_metrics,
+        sweep_scores,
+        sweep_written,
+    )
     from ..training.post_hoc import held_out_of_averages
 
-    import_extra("matplotlib", "report")  # fail before minutes of measuring, as `prepared_sweep` does
     ready = prepared_sweep(run, len(seeds), comparison) if comparison.metrics else None
     folder = next(iter(files.values())).parent
     step = int(folder.name.removeprefix("step-"))
     losses, others = held_out_of_averages(run, list(files), step, generation.devices[0])
     scores, other_scores = sweep_scores(losses), sweep_scores(others)
-    best = min(scores, key=lambda width: scores[width])
-    print("\nx0 loss on held-out images, geometric mean over noise levels:")
-    for width in sorted(scores):
-        print(f"  {f'ema-{width:g}':>9} {scores[width]:.5f}{'  lowest' if width == best else ''}")
-    for name, score in other_scores.items():
-        print(f"  {name:>9} {score:.5f}")
+    print(f"\n{scores_table(scores, other_scores)}")
     content: dict[str, Any] = {
-        "log_snr": losses[best].log_snr.tolist(),
+        "log_snr": next(iter(losses.values())).log_snr.tolist(),
         "held_out": {f"ema-{width:g}": losses[width].mean.tolist() for width in sorted(losses)}
         | {name: loss.mean.tolist() for name, loss in others.items()},
     }
-    metrics = {}
+    metrics: dict[float | str, dict[str, float]] = {}
     if ready is not None:
-        metrics = sweep_metrics(run, [*sorted(losses), *others], step, seeds, *ready, generation)
-        content["metrics"] = {name if isinstance(name, str) else f"ema-{name:g}": v for name, v in metrics.items()}
         content |= recorded_seeds(seeds)
         content["generation"] = {name: value for name, value in generation.recorded().items() if name != "weights"}
-    (folder / "sweep.json").write_text(json.dumps(content) + "\n")
-    sweep_figure(losses, others, run.config.sigma_rel, metrics).savefig(folder / "sweep.png")
+    with sweep_written(folder, content, lambda: sweep_figure(losses, others, run.config.sigma_rel, metrics)) as write:
+        if ready is not None:
+            for each, found in sweep_metrics(run, [*sorted(losses), *others], step, seeds, *ready, generation):
+                metrics[each] = found
+                write(metrics)
     print(f"Written to {folder / 'sweep'}.json and .png")
+    print(next_steps(("sample", run.path, "--weights", lowest_of(scores, other_scores))))

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...files import check_writable
 from ..config_schema import DATASETS, LATENT_STD, ON_BAD_IMAGE
 from .command import command
 from .parameters import PATH, TEXT, WHOLE_NUMBER, Choice, Options, flag, group, option, usage_error
@@ -67,10 +68,12 @@ _WORKERS = 8  # at most, by default
 )  # fmt: skip
 def run(options: Options) -> None:
     from ..data.autoencoder import open_autoencoder
-    from ..data.encode import EncodingOptions, encode_images
+    from ..data.encode import EncodingOptions, encode_images, going_on
+    from ..next_steps import next_steps, training_on_latents
+    from ..progress import progress_bar
     from ..training import TrainConfig
     from ..training.data_set import load_images
-    from ..training.progress import progress_bar
+    from ..training.stopping import stoppable
 
     try:
         config = TrainConfig(
@@ -80,6 +83,7 @@ def run(options: Options) -> None:
         device = config.torch_device()
     except ValueError as error:
         usage_error(str(error))
+    check_writable(options.out, folder=True)
     vae = open_autoencoder(options.vae, device)
     if options.dataset == "images":  # before thousands of files are listed
         vae.latent_shape((vae.channels, options.image_size, options.image_size))
@@ -94,7 +98,7 @@ def run(options: Options) -> None:
     source = {"dataset": options.dataset, "data": options.data, "size": images.shape[-1]}
     number = len(images.train) * (2 if options.flips else 1) + len(images.held_out)
     encoded, started = 0, time.perf_counter()
-    with progress_bar(number, NAME, "image") as bar:
+    with stoppable(going_on(options.out)), progress_bar(number, NAME, "image") as bar:
 
         def progress(images: int, now: bool) -> None:
             nonlocal encoded
@@ -110,6 +114,7 @@ def run(options: Options) -> None:
     speed = f"{seconds:.1f} s ({encoded / seconds:.0f} images/s)"
     print(f"{encoded:,} images encoded in {speed}{kept}; latents in {options.out}")
     print(_summary(options.out, facts))
+    print(next_steps(training_on_latents(options.out, facts.encoding.latent_shape)))
 
 
 def _summary(out: Path, facts: "LatentFacts") -> str:

@@ -39,6 +39,7 @@ EXAMPLES = (
 )  # fmt: skip
 def run(options: Options) -> None:
     from ..importing import import_networks
+    from ..next_steps import next_steps
 
     if options.batch_size < 1:
         usage_error(f"argument --batch-size: {options.batch_size}, expected at least 1")
@@ -56,3 +57,5 @@ def run(options: Options) -> None:
         print("Without a class it draws nothing sensible: for --guidance, name another network with --guide")
     if done.config.dataset == "latents" and options.vae is None:
         print("It draws latents: to sample it, import it again with --vae PATH and --overwrite")
+    else:
+        print(next_steps(("sample", options.out, "--images", "16")))

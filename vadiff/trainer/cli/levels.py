@@ -4,12 +4,11 @@ import dataclasses
 import json
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import replacing
+from ...files import check_writable, problem, replacing
 from ...process import PREDICTION_TYPES
 from ..config_schema import DATASETS
 from .command import command, sections
@@ -127,11 +126,9 @@ def run(options: Options) -> None:
         usage_error(str(error))
     print(json.dumps(suggestion_content(evidence)) if options.json else suggestion_table(evidence))
     if options.plot is not None:
-        try:
-            with replacing(options.plot) as partial:
-                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
-        except OSError as error:
-            usage_error(f"the picture cannot be written: {error}")
+        with replacing(options.plot) as partial:
+            suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
+        print(f"Written to {options.plot}", file=sys.stderr)
 
 
 COMMAND = sections(NAME, DESCRIPTION, {"Actions": (run,)}, short_help=HELP)
@@ -168,9 +165,9 @@ def _check_picture(path: Path) -> None:
     if path.is_dir():
         usage_error(f"argument --plot: {path} is a folder, expected a file")
     try:
-        tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())).close()
-    except OSError as problem:
-        usage_error(f"argument --plot: {path} cannot be written: {problem}")
+        check_writable(path, folder=False)
+    except OSError as trouble:
+        usage_error(f"argument --plot: {path} cannot be written: {problem(trouble) or trouble}")
 
 
 def _flag(name: str) -> str:
@@ -196,17 +193,18 @@ def _evidence(options: Options, source: str, device: str) -> "Evidence":
 
 
 def _of_short_trainings(options: Options, device: str) -> "Evidence":
+    from ..progress import progress_bar
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
-    from ..training.progress import progress_bar
     from ..training.short import TRAININGS, load_some
+    from ..training.stopping import stoppable
 
     dataset = options.dataset or "images"
     limit = _LIMIT if options.images is None else options.images
     images = load_some(dataset, options.data, options.image_size, limit)
     try:
         steps = options.steps or _affordable_steps(images, options.minutes or _MINUTES, device)
-        with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
+        with stoppable("no suggestion"), progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
             evidence = of_short_trainings(images, steps, device, bar.update)
     except Stopped as stop:
         print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)

@@ -65,13 +65,14 @@ _SQUARE = 3072  # size of the matrix product whose speed is the reference
     option("--out", PATH, "DIR", "results", default=Path("runs/optimal-loss")),
 )
 def run(options: Options) -> None:
-    from ...extras import import_extra
     from ...optimal_loss import Estimate, estimate_given_class, estimate_until
-    from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
+    from ..progress import progress_bar
+    from ..report.optimal_loss import STOPPED, check_outputs, next_steps_of, optimal_loss_table, write_figure
     from ..training import TrainConfig, open_run
     from ..training.data_set import load_images
     from ..training.optimal_curve import training_set
     from ..training.run_gap import gap_of_run
+    from ..training.stopping import stoppable
 
     sigmas = _levels(options)
     devices = _devices(options)
@@ -89,6 +90,7 @@ def run(options: Options) -> None:
         config = trained.config
     if config.class_conditional and options.estimator != "full":
         usage_error(f"argument --estimator: {options.estimator}, expected full for class-conditional J*")
+    check_outputs(options.out, trained)
     images = load_images(config)
     data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     machine = _product_speed(devices)
@@ -97,7 +99,7 @@ def run(options: Options) -> None:
     print(f"{len(data):,} images of {data[0].numel():,} numbers{told}, {len(sigmas)} noise levels, on {where}")
 
     seen: list[Estimate] = []
-    with import_extra("tqdm", "train").tqdm(total=options.limit, unit="draw", desc=NAME, disable=None) as bar:
+    with stoppable(STOPPED), progress_bar(options.limit, NAME, "draw") as bar:
         started = time.perf_counter()
 
         def progress(so_far: Estimate) -> None:
@@ -108,7 +110,7 @@ def run(options: Options) -> None:
                 sys.stdout.flush()
             seen[:] = [so_far]
             bar.update(draws - bar.n)
-            bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done")
+            bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done", refresh=False)
 
         try:
             if labels is None:
@@ -133,13 +135,13 @@ def run(options: Options) -> None:
         )
     print(optimal_loss_table(optimal, gap, other))
     gaps = {} if gap is None else {options.trained.name: gap}
-    optimal_loss_figure(optimal, gaps).savefig(options.out / "optimal_loss.png")
+    write_figure(optimal, gaps, options.out)
     speed, machine = seen[0].flops / seconds, (machine + _product_speed(devices)) / 2
     print(
         f"{seconds:.1f} s; {speed / 1e9:.0f} GFLOP/s in matrix products, {speed / machine:.0%} of the "
         f"{machine / 1e9:.0f} of a {_SQUARE} x {_SQUARE} float32 product here"
     )
-    print(f"Written to {options.out / 'optimal_loss'}.csv and .png")
+    print(f"Written to {options.out / 'optimal_loss'}.csv and .png\n{next_steps_of(options.out, trained)}")
 
 
 def _sizes(options: Options) -> dict[str, Any]:

@@ -9,8 +9,9 @@ NAME = "report"
 HELP = "one HTML page about one run, or comparing several"
 DESCRIPTION = (
     "Write one self-contained HTML page with charts of the loss, its spread and the weights per noise level, of the "
-    "held-out loss, of metrics and of samples over training, and the same charts as PNG and SVG. Runs that differ only "
-    "in their seed are shown as one, with their spread; all are compared with the first. With --from-log the page is "
+    "held-out loss, of metrics and of samples over training: values at the pointer, zoom, and arms to hide. The page "
+    "loads nothing. Runs that differ only in their seed are shown as one, with their spread; all are compared with the "
+    "first, runs of different length at equal numbers of training images. With --from-log the page is "
     "about a training with any other loop, from the file that criterion.log_to(vadiff.MetricsFile(FILE), step) wrote."
 )
 EXAMPLES = (
@@ -25,8 +26,7 @@ EXAMPLES = (
 @option("--from-log", PATH, "FILE", "a log that vadiff.MetricsFile wrote, in place of runs")
 @option(
     "--out", PATH, "FILE",
-    "page to write; its charts go to a folder of the same name beside it; default: RUN/report.html, for several runs "
-    "report.html, for a log FILE with the ending .html",
+    "page to write; default: RUN/report.html, for several runs report.html, for a log FILE with the ending .html",
 )  # fmt: skip
 @flag(
     "--overwrite", "replace the file in --out even if it is no report of vadiff's; an older report always is replaced"
@@ -34,10 +34,11 @@ EXAMPLES = (
 @option("--title", TEXT, "TEXT", "title of the page")
 def run(options: Options) -> None:
     from ...extras import import_extra
-    from ..report import group_runs, read_history, write_log_report, write_report
-    from ..training import open_run
+    from ...files import check_writable
+    from ..report import group_runs, write_log_report, write_report
+    from ..report.runs import read_histories
 
-    for module in ("jinja2", "matplotlib"):
+    for module in ("jinja2", "plotly"):
         import_extra(module, "report")
     paths = list({path.resolve(): path for path in options.run_directories}.values())
     log = options.from_log
@@ -50,20 +51,21 @@ def run(options: Options) -> None:
     page = options.out or default
     if page.suffix != ".html":
         usage_error(f"argument --out: {page}, expected a file ending in .html")
+    check_writable(page, folder=False)
     _check_page(options, page)
     if log is not None:
-        files = write_log_report(log, page, title=options.title)
+        charts = write_log_report(log, page, title=options.title)
     else:
-        groups = group_runs([read_history(open_run(path)) for path in paths])
-        files = write_report(groups, page, title=options.title)
-    print(f"{page}   ({len(files)} files with the same charts in {page.with_suffix('')})")
+        groups = group_runs(read_histories(paths))
+        charts = write_report(groups, page, title=options.title)
+    print(f"{page}   ({charts} charts)")
 
 
 def _check_page(options: Options, page: Path) -> None:
-    """Neither page nor charts take the log's place, and the page replaces nothing but a report, unless told to."""
+    """The page does not take the log's place, and replaces nothing but a report, unless told to."""
     log = options.from_log
-    if log is not None and log.resolve() in (page.resolve(), page.with_suffix("").resolve()):
-        usage_error(f"argument --out: {page} or its folder of charts would replace the log, expected another")
+    if log is not None and log.resolve() == page.resolve():
+        usage_error(f"argument --out: {page} would replace the log, expected another")
     if page.is_dir():
         usage_error(f"argument --out: {page} is a folder, expected a file")
     if page.exists() and not options.overwrite and b"Made by vadiff" not in page.read_bytes():

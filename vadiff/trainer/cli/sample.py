@@ -29,9 +29,11 @@ EXAMPLES = (
 @seed_options(images=64)
 @drawing_options()
 def run(options: Options) -> None:
-    from ...extras import import_extra
     from ...sampling.generation import generate
+    from ..next_steps import after_sampling
     from ..pictures import PictureWriter
+    from ..progress import progress_bar
+    from ..report.drawn_images import drawn_so_far_kept
     from ..training import open_run
 
     seeds = seeds_of(options)
@@ -43,10 +45,10 @@ def run(options: Options) -> None:
     try:
         shape = opened.encoding.picture_shape(denoiser.image_shape)
         writer = PictureWriter(out, seeds, shape, labels=denoiser.labels > 0, overwrite=options.overwrite)
-        with writer, import_extra("tqdm", "train").tqdm(total=len(seeds), unit="image", disable=None) as bar:
+        with writer, drawn_so_far_kept(writer), progress_bar(len(seeds), NAME, "image") as bar:
             for batch in generate(opened, seeds, generation):
                 writer.write(batch.start, batch.images, batch.labels)
                 bar.update(len(batch.images))
     except (ValueError, FileExistsError) as error:
         usage_error(str(error))
-    print(f"{len(seeds)} images in {out}")
+    print(f"{len(seeds)} images in {out}\n{after_sampling(out, options.run_directory, opened.config.dataset)}")

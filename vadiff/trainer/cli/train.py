@@ -54,6 +54,7 @@ EXAMPLES = (
 @not_together("resume", "overwrite")
 def run(options: Options) -> None:
     from ...levels import Information
+    from ..next_steps import after_training
     from ..report import held_out_table
     from ..training import Stopped, train
     from ..training.size import describe
@@ -97,6 +98,7 @@ def run(options: Options) -> None:
             print("\nThe training loss is the error against posterior means, the held-out loss that against images.")
         if isinstance(trained.levels, Information):
             print(f"\nNoise levels: {trained.levels.state}.")
+        print(f"\nWritten to {out}\n{after_training(out, config.dataset)}")
 
 
 def training_config(options: Options) -> TrainConfig:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import tempfile
+import sys
 from typing import TYPE_CHECKING
 
-from ...files import replacing
+from ...files import check_writable, problem, replacing
 from .command import command
 from .drawing import WEIGHTS
 from .parameters import PATH, TEXT, WHOLE_NUMBER, Options, argument, flag, group, option, usage_error
@@ -99,14 +99,13 @@ def run(options: Options) -> None:
         print(json.dumps(content))
     else:
         print(f"EDM's {result}\ngeometric mean over levels of the x0 loss: {measured.level_mean:.5g}")
-    try:
-        if options.csv is not None:
-            result.save(options.csv)
-        if options.plot is not None:
-            with replacing(options.plot) as partial:
-                result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
-    except OSError as error:
-        usage_error(f"the result cannot be written: {error}")
+    if options.csv is not None:
+        result.save(options.csv)
+    if options.plot is not None:
+        with replacing(options.plot) as partial:
+            result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
+    for path in filter(None, (options.csv, options.plot)):
+        print(f"Written to {path}", file=sys.stderr)
 
 
 def _check_outputs(options: Options) -> None:
@@ -119,11 +118,12 @@ def _check_outputs(options: Options) -> None:
         if path is None:
             continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
+            check_writable(path, folder=False)
             if name == "csv" and path.exists():
                 LevelLosses.load(path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            usage_error(f"argument --{name}: {path} cannot be written: {problem(error) or error}")
+        except ValueError as error:
             usage_error(f"argument --{name}: {path} cannot be written: {error}")
 
 

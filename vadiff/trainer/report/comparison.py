@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import replacing
+from ...files import check_writable, replacing
 from ..evaluation import image_metrics
 from ..evaluation.feature_statistics import FeatureStatistics, is_statistics, read_statistics
 from ..evaluation.fidelity import (
     FeatureNetwork,
+    cache_folder,
     check_images,
     check_metrics,
     content_key,
@@ -26,6 +27,7 @@ from ..evaluation.fidelity import (
     result_name,
     within_reach,
 )
+from ..next_steps import command_line
 from ..pictures import read_pictures
 from ..training import open_run
 
@@ -76,12 +78,14 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
         ValueError: options that do not go together, latents without a reference, or weights that are missing or cannot
             give the metrics.
         UserError: the weights could not be downloaded.
+        OSError: the cache of features cannot be written.
         MissingExtraError: torch-fidelity is not installed.
     """
     if dataset == "latents" and comparison.metrics and comparison.reference is None:
         raise ValueError(_NO_PICTURES)
     features = comparison.features or (features_for(dataset) if dataset is not None else "inception")
     check_metrics(comparison.metrics, features, comparison.layer)
+    check_writable(cache_folder() if comparison.cache is None else comparison.cache, folder=True)
     possible = within_reach(comparison.metrics, comparison.layer, comparison.inception_weights)
     network = find_network(
         features,
@@ -133,7 +137,6 @@ def compare(
         dinov2_weights=comparison.dinov2_weights,
         cache=comparison.cache,
         device=device,
-        progress=sys.stderr.isatty(),
     )
     against = f" against {len(reference):,} real ones" if isinstance(reference, Tensor) else ""
     if isinstance(reference, FeatureStatistics):
@@ -179,15 +182,16 @@ def save_statistics(path: Path, comparison: Comparison, file: Path, device: torc
         ValueError: no readable images, or invalid options.
         UserError: the data set of the run is missing.
     """
+    check_writable(file, folder=False)
     comparison = dataclasses.replace(comparison, metrics=("fid",), reference=None)
     comparison, network = prepared(comparison, _dataset(path))
     images = reference_images(path)
     found = feature_statistics(
-        images, features=str(comparison.features), layer=comparison.layer, network=network, device=device,
-        progress=sys.stderr.isatty(),
+        images, features=str(comparison.features), layer=comparison.layer, network=network, device=device
     )  # fmt: skip
     found.save(file)
     print(f"Mean and covariance of {len(found.mean)} features of {len(images):,} images: {file}")
+    print(f"Compare a folder of images or a run with them: {command_line('evaluate', 'FOLDER', '--reference', file)}")
 
 
 def reference_key(reference: Reference) -> str:

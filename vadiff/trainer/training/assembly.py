@@ -11,6 +11,7 @@ from torch import nn
 from ... import levels, weighting
 from ...augmentation import LABELS
 from ...errors import RunError
+from ...files import replacing
 from ...information import Profile
 from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
@@ -178,7 +179,8 @@ def read_table(config: TrainConfig, run: Path | None) -> WeightTable:
 def keep_table(table: WeightTable, run: Path) -> None:
     """Copy a table into a run's own folder, so that the run can be opened without the other one."""
     content = {"weights": list(table.weights), "log_snr_range": list(table.log_snr_range)}
-    (run / TABLE_FILE).write_text(json.dumps(content) + "\n")
+    with replacing(run / TABLE_FILE) as partial:
+        partial.write_text(json.dumps(content) + "\n")
 
 
 def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | None) -> Weighting:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ema import PowerFunctionEMA, remove_after
 from ...errors import RunError, TrainingError
-from ...extras import import_extra
+from ...files import check_writable
 from ...levels import LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser
@@ -24,6 +24,8 @@ from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..config_schema import TABLE
 from ..data import Images
+from ..next_steps import command_line
+from ..progress import progress_bar
 from . import run_folder
 from .assembly import build_criterion, build_denoiser, build_levels, read_table
 from .averages import SNAPSHOTS
@@ -81,7 +83,7 @@ def train(
         out: the run directory; None writes nothing.
         resume: go on from the latest checkpoint in `out`, or start if there is none.
         overwrite: replace a run in `out`.
-        progress: print the network's size, and show a progress bar where stderr is a terminal.
+        progress: print the network's size, and show a progress bar; in a pipe a line every half minute.
         images: the data set; that of the config by default.
 
     Returns:
@@ -109,6 +111,8 @@ def train(
             locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
+            if group.is_main:
+                check_writable(path, folder=True)
         trainer = _Trainer(
             config, objective or objective_of(config), path, device, group, images, resume=resume, progress=progress
         )
@@ -152,7 +156,6 @@ class _Trainer:
         config = config.resolved()
         self.config, self.device, self.group = config, device, group
         self.out = out if group.is_main else None  # only the main process writes
-        self.bar_type = import_extra("tqdm", "train").tqdm
         data_seed = config.seed if config.data_seed is None else config.data_seed
         self.streams = Streams(config.seed, data_seed, device)
         if images is None:
@@ -201,15 +204,14 @@ class _Trainer:
     def run(self, progress: bool) -> TrainedRun:
         """Train to the end, or until a signal."""
         config, size = self.config, self.config.batch_size
-        quiet = True if not (progress and self.group.is_main) else None  # None: bar if stderr is a terminal
         self.since = self.resumed = time.monotonic()
         longest_row = LateReading(self.optimisation.totals[6])
         held_out = None
         with (
             StopRequest(self.group) as stop,
-            self.bar_type(
-                total=config.steps * size, initial=self.step * size, unit=" images", unit_scale=True,
-                desc=config.weighting, disable=quiet, file=sys.stderr,
+            progress_bar(
+                config.steps * size, config.weighting, " images", initial=self.step * size, scaled=True,
+                shown=progress and self.group.is_main,
             ) as bar,
         ):  # fmt: skip
             while self.step < config.steps:
@@ -218,6 +220,7 @@ class _Trainer:
                     weights = weights_of_layers(self.denoiser)
                 self.train_step(self.step)
                 self.step += 1
+                bar.set_description_str(f"{config.weighting}, step {self.step}", refresh=False)
                 bar.update(size)
                 if self.step % config.max_skipped_steps == 0:
                     self._check_skipped(*longest_row(self.step))
@@ -286,7 +289,7 @@ class _Trainer:
                 }
             self.log.add(entry)
             shown = f"{loss / finite:.4f}" if finite else "none finite"
-            bar.set_postfix(loss=shown, level_free=f"{entry['level_free_loss']:.4f}")
+            bar.set_postfix_str(f"loss={shown}, level_free={entry['level_free_loss']:.4f}", refresh=False)
         self.timed_step, self.since = self.step, time.monotonic()
         self._check_skipped(float(totals[6]), self.step)
         return held_out
@@ -385,7 +388,9 @@ class _Trainer:
         if skipped < 2:  # a single one is normal: fp16's loss scale overflowed
             self._save()
         name = signal.Signals(number).name
-        where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
+        where = "nothing was saved: no --out"
+        if self.out is not None:
+            where = f"go on with --resume: {command_line('train', '--resume', '--out', self.out)}"
         if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

@@ -65,7 +65,7 @@ def held_out_of_averages(
     names = {width: f"{PREFIX}{width:g}" for width in sigma_rel}
     others = ("ema", "raw") if step in run.checkpoints() else ()
     found = {
-        name: held_out_loss_of_run(run.config, images, run.denoiser(name, step, device))
+        name: held_out_loss_of_run(run.config, images, run.denoiser(name, step, device), progress=True)
         for name in (*names.values(), *others)
     }
     return {width: found[name] for width, name in names.items()}, {name: found[name] for name in others}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import RunError
-from ...files import replacing
+from ...files import reason, replacing
 from ...information import Profile
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
@@ -188,7 +188,7 @@ def lock(path: Path) -> Iterator[None]:
     try:
         file = (path / _LOCK).open("a")
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}") from error
+        raise RunError(f"{path} cannot be written: {reason(error)}") from error
     with file:
         _locks.add(file)
         for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment
