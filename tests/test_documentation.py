@@ -503,6 +503,7 @@ def test_the_picture_of_a_plot_is_made_from_the_code_of_its_page(tmp_path: Path)
 
 
 def test_pictures_of_the_docs_have_no_ground_of_their_own() -> None:
+    assert 'fill="#fff"' not in (DOCS / "architecture.svg").read_text()
     for name in ("picture.svg", "objectives.svg", "live.svg"):
         text = (DOCS / name).read_text()
         assert "fill: #ffffff" not in text
