@@ -44,7 +44,7 @@ LIBRARY = {
     "information": {"bands", "files", "ops", "process", "regression_target"},
     "summary": {"bands", "diagnosis", "extras", "metrics_file", "regression_target", "watch"},
     "metrics_file": set(),
-    "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
+    "process_defaults": {"errors", "log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {
         "_validation",
         "bands",

@@ -268,3 +268,13 @@ def test_note_of_an_archive_is_read_back_and_is_none_elsewhere(tmp_path: Path) -
 
 def test_sets_of_seeds_do_not_meet() -> None:
     assert seed_sets([3, 5], 3) == [[3, 5], [6, 8], [9, 11]]
+
+
+def test_cache_that_cannot_be_written_is_said_before_anything_is_drawn(
+    run: Run, drawn: list[Sequence[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", str(run.path), "--no-held-out", "--cache", str(tmp_path / "file" / "cache")]) == 1
+    said = f"vadiff: {tmp_path / 'file'} is a file, expected a folder. It caches features: name another folder with"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said} --cache"
+    assert drawn == []

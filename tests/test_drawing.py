@@ -57,7 +57,12 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     plain = drawn("plain")
     assert torch.equal(drawn("itself", "--guidance", "3", "--guide", str(trained_run)), plain)
     assert torch.equal(drawn("ema", "--guidance", "3", "--guide", f"{trained_run}:ema/4"), plain)
-    assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
+    by_raw = drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw")
+    assert not torch.equal(by_raw, plain)
+    interval = ("--guidance-sigma-min", "1", "--guidance-sigma-max", "5")
+    limited = drawn("limited", "--guidance", "3", "--guide", f"{trained_run}:raw", *interval)
+    assert not torch.equal(limited, plain)
+    assert not torch.equal(limited, by_raw)
 
 
 def with_statistics(trained_run: Path, folder: Path) -> Path:
@@ -240,7 +245,7 @@ def test_sample_never_replaces_what_is_there(
 def test_overwrite_replaces_images_and_nothing_else(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = ["sample", str(trained_run), "--steps", "1", "--solver", "euler", "--devices", "cpu", "--overwrite"]
+    sample = ["sample", str(trained_run), "--steps", "2", "--solver", "euler", "--devices", "cpu", "--overwrite"]
     for images, number in (("3", 3), ("2", 2)):
         assert main([*sample, "--images", images, "--out", str(tmp_path / "png")]) == 0
         assert main([*sample, "--images", images, "--out", str(tmp_path / "all.npz")]) == 0

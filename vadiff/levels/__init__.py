@@ -13,6 +13,7 @@ from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
 from .information import Information
+from .k_diffusion import CosineInterpolated, SplitLogNormal
 from .mixture import Mixture
 from .noise_share import Beta, LogLogistic
 from .sampler import LevelSampler, NoiseLevels, uniforms
@@ -26,6 +27,7 @@ __all__ = [
     "Beta",
     "Cauchy",
     "CosMap",
+    "CosineInterpolated",
     "EpochUniforms",
     "GapLevels",
     "Information",
@@ -41,6 +43,7 @@ __all__ = [
     "NoiseLevels",
     "SecondMoment",
     "Shift",
+    "SplitLogNormal",
     "Suggestion",
     "Table",
     "UniformTime",
@@ -56,6 +59,7 @@ __all__ = [
 _BY_NAME: dict[str, type[LevelSampler]] = {
     "beta": Beta,
     "cauchy": Cauchy,
+    "cosine_interpolated": CosineInterpolated,
     "cosmap": CosMap,
     "information": Information,
     "laplace": Laplace,
@@ -66,6 +70,7 @@ _BY_NAME: dict[str, type[LevelSampler]] = {
     "loss_spread": LossSpread,
     "mode": Mode,
     "second_moment": SecondMoment,
+    "split_log_normal": SplitLogNormal,
     "table": Table,
     "uniform_time": UniformTime,
 }

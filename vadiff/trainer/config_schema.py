@@ -170,6 +170,11 @@ class ConfigSchema:
         0.1, "probability of dropping a label, for classifier-free guidance", at_least=0, at_most=1
     )
 
+    transfer: str | None = setting(
+        None,
+        "run directory, also an imported one, whose averaged weights of the latest checkpoint are the initial weights; "
+        "steps, optimiser and statistics start anew",
+    )
     steps: int = setting(450, "optimiser steps", at_least=1)
     batch_size: int = setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
     accumulate: int = setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
@@ -249,8 +254,8 @@ FIELD_GROUPS = {
         "dropout", "class_conditional", "label_dropout",
     ),
     "Optimisation": (
-        "steps", "batch_size", "accumulate", "optimizer", "learning_rate", "betas", "weight_decay", "warmup",
-        "warmup_from_zero", "schedule", "schedule_steps", "clip", "max_skipped_steps", "seed", "data_seed",
+        "transfer", "steps", "batch_size", "accumulate", "optimizer", "learning_rate", "betas", "weight_decay",
+        "warmup", "warmup_from_zero", "schedule", "schedule_steps", "clip", "max_skipped_steps", "seed", "data_seed",
     ),
     "Averages of the weights": (
         "ema_decay", "ema_rampup", "sigma_rel", "snapshot_every", "snapshot_precision",

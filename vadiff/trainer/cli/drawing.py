@@ -148,6 +148,12 @@ def solver_options(*others: Decorator[Any]) -> Decorator[Any]:
                 default=1.0,
             ),
             option(
+                "--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0
+            ),
+            option(
+                "--guidance-sigma-max", NUMBER, "S", "no guidance above this noise level", default=float("inf")
+            ),
+            option(
                 "--guide", TEXT, "RUN[:WEIGHTS[/STEP]]",
                 "a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
                 "--weights, default: ema of the latest checkpoint",
@@ -216,6 +222,7 @@ def solver_options_of(options: Options, run: "Run") -> "Generation":
             clip=options.clip_x0,
             label=options.labels if options.label is None else options.label,
             guidance=options.guidance,
+            guided_sigma=(options.guidance_sigma_min, options.guidance_sigma_max),
             guide=guide,
         )
         generation.levels(form)

@@ -113,6 +113,7 @@ def _archive(text: str) -> Path:
         "write mean and covariance of the features of the images (of a run: its training images), to be a --reference "
         "later, and end",
     ),
+    flag("--overwrite", "replace the file of --save-reference"),
 )  # fmt: skip
 @group(
     "Per noise level (runs only)",
@@ -145,6 +146,11 @@ def run(options: Options) -> None:
         usage_error("argument --gap-directly: expected with --gap")
     if not options.target.exists():
         usage_error(f"{options.target} does not exist, expected a run directory, a folder of images or an .npz")
+    if options.save_reference is not None and options.save_reference.exists() and not options.overwrite:
+        usage_error(
+            f"argument --save-reference: {options.save_reference} exists already: replace it with --overwrite, or name "
+            "another"
+        )
     try:
         if options.save_reference is not None:
             save_statistics(options.target, comparison, options.save_reference, devices_of(options)[0])

@@ -49,9 +49,15 @@ _SQUARE = 3072  # size of the matrix product whose speed is the reference
 )
 @group(
     "Estimate",
-    option("--estimator", Choice(("full", "snis", "dol", "cdol")), None, "see docs/optimal-loss.md", default="full"),
+    option(
+        "--estimator",
+        Choice(("full", "snis", "dol", "cdol", "cdol_paper")),
+        None,
+        "see docs/optimal-loss.md",
+        default="full",
+    ),
     option("--subset", WHOLE_NUMBER, "L", "samples per subset, default N/10 (not for full)"),
-    option("--correction", NUMBER, "C", "of cdol, default 2N/L"),
+    option("--correction", NUMBER, "C", "of cdol, default 2N/L; of cdol_paper, 4N/L"),
     option("--relative", NUMBER, "X", "target standard error, as a share of J*", default=0.05),
     option("--absolute", NUMBER, "X", "or as a share of the total variance", default=1e-3),
     option("--limit", WHOLE_NUMBER, "N", "maximum draws per level", default=16384),

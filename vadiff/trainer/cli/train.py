@@ -67,7 +67,11 @@ def run(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it on GPUs
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
-        print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
+        kimg = config.steps * config.batch_size / 1000
+        print(
+            f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps ({kimg:g} kimg); run "
+            f"directory {out}"
+        )
         if config.target == POSTERIOR_MEAN and config.weighting != "constant":
             print(
                 f"Posterior-mean targets take a part out of the loss, most at high noise, and {config.weighting} was "

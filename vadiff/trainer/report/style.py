@@ -82,8 +82,8 @@ def template(mode: str) -> dict[str, Any]:
     return {
         "layout": {
             "font": {"family": _FONT, **font},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
+            "paper_bgcolor": ground,  # not transparent: a saved picture has its ground
+            "plot_bgcolor": ground,
             "margin": {"l": 8, "r": 40, "t": 8, "b": 8},
             "hovermode": "x unified",
             "hoverlabel": {"bgcolor": ground, "bordercolor": soft, "font": font, "namelength": -1},

@@ -27,7 +27,7 @@ from ..data import Images
 from ..next_steps import command_line
 from ..progress import progress_bar
 from . import run_folder
-from .assembly import build_criterion, build_denoiser, build_levels, read_table
+from .assembly import build_denoiser, build_levels, read_table, training_criterion
 from .averages import SNAPSHOTS
 from .bad_images import BadImages
 from .batches import Batches
@@ -49,6 +49,7 @@ from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
+from .transfer import transfer
 
 
 @dataclass
@@ -166,14 +167,16 @@ class _Trainer:
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        earlier = out if resume else None  # folder to resume from
+        resumes = earlier is not None and bool(steps_saved(earlier))
+        self.transferred = None if resumes else transfer(config, self.denoiser, progress=progress and group.is_main)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config)
         self.power_averages = None  # on the main process only: identical on all ranks
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
-        earlier = out if resume else None  # folder to resume from
         self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
-        self.criterion = build_criterion(config, earlier, self.optimal).to(device)
+        self.criterion = training_criterion(config, earlier, self.optimal).to(device)
         self.profile = group.from_main(lambda: read_profile(config, earlier))
         self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
@@ -191,7 +194,7 @@ class _Trainer:
         self._agree(earlier)
         if earlier is not None:
             run_folder.check_images(earlier, self.images)
-            if steps_saved(earlier):
+            if resumes:
                 self._load(load_checkpoint(earlier, device=device))
         self.timed_step = self.step  # images per second count from this step
 
@@ -331,12 +334,14 @@ class _Trainer:
         if TABLE in (config.weighting, config.levels):
             weights = repr(read_table(config, earlier).weights)
             parts.append(f"weight table {hashlib.sha256(weights.encode()).hexdigest()[:12]}…")
+        if self.transferred is not None:
+            parts.append(f"weights of {self.transferred.path}: {self.transferred.fingerprint()[1][:12]}…")
         found = self.group.gather("; ".join(parts))
         if len(set(found)) > 1:
             other = next(rank for rank, text in enumerate(found) if text != found[0])
             raise RunError(
                 f"the ranks do not start from the same state: rank 0 has {found[0]}; rank {other} has {found[other]}. "
-                "Several machines need a shared file system for --out, --data and --table, or the same files on each"
+                "Several machines need a shared file system for --out, --data, --table, --transfer, or the same files"
             )
 
     def _save(self) -> None:

@@ -59,8 +59,8 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     if resume:
         if (path / IMPORTED).exists():
             raise RunError(
-                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Train a "
-                "run of your own in another folder"
+                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Start "
+                f"a run of your own from them, in another folder: --transfer {path}"
             )
         saved = TrainConfig.load(path / CONFIG)
         if differing := differences(saved, config, _CHANGEABLE):
