@@ -109,7 +109,7 @@ def _device(results: Results) -> Iterator[str]:
     names = [name for name in PROVIDERS if any(m.provider == name for m in results.measurements)]
     yield from _table(results, names, _ROWS)
     yield ""
-    yield "| asked for by the design | | found | |"
+    yield "| asked for by the design | bound | found | result |"
     yield "| --- | --- | --- | --- |"
     for figure in figures.judge(results):
         verdict = {True: "reached", False: "**missed**", None: ""}[figure.passed]

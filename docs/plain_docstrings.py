@@ -1,4 +1,4 @@
-"""Docstrings are plain text: ** is a power and J* a name, where Markdown sees emphasis. Used by mkdocs.yml."""
+"""Docstrings are plain text: in them ** is a power, not emphasis in Markdown. For mkdocs.yml."""
 
 from __future__ import annotations
 

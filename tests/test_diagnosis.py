@@ -54,7 +54,7 @@ def test_ratios_are_those_of_the_bands(ratio: float) -> None:
     [
         (1.0, "leave", "nothing to gain by balance, leave it"),
         (3.0, "leave", "differs only 3.0-fold"),
-        (8.0, "unclear", "whether balance gains is open"),
+        (8.0, "unclear", "whether balancing helps is unclear"),
         (50.0, "try", "differs 50-fold over noise levels, highest at log-SNR 4 to 6, lowest at -6 to -4. Try"),
         (10_000.0, "objective", "look at base_weight and the prediction type first"),
     ],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import doctest
 import importlib.util
+import itertools
 import json
 import math
 import pkgutil
@@ -35,9 +37,10 @@ PAGES = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted(DOCS.rglob("*.md"))]
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs/ is not beside the tests")
 
 SHELL = ("sh", "bash", "console")
-_BLOCK = re.compile(
-    r"^<!-- runs first:\n(?P<hidden>.*?)^-->|^(?P<fence> *```)(?P<language>[^\n]*)\n(?P<text>.*?)^ *```", re.M | re.S
-)
+WIDEST = 100  # characters: what fits beside navigation and contents at 1280 px, measured in Chromium
+WIDEST_OUTPUT = 120  # site.css makes `text` smaller
+_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^ *```", re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -45,19 +48,22 @@ class Block(NamedTuple):
     line: int  # of its first line of text
     language: str
     text: str
+    output: str | None  # text block right below: what a Python block prints
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
-def blocks(page: Path) -> Iterator[Block]:
-    """The code blocks of a page, those in a comment `runs first` as well."""
-    whole = page.read_text()
-    for found in _BLOCK.finditer(whole):
-        hidden = found["hidden"] is not None
-        line = whole.count("\n", 0, found.start("hidden" if hidden else "text")) + 1
-        language = "python" if hidden else found["language"].split(" ")[0]
-        yield Block(page, line, language, textwrap.dedent(found["hidden" if hidden else "text"]))
+def blocks(page: Path) -> list[Block]:
+    """The code blocks that a reader of the page sees: what stands in an HTML comment is none."""
+    visible = _COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), page.read_text())
+    found, seen = [], list(_BLOCK.finditer(visible))
+    for block, below in itertools.zip_longest(seen, seen[1:]):
+        adjacent = below is not None and not visible[block.end() : below.start()].strip()
+        output = textwrap.dedent(below["text"]) if below and adjacent and below["language"] == "text" else None
+        line = visible.count("\n", 0, block.start("text")) + 1
+        found.append(Block(page, line, block["language"].split(" ")[0], textwrap.dedent(block["text"]), output))
+    return found
 
 
 def of_language(*languages: str) -> list[Any]:
@@ -69,12 +75,33 @@ def with_python() -> list[Any]:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:FigureCanvasAgg is non-interactive",  # plt.show() of a page, without a window
+    "ignore:.*(does not have many workers|LeafSpec|number of training batches)",  # Lightning, of a page's few samples
+)
 @pytest.mark.parametrize("page", with_python())
-def test_python_of_a_page_runs_from_top_to_bottom(
+def test_visible_python_of_a_page_runs_from_top_to_bottom_and_prints_what_it_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    notebook: dict[str, dict[str, Any]] = {  # what a notebook has, and a test has not
+    surroundings(monkeypatch)
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with warnings.catch_warnings():
+        for block in blocks(page):
+            if block.language == "python":
+                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+                capsys.readouterr()
+                exec(code, namespace)
+                if "print(" in block.text and page not in OUTPUT_ELSEWHERE:
+                    assert differences(block.output or "", capsys.readouterr().out) == [], block
+
+
+OUTPUT_ELSEWHERE = (ROOT / "README.md", DOCS / "index.md")  # their output is of other runs, which they name
+
+
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fresh process has, and a notebook; a test has neither."""
+    notebook: dict[str, dict[str, Any]] = {
         "IPython": {"get_ipython": lambda: None, "version_info": (9, 0)},
         "IPython.display": {"clear_output": lambda wait: None},
     }
@@ -82,12 +109,115 @@ def test_python_of_a_page_runs_from_top_to_bottom(
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    namespace: dict[str, Any] = {"__name__": "page"}
-    with warnings.catch_warnings():
-        for block in blocks(page):
-            if block.language == "python":
-                code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-                exec(code, namespace)
+    if importlib.util.find_spec("matplotlib"):
+        importlib.import_module("matplotlib").use("Agg")
+    if "accelerate" in sys.modules:
+        state = importlib.import_module("accelerate.state")
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def differences(shown: str, printed: str) -> list[tuple[str, str]]:
+    """Words that differ, up to where lines break; numbers may differ by 2 % or by two units in the last place."""
+    pairs = itertools.zip_longest(shown.split(), printed.split(), fillvalue="")
+    return [(ours, theirs) for ours, theirs in pairs if not same_word(ours, theirs)]
+
+
+def same_word(shown: str, printed: str) -> bool:
+    if _NUMBER.sub("#", shown) != _NUMBER.sub("#", printed):
+        return False
+    pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
+    return all(
+        math.isclose(float(a.replace(",", "")), float(b.replace(",", "")), rel_tol=0.02, abs_tol=2 * last_place(a))
+        for a, b in pairs
+    )
+
+
+def last_place(number: str) -> float:
+    mantissa, _, exponent = number.replace(",", "").partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2])))
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("mean 1.00  std 2", "mean  1.01 std 2", True),
+        ("mean 1.00", "mean 1.06", False),
+        ("mean 1.00", "std 1.00", False),
+        ("mean 1.00", "mean 1.00\nstd 2", False),
+        ("verdict: a long\n  line", "verdict: a long line", True),
+        ("p 1.2e-09", "p 1.3e-09", True),
+        ("", "1", False),
+    ],
+)
+def test_shown_output_is_compared_word_by_word_and_number_by_number(shown: str, printed: str, same: bool) -> None:
+    assert (differences(shown, printed) == []) is same
+
+
+def test_code_in_a_comment_is_not_visible(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!--\n```python\nhidden = 1\n```\n-->\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n")
+    assert [(block.text, block.line, block.output) for block in blocks(page)] == [
+        ("print(1)\n", 8, "1\n"),
+        ("1\n", 12, None),
+    ]
+
+
+def test_no_line_of_code_is_cut_off_at_1280_pixels() -> None:
+    long = [
+        f"{block.page.relative_to(ROOT)}:{block.line + number}: {len(line)} characters"
+        for page in (*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md")
+        for block in blocks(page)
+        for number, line in enumerate(with_included(block.text).splitlines())
+        if len(line) > (WIDEST_OUTPUT if block.language == "text" else WIDEST)
+    ]
+    assert long == []
+
+
+def with_included(text: str) -> str:
+    return re.sub(r'--8<-- "(.*)"', lambda found: (ROOT / found[1]).read_text(), text)
+
+
+def test_validation_on_kohyas_page_measures_every_level_of_each_latent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("accelerate", "diffusers"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    surroundings(monkeypatch)
+    page: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(DOCS / "trainers" / "kohya.md"):
+        if block.language == "python":
+            exec(block.text, page)
+    trainer, seen = page["ValidatedTrainer"](), {}
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "log", lambda values, step: seen.update(values))
+    monkeypatch.setattr(trainer, "call_unet", lambda args, accelerator, unet, noisy, *rest: unet(noisy), raising=False)
+    scheduler = page["DDPMScheduler"](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    options, cached = types.SimpleNamespace(v_parameterization=False), torch.randn(20, 4, 2, 2)
+    for part in (cached[:9], cached[9:], cached[9:]):  # the script repeats a batch for each of its timesteps
+        given: tuple[Any, ...] = (
+            options,
+            accelerator,
+            scheduler,
+            part,
+            {},
+            [],
+            lambda noisy: 0.9 * noisy,
+            None,
+            torch.float32,
+            False,
+        )
+        assert trainer.get_noise_pred_and_target(*given, is_train=False) == "prediction and target"
+    assert trainer.get_noise_pred_and_target(*given) == "prediction and target"
+    trainer.epoch_logging(accelerator, {"loss/epoch_average": 1.0}, 10, 1)
+    assert not seen
+    trainer.epoch_logging(accelerator, {"loss/validation/epoch_average": 1.0}, 10, 1)
+    assert "vadiff/validation/mean_log_ratio" in seen
+    assert trainer.validation.reference.samples.tolist() == [20] * 8
 
 
 def test_what_pages_take_from_vadiff_is_there_after_importing_it() -> None:
@@ -230,7 +360,7 @@ def test_configurations_parse(block: Block, tmp_path: Path) -> None:
 
 
 def test_every_block_says_what_it_is_in() -> None:
-    known = {"python", "diff", "toml", "yaml", "json", "text", *SHELL}
+    known = {"python", "diff", "toml", "yaml", "json", "text", "bibtex", *SHELL}
     assert [str(block) for page in PAGES for block in blocks(page) if block.language not in known] == []
 
 
@@ -275,17 +405,18 @@ def test_readme_and_docs_have_the_same_table_of_trainers_and_all_of_them() -> No
 
 
 def test_figures_of_the_digits_experiment_are_those_of_the_result_file() -> None:
-    lines = (ROOT / "benchmarks/results/ablation-digits/results.txt").read_text().splitlines()
-    readme = (ROOT / "README.md").read_text().replace("−", "-")
-    for arm, form in (
-        ("variance_aware", "{} % ({} to {})"),
-        ("constant_twice_rate", "{} % for twice the learning rate"),
-    ):
-        (row,) = (line for line in lines if line.startswith(f"{arm} "))
-        mean, low, high = re.findall(r"[+-]\d+\.\d+", row)
-        assert form.format(mean, low, high) in readme
+    assert '--8<-- "benchmarks/results/ablation-digits/results.txt"' in (DOCS / "weighting.md").read_text()
     for picture, result in (("ablation-digits.png", "results.png"), ("ablation-digits-gaps.png", "gaps.png")):
         assert (DOCS / picture).read_bytes() == (ROOT / "benchmarks/results/ablation-digits" / result).read_bytes()
+
+
+def test_tables_of_the_docs_are_made_from_the_committed_results() -> None:
+    tables, results = experiment_script("result_tables"), ROOT / "benchmarks/results"
+    objectives = json.loads((results / "objectives-digits/results.json").read_text())
+    assert tables.objectives_table(objectives) == (results / "objectives-digits/table.md").read_text()
+    with (results / "ablation-digits/gaps.csv").open(newline="") as file:
+        table = tables.gap_table(list(csv.DictReader(file)))
+    assert table == (results / "ablation-digits/gap_table.txt").read_text()
 
 
 def test_figures_of_the_edm2_experiment_are_those_of_the_result_file() -> None:
@@ -367,6 +498,22 @@ def test_figures_by_objective_are_those_of_the_results(tmp_path: Path) -> None:
     picture = experiment_script("objectives_picture")
     picture.draw(results, tmp_path / "objectives.svg")
     assert "<svg" in (tmp_path / "objectives.svg").read_text()
+
+
+def test_the_picture_of_a_plot_is_made_from_the_code_of_its_page(tmp_path: Path) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    experiment_script("live_picture").main(["--out", str(tmp_path / "live.svg")])
+    assert "<svg" in (tmp_path / "live.svg").read_text()
+
+
+def test_pictures_of_the_docs_have_no_ground_of_their_own() -> None:
+    assert 'fill="#fff"' not in (DOCS / "architecture.svg").read_text()
+    for name in ("picture.svg", "objectives.svg", "live.svg"):
+        text = (DOCS / name).read_text()
+        assert "fill: #ffffff" not in text
+        assert "#000000" not in text
+        assert float(re.findall(r'<svg [^>]*width="([\d.]+)pt"', text)[0]) <= 320  # 427 px: a phone hardly shrinks it
 
 
 def test_the_picture_is_made_by_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -399,7 +399,7 @@ class Curve:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"profile": Curve()}, TypeError, "knows the training images by heart"),
+        ({"profile": Curve()}, TypeError, "has memorised the training images"),
         ({"profile": torch.ones(3)}, TypeError, "profile is a Tensor, expected a vadiff.information.Profile"),
         ({"prediction_type": "noise"}, ValueError, "prediction_type is 'noise'"),
         ({"floor": 0.0}, ValueError, "floor is 0.0"),

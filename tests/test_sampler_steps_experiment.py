@@ -60,7 +60,7 @@ def test_table_compares_the_sets_that_both_arms_have() -> None:
     assert row["ln_ratio_to_rho"]["mean"] == pytest.approx(math.log(0.5))
     assert math.isnan(rows["flow", "heun", "rho", 4]["distance"])
     text = sampler_steps.as_text(rows.values())
-    assert "6.25   -50 % (-50 to -50)" in text
+    assert "6.25  -50 (-50 to -50)" in text
 
 
 def test_distances_of_other_weights_have_other_names() -> None:

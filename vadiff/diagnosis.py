@@ -323,7 +323,7 @@ def _by_ratio(spread: float, name: str, where: str, weighting: Weighting, bands:
         return Verdict("objective", f"{where}. {mend} {line}")
     if spread >= TRY_FROM:
         return Verdict("try", f"{where}. {line}")
-    return Verdict("unclear", f"{where}: whether balance gains is open. {line}")
+    return Verdict("unclear", f"{where}: whether balancing helps is unclear. {line}")
 
 
 def balances(weighting: Weighting) -> bool:

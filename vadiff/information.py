@@ -8,7 +8,7 @@ sampler (`vadiff.sampling.noise_levels`) are placed by it.
 
 Sources: InfoNoise (arXiv 2602.18647) for training, rescaled entropic time (arXiv 2504.13612) for sampling.
 
-The optimal loss J* is no such error. It is the error of a network that knows the training images by heart, and its
+The optimal loss J* is no such error. It is the error of a network that has memorised the training images, and its
 integral is ln N, the choice among N images, whatever they show.
 """
 

@@ -154,7 +154,8 @@ class DiffusionLoss(nn.Module):
         Example:
             >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
             >>> criterion.weighting, criterion.statistics.bins
-            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0), Bins(size=26, low=-5.5, high=7.5))
+            (VarianceAware(strength=0.5, smoothing=0.5, clip=10.0, prior=32.0),
+             Bins(size=26, low=-5.5, high=7.5))
         """
         return cls(**arguments_for(process, prediction_type, fine_tuning, **overrides))
 
@@ -382,7 +383,7 @@ class DiffusionLoss(nn.Module):
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.
 
-        For those who destroy the graph and keep the criterion.
+        Needed where the graph is destroyed and the criterion is kept.
         """
         if self._last is not None and self._last_log_snr is not None:
             self._keep(self._last.clone(), self._last_log_snr.clone(), False)

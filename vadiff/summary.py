@@ -167,7 +167,7 @@ def log_values(writer: Any, values: dict[str, float], step: int) -> None:
 
 def _logger(writer: Any) -> Callable[[dict[str, float], int], object]:
     """Function that logs a dict of numbers at a step to this kind of tracker."""
-    if hasattr(writer, "add_scalar"):  # torch.utils.tensorboard.SummaryWriter and its kin
+    if hasattr(writer, "add_scalar"):  # torch's and tensorboardX's SummaryWriter
 
         def scalar_by_scalar(values: dict[str, float], step: int) -> None:
             for name, value in values.items():

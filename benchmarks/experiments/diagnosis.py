@@ -183,8 +183,8 @@ def as_text(content: dict[str, Any]) -> str:
             "std ratio",
             "verdict",
             "from step",
-            "variance_aware did",
-            "loss_level did",
+            "variance_aware %",
+            "loss_level %",
             "right",
         ),
     ]
@@ -226,9 +226,9 @@ def _line(name: str, seeds: str, rows: Sequence[dict[str, Any]]) -> tuple[str, .
         span("mean_ratio", ".1f"),
         span("std_ratio", ".1f"),
         ", ".join(dict.fromkeys(row["finding"] for row in rows)),
-        f"{span('settled_at', 'd', 1)} of {rows[0]['steps']}",
-        f"{span('variance_aware_did', '+.2f', 100.0)} %",
-        f"{span('loss_level_did', '+.2f', 100.0)} %" if "loss_level_did" in rows[0] else "not run",
+        span("settled_at", "d", 1),
+        span("variance_aware_did", "+.2f", 100.0),
+        span("loss_level_did", "+.2f", 100.0) if "loss_level_did" in rows[0] else "not run",
         _of(share_right(rows)),
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from looks import BLUE, GREEN, GREY, LOOKS, ORANGE, WIDTH
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,30 +26,29 @@ OBJECTIVES = {
     "edm": "EDM,\nP_mean −1.2",
     "edm-wide": "EDM,\nP_mean −0.4",
 }
-# name, colour of Okabe and Ito's palette, marker
+# name, colour, marker
 ARMS = {
-    "variance-aware": ("variance_aware", "#0072B2", "o"),
-    "loss-level": ("loss_level", "#009E73", "s"),
-    "min-snr": ("min_snr (γ = 5)", "#E69F00", "D"),
-    "double-rate": ("constant, twice the learning rate", "#888888", "|"),
+    "variance-aware": ("variance_aware", BLUE, "o"),
+    "loss-level": ("loss_level", GREEN, "s"),
+    "min-snr": ("min_snr (γ = 5)", ORANGE, "D"),
+    "double-rate": ("constant, 2 × learning rate", GREY, "|"),
 }
-FIGURES = {"held_out": "held-out loss, change (%)", "distance": "Fréchet distance of samples, change (%)"}
+FIGURES = {"held_out": "held-out loss,\nchange (%)", "distance": "Fréchet distance\nof samples, change (%)"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draw a row per objective and a panel per figure; a full marker where the experiment's rule allows a claim."""
-    looks = {"svg.hashsalt": "vadiff", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(looks):
-        figure = Figure(figsize=(8.4, 4.9), facecolor="white", layout="constrained")
+    with matplotlib.rc_context(LOOKS):
+        figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
         panels = figure.subplots(1, len(FIGURES), sharey=True)
         for panel, (field, title) in zip(panels, FIGURES.items(), strict=True):
-            panel.axvline(0, color="black", linewidth=0.8)
+            panel.axvline(0, color=GREY, linewidth=0.8)
             for row, objective in enumerate(OBJECTIVES):
                 for place, arm in enumerate(ARMS):
                     draw_arm(panel, results["arms"][f"{objective}/{arm}"], field, row + 0.18 * (place - 1.5), arm)
                 if row % 2:
-                    panel.axhspan(row - 0.5, row + 0.5, color="0.955", zorder=0, linewidth=0)
-            panel.set_xlabel(f"{title}\n← better          worse →")
+                    panel.axhspan(row - 0.5, row + 0.5, color=GREY, alpha=0.12, zorder=0, linewidth=0)
+            panel.set_xlabel(f"← better      worse →\n{title}")
             panel.set_yticks(range(len(OBJECTIVES)), list(OBJECTIVES.values()))
             panel.set_ylim(len(OBJECTIVES) - 0.5, -0.5)
             panel.tick_params(axis="y", length=0)
@@ -56,7 +56,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             matplotlib.lines.Line2D([], [], color=color, marker=marker, linestyle="", label=name)
             for name, color, marker in ARMS.values()
         ]
-        figure.legend(handles=names, loc="outside upper center", ncols=len(names), frameon=False)
+        figure.legend(handles=names, loc="outside upper center", ncols=2)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -64,7 +64,7 @@ def draw_arm(panel: Any, arm: dict[str, Any], field: str, height: float, name: s
     _, color, marker = ARMS[name]
     effect = arm[field]
     low, mean, high = (100 * math.expm1(effect[end]) for end in ("low", "mean", "high"))
-    face = color if arm["verdict"] == "better" or marker == "|" else "white"
+    face = color if arm["verdict"] == "better" or marker == "|" else "none"
     panel.plot([low, high], [height, height], color=color, linewidth=1.4, solid_capstyle="round")
     panel.plot([mean], [height], marker=marker, color=color, markerfacecolor=face, markersize=5, linestyle="")
 

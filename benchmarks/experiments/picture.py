@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from looks import BLUE, GREY, LOOKS, WIDTH
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from vadiff.trainer.data import load_digits
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BINS, RANGE = 24, (-10.5, 9.5)  # log-SNR of a schedule of a thousand linear betas
 ENOUGH = 20  # minimum number of samples for a bin to be drawn
-COLORS = {"constant": "#000000", "variance_aware": "#0072B2"}
+COLORS = {"constant": GREY, "variance_aware": BLUE}
 NAMES = {"constant": "F.mse_loss", "variance_aware": "vadiff.DiffusionLoss()"}
 
 
@@ -69,35 +70,36 @@ def train(weighting: str, images: Tensor, steps: int, batch: int = 256) -> vadif
 def picture(criteria: dict[str, vadiff.DiffusionLoss], path: Path) -> dict[str, float]:
     """Draw the picture; returns highest ÷ lowest standard deviation of the weighted loss, by weighting."""
     spread = {}
-    looks = {"svg.hashsalt": "vadiff", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(looks):
-        figure = Figure(figsize=(9.6, 3.1), layout="constrained", facecolor="white")
-        loss, weight, balance = figure.subplots(1, 3)
+    with matplotlib.rc_context(LOOKS):
+        figure = Figure(figsize=(WIDTH, 5.6))  # no constrained layout: its last digits vary from run to run
+        figure.subplots_adjust(left=0.18, right=0.98, bottom=0.13, top=0.95, hspace=0.32)
+        loss, weight, balance = figure.subplots(3, 1, sharex=True, height_ratios=(1.3, 1, 1))
         for name, criterion in criteria.items():
             statistics, color = criterion.statistics, COLORS[name]
             seen = statistics.count >= ENOUGH
             centers, mean, weights = criterion.bin_centers[seen], statistics.mean[seen], criterion.weights[seen]
             std = statistics.variance.sqrt()[seen]
             if name == "constant":
-                loss.plot(centers, mean, color=color)
-                loss.fill_between(centers, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+                loss.plot(centers, mean, color=color, label="mean")
+                loss.plot(centers, std, color=color, linestyle="--", label="std")
             weight.plot(centers, weights, color=color)
             balance.plot(centers, weights * std, color=color, label=NAMES[name])
             spread[name] = float((weights * std).max() / (weights * std).min())
-        loss.set_title("The loss depends on the noise level …", fontsize=10)
-        loss.set_ylabel("loss of one image, mean ± std")
-        weight.set_title("… vadiff weights each level by 1/std …", fontsize=10)
+        loss.set_title("The loss depends on the noise level …")
+        loss.set_ylabel("loss of one image")
+        loss.legend(loc="lower right")
+        weight.set_title("… vadiff weights each level by 1/std …")
         weight.set_ylabel("weight w")
-        balance.set_title("… and the spread is even", fontsize=10)
-        balance.set_ylabel("std of the weighted loss")
+        balance.set_title("… and the spread is even")
+        balance.set_ylabel("std of\nweighted loss")
         for panel in (loss, weight, balance):
             panel.set_yscale("log", nonpositive="clip")
             panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_locator(NullLocator())
-            panel.set_xlabel("log-SNR (nats)    less noise →")
-            panel.grid(alpha=0.3)
-        figure.legend(*balance.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+            panel.grid(visible=True)
+        balance.set_xlabel("log-SNR (nats)    less noise →")
+        figure.legend(*balance.get_legend_handles_labels(), loc="lower center", ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return spread

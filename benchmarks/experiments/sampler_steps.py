@@ -191,25 +191,25 @@ def summarise(distances: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def as_text(rows: Iterable[dict[str, Any]]) -> str:
-    """The table of the docs: distance, and in brackets the change against "rho" with its interval."""
-    lines = [f"{'':18} {'steps':12}" + "".join(f"{f'{calls} calls':>30}" for calls in CALLS)]
+    """The table of the docs: distance, its change against "rho" in percent, and in brackets the change's interval."""
+    lines = [f"  {'steps':10}" + "".join(f" {f'{calls} calls':<26}" for calls in CALLS).rstrip()]
     by_arm = {Arm(row["objective"], row["solver"], row["spacing"], row["calls"]): row for row in rows}
     for objective, solver in itertools.product(OBJECTIVES, SOLVERS):
         lines.append(f"{OBJECTIVES[objective]}, {SOLVERS[solver]}")
         for spacing in arms_of(objective):
             cells = [_cell(by_arm[Arm(objective, solver, spacing, calls)]) for calls in CALLS]
-            lines.append(f"{'':18} {spacing:12}" + "".join(f"{cell:>30}" for cell in cells))
+            lines.append(f"  {spacing:10}" + "".join(f" {cell:<26}" for cell in cells).rstrip())
     return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict[str, Any]) -> str:
     if not row["per_seed"]:
-        return f"not measured{'':12}"
+        return "not measured"
     if row["spacing"] == "rho":
-        return f"{row['distance']:.2f}{'':19}"
+        return f"{row['distance']:6.2f}"
     ratio = Interval(**row["ln_ratio_to_rho"]).exp()
     low, mean, high = (100.0 * (value - 1.0) for value in (ratio.low, ratio.mean, ratio.high))
-    return f"{row['distance']:.2f} {mean:+5.0f} % ({low:+.0f} to {high:+.0f})"
+    return f"{row['distance']:6.2f} {mean:+4.0f} ({low:+.0f} to {high:+.0f})"
 
 
 def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:

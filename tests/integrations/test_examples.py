@@ -32,7 +32,7 @@ def a_state_of_its_own() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_trains_both_ways_and_prints_losses_and_time(
+def test_an_example_trains_both_ways_and_prints_losses_and_time_and_how_to_read_them(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in OPTIONAL:
@@ -51,3 +51,4 @@ def test_an_example_trains_both_ways_and_prints_losses_and_time(
     assert milliseconds > 0
     assert ours_milliseconds > 0
     assert re.search(r"base loss by noise level, \d", summary[0])
+    assert summary[-1].endswith("One seed, few steps: a small difference shows nothing.")

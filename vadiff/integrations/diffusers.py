@@ -90,7 +90,9 @@ def scheduler_loss(
             `log_snr_of` and `prediction_type_of`.
 
     Example:
-        >>> loss = scheduler_loss(criterion, noise_scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0)
+        >>> loss = scheduler_loss(
+        ...     criterion, noise_scheduler, model_pred, latents, noise, timesteps, snr_gamma=5.0
+        ... )
     """
     _check_batch_size("timesteps", timesteps, len(model_pred))
     form = _form_of(scheduler, prediction_type)

@@ -198,7 +198,9 @@ class Mode(LevelSampler):
         super().__init__()
         self.scale = require_number("scale", scale, at_least=-1.0)
         if self.scale > 2.0 / (math.pi - 2.0):
-            raise ValueError(f"scale is {scale!r}, expected at most 2/(π - 2) = 1.752: above it t falls in u somewhere")
+            raise ValueError(
+                f"scale is {scale!r}, expected at most 2/(π - 2) = 1.752: above it t is not monotonic in u"
+            )
         self._restrict(log_snr_range)
 
     def _time(self, u: Tensor) -> Tensor:

@@ -239,5 +239,5 @@ def _checked(profile: Any) -> Profile | None:
         return profile
     reason = ""
     if hasattr(profile, "log_loss_at"):
-        reason = ": the optimal loss J* knows the training images by heart, and says nothing of what can be learned"
+        reason = ": the optimal loss J* is the error of a network that has memorised the training images"
     raise TypeError(f"profile is a {type(profile).__name__}, expected a vadiff.information.Profile{reason}")

@@ -100,8 +100,8 @@ def shift_alpha(rule: str, dimension: float) -> float:
         (tokens, mu), (more_tokens, more_mu) = _FLUX_MU
         if dimension > _FLUX_MOST:
             raise ValueError(
-                f"dimension is {dimension:g}, expected at most {_FLUX_MOST:,} image tokens: the rule's line was made "
-                "for 256 to 4096 and runs away far beyond"
+                f"dimension is {dimension:g}, expected at most {_FLUX_MOST:,} image tokens: the rule was fitted "
+                "to 256 to 4096 tokens, and rises too steeply far beyond"
             )
         return math.exp(mu + (more_mu - mu) * (dimension - tokens) / (more_tokens - tokens))
     raise ValueError(f"rule is {rule!r}, expected one of {', '.join(SHIFT_RULES)}")

@@ -100,7 +100,7 @@ class VPForm:
         if prediction == "epsilon" and isinstance(process, DiscreteVP) and not process.alphas_cumprod[-1] > 0:
             raise ValueError(
                 "prediction is epsilon, expected v_prediction or sample with zero terminal SNR: the last timestep is "
-                "noise alone, from which eps is read off"
+                "pure noise, which is eps itself, so predicting it teaches nothing"
             )
 
     def preconditioning(self, sigma: Tensor) -> EDMPreconditioning:

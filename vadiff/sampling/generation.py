@@ -94,7 +94,7 @@ class Guide:
         object.__setattr__(self, "fingerprint", fingerprint)
 
     def recorded(self) -> dict[str, Any]:
-        """What tells it from other guides, for a JSON file."""
+        """Identifies this guide in a JSON file."""
         return {name: getattr(self, name) for name in ("name", "weights", "step", "fingerprint")}
 
 

@@ -75,7 +75,7 @@ class DataSet(OwnTensors):
             raise ValueError("reference has NaN or infinite values, expected finite numbers")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataSet:
-        """A copy with the same memory: nobody writes into it."""
+        """A copy that shares the memory, which is never written to."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(self.__dict__)

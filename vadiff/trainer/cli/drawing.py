@@ -113,8 +113,8 @@ def solver_options(*others: Decorator[Any]) -> Decorator[Any]:
             ),
             option(
                 "--steps-from", Choice(["statistics"]), None,
-                "noise levels, from --sigma-max to --sigma-min, at equal steps of what the network tells of the image, "
-                "by the statistics of its training; for the solver euler",
+                "noise levels, from --sigma-max to --sigma-min, at steps of equal information, by the statistics of "
+                "the training; for the solver euler",
             ),
             option(
                 "--spacing", Choice([name for name in SPACINGS if name != "statistics"]), None,

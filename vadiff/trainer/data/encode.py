@@ -102,7 +102,7 @@ def encode_images(
     Args:
         images: pictures, as bytes.
         vae: encodes them.
-        vae_path: where it is from, noted for who decodes.
+        vae_path: its path, stored so that samples can be decoded.
         out: the folder.
         options: what is stored, and how.
         source: notes on the data set; its entry "data" is not compared where a call goes on.

@@ -30,7 +30,7 @@ class RecordedLosses(NamedTuple):
 
 
 def read_errors(path: Path) -> Profile | RecordedLosses:
-    """Read CSV of x0 errors (log_snr, x0_error), or of losses (log_snr, loss, and draws that say how they came about).
+    """Read CSV of x0 errors (log_snr, x0_error), or of losses (log_snr, loss, and how they were drawn).
 
     Raises:
         ValueError: it cannot be read, or is another file.
