@@ -94,12 +94,8 @@ class Adaptive:
         raise NotImplementedError
 
     def _register(self, accelerator: Any) -> None:
-        """Make the criterion part of the states, and say what it is."""
+        """Make the criterion part of the states."""
         prepare(accelerator, self.criterion)
-        bins = self.criterion.statistics.bins
-        accelerator.print(
-            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}"
-        )
 
     def _statistics_at(self, step: int) -> dict[str, float]:
         """What to log at an optimiser step: the statistics once every `log_every` steps, else nothing."""
