@@ -72,13 +72,20 @@ def main(arguments: list[str]) -> Any:
 
 
 class _Launched(Adaptive):
-    """Errors of the options are those of the command line."""
+    """Says what the criterion is; errors of the options are those of the command line."""
 
     def _read_options(self, args: Any) -> None:
         try:
             super()._read_options(args)
         except (TypeError, ValueError) as error:
             sys.exit(f"vadiff: {error}")
+
+    def _register(self, accelerator: Any) -> None:
+        super()._register(accelerator)
+        bins = self.criterion.statistics.bins
+        accelerator.print(
+            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}"
+        )
 
 
 def _main_block(script: Path) -> CodeType:

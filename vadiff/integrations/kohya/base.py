@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from typing import Any, ClassVar
 
@@ -95,13 +94,8 @@ class Adaptive:
         raise NotImplementedError
 
     def _register(self, accelerator: Any) -> None:
-        """Make the criterion part of the states, and say what it is."""
+        """Make the criterion part of the states."""
         prepare(accelerator, self.criterion)
-        bins = self.criterion.statistics.bins
-        accelerator.print(
-            f"vadiff: {self.criterion.weighting}, {bins.size} bins of log-SNR from {bins.low:g} to {bins.high:g}",
-            file=sys.stderr,
-        )
 
     def _statistics_at(self, step: int) -> dict[str, float]:
         """What to log at an optimiser step: the statistics once every `log_every` steps, else nothing."""
