@@ -11,11 +11,11 @@ VADIFF_NATIVE ?= $(if $(shell command -v c++ 2>/dev/null),1,auto)
 COMPILING := VADIFF_NATIVE=$(VADIFF_NATIVE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize bench gpu-bundle docs release-check lint clean
+.PHONY: help install demo test sanitize bench gpu-bundle docs wheels release-check lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) (makes .venv)  JOBS=$(JOBS) (test processes)"
+	@echo "  variables: PYTHON=$(PYTHON) (makes .venv)  JOBS=$(JOBS) (test processes)  PYTHONS (of wheels)"
 
 install: $(STAMP) $(NATIVE)  ## create .venv with vadiff (editable) and all extras, at the versions of constraints.txt
 
@@ -38,7 +38,7 @@ $(NATIVE): $(wildcard csrc/*) | $(STAMP)
 	touch $(NATIVE)
 
 demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
-	$(BIN)/vadiff demo --out runs/demo
+	$(BIN)/vadiff demo --out runs/demo --overwrite
 
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
@@ -66,6 +66,11 @@ gpu-bundle:  ## wheels for benchmarks/gpu.sh --bundle, for a GPU machine without
 
 docs: install  ## the documentation as a web site in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The Pythons at hand: those of these names that run. Others by path: make wheels PYTHONS="/opt/python3.12/bin/python ..."
+PYTHONS ?= $(foreach version,10 11 12 13 14,$(shell python3.$(version) --version >/dev/null 2>&1 && echo python3.$(version)))
+wheels: install  ## manylinux wheels with the CPU kernels into dist/, one per Python of PYTHONS (15 seconds each)
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/wheels dist $(PYTHONS)
 
 release-check: install  ## sdist and wheel into dist/, checked: in an empty environment the wheel passes the tests (15 minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/release-check $(PYTHON)

@@ -222,7 +222,7 @@ def _note(what: str, reason: LeftOut, **switches: str) -> str:
     for name, value in switches.items():
         if value == "1":
             raise SystemExit(f"{name}=1, but {reason.why}. {reason.remedy}, or set {name}=auto to do without")
-    return f"When vadiff was installed, {reason.why}: {what} were left out. {reason.remedy}, {REINSTALL}"
+    return f"When vadiff was built, {reason.why}: {what} were left out. {reason.remedy}, {REINSTALL}"
 
 
 def _compiler(switch: str) -> list[str]:
@@ -241,7 +241,7 @@ def _compiler(switch: str) -> list[str]:
 
 def _nvcc(switch: str) -> str:
     if switch == "0":
-        raise LeftOut("VADIFF_CUDA was 0", "Unset it")
+        raise LeftOut("VADIFF_CUDA was 0 (NVIDIA GPUs use Triton)", "Unset it")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     packages = Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin/nvcc")  # also in build isolation
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", *map(str, packages), "/usr/local/cuda/bin/nvcc"]

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # With what these need, except what comes with torch; importlib_metadata to certifi are for diffusers, tensorboard for
 # the training loop, matplotlib for the roofline.
 PACKAGES = (
+    "click", "cloup",
     "pytest", "pytest-benchmark", "pytest-xdist", "execnet", "iniconfig", "packaging", "pluggy", "pygments",
     "py-cpuinfo2", "tqdm", "diffusers", "importlib_metadata", "zipp", "regex", "requests", "huggingface_hub",
     "safetensors", "pyyaml", "pillow", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi",

@@ -132,7 +132,7 @@ TRAINING = [
     Stage(
         "train", 160,
         (PYTHON, "-m", "vadiff", "train", "--preset", "cifar10-edm2", "--data", "{data}", "--out", "{scratch}/run",
-         "--resume", "--compile", "--channels", "128", "128", "128", "--layers-per-block", "2", "--batch-size", "256",
+         "--resume", "--compile", "--channels", "128,128,128", "--layers-per-block", "2", "--batch-size", "256",
          "--steps", "3000", "--warmup", "200", "--schedule-steps", "500", "--snapshot-every", "47",
          "--held-out-every", "0", "--held-out-images", "1000", "--samples-every", "0", "--checkpoint-every", "3000"),
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import figures
@@ -36,6 +36,10 @@ _ROWS = {
     "training step of a small U-Net, batch 64": ("unet-64", "fp32", "training-step"),
     "training step of a small U-Net, batch 512": ("unet-512", "fp32", "training-step"),
 }
+# README's: what the loss costs alone, and what of it is left in a training step.
+_EXCERPT_ROWS = ("latents 64 × 4 × 64 × 64, fp32", "training step of a small U-Net, batch 64")
+_EXCERPT_COLUMNS = ("mse_loss", "hand_written", "native", "triton")
+_NOTHING = "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
 
 
 class MarkersError(ValueError):
@@ -44,21 +48,41 @@ class MarkersError(ValueError):
 
 def tables(found: list[Results]) -> dict[Path, str]:
     """The text between the markers of each page."""
-    return {README: markdown(found, figures_in="docs/performance.md"), PERFORMANCE: markdown(found)}
+    return {README: excerpt(found, "docs/performance.md"), PERFORMANCE: markdown(found)}
 
 
-def markdown(found: list[Results], figures_in: str | None = None) -> str:
-    """Per device a table of times and a table of the design's figures, or only their number.
+def excerpt(found: list[Results], rest_in: str) -> str:
+    """Two rows per device, of every GPU and the CPU that was measured last.
 
     Args:
-        figures_in: link to the page with the table of figures; None includes it here.
+        rest_in: link to the page with all rows and the design's figures.
     """
     if not found:
-        return "No speeds are committed yet: `make bench` measures them on a CPU, `benchmarks/gpu.sh` on a GPU."
-    return "\n\n".join("\n".join(_device(results, figures_in)) for results in found)
+        return _NOTHING
+    gpus = [results for results in found if "compute_capability" in results.machine]
+    cpus = sorted((results for results in found if results not in gpus), key=lambda results: results.date)
+    return "\n\n".join("\n".join(_excerpt(results, rest_in)) for results in [*gpus, *cpus[-1:]])
 
 
-def _device(results: Results, figures_in: str | None) -> Iterator[str]:
+def markdown(found: list[Results]) -> str:
+    """Per device a table of times and a table of the design's figures."""
+    return "\n\n".join("\n".join(_device(results)) for results in found) if found else _NOTHING
+
+
+def _excerpt(results: Results, rest_in: str) -> Iterator[str]:
+    yield from _heading(results)
+    names = [name for name in _EXCERPT_COLUMNS if any(m.provider == name for m in results.measurements)]
+    yield from _table(results, names, _EXCERPT_ROWS)
+    yield ""
+    verdicts = [figure.passed for figure in figures.judge(results)]
+    reached, missed, open_ = (verdicts.count(passed) for passed in (True, False, None))
+    yield (
+        f"[All rows]({rest_in}): other shapes, torch.compile, the reference, and the {len(verdicts)} figures that the "
+        f"design asks for, of which {reached} are reached, {missed} missed, {open_} without a bound or not measured."
+    )
+
+
+def _heading(results: Results) -> Iterator[str]:
     machine = results.machine
     changed = ", with changes" if results.dirty else ""
     yield (
@@ -67,27 +91,27 @@ def _device(results: Results, figures_in: str | None) -> Iterator[str]:
         "has neither statistics nor weights. Cached: the buffers in rotation fit in the last-level cache."
     )
     yield ""
-    names = [name for name in PROVIDERS if any(m.provider == name for m in results.measurements)]
+
+
+def _table(results: Results, names: list[str], titles: Iterable[str]) -> Iterator[str]:
     yield f"| | {' | '.join(PROVIDERS[name].title for name in names)} |"
     yield f"| --- |{' --- |' * len(names)}"
-    for title, key in _ROWS.items():
-        found = [results.find(*key, name) for name in names]
+    for title in titles:
+        found = [results.find(*_ROWS[title], name) for name in names]
         cells = [_cell(measurement) for measurement in found]
         cached = ", cached" if any(m is not None and m.cached for m in found) else ""
         if any(cells):
             yield f"| {title}{cached} | {' | '.join(cells)} |"
+
+
+def _device(results: Results) -> Iterator[str]:
+    yield from _heading(results)
+    names = [name for name in PROVIDERS if any(m.provider == name for m in results.measurements)]
+    yield from _table(results, names, _ROWS)
     yield ""
-    judged = figures.judge(results)
-    if figures_in is not None:
-        reached, missed, open_ = ([figure.passed for figure in judged].count(passed) for passed in (True, False, None))
-        yield (
-            f"Of the [{len(judged)} figures]({figures_in}) that the design asks for or reports, {reached} are reached, "
-            f"{missed} missed, {open_} without a bound or not measured."
-        )
-        return
     yield "| asked for by the design | | found | |"
     yield "| --- | --- | --- | --- |"
-    for figure in judged:
+    for figure in figures.judge(results):
         verdict = {True: "reached", False: "**missed**", None: ""}[figure.passed]
         yield f"| {figure.title} | {figure.required} | {figure.found} | {verdict} |"
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import math
 import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +101,17 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may become larger than 20 kB: a write beyond fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
@@ -125,6 +139,38 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "digits"
     train(config, out=path, progress=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def make_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A copy of the trained run under a name, with other values in its config."""
+    import shutil
+
+    import yaml
+
+    def make(name: str, **fields: object) -> Path:
+        path = shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / name)
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        (path / "config.yaml").write_text(yaml.safe_dump(config | fields))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def report_groups(make_run: Callable[..., Path]) -> list:
+    """Runs as a report compares them: two weightings, the second with two seeds; FID at two steps of each."""
+    from vadiff.trainer.report import group_runs, read_history
+    from vadiff.training import open_run
+
+    paths = [make_run("a", weighting="constant"), make_run("b"), make_run("c", seed=1)]
+    for number, path in enumerate(paths):
+        for step in (2, 4):
+            folder = path / "evaluation" / f"step-{step}"
+            folder.mkdir(parents=True)
+            metrics = {"fid-768": 20.0 / step + number, "kid_std": 0.1}
+            (folder / "metrics.json").write_text(json.dumps({"images_seen": 64 * step, "metrics": metrics}))
+    return group_runs([read_history(open_run(path)) for path in paths])
 
 
 @pytest.fixture(scope="session")

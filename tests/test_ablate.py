@@ -200,7 +200,10 @@ def test_images_to_reach_the_baselines_final_loss(tmp_path: Path) -> None:
     (arm,) = collect(grid, tmp_path).arms
     assert arm.reached == 1
     assert math.isnan(arm.images_to_reach.mean)  # of the fast ones alone it would flatter
-    assert "1 of 2 reached" in results_table(collect(grid, tmp_path))
+    table = results_table(collect(grid, tmp_path))
+    assert "1 of 2 reached" in table
+    assert "paired by seed; mean\n" in table
+    assert "No intervals from fewer than 5 seeds (here 2)" in table
     shutil.rmtree(runs["other", 1].path)
     write_run(runs["other", 1], [[2.0, 2.0], [1.0, 1.0]])
     results = collect(grid, tmp_path)

@@ -44,7 +44,7 @@ LIBRARY = {
     "information": {"bands", "files", "ops", "process", "regression_target"},
     "summary": {"bands", "diagnosis", "extras", "metrics_file", "regression_target", "watch"},
     "metrics_file": set(),
-    "process_defaults": {"log_snr", "process", "schedulers", "statistics", "weighting"},
+    "process_defaults": {"errors", "log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {
         "_validation",
         "bands",
@@ -82,24 +82,29 @@ TRAINER = {
     "trainer.config_fields": set(),
     "trainer.config_schema": {"trainer.config_fields"},
     "trainer.presets": {"trainer.config"},
-    "trainer.data": {"trainer.config_schema"},
+    "trainer.progress": set(),
+    "trainer.next_steps": {"trainer.config_schema"},
+    "trainer.data": {"trainer.config_schema", "trainer.progress"},
     "trainer.doctor": set(),
-    "trainer.evaluation": {"trainer.data"},
+    "trainer.evaluation": {"trainer.data", "trainer.progress"},
     "trainer.pictures": set(),
     "trainer.training": {
-        "trainer.config", "trainer.config_schema", "trainer.data", "trainer.pictures", "trainer.presets",
+        "trainer.config", "trainer.config_schema", "trainer.data", "trainer.next_steps", "trainer.pictures",
+        "trainer.presets", "trainer.progress",
     },
     "trainer.importing": {"trainer.config", "trainer.data", "trainer.training"},
     "trainer.ablation": {
-        "trainer.config", "trainer.data", "trainer.evaluation", "trainer.presets", "trainer.training",
+        "trainer.config", "trainer.data", "trainer.evaluation", "trainer.next_steps", "trainer.presets",
+        "trainer.progress", "trainer.training",
     },
     "trainer.report": {
-        "trainer.config", "trainer.data", "trainer.evaluation", "trainer.pictures", "trainer.training",
+        "trainer.ablation", "trainer.config", "trainer.data", "trainer.evaluation", "trainer.next_steps",
+        "trainer.pictures", "trainer.progress", "trainer.training",
     },
     "trainer.cli": {
         "trainer.ablation", "trainer.config", "trainer.config_fields", "trainer.config_schema", "trainer.data",
-        "trainer.doctor", "trainer.evaluation", "trainer.importing", "trainer.pictures", "trainer.presets",
-        "trainer.report", "trainer.training",
+        "trainer.doctor", "trainer.evaluation", "trainer.importing", "trainer.next_steps", "trainer.pictures",
+        "trainer.presets", "trainer.progress", "trainer.report", "trainer.training",
     },
 }  # fmt: skip
 ALLOWED = {

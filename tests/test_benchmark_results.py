@@ -127,7 +127,8 @@ def test_a_result_file_of_another_machine_is_added_and_shown(tmp_path: Path, mon
     written = gpu_results().write(tmp_path).rename(tmp_path / "some.json")
     assert readme_table.main([f"--add={written}", f"--results={results}"]) == 0
     assert [r.machine["compute_capability"] for r in newest_by_device(results)] == ["9.0"]
-    assert all("CIFAR, batch 512, fp32" in page.read_text() for page in pages)
+    assert "CIFAR, batch 512, fp32" in pages[1].read_text()
+    assert all(newest_by_device(results)[0].machine["device"] in page.read_text() for page in pages)
     for content in ("{}", written.read_text().replace('"quick": false', '"quick": true')):
         written.write_text(content)
         with pytest.raises(SystemExit):
@@ -293,15 +294,24 @@ def test_readme_and_docs_say_so_as_long_as_no_gpu_is_measured() -> None:
         assert ("No GPU has been measured yet" in page.read_text()) is not measured, f"{page}: take the sentence out"
 
 
-def test_the_readme_counts_the_figures_that_the_docs_list() -> None:
-    key = Contest("cifar-128", "fp32", "fused")
-    ratios = {"hand_written": Ratio(6.0, 0.0), "mse_loss": Ratio(1.0, 0.0)}
-    results = results_of(measured("native", 1e-3, key, times_as_fast_as=ratios))
-    found = figures.judge(results)
-    text = readme_table.markdown([results], figures_in="elsewhere.md")
-    assert f"Of the [{len(found)} figures](elsewhere.md)" in text
-    assert f"1 are reached, 1 missed, {len(found) - 2} without" in text
-    assert "asked for by the design | | found" not in text
+def test_the_readme_has_two_rows_of_the_last_cpu_and_of_each_gpu() -> None:
+    latents, step = Contest("latents-64", "fp32", "fused"), Contest("unet-64", "fp32", "training-step")
+    rows = [
+        measured(name, 1e-3, key)
+        for key in (latents, step)
+        for name in ("mse_loss", "hand_written", "native", "reference")
+    ]
+    old, new, gpu = results_of(*rows), results_of(*rows), results_of(*rows)
+    old.date, new.date = "2026-01-01", "2026-01-02"
+    old.machine, new.machine = {**old.machine, "device": "an old CPU"}, {**new.machine, "device": "a new CPU"}
+    gpu.machine = {**gpu.machine, "device": "a GPU", "compute_capability": "9.0"}
+    text = readme_table.excerpt([old, new, gpu], "elsewhere.md")
+    assert "an old CPU" not in text
+    assert text.index("**a GPU**") < text.index("**a new CPU**")
+    assert text.count("\n| latents") == text.count("\n| training step") == 2
+    assert "| | F.mse_loss | hand-written, eager | vadiff, native |" in text
+    found = figures.judge(new)
+    assert f"[All rows](elsewhere.md): other shapes, torch.compile, the reference, and the {len(found)} figures" in text
 
 
 def test_the_readme_table_has_a_column_for_each_provider_and_a_row_for_each_case() -> None:

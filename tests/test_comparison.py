@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vadiff.errors import Stopped
 from vadiff.sampling.generation import Generated, default_generation
 from vadiff.trainer.ablation.evaluation import drawn_with
 from vadiff.trainer.cli import main
@@ -111,7 +112,7 @@ def test_killed_evaluation_loses_only_the_set_of_images_in_work(
         return measure(images, *others)
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped by SIGINT; kept in "):
         evaluate_run(run, default_generation(run), range(50), fid, repeats=3)
     folder = run.path / "evaluation" / "step-4"
     content = metrics_of(folder)
@@ -142,7 +143,7 @@ def test_evaluation_that_is_killed_in_a_later_call_keeps_what_it_had(
         return measure(*arguments)
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate.compare", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="stopped by SIGINT; kept in "):
         evaluate_run(run, default_generation(run), range(50), both, repeats=3)
     content = metrics_of(folder)
     assert content["metrics"] == before["metrics"]
@@ -240,7 +241,8 @@ def test_what_is_missing_or_does_not_fit_is_said_before_anything_is_drawn(
     command = ["evaluate", str(run.path), "--cache", str(digits_cache), "--devices", "cpu", *arguments]
     with contextlib.suppress(SystemExit):  # of a usage error
         assert main(command) == 1
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("See `vadiff")]
+    assert message in said[-1]
     assert drawn == []
     assert not (run.path / "evaluation").exists()
 
@@ -266,3 +268,13 @@ def test_note_of_an_archive_is_read_back_and_is_none_elsewhere(tmp_path: Path) -
 
 def test_sets_of_seeds_do_not_meet() -> None:
     assert seed_sets([3, 5], 3) == [[3, 5], [6, 8], [9, 11]]
+
+
+def test_cache_that_cannot_be_written_is_said_before_anything_is_drawn(
+    run: Run, drawn: list[Sequence[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", str(run.path), "--no-held-out", "--cache", str(tmp_path / "file" / "cache")]) == 1
+    said = f"vadiff: {tmp_path / 'file'} is a file, expected a folder. It caches features: name another folder with"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said} --cache"
+    assert drawn == []

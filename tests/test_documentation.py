@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import doctest
 import importlib.util
@@ -24,7 +25,8 @@ import torch
 
 import vadiff
 from vadiff import diagnosis
-from vadiff.trainer.cli import _parser
+from vadiff.integrations import kohya
+from vadiff.trainer.cli import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -166,6 +168,9 @@ def check_command(words: list[str]) -> None:
             check_command(arguments[arguments.index("-m") + 1 :])
         else:
             assert any((ROOT / word).is_file() for word in arguments), shlex.join(words)
+    elif program == "vadiff.integrations.kohya":  # a trainer's script, its options, ours
+        _, others = kohya.add_arguments(argparse.ArgumentParser()).parse_known_args(arguments)
+        assert not any(word.startswith("--vadiff") for word in others), shlex.join(words)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(word for word in arguments if "=" not in word) <= set(targets), shlex.join(words)
@@ -187,7 +192,7 @@ def check_command(words: list[str]) -> None:
 def parses(arguments: list[str]) -> bool:
     """Whether `vadiff` would run with these arguments, or print help."""
     try:
-        _parser().parse_args(arguments)
+        parse_options(arguments)
     except SystemExit as stopped:
         return stopped.code == 0
     return True

@@ -57,7 +57,12 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     plain = drawn("plain")
     assert torch.equal(drawn("itself", "--guidance", "3", "--guide", str(trained_run)), plain)
     assert torch.equal(drawn("ema", "--guidance", "3", "--guide", f"{trained_run}:ema/4"), plain)
-    assert not torch.equal(drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw"), plain)
+    by_raw = drawn("raw", "--guidance", "3", "--guide", f"{trained_run}:raw")
+    assert not torch.equal(by_raw, plain)
+    interval = ("--guidance-sigma-min", "1", "--guidance-sigma-max", "5")
+    limited = drawn("limited", "--guidance", "3", "--guide", f"{trained_run}:raw", *interval)
+    assert not torch.equal(limited, plain)
+    assert not torch.equal(limited, by_raw)
 
 
 def with_statistics(trained_run: Path, folder: Path) -> Path:
@@ -107,7 +112,7 @@ def test_run_without_enough_statistics_is_a_usage_error(
     save_checkpoint(run, 4, load_checkpoint(run, 4) | {"criterion": criterion.state_dict()}, keep=2)
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--steps-from", "statistics", "--out", str(tmp_path / "png")])
-    assert "the criterion has 0 samples" in capsys.readouterr().err.splitlines()[-1]
+    assert "the criterion has 0 samples" in capsys.readouterr().err.splitlines()[-2]
     assert not (tmp_path / "png").exists()
 
 
@@ -117,7 +122,7 @@ def test_seeds_too_large_for_a_generator_are_a_usage_error(
     for argument in ("--seeds", "--first-seed"):
         with pytest.raises(SystemExit):
             main(["sample", str(trained_run), argument, "99999999999999999999"])
-        assert f"argument {argument}: " in capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {argument}: " in capsys.readouterr().err.splitlines()[-2]
 
 
 def test_evaluate_records_how_images_were_drawn(
@@ -188,14 +193,14 @@ def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
         (["--seeds", "1,2", "--images", "2"], "argument --images: not allowed with argument --seeds"),
         (["--seeds", "1,2", "--first-seed", "2"], "argument --first-seed: not allowed with argument --seeds"),
         (["--labels", "random", "--label", "3"], "argument --label: not allowed with argument --labels"),
-        (["--solver", "ddim"], "argument --solver: invalid choice: 'ddim'"),
+        (["--solver", "ddim"], "argument --solver: 'ddim', expected heun, euler, ddpm, dpmpp_2m; did you mean ddpm?"),
         (["--rho", "0"], "rho is 0.0, expected a positive number"),
         (["--spacing", "flow", "--rho", "7"], "rho is for the spacing edm, not for flow"),
         (
             ["--steps-from", "statistics", "--spacing", "edm"],
             "argument --spacing: not allowed with argument --steps-from",
         ),
-        (["--spacing", "statistics"], "argument --spacing: invalid choice: 'statistics'"),
+        (["--spacing", "statistics"], "argument --spacing: 'statistics', expected edm, flow, timesteps"),
         (["--images", "0"], "argument --images: 0, expected at least 1"),
         (["--first-seed", "-1"], "argument --first-seed: -1, expected 0 or more"),
         (["--churn", "-3"], "churn amount is -3.0, expected"),
@@ -225,7 +230,7 @@ def test_sample_refuses_invalid_arguments_and_writes_nothing(
             ]
         )
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-2]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +239,25 @@ def test_sample_never_replaces_what_is_there(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["sample", str(trained_run), "--out", str(tmp_path)])
-    assert f"{tmp_path} exists already" in capsys.readouterr().err
+    assert f"{tmp_path} exists already: replace it with --overwrite, or name another" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_images_and_nothing_else(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = ["sample", str(trained_run), "--steps", "2", "--solver", "euler", "--devices", "cpu", "--overwrite"]
+    for images, number in (("3", 3), ("2", 2)):
+        assert main([*sample, "--images", images, "--out", str(tmp_path / "png")]) == 0
+        assert main([*sample, "--images", images, "--out", str(tmp_path / "all.npz")]) == 0
+        assert len(list((tmp_path / "png").iterdir())) == number
+        assert len(np.load(tmp_path / "all.npz")["arr_0"]) == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "png"]
+    (tmp_path / "png" / "notes.txt").write_text("mine")
+    for out, message in (("png", "png has other files than images"), ("png/notes.txt", "is a file, expected a folder")):
+        with pytest.raises(SystemExit):
+            main([*sample, "--out", str(tmp_path / out)])
+        assert message in capsys.readouterr().err
+    assert len(list((tmp_path / "png").iterdir())) == 3
 
 
 def test_sample_of_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,12 @@ def test_ema_command_makes_widths_and_measures_a_sweep(copied: Path, capsys: pyt
     assert f"ema-0.15: {copied}/ema/step-4/sigma-rel-0.15.pt" in capsys.readouterr().out
     assert main(["ema", str(copied), "--sigma-rel", "0.05,0.1,0.2", "--sweep", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in ("ema-0.2 ", "raw ", "lowest"))
+    table, _, after = output.partition("Written to")
+    assert f"vadiff sample {copied} --weights " in after
+    rows = [line.split() for line in table.splitlines() if line.startswith("  ")]
+    assert [row[0] for row in rows] == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
+    marked = [row[1] for row in rows if row[2:] == ["lowest"]]
+    assert marked == [min(row[1] for row in rows)]  # raw and ema among them
     content = json.loads((copied / "ema" / "step-6" / "sweep.json").read_text())
     assert list(content["held_out"]) == ["ema-0.05", "ema-0.1", "ema-0.2", "ema", "raw"]
     last = open_run(copied).metrics()[-1]["held_out"]
@@ -143,7 +148,7 @@ def test_sweep_measures_images_of_every_width_from_the_same_seeds(
     real = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
     with PictureWriter(tmp_path / "real.npz", range(6), (1, 8, 8)) as writer:
         writer.write(0, real)
-    command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid", "isc"]
+    command = ["ema", str(copied), "--sigma-rel", "0.05,0.2", "--sweep", "--device", "cpu", "--metrics", "fid,isc"]
     command += ["--images", "5", "--first-seed", "2", "--reference", str(tmp_path / "real.npz")]
     command += ["--features", "inception", "--layer", "64"]
     assert main([*command, "--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache")]) == 0
@@ -209,7 +214,7 @@ def test_sweep_draws_a_curve_for_every_metric() -> None:
         (["--sweep", "--metrics", "fid", "--inception-weights", "no.pth"], 2, "no.pth is not a file"),
         (["--sweep", "--metrics", "fid", "--images", "0"], 2, "argument --images: 0, expected at least 1"),
         (["--sigma-rel", "0.1,0.4"], 2, "argument --sigma-rel: sigma_rel is 0.4, expected above 0 and below"),
-        (["--sigma-rel", "wide"], 2, "'wide', expected numbers with commas"),
+        (["--sigma-rel", "wide"], 2, "argument --sigma-rel: 'wide', expected a number"),
         ([], 2, "argument --sigma-rel: required without --sweep"),
         (["--sigma-rel", "0.1", "--step", "3"], 1, "no snapshot of time 3, only of 2, 4, 6"),
         (["--sweep", "--device", "toaster"], 2, "argument --device: device is 'toaster'"),
@@ -230,7 +235,7 @@ def test_ema_command_names_invalid_arguments(
 def test_run_without_snapshots_says_how_to_get_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(dataclasses.replace(CONFIG, steps=1, sigma_rel=()), out=tmp_path, progress=False)
     assert main(["ema", str(tmp_path), "--sigma-rel", "0.1"]) == 1
-    assert "has no snapshots of averages: train with --sigma-rel 0.05 0.1" in capsys.readouterr().err
+    assert "has no snapshots of averages: train with --sigma-rel 0.05,0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "millions"), [("cifar10-edm", 59.0), ("cifar10-edm2", 57.0)])
@@ -322,5 +327,5 @@ def test_averages_of_a_width_can_be_sampled_and_evaluated(copied: Path, capsys: 
     with pytest.raises(SystemExit, match="2"):
         main([*sample, "ema-wide"])
     assert "'ema-wide', expected ema, raw or ema- and a width" in capsys.readouterr().err
-    assert main(["evaluate", str(copied), "--metrics", "--devices", "cpu", "--weights", "ema-0.1"]) == 0
+    assert main(["evaluate", str(copied), "--metrics", "none", "--devices", "cpu", "--weights", "ema-0.1"]) == 0
     assert (copied / "evaluation" / "ema-0.1" / "step-6" / "held-out.csv").exists()

@@ -19,7 +19,9 @@ from vadiff.trainer.cli import main
 from vadiff.trainer.evaluation import LevelGradients, image_metrics, level_gradients
 from vadiff.trainer.evaluation.fidelity import content_key, weights_key, within_reach
 from vadiff.trainer.pictures import PictureWriter
+from vadiff.trainer.report import group_runs, read_history
 from vadiff.trainer.report.evaluate import _gradients, _gradients_rows
+from vadiff.trainer.report.page import sections_of
 from vadiff.training import held_out_loss, open_run
 
 
@@ -327,7 +329,7 @@ def run_copy(trained_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained_run, tmp_path / "run")
 
 
-def test_evaluate_writes_table_csv_and_pictures_of_a_run(
+def test_evaluate_writes_tables_of_a_run_which_the_report_draws(
     run_copy: Path, inception_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = tmp_path / "real.npz"
@@ -336,7 +338,7 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     command = ["evaluate", str(run_copy), "--images", "6", "--steps", "3", "--reference", str(real)]
     command += ["--features", "inception", "--layer", "64"]
     command += ["--inception-weights", str(inception_weights), "--cache", str(tmp_path / "cache"), "--devices", "cpu"]
-    command += ["--metrics", "fid", "isc"]
+    command += ["--metrics", "fid,isc"]
     assert main([*command, "--held-out-images", "10", "--gradients", "--gradient-images", "8"]) == 0
     printed = capsys.readouterr().out
     assert "fid-64" in printed
@@ -356,11 +358,19 @@ def test_evaluate_writes_table_csv_and_pictures_of_a_run(
     with (folder / "gradients.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"norm", "weighted_norm", "cosine_to_step_weighted"} <= set(rows[0])
-    pictures = {file.name for file in folder.iterdir() if file.suffix == ".png"}
-    assert pictures == {
-        "held-out.png", "gradient-norm-per-level.png", "gradient-share-per-level.png", "gradient-agreement.png",
-        "gradient-cosines.png",
-    }  # fmt: skip
+    assert sorted(file.name for file in folder.iterdir() if file.suffix not in (".npz", ".parts")) == [
+        "gradients.csv", "held-out.csv", "metrics.json"
+    ]  # fmt: skip
+    charts = {
+        chart.name: chart.figure
+        for section in sections_of(group_runs([read_history(open_run(run_copy))]))
+        for chart in section.charts
+    }
+    norm, own = charts["gradient-norm-per-level"].data[1:]  # after the line of σ
+    assert [float(row["weighted_norm"]) for row in rows] == pytest.approx(norm.y)
+    assert [float(row["norm"]) for row in rows] == pytest.approx(own.y)
+    assert charts["gradient-cosines"].data[0].z.shape == (12, 12)
+    assert "metric-fid-64" in charts
 
 
 def test_evaluate_compares_a_folder_with_another(
@@ -382,7 +392,7 @@ def test_evaluate_compares_a_folder_with_another(
         ([".", "--gradients"], "argument --gradients: . is not a run directory"),
         (["."], "argument --reference: required"),
         ([".", "--inception-weights", "nowhere.pth"], "argument --inception-weights: nowhere.pth is not a file"),
-        ([".", "--metrics", "fdi"], "argument --metrics: invalid choice: 'fdi'"),
+        ([".", "--metrics", "fdi"], "argument --metrics: 'fdi', expected fid, kid, isc, prc; did you mean fid?"),
         ([".", "--reference", "nothing-here"], "nothing-here does not exist"),
     ],
 )
@@ -394,11 +404,11 @@ def test_evaluate_refuses_invalid_arguments(
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", *arguments])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-2]
 
 
 def test_evaluate_without_a_checkpoint_is_one_line(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run_copy / "checkpoints")
-    assert main(["evaluate", str(run_copy), "--metrics", "--devices", "cpu"]) == 1
+    assert main(["evaluate", str(run_copy), "--metrics", "none", "--devices", "cpu"]) == 1
     assert "has no checkpoint" in capsys.readouterr().err
     assert not (run_copy / "evaluation").exists()

@@ -168,6 +168,10 @@ def test_guide_that_is_the_run_itself_changes_nothing_and_another_one_does(run: 
     assert torch.equal(images_of(run, range(4), itself), plain)
     raw = dataclasses.replace(itself, guide=Guide("raw", run, "raw"), devices=(CPU, CPU), batch_size=3)
     assert difference(images_of(run, range(4), raw), plain) > 0
+    beyond = dataclasses.replace(raw, guided_sigma=(90.0, 100.0))
+    assert torch.equal(images_of(run, range(4), beyond), plain)
+    assert beyond.recorded()["guided_sigma"] == [90.0, 100.0]
+    assert beyond.recorded() | raw.recorded() == beyond.recorded()  # otherwise as without an interval
 
 
 def test_guide_with_guidance_1_is_an_error(run: Run) -> None:
@@ -264,6 +268,8 @@ def test_guidance_needs_a_model_that_was_trained_without_labels_too(run: Run) ->
         ({"steps": 1}, "steps is 1, expected at least 2"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"guidance": float("nan")}, "guidance is nan, expected a number"),
+        ({"guided_sigma": (0.2, 5.0)}, r"guided_sigma is \(0.2, 5.0\) with guidance 1, which leaves it unused"),
+        ({"guidance": 2.0, "guided_sigma": (5.0, 0.2)}, r"guided_sigma is \(5.0, 0.2\), expected a lower and a higher"),
         ({"devices": ()}, "devices is empty"),
     ],
 )

@@ -16,7 +16,7 @@ import gpu_run
 import pytest
 from gpu_run import Run, Stage
 
-from vadiff.trainer.cli import _parser
+from vadiff.trainer.cli import parse_options
 from vadiff.trainer.cli.train import training_config
 
 GPU_SH = Path(gpu_run.__file__).with_name("gpu.sh")
@@ -53,7 +53,7 @@ def test_the_files_and_options_of_every_stage_exist(tmp_path: Path) -> None:
 def test_the_commands_of_the_short_run_on_cifar_are_understood(tmp_path: Path) -> None:
     assert Run(tmp_path, dry=True, data=tmp_path).run(gpu_run.TRAINING), (tmp_path / "summary.txt").read_text()
     train = gpu_run.TRAINING[0].command[3:]
-    config = training_config(_parser().parse_args(train))
+    config = training_config(parse_options(train))
     assert config.channels == (128, 128, 128)
     assert config.steps // config.snapshot_every >= 60
     assert gpu_run.TRAINING[0] in gpu_run.own_stages(3, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -19,8 +20,9 @@ from vadiff.errors import DataError, RunError
 from vadiff.integrations.edm import EDM2Loss
 from vadiff.trainer.cli import main
 from vadiff.trainer.data.autoencoder import open_autoencoder
+from vadiff.trainer.data.images import hold_out_last
 from vadiff.trainer.importing import import_networks
-from vadiff.training import open_run
+from vadiff.training import open_run, train
 
 
 @pytest.fixture(autouse=True)
@@ -264,6 +266,23 @@ def test_networks_of_different_sizes_are_no_snapshots_of_a_run_and_nothing_is_wr
 def test_snapshots_without_a_time_of_their_own_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         import_networks([tmp_path / name for name in names], tmp_path / "run")
+
+
+def test_training_starts_from_an_imported_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_networks([edm2_files.write(tmp_path / "net.pkl", edm2_files.network(classes=0))], tmp_path / "run")
+    imported = open_run(tmp_path / "run")
+    config = dataclasses.replace(
+        imported.config, transfer=str(imported.path), steps=1, batch_size=4, held_out_levels=2, learning_rate=1e-30,
+        weighting="constant", tensorboard=False, device="cpu",
+    )  # fmt: skip
+    pictures = torch.randint(256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    trained = train(config, images=hold_out_last(pictures, None, 0))
+    assert f"averages of step 0 of {imported.path}, 59 of 59 tensors" in capsys.readouterr().err
+    x, sigma, _ = inputs()
+    with torch.no_grad():
+        assert difference(trained.denoiser(x, sigma), imported.denoiser()(x, sigma)) < 1e-3  # 1e-4 is added to norms
+    magnitude = trained.denoiser.network.first.weight.square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(magnitude, torch.ones_like(magnitude), rtol=1e-3, atol=0)
 
 
 def test_imported_run_is_not_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

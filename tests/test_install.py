@@ -247,6 +247,18 @@ def test_an_index_would_take_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
     assert said.count("PASSED") == 2
 
 
+def test_wheels_without_a_python_that_can_use_them_are_refused(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); $2"\n')
+    old.chmod(0o755)
+    for pythons, said in (([], "no Python to build a wheel for"), ([old], "is older than Python 3.10")):
+        refused = subprocess.run(
+            [ROOT / ".ci" / "wheels", tmp_path / "dist", *pythons], capture_output=True, text=True, check=False
+        )
+        assert refused.returncode != 0
+        assert said in refused.stderr
+
+
 def copied(sdist: Path, folder: Path) -> Path:
     """A copy that an editable install may write into, in a folder that shells and ninja would misread."""
     return Path(shutil.copytree(sdist, folder / "sour ce: of $HOME", ignore=shutil.ignore_patterns("build")))
@@ -257,7 +269,7 @@ def test_without_any_compiler_it_installs_and_works(sdist: Path, tmp_path: Path,
     source: tuple[str | Path, ...] = ("--editable", copied(sdist, tmp_path)) if editable else (sdist,)
     said = install(tmp_path / "env", *source, PATH=str(tmp_path), CUDA_HOME=str(tmp_path))
     assert f"from {source[-1] if editable else tmp_path / 'env'}/" in said
-    why = "the native kernels are not built. When vadiff was installed, no C++ compiler was found"
+    why = "the native kernels are not built. When vadiff was built, no C++ compiler was found"
     assert f"native    no   {why}" in said
     assert "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select" in said
     assert "), then run, in the folder of vadiff's source: pip install --force-reinstall --no-deps ." in said
@@ -268,7 +280,7 @@ def test_with_a_compiler_and_no_nvcc_there_are_cpu_kernels(sdist: Path, tmp_path
     said = install(tmp_path / "env", sdist, VADIFF_NATIVE="1", **environment)
     assert f"from {tmp_path / 'env'}/" in said
     assert "native    yes  CPU tensors" in said
-    assert "When vadiff was installed, no nvcc was found (Triton does without): CUDA kernels were left out." in said
+    assert "When vadiff was built, no nvcc was found (Triton does without): CUDA kernels were left out." in said
     assert "Install the CUDA toolkit (pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.*'; with an NVIDIA driver" in said
     assert "), or set CUDA_HOME to the one there is, then run" in said
 
@@ -329,7 +341,7 @@ def test_after_a_rebuild_that_failed_nothing_stale_is_left(editable: tuple[Path,
     assert list((source / "vadiff").glob("_native*.so")) == earlier != []  # that failed loudly
     run(*rebuild, cwd=source, CXX=str(broken), VADIFF_CUDA="0")
     assert list((source / "vadiff").glob("_native*.so")) == []
-    assert "native    no   the native kernels are not built. When vadiff was installed, " in (
+    assert "native    no   the native kernels are not built. When vadiff was built, " in (
         said := run(python, "-c", PROGRAM)
     )
     assert "c++ failed: loss_math.h:1: error: no such number: all native kernels were left out" in said
@@ -414,7 +426,7 @@ def test_without_build_isolation_what_a_build_needs_is_named(sdist: Path, tmp_pa
     environment["CXX"] = str(script(tmp_path / "c++", COMPILER))
     said, module = compile_only(sdist, tmp_path, **environment)
     assert not module
-    assert f"When vadiff was installed, {package} was not found" in said
+    assert f"When vadiff was built, {package} was not found" in said
     assert f"Leave out --no-build-isolation, or install it (pip install {package}), then run, in the folder" in said
     if package == "ninja":  # the system's will do
         (tmp_path / "ninja").symlink_to(NINJA)
@@ -477,7 +489,7 @@ def test_without_a_compiler_that_runs_nothing_is_compiled(
 def test_cpu_kernels_only_where_cuda_was_not_wanted_say_how_to_get_it(sdist: Path, tmp_path: Path) -> None:
     said, module = compile_only(sdist, tmp_path, CXX=str(script(tmp_path / "c++", COMPILER)), VADIFF_CUDA="0")
     assert module
-    assert "VADIFF_CUDA was 0: CUDA kernels were left out. Unset it, then run" in said
+    assert "VADIFF_CUDA was 0 (NVIDIA GPUs use Triton): CUDA kernels were left out. Unset it, then run" in said
 
 
 @pytest.mark.parametrize(

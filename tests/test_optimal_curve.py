@@ -115,7 +115,7 @@ def test_curve_of_other_images_is_refused(file: Path, tmp_path: Path) -> None:
 
 def test_flags_of_the_command_name_the_schedule_and_its_curve(file: Path, tmp_path: Path) -> None:
     flags = ["--weighting", "gap", "--levels", "gap", "--optimal-loss", str(file), "--steps", "1", "--batch-size", "8"]
-    flags += ["--channels", "8", "8", "--held-out-images", "8", "--no-tensorboard", "--device", "cpu"]
+    flags += ["--channels", "8,8", "--held-out-images", "8", "--no-tensorboard", "--device", "cpu"]
     assert main(["train", "--preset", "digits", *flags, "--out", str(tmp_path / "run")]) == 0
     config = open_run(tmp_path / "run").config
     assert (config.weighting, config.levels, config.optimal_loss) == ("gap", "gap", str(file))

@@ -24,6 +24,7 @@ from vadiff.optimal_loss import (
     fit_scaling_law,
     model_gap,
 )
+from vadiff.optimal_loss.posterior import Problem
 from vadiff.weighting import GapWeighting
 
 INF = math.inf
@@ -126,6 +127,28 @@ def test_correction_one_is_dol_and_more_of_it_raises_the_estimate(digits):
     assert torch.equal(by_default, estimate(digits, estimator="cdol", correction=2 * 1797 / 200, **options).loss)
 
 
+@pytest.mark.parametrize(("correction", "dtype", "rtol"), [(None, torch.float64, 1e-9), (3.0, torch.float32, 1e-4)])
+def test_the_papers_cdol_is_a_minus_b_of_the_same_draws(digits, correction, dtype, rtol):
+    """A = mean |x_n|², B = mean |Σ p_n x_n|² with the source's weight divided by C, 4N/L by default."""
+    data = digits[:60].to(dtype) + 0.3  # not centred
+    problem = Problem(data, "cdol_paper", 20, correction, 0, 16, None)
+    sigmas, flat, c = [0.4, 2.0], data.double().flatten(1), 4 * 60 / 20 if correction is None else correction
+    squares: dict[float, list[float]] = {sigma: [] for sigma in sigmas}
+    for batch in problem.batches(64, 8):
+        rows = batch.shards[0].rows.tolist()
+        for source, noise, left_out in zip(batch.sources.tolist(), batch.noise, batch.left_out.tolist(), strict=True):
+            chosen = [source, *(row for row in rows if row != left_out)]
+            assert len(chosen) == 20
+            for sigma in sigmas:
+                noisy = flat[source] + sigma * noise.double()
+                logits = -(noisy - flat[chosen]).square().sum(1) / (2 * sigma**2)
+                logits[0] -= math.log(c)
+                squares[sigma].append(float((logits.softmax(0) @ flat[chosen]).square().sum()))
+    expected = [float(flat.square().sum(1).mean() - np.mean(squares[sigma])) for sigma in sigmas]
+    got = estimate(data, sigmas, 64, "cdol_paper", 20, correction, chunk=16)
+    np.testing.assert_allclose(got.loss.numpy(), expected, rtol=rtol)
+
+
 @pytest.mark.parametrize("estimator", ["snis", "dol"])
 def test_a_subset_of_all_the_data_is_the_full_estimate(digits, full, estimator):
     """For dol this needs the source counted once, not twice, and no other sample left out."""
@@ -144,7 +167,7 @@ def test_a_source_in_the_subset_is_not_counted_twice():
     assert got.loss[0] == pytest.approx(1.0, abs=1e-3)  # 8/9 if it were
 
 
-@pytest.mark.parametrize("estimator", ["full", "snis", "cdol"])
+@pytest.mark.parametrize("estimator", ["full", "snis", "cdol", "cdol_paper"])
 def test_neither_chunks_nor_devices_change_the_result(digits, estimator):
     whole, *others = (
         estimate(digits[:500], SIGMAS, draws=300, estimator=estimator, chunk=chunk, device=device)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import vadiff
 from vadiff import levels, weighting
+from vadiff.errors import DiffusionLossWarning
 from vadiff.log_snr import from_sigma
 from vadiff.models import PREDICTIONS, Denoiser, parameterisation
 from vadiff.models.parameterisation import VP, vp_process
 from vadiff.process import DiscreteVP, VPCosine, VPLinear, VPScaledLinear, edm_preconditioning, loss_ratio
-from vadiff.trainer.training.assembly import build_criterion, build_levels
+from vadiff.trainer.training.assembly import build_criterion, build_levels, training_criterion
 from vadiff.trainer.training.held_out import held_out_log_snr
 from vadiff.trainer.training.objective import objective_of
 from vadiff.training import TrainConfig, train
@@ -80,6 +81,51 @@ def test_loss_and_denoiser_are_those_of_the_definition(process: str, prediction:
     torch.testing.assert_close(own, k * of_x0, rtol=1e-8, atol=0.0)
 
 
+VP_LOSS = {"process": "vp_linear", "timesteps": 0, "levels_options": {"t_min": 1e-5}}
+VE_LOSS = {
+    "process": "edm", "levels": "log_uniform", "levels_options": {"sigma_min": 0.02, "sigma_max": 100.0},
+    "weighting": "snr",
+}  # fmt: skip
+IDDPM_LOSS = {"process": "vp_cosine", "timesteps": 1000}
+
+
+def sigmas_of_table_1(name: str, u: Tensor) -> Tensor:
+    """Noise levels of EDM's table 1 for its three earlier methods, at uniform numbers u, rising in u. float64."""
+    if name == "VP":  # t ~ U(1e-5, 1), beta_d = 19.9, beta_min = 0.1
+        t = 1e-5 + (1.0 - 1e-5) * u
+        return torch.expm1(0.5 * 19.9 * t**2 + 0.1 * t).sqrt()
+    if name == "VE":  # ln sigma ~ U(ln 0.02, ln 100)
+        return (math.log(0.02) + u * math.log(100.0 / 0.02)).exp()
+    count, c1, c2 = 1000, 0.001, 0.008  # sigma = u_j, j ~ U{0, M - 1}
+    alpha_bar = [math.sin(0.5 * math.pi * j / (count * (c2 + 1.0))) ** 2 for j in range(count + 1)]
+    found = [0.0]  # u_M, u_(M-1), ...
+    for j in range(count, 0, -1):
+        found.append(math.sqrt((found[-1] ** 2 + 1.0) / max(alpha_bar[j - 1] / alpha_bar[j], c1) - 1.0))
+    return torch.tensor(found[1:], dtype=torch.float64)[(u * count).long()]
+
+
+@pytest.mark.parametrize(("name", "fields"), [("VP", VP_LOSS), ("VE", VE_LOSS), ("iDDPM", IDDPM_LOSS)])
+def test_losses_of_vp_ve_and_iddpm_are_those_of_edms_table_1(name: str, fields: dict[str, Any]) -> None:
+    """lambda(sigma)·|D - x0|², lambda = 1/sigma² in all three, and their levels; arXiv 2206.00364, table 1."""
+    config = dataclasses.replace(TINY, sigma_data=0.5, **fields).resolved()
+    u = levels.uniforms(64, torch.Generator().manual_seed(0))
+    sigma = sigmas_of_table_1(name, u)
+    drawn = build_levels(config)(u).sigma
+    torch.testing.assert_close(drawn.double(), sigma, rtol=1e-5, atol=0.0)
+    generator = torch.Generator().manual_seed(1)
+    x0, eps = torch.randn(2, 64, 1, 4, 4, generator=generator, dtype=torch.float64)
+    denoiser = Denoiser(Network(), 0.5, process=config.form())
+    output = denoiser.training_output(x0, eps, sigma)
+    error = (denoiser(x0 + sigma.view(-1, 1, 1, 1) * eps, sigma) - x0).square().flatten(1).mean(1)
+    loss = objective_of(config)(build_criterion(config), output, x0, eps, sigma, 0.5, None)
+    torch.testing.assert_close(loss, (error / sigma**2).mean(), rtol=1e-6, atol=0.0)
+    if name != "VE":  # its network here has EDM's preconditioning
+        scale = denoiser.form.preconditioning(sigma)
+        torch.testing.assert_close(scale.c_in, 1.0 / (sigma**2 + 1.0).sqrt())
+        assert (scale.c_skip == 1.0).all()
+        torch.testing.assert_close(scale.c_out, -sigma)
+
+
 @pytest.mark.parametrize("process", list(VP))
 def test_discrete_timesteps_and_continuous_time_agree(process: str) -> None:
     """A thousand steps are close to the limit: log-SNR, levels drawn, and what the network is told."""
@@ -139,6 +185,14 @@ def test_adaptive_levels_start_from_uniform_timesteps() -> None:
     counts = process.timestep(sampler(u).log_snr).bincount(minlength=1000)
     assert counts.max() <= 4
     assert counts.sum() == 2000
+
+
+def test_training_says_that_a_weighting_leaves_the_terminal_step_untrained() -> None:
+    config = dataclasses.replace(TINY, process="vp_linear", prediction="v_prediction", zero_terminal_snr=True)
+    with pytest.warns(DiffusionLossWarning, match="SoftMinSNR for 'v_prediction' is 0 at zero SNR.*not trained"):
+        training_criterion(dataclasses.replace(config, weighting="soft_min_snr"), None, None)
+    for weighting_name in ("min_snr", "constant", "variance_aware"):  # min_snr is 1 there in the trainer
+        training_criterion(dataclasses.replace(config, weighting=weighting_name), None, None)
 
 
 def test_a_network_is_told_no_time_beyond_the_last_one() -> None:

@@ -15,6 +15,7 @@ import torch
 
 import vadiff
 from vadiff import process, process_defaults, weighting
+from vadiff.errors import DiffusionLossWarning
 from vadiff.integrations.diffusers import scheduler_loss
 from vadiff.schedulers import log_snr_of
 
@@ -77,6 +78,26 @@ def test_a_process_may_be_none_of_those_with_a_name() -> None:
     log_snr = log_snr_of(cosine, torch.arange(999))
     assert low <= log_snr.min() < low + 0.25
     assert high - 0.25 < log_snr.max() <= high
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_a_weighting_that_leaves_the_terminal_step_untrained_is_told(prediction_type: str) -> None:
+    """Min-SNR's weight of v, min(S, 5)/(S + 1), and of x0, min(S, 5), is 0 at zero SNR; the paper's code gives 1."""
+    zero = process.DiscreteVP.linear().with_zero_terminal_snr()
+    options: dict[str, Any] = {"prediction_type": prediction_type}
+    for described in (zero, diffusers.DDPMScheduler(rescale_betas_zero_snr=True)):
+        with pytest.warns(DiffusionLossWarning, match=r"not trained.*terminal=1\.0\) gives it the weight 1") as said:
+            for_process(described, weighting="min_snr", **options)
+        assert said[0].filename == __file__
+    with pytest.warns(DiffusionLossWarning, match="SoftMinSNR for .* is 0 at zero SNR"):
+        for_process(zero, weighting="soft_min_snr", **options)
+    for terminal in (0.0, 1.0):
+        trained = weighting.MinSNR(terminal=terminal, **options)
+        assert for_process(zero, weighting=trained, **options).weighting == trained
+    for other in ("constant", "constant_x0", "edm", "truncated_snr"):
+        for_process(zero, weighting=other, **options)
+    for_process(zero, weighting="min_snr", prediction_type="epsilon")
+    for_process("vp_linear", weighting="min_snr", **options)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_imported_run_is_compared_without_its_data(
     [
         (["--reference", "ref.npz", "--metrics", "kid"], "metrics is kid, expected fid: ref.npz has statistics"),
         (["--save-reference", "ref.pkl"], "'ref.pkl', expected a file ending in .npz"),
+        (["--save-reference", "ref.npz"], "ref.npz exists already: replace it with --overwrite, or name another"),
         (["--reference", "other.npz", "--metrics", "fid"], "reference is of the network other"),
         (["--dinov2-weights", "ref.npz", "--reference", "ref.npz"], "ref.npz is given as dinov2_weights"),
     ],

@@ -129,11 +129,14 @@ def test_value_that_is_no_number_is_named(tmp_path: Path, value: str) -> None:
 
 
 def test_log_and_pages_of_others_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("log.html", "log", "mine.jsonl"):
+    for name in ("log.html", "mine.jsonl"):
         _logged(tmp_path / name, 1)
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for name, words in (("log.html", "replace the log"), ("log", "replace the log"), ("mine.jsonl", "is no report")):
+    for name, words in (
+        ("log.html", "replace the log"),
+        ("mine.jsonl", "mine.html exists and is no report: replace it with --overwrite, or name another"),
+    ):
         with pytest.raises(SystemExit):
             main(["report", "--from-log", str(tmp_path / name)])
         assert words in capsys.readouterr().err
@@ -157,11 +160,13 @@ def test_page_of_a_log_has_its_charts_values_and_verdict(tmp_path: Path, capsys:
     assert re.search(r"differs 5\d-fold", html)
     assert "Level-free loss" in html
     assert "10,240" in html  # samples
-    assert "<b>" not in html
-    assert not re.search(r'(src|href)="(?!data:|#)', html)
-    assert {file.stem for file in page.with_suffix("").iterdir()} == {
+    before_scripts = html.partition("<script>")[0]
+    assert "<b>" not in before_scripts
+    assert not re.search(r'(src|href)="(?!data:|#)', before_scripts)
+    assert re.findall(r'id="chart-([^"]+)"', before_scripts) == [
         "base-loss-profile", "level-free-loss", "base-loss", "weight", "share", "logged-loss"
-    }  # fmt: skip
+    ]  # fmt: skip
+    assert {*tmp_path.iterdir()} == {path, page}
 
 
 def test_two_criteria_of_one_log_have_sections_of_their_own(tmp_path: Path) -> None:

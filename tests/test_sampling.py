@@ -263,6 +263,24 @@ def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_denoise
     assert last(3.0) == pytest.approx(1.0 + 3.0 * (2.0 - 1.0))
 
 
+def test_guidance_in_an_interval_is_at_its_noise_levels_only_and_calls_the_guide_there_alone() -> None:
+    """Source: arXiv 2404.07724, eq. 6: w in (low, high], 1 elsewhere."""
+    asked: list[float] = []
+
+    def guide(x: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(sigma[0].item())
+        return 0.5 * x
+
+    levels = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+    found = euler(lambda x, sigma: 0.8 * x, (1,), [3], levels=levels, guide=guide, guidance=3.0, guided_sigma=(1, 4))
+    assert asked == [4.0, 2.0]
+    x = 8.0 * torch.randn(1, generator=torch.Generator().manual_seed(3)).double().item()
+    for sigma, following in itertools.pairwise(levels.tolist()):
+        x0 = (0.5 + 3.0 * (0.8 - 0.5)) * x if 1.0 < sigma <= 4.0 else 0.8 * x
+        x = x0 + following / sigma * (x - x0)
+    assert found.item() == pytest.approx(x, rel=1e-6)
+
+
 def test_guide_takes_the_place_of_the_unconditional_denoiser_and_gets_the_labels() -> None:
     def denoise(x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         return torch.full_like(x, 2.0) + labels[:, None]
@@ -332,6 +350,10 @@ def test_failure_on_one_device_is_raised_and_ends_the_others() -> None:
             r"labels has shape \(2,\), expected \(1,\)",
         ),
         (lambda: heun(gaussian_denoiser, (1,), [0], guidance=2.0), "guidance is 2.0 without labels"),
+        (
+            lambda: heun(gaussian_denoiser, (1,), [0], guided_sigma=(2.0, 1.0)),
+            r"guided_sigma is \(2.0, 1.0\), expected a lower and a higher noise level",
+        ),
         (lambda: list(draw(lambda device, seeds: torch.zeros(1), [0], [torch.device("cpu")], 0)), "batch_size is 0"),
     ],
 )

@@ -96,7 +96,7 @@ def test_description_counts_what_is_kept_and_written() -> None:
     config = PRESETS["img512-latent-xs"]
     text = cost_in_words(config, network_size(config, config.image_shape, 1000))
     assert "Network: edm2, 124.7 million parameters, 89.9 GFLOPs per image" in text
-    assert "Training: 1,048,576 steps of 2,048 images, 2,147.5 million images, 5.8e+20 FLOPs" in text
+    assert "Training: 1,048,576 steps of 2,048 images, 2,147.5 million images (2,147,484 kimg), 5.8e+20 FLOPs" in text
     assert "weights 475.7 MiB, gradients 475.7 MiB, optimiser 951.5 MiB" in text
     assert "Snapshots of the averages: 256 of 475.7 MiB, 118.9 GiB in all" in text  # the paper: 118 to 635 GB
     longer = dataclasses.replace(config, gradient_checkpointing=True, accumulate=4, sigma_rel=())

@@ -23,7 +23,7 @@ from vadiff.errors import DataError
 from vadiff.information import Profile
 from vadiff.levels import suggest
 from vadiff.process import loss_ratio
-from vadiff.trainer.cli import _parser, main
+from vadiff.trainer.cli import main, parse_options
 from vadiff.trainer.cli.train import training_config
 from vadiff.trainer.data import Images
 from vadiff.trainer.report.suggested_levels import (
@@ -79,7 +79,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         main(["levels", "suggest", *options])
     assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    return capsys.readouterr().err.splitlines()[-2]
 
 
 def suggested(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def test_commands_to_type_are_configs_of_the_trainer(
         command = "vadiff train --preset digits"
     else:
         assert all(f": {command} {each}" in line for line, each in zip(printed, flags, strict=True))
-    edm, flow, shifted = (training_config(_parser().parse_args(shlex.split(f"{command} {each}")[1:])) for each in flags)
+    edm, flow, shifted = (training_config(parse_options(shlex.split(f"{command} {each}")[1:])) for each in flags)
     assert (edm.sigma_data, edm.process, edm.levels) == (0.5, "edm", "auto")
     assert edm.p_mean == pytest.approx(math.log(0.5), abs=0.01)
     assert edm.image_size == (8 if edm.dataset == "latents" else int(options[-1]) if command.endswith("16") else 32)

@@ -104,6 +104,15 @@ def test_summary_of_an_untrained_criterion_says_so() -> None:
     assert "no samples recorded yet" in vadiff.DiffusionLoss().summary()
 
 
+def test_summary_and_plot_of_non_finite_losses_alone_say_so(pyplot: Any) -> None:
+    criterion = vadiff.DiffusionLoss()
+    criterion(torch.full((4, 3), torch.nan, requires_grad=True), torch.zeros(4, 3), log_snr=torch.zeros(4))
+    assert "no samples recorded: all 4 were non-finite, in loss, weight or log-SNR" in criterion.summary()
+    assert "no samples recorded yet" not in criterion.summary()
+    loss_axes, _ = criterion.plot()
+    assert "all 4 were non-finite" in loss_axes.texts[0].get_text()
+
+
 def test_looking_changes_nothing(seen: Seen, pyplot: Any) -> None:
     criterion, _, _ = seen
     before = {name: value.clone() for name, value in criterion.state_dict().items()}

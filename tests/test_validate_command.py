@@ -85,7 +85,7 @@ def test_invalid_arguments_are_a_usage_error(
 def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit):
         main(["validate", *command, "--levels", "3", "--device", "cpu"])
-    return capsys.readouterr().err.splitlines()[-1]
+    return capsys.readouterr().err.splitlines()[-2]
 
 
 def other_run(run: Path, folder: Path, **changes: Any) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import numbers
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+_NUMBERS = {str(kind) for kind in (int, float, bool)} | {"int", "float", "bool"}  # as annotations say it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,6 +64,18 @@ def check_per_sample(
 def is_number(value: object) -> bool:
     """Whether `value` is a Python or NumPy real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message that refuses a name: the known one that is closest to it, or nothing if none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def number_options(made: type) -> tuple[str, ...]:
+    """The arguments of a class that are numbers, which a command line or a config can give as NAME=NUMBER."""
+    parameters = inspect.signature(made).parameters.values()
+    return tuple(each.name for each in parameters if str(each.annotation).removesuffix(" | None") in _NUMBERS)
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

@@ -21,5 +21,19 @@ class TrainingError(UserError):
     """Training cannot go on."""
 
 
+class Stopped(Exception):
+    """Work was stopped by a signal; the message says what is kept and how to go on.
+
+    Attributes:
+        signal: its number.
+        exit_code: what the process should return: 128 + the number, as in shells and schedulers.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+        self.exit_code = 128 + number
+
+
 class DiffusionLossWarning(UserWarning):
     """A criterion is probably used in a wrong way; the message says what it is and what to write instead."""

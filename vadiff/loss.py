@@ -148,6 +148,9 @@ class DiffusionLoss(nn.Module):
                 is made for another one; or as `DiffusionLoss`.
             TypeError: `process` is none of these; or as `DiffusionLoss`.
 
+        Warns:
+            DiffusionLossWarning: a fixed weighting is 0 at the last timestep of a process with zero terminal SNR.
+
         Example:
             >>> criterion = vadiff.DiffusionLoss.for_process("stable_diffusion", fine_tuning=True)
             >>> criterion.weighting, criterion.statistics.bins

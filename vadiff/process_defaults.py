@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 
 from . import schedulers
+from .errors import DiffusionLossWarning
 from .process import EDM, PREDICTION_TYPES, DiscreteVP, Flow, NoiseProcess, VPCosine, VPLinear
 from .statistics import checked_bins
-from .weighting import SNRWeighting, VarianceAware, from_name, takes_prediction_type
+from .weighting import MinSNR, SNRWeighting, VarianceAware, from_name, takes_prediction_type
 
 _BIN = 0.25  # width in log-SNR: that of the default 128 bins over 32
 _BIN_FINE_TUNING = 0.5  # a fine-tune sees some thousand samples, not millions
@@ -64,7 +66,33 @@ def arguments_for(
             f"weighting is {name}(prediction_type={weighting.prediction_type!r}), expected {form!r}: the form of "
             f"this process's loss. Use {name}(prediction_type={form!r}), or pass prediction_type= for another form."
         )
+    if problem := untrained_terminal_step(process, arguments.get("weighting")):
+        warnings.warn(problem, DiffusionLossWarning, stacklevel=3)  # at the caller of `for_process`
     return arguments
+
+
+def untrained_terminal_step(process: Any, weighting: Any) -> str | None:
+    """What to say if a fixed weighting is 0 at the last timestep of a table that ends in pure noise; else None.
+
+    min(S, gamma)/(S + 1), Min-SNR's weight of a loss of v, goes to 0 with S, and so does every weight of v, x0 or a
+    velocity that is bounded on the loss of eps.
+    """
+    table = getattr(process, "alphas_cumprod", None)
+    if table is None or not isinstance(weighting, SNRWeighting) or float(table[-1]) > 0.0:
+        return None
+    if weighting(torch.tensor([-math.inf])).item() > 0.0 or getattr(weighting, "terminal", None) is not None:
+        return None
+    remedy = "Use a weighting that is not 0 there, as constant."
+    if isinstance(weighting, MinSNR):
+        remedy = (
+            f"MinSNR(prediction_type={weighting.prediction_type!r}, terminal=1.0) gives it the weight 1, as the code "
+            "of its paper does; terminal=0.0 is the formula without this warning."
+        )
+    return (
+        f"weighting {type(weighting).__name__} for {weighting.prediction_type!r} is 0 at zero SNR, and the last "
+        "timestep of the process is pure noise (zero terminal SNR): samples start there, and it is not trained. "
+        f"{remedy}"
+    )
 
 
 def resolved(process: Any) -> Any:

@@ -57,7 +57,7 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
                     f"{low:>7} to {high:>6}  {share:6.1%}  {mean:9.4g}  {std:9.4g}  {relative:8.2f}  {_number(weight)}"
                 )
     else:
-        lines.append("no samples recorded yet: recording needs training mode and grad enabled")
+        lines.append(_why_none(int(statistics.skipped)))
     target = target_of(criterion)
     if target is not None:
         lines.append(f"target: {target.description}; the losses are errors against it")
@@ -67,6 +67,13 @@ def summary(criterion: Criterion, bands: int = BANDS) -> str:
     if found.samples.sum() > 0 or skipped:
         lines.append(f"verdict: {diagnose(criterion).verdict}")
     return "\n".join(lines)
+
+
+def _why_none(skipped: int) -> str:
+    """Why no sample is recorded, of so many that were skipped."""
+    if skipped == 0:
+        return "no samples recorded yet: recording needs training mode and grad enabled"
+    return f"no samples recorded: all {skipped:,} were non-finite, in loss, weight or log-SNR"
 
 
 def plot(criterion: Criterion, ax: Any = None) -> tuple[Any, Any]:
@@ -247,7 +254,8 @@ def _draw(criterion: Criterion, loss_axes: Any, weight_axes: Any) -> None:
             loss_axes.set_yscale("log", nonpositive="clip")
             loss_axes.set_ylim(mean.min().item() / 3, (mean + std).max().item() * 1.5)
     else:
-        loss_axes.text(0.5, 0.5, "no samples recorded yet", ha="center", va="center", transform=loss_axes.transAxes)
+        why = _why_none(int(statistics.skipped)).replace(": ", ":\n")
+        loss_axes.text(0.5, 0.5, why, ha="center", va="center", transform=loss_axes.transAxes)
     loss_axes.set_ylabel("base loss, mean ± std\nover samples", color=_LOSS_COLOR)
     if not weight.isnan().all():
         weight_axes.axhline(1.0, color="0.7", linewidth=0.8)

@@ -76,6 +76,37 @@ def test_constant_weighting_is_torchcfms_own_loss_and_gradient(net: Velocity, na
     assert ulps(found_gradient, expected_gradient) <= ULPS
 
 
+@pytest.mark.parametrize("data_at", [0, 1])
+def test_lipmans_path_with_noise_left_at_the_data_is_torchcfms_target_matcher(net: Velocity, data_at: int) -> None:
+    """x_t = t·x1 + (1 - (1 - sigma_min)·t)·x0, u = x1 - (1 - sigma_min)·x0: arXiv 2210.02747, eq. 20 to 23."""
+    _, x1, *_ = straight(0)
+    source = matcher("TargetConditionalFlowMatcher", 0.3)
+    t, xt, ut, x0 = source.sample_location_and_conditional_flow(torch.zeros_like(x1), x1, return_noise=True)
+    vt = net(t, xt)
+    time, sign = (t, 1.0) if data_at == 1 else (1.0 - t, -1.0)
+    loss_of = FlowMatchingLoss(criterion(), sigma_min=0.3, data_at=data_at)
+    expected = torch.mean((vt - ut) ** 2)
+    torch.testing.assert_close(loss_of(sign * vt, sign * ut, time), expected)
+    torch.testing.assert_close(loss_of(sign * vt, x1, time, noise=x0), expected)
+    scale = 1 - (1 - 0.3) * t.double()
+    found = log_snr(time.double(), sigma_min=0.3, data_at=data_at)
+    torch.testing.assert_close(found, 2 * (t.double() / scale).log(), rtol=0, atol=1e-6)
+    seen = Seen()
+    for _ in range(2):
+        seen.add((vt - ut).double().square().mean((1, 2, 3)), found)
+    seen.check(loss_of.criterion, rtol=1e-5)
+    mean = vadiff.targets.PosteriorMean(x1)
+    if data_at == 1:  # the mean velocity over the data that explain x_t, by the formula
+        loss_of = FlowMatchingLoss(criterion(), sigma_min=0.3, target=mean)
+        flat, noisy = x1.double().flatten(1), xt.double().flatten(1)
+        distance = (noisy[:, None] - t.double()[:, None, None] * flat).square().sum(2)
+        x1_hat = (-distance / (2 * scale[:, None] ** 2)).softmax(1) @ flat
+        velocity = (x1_hat - (1 - 0.3) * noisy) / scale[:, None]
+        wanted = (vt.detach().double().flatten(1) - velocity).square().mean()
+        got = loss_of(vt, x1, t, noise=x0, index=torch.arange(len(x1)))
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_constant_weighting_is_the_mean_of_videos_too() -> None:
     _, _, t, vt, ut = straight(0, (3, 2, 4, 8, 8))
     results = []
@@ -226,6 +257,7 @@ def test_times_of_another_shape_or_range_are_refused(t: Tensor, message: str) ->
         ({"criterion": vadiff.DiffusionLoss(vadiff.weighting.MinSNR())}, "prediction_type='epsilon'.*expected 'flow'"),
         ({"criterion": "no_such"}, "weighting is 'no_such'"),
         ({"sigma": -0.1}, "sigma is -0.1, expected a finite number of at least 0"),
+        ({"sigma_min": 1.5}, "sigma_min is 1.5, expected at most 1"),
         ({"data_at": 2}, "data_at is 2, expected 0"),
     ],
 )

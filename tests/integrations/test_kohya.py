@@ -6,8 +6,11 @@ data set's weights → post_process_loss → mean. Validation takes the same way
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +41,7 @@ def arguments(**given: Any) -> SimpleNamespace:
 class NetworkTrainer:
     """The methods of the trainer that have to do with the loss, by what they are documented to do."""
 
-    def get_noise_scheduler(self, args: Any) -> Any:
+    def get_noise_scheduler(self, args: Any, device: Any = None) -> Any:
         if args.flow:
             return FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -77,6 +80,11 @@ class NetworkTrainer:
         loss = loss.mean(dim=list(range(1, loss.ndim))) * batch["loss_weights"]
         self.per_sample = loss.detach()
         return self.post_process_loss(loss, args, timesteps, noise_scheduler).mean()
+
+    def train(self, args: Any) -> None:
+        """One step."""
+        scheduler = self.get_noise_scheduler(args)
+        self.process_batch(Network(), batch(scheduler), args, scheduler)
 
     def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
         self.logged = logs
@@ -140,7 +148,7 @@ def test_constant_weighting_is_the_trainer_s_own_loss_and_gradient(setting: str,
         assert network.base.grad is None
         results.append((loss, network.lora.grad.clone()))
     (own, own_gradient), (ours, gradient) = results
-    assert ulps(ours, own) <= LOSS_ULPS + 4 * ("min-SNR" in setting)  # its table is made in float64 here
+    assert ulps(ours, own) <= LOSS_ULPS
     torch.testing.assert_close(gradient, own_gradient, rtol=1e-5, atol=1e-7)
 
 
@@ -172,21 +180,31 @@ def test_ten_steps_record_the_trainer_s_losses_and_weigh_by_them() -> None:
 
 
 @pytest.mark.parametrize("v", [False, True])
-def test_min_snr_is_that_of_the_schedule_after_its_zero_terminal_snr_fix(v: bool) -> None:
+def test_refreshed_snr_is_that_of_the_schedule_after_its_zero_terminal_snr_fix(v: bool) -> None:
     """The trainer's own table is from before it; at S = 0 the formula is 0/0 for epsilon."""
     args = arguments(v_parameterization=v, zero_terminal_snr=True, min_snr_gamma=5.0)
-    trainer = adaptive(vadiff.DiffusionLoss("constant"))
+    trainer = adaptive(vadiff.DiffusionLoss("constant"), refresh_snr=True)
     scheduler = trainer.get_noise_scheduler(args)
-    stale = scheduler.all_snr.clone()
     timesteps = torch.tensor([0, 146, 700, 990, 999])
     loss = torch.ones(5, requires_grad=True)
+    own = NetworkTrainer().post_process_loss(loss, args, timesteps, scheduler).detach().double()
     weights = trainer.post_process_loss(loss, args, timesteps, scheduler).detach().double()
     alpha_bar = scheduler.alphas_cumprod[timesteps].double()
     snr = alpha_bar / (1 - alpha_bar)
     expected = snr.clamp(max=5.0) / (snr + 1) if v else (5.0 / snr).clamp(max=1.0)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
-    own = NetworkTrainer().post_process_loss(loss, args, timesteps, SimpleNamespace(all_snr=stale)).detach().double()
     assert not v or (own - expected).abs()[3] > 0.2 * expected[3]  # what it was
+
+
+def test_zero_terminal_snr_leaves_the_trainer_s_loss_what_it_is() -> None:
+    args = arguments(v_parameterization=True, zero_terminal_snr=True, min_snr_gamma=5.0)
+    trainer, network = adaptive(vadiff.DiffusionLoss("constant")), Network()
+    scheduler = trainer.get_noise_scheduler(args)
+    table = scheduler.all_snr.clone()
+    values = batch(scheduler)
+    found = trainer.process_batch(network, values, args, scheduler)
+    assert found == NetworkTrainer().process_batch(network, values, args, scheduler)
+    assert torch.equal(scheduler.all_snr, table)
 
 
 def test_all_snr_follows_the_schedule_and_is_not_made_up_where_there_is_none() -> None:
@@ -258,15 +276,17 @@ def test_two_timesteps_for_each_loss_are_an_error(samples: int) -> None:
     assert criterion.statistics.count.sum() == 0
 
 
+def renewed() -> Accelerator:
+    """The accelerator of a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True)
+
+
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True)
-    reset()
+    yield renewed()
+    renewed()
 
 
 def test_state_is_in_what_the_trainer_saves_and_resumes(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -287,15 +307,65 @@ def test_state_is_in_what_the_trainer_saves_and_resumes(accelerator: Accelerator
     torch.testing.assert_close(dict(criterion.state_dict()), saved, rtol=0, atol=0)
 
 
-def test_statistics_are_logged_beside_the_trainer_s_numbers() -> None:
+@pytest.mark.parametrize("saved_with", [False, True])
+def test_statistics_begin_afresh_in_a_state_that_has_none(
+    accelerator: Accelerator, tmp_path: Path, saved_with: bool
+) -> None:
+    args, network, criterion = arguments(), Network(), vadiff.DiffusionLoss()
+    scheduler = NetworkTrainer().get_noise_scheduler(args)
+    if saved_with:
+        before = adaptive(criterion)
+        before.post_process_network(args, accelerator, network, [], None)
+        before.process_batch(network, batch(scheduler), args, scheduler)
+    accelerator.save_state(str(tmp_path / "old"))
+
+    later = renewed()
+    afresh = adaptive(criterion, fresh_statistics=True)
+    afresh.post_process_network(args, later, network, [], None)
+    criterion.statistics.reset()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        later.load_state(str(tmp_path / "old"))
+    assert any("the statistics start afresh" in str(each.message) for each in said) == (not saved_with)
+    assert (
+        bool(afresh.criterion.statistics.count.sum() > 0) == saved_with
+    )  # what is there is loaded: the switch may stay
+    afresh.process_batch(network, batch(scheduler), args, scheduler)
+    later.save_state(str(tmp_path / "new"))
+    later.save_state(str(tmp_path / "newer"))
+
+    last = renewed()
+    resumed = adaptive(criterion)
+    resumed.post_process_network(args, last, network, [], None)
+    last.load_state(str(tmp_path / "newer"))
+    torch.testing.assert_close(resumed.criterion.state_dict(), afresh.criterion.state_dict(), rtol=0, atol=0)
+
+
+def test_a_state_without_statistics_names_the_switch(accelerator: Accelerator, tmp_path: Path) -> None:
+    accelerator.save_state(str(tmp_path))
+    trainer = adaptive(vadiff.DiffusionLoss())
+    trainer.post_process_network(arguments(), accelerator, Network(), [], None)
+    with pytest.raises(ValueError, match=r"saved without vadiff.*--vadiff_fresh_statistics"):
+        accelerator.load_state(str(tmp_path))
+
+
+def test_statistics_are_logged_once_a_step_beside_the_trainer_s_numbers() -> None:
+    """The scripts log at step 0 while they accumulate, and a second time at a step when they validate."""
     trainer, args, network = adaptive(vadiff.DiffusionLoss(), log_every=5), arguments(), Network()
     scheduler = trainer.get_noise_scheduler(args)
     trainer.process_batch(network, batch(scheduler), args, scheduler)
-    trainer.step_logging(None, {"loss/current": 1.0}, 4, 1)
-    assert trainer.logged == {"loss/current": 1.0}
-    trainer.step_logging(None, {"loss/current": 1.0}, 5, 1)
-    assert trainer.logged["loss/current"] == 1.0
-    assert any(name.startswith("vadiff/base_loss/") for name in trainer.logged)
+    logged = []
+    for step, values in [
+        (0, {"loss/current": 1.0}),
+        (4, {"loss/current": 1.0}),
+        (5, {"loss/current": 1.0}),
+        (5, {"loss/validation/step_average": 1.0}),
+        (10, {"loss/current": 1.0}),
+    ]:
+        trainer.step_logging(None, dict(values), step, 1)
+        assert values.items() <= trainer.logged.items()
+        logged.append(any(name.startswith("vadiff/base_loss/") for name in trainer.logged))
+    assert logged == [False, False, True, False, True]
 
 
 def test_two_trainers_of_one_class_do_not_share_their_statistics() -> None:
@@ -319,14 +389,92 @@ def test_a_criterion_that_a_trainer_makes_itself_stays_its_own() -> None:
     assert Trainer().criterion is given
 
 
-def test_a_trainer_without_a_criterion_or_with_one_to_be_trained_is_refused() -> None:
-    class Forgotten(kohya.AdaptiveLoss, NetworkTrainer):
-        pass
+def options(line: str, **script: Any) -> Any:
+    """What the script's parser makes of these options, with `add_arguments`."""
+    parser = kohya.add_arguments(argparse.ArgumentParser())
+    return parser.parse_args(line.split(), namespace=arguments(**script))
 
-    with pytest.raises(TypeError, match=r"Forgotten\.criterion is missing"):
-        Forgotten().post_process_network(arguments(), None, Network(), [], None)
+
+class Options(kohya.AdaptiveLoss, NetworkTrainer):
+    """A trainer whose criterion is that of the command line."""
+
+
+def trained(line: str = "", **script: Any) -> Options:
+    trainer = Options()
+    trainer.train(options(line, **script))
+    return trainer
+
+
+def test_criterion_without_options_is_that_of_the_process() -> None:
+    for script, process in (({}, "stable_diffusion"), ({"flow": True}, "flow")):
+        expected = vadiff.DiffusionLoss.for_process(process, prediction_type="epsilon", fine_tuning=True)
+        if script:
+            expected = vadiff.DiffusionLoss.for_process("flow", fine_tuning=True)
+        criterion = trained(**script).criterion
+        assert criterion.weighting == expected.weighting
+        assert criterion.statistics.bins == expected.statistics.bins
+
+
+def test_options_of_the_criterion_come_from_the_command_line() -> None:
+    line = "--vadiff_weighting loss_level --vadiff_weighting_args strength=0.7 clip=3 --vadiff_bins 9"
+    trainer = trained(f"{line} --vadiff_log_snr_range -6 8 --vadiff_half_life 100 --vadiff_log_every 7")
+    criterion = trainer.criterion
+    assert criterion.weighting == vadiff.weighting.LossLevel(strength=0.7, clip=3.0)
+    assert criterion.statistics.bins == vadiff.DiffusionLoss(bins=9, log_snr_range=(-6.0, 8.0)).statistics.bins
+    assert criterion.statistics.half_life == 100
+    assert trainer.log_every == 7
+    v = trained("--vadiff_weighting min_snr --vadiff_weighting_args gamma=3", v_parameterization=True).criterion
+    assert v.weighting == vadiff.weighting.MinSNR(gamma=3.0, prediction_type="v_prediction")
+    half = trained("--vadiff_weighting_args clip=3").criterion  # the rest stays as for fine-tuning
+    assert half.weighting == vadiff.weighting.VarianceAware(strength=0.5, clip=3.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--vadiff_weighting_args strenght=1", "'strenght', which variance_aware does not have, expected strength or"),
+        ("--vadiff_weighting_args 1", "'1', expected KEY=NUMBER such as strength=0.5"),
+        ("--vadiff_weighting constant --vadiff_weighting_args strength=1", "expected none: it has no options"),
+        ("--vadiff_bins 1", "bins is 1"),
+        ("--vadiff_log_every 0", "log_every is 0"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained(line)
+
+
+def test_a_training_loop_that_weights_nothing_is_named() -> None:
+    class Other(kohya.AdaptiveLoss, NetworkTrainer):
+        def process_batch(self, *given: Any, **named: Any) -> Any:
+            return 0.0
+
+    with pytest.warns(
+        UserWarning, match="Other has recorded no loss: its training loop did not call post_process_loss"
+    ):
+        Other().train(options(""))
+
+    class Loop(NetworkTrainer):
+        def train(self, args: Any) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="Loop has a training loop of its own, which does not call post_process_loss"):
+        type("Trainer", (kohya.AdaptiveLoss, Loop), {})
+
+
+def test_options_beside_a_criterion_in_the_class_are_refused() -> None:
+    trainer = adaptive(vadiff.DiffusionLoss())
+    with pytest.raises(ValueError, match=r"--vadiff_bins given with Trainer\.criterion"):
+        trainer.train(options("--vadiff_bins 8"))
+    trainer.train(options("--vadiff_log_every 8"))
+    assert trainer.log_every == 8
+
+
+def test_a_criterion_to_be_trained_or_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="Use weighting='loss_level'"):
-        adaptive(vadiff.DiffusionLoss("learned")).post_process_network(arguments(), None, Network(), [], None)
+        adaptive(vadiff.DiffusionLoss("learned")).train(arguments())
+    with pytest.raises(TypeError, match=r"Trainer\.criterion is a str"):
+        type("Trainer", (kohya.AdaptiveLoss, NetworkTrainer), {"criterion": "constant"})().train(arguments())
 
 
 def test_a_trainer_named_before_the_mixin_is_refused_as_nothing_would_be_weighted() -> None:
@@ -359,12 +507,64 @@ def test_whole_timesteps_of_a_flow_stand_for_the_middle_of_their_step() -> None:
 
 
 def test_times_from_0_to_1_of_a_flow_are_refused() -> None:
-    """sd-scripts' Anima passes them; read as thousandths, they would all be next to no noise."""
+    """Read as thousandths, they would all be next to no noise."""
     criterion, loss = vadiff.DiffusionLoss.for_process("flow"), torch.ones(4, requires_grad=True)
     scheduler, times = FlowMatchEulerDiscreteScheduler(), torch.tensor([0.334, 0.9, 0.1, 0.6])
     with pytest.raises(ValueError, match=r"times from 0 to 1\. Multiply them by 1000"):
         kohya.post_process_loss(criterion, loss, arguments(), times, scheduler)
     kohya.post_process_loss(criterion, loss, arguments(), 1000 * times, scheduler)
+
+
+class AnimaNetworkTrainer(NetworkTrainer):
+    """By its name, what sd-scripts' Anima is; it passes the times of a flow from 0 to 1."""
+
+
+class Sd3NetworkTrainer(NetworkTrainer):
+    """sd-scripts' SD3, which compares x0."""
+
+
+def of_kind(base: type, **attributes: Any) -> Any:
+    criterion = vadiff.DiffusionLoss.for_process("flow", weighting="constant")
+    return type("Trainer", (kohya.AdaptiveLoss, base), {"criterion": criterion, **attributes})()
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_times_of_anima_are_read_from_0_to_1(samples: int) -> None:
+    scheduler, times = FlowMatchEulerDiscreteScheduler(), torch.tensor([0.334, 0.9, 0.1, 0.6])
+    args, (anima, flux) = arguments(flow=True), (of_kind(AnimaNetworkTrainer), of_kind(NetworkTrainer))
+    for part in times.split(samples):
+        loss = torch.ones(samples, requires_grad=True)
+        anima.post_process_loss(loss, args, part, scheduler)
+        flux.post_process_loss(loss, args, 1000 * part, scheduler)
+    assert torch.equal(anima.criterion.statistics.count, flux.criterion.statistics.count)
+
+
+def test_times_of_another_kind_than_the_trainer_s_are_refused_within_three_samples() -> None:
+    """Without a look at the name, should a trainer change: with one sample in a batch, and on a GPU as well."""
+    scheduler, loss, args = FlowMatchEulerDiscreteScheduler(), torch.ones(1, requires_grad=True), arguments(flow=True)
+    trainer = of_kind(NetworkTrainer)
+    trainer.post_process_loss(loss, args, torch.tensor([0.3]), scheduler)
+    trainer.post_process_loss(loss, args, torch.tensor([0.9]), scheduler)
+    with pytest.raises(ValueError, match=r"at most 0\.9, expected times from 0 to 1000: .* Set unit_times = True"):
+        trainer.post_process_loss(loss, args, torch.tensor([0.5]), scheduler)
+    with pytest.raises(ValueError, match=r"at most 300, expected times from 0 to 1: .* Set unit_times = False"):
+        of_kind(AnimaNetworkTrainer).post_process_loss(loss, args, torch.tensor([300.0]), scheduler)
+    corrected = of_kind(AnimaNetworkTrainer, unit_times=False)
+    corrected.post_process_loss(loss, args, torch.tensor([300.0]), scheduler)
+    late = of_kind(NetworkTrainer)  # timesteps below 1 may be drawn
+    for time in (0.5, 400.0, 0.9, 0.3):
+        late.post_process_loss(loss, args, torch.tensor([time]), scheduler)
+
+
+def test_fixed_weights_of_sd3_are_for_its_loss_of_x0() -> None:
+    scheduler = NetworkTrainer().get_noise_scheduler(arguments(flow=True))
+    timesteps = torch.tensor([100.0, 500.0, 900.0])
+    for base, form in ((Sd3NetworkTrainer, "sample"), (NetworkTrainer, "flow")):
+        trainer = of_kind(base, criterion=vadiff.DiffusionLoss("min_snr"))
+        loss = torch.ones(3, requires_grad=True)
+        found = trainer.post_process_loss(loss, arguments(flow=True), timesteps, scheduler)
+        expected = vadiff.weighting.MinSNR(prediction_type=form)(log_snr_of(scheduler, timesteps))
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_weighting_given_by_name_is_made_for_the_trainer_s_form() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import replacing
+from ..files import reason, replacing
 
 
 def write_archive(path: Path, content: Mapping[str, Any]) -> None:
@@ -23,8 +23,8 @@ def write_archive(path: Path, content: Mapping[str, Any]) -> None:
     try:
         with replacing(path, durable=True) as partial, partial.open("wb") as file:
             torch.save(dict(content), file)
-    except (OSError, RuntimeError) as error:  # torch reports a failing write as RuntimeError
-        raise CheckpointError(f"{path} could not be written: {error}. An existing file is unchanged") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {reason(error)}. An existing file is unchanged") from error
 
 
 def read_archive(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ Both loops make their loss object from a class name and options, call it as ``lo
 run ``.sum().mul(loss_scaling / batch_gpu_total).backward()`` on the [B, C, H, W] tensor that comes back. Use one of
 these class names instead, or create the object in the loop.
 
-State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume: nothing to do. EDM
-pickles the loss object into each network snapshot but makes a new one on resume: load the state from the snapshot,
+State. EDM2 keeps the `state_dict` of its loss object in every checkpoint and loads it on resume; its `torch.load`
+needs ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`` from torch 2.6 on, whatever the loss. EDM pickles the loss object into each
+network snapshot but makes a new one on resume: load the state from the snapshot,
 ``loss_fn.restore(snapshot["loss_fn"])``. A run begun with the loops' own loss has no statistics: continue it with
 ``fresh_statistics=True``. Snapshots of both contain the loss object, so that loading one needs vadiff installed.
 Statistics are merged over ranks and bit-identical on all of them, which EDM checks for every module that it saves.

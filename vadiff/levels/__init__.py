@@ -7,11 +7,13 @@ levels.log_snr, levels.sigma, levels.sample_weight
 
 from typing import Any
 
+from .._validation import did_you_mean
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
 from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
 from .gap import GapLevels
 from .information import Information
+from .k_diffusion import CosineInterpolated, SplitLogNormal
 from .mixture import Mixture
 from .noise_share import Beta, LogLogistic
 from .sampler import LevelSampler, NoiseLevels, uniforms
@@ -25,6 +27,7 @@ __all__ = [
     "Beta",
     "Cauchy",
     "CosMap",
+    "CosineInterpolated",
     "EpochUniforms",
     "GapLevels",
     "Information",
@@ -40,6 +43,7 @@ __all__ = [
     "NoiseLevels",
     "SecondMoment",
     "Shift",
+    "SplitLogNormal",
     "Suggestion",
     "Table",
     "UniformTime",
@@ -55,6 +59,7 @@ __all__ = [
 _BY_NAME: dict[str, type[LevelSampler]] = {
     "beta": Beta,
     "cauchy": Cauchy,
+    "cosine_interpolated": CosineInterpolated,
     "cosmap": CosMap,
     "information": Information,
     "laplace": Laplace,
@@ -65,6 +70,7 @@ _BY_NAME: dict[str, type[LevelSampler]] = {
     "loss_spread": LossSpread,
     "mode": Mode,
     "second_moment": SecondMoment,
+    "split_log_normal": SplitLogNormal,
     "table": Table,
     "uniform_time": UniformTime,
 }
@@ -86,6 +92,16 @@ def from_name(name: str, **options: Any) -> LevelSampler:
         >>> from_name("log_normal", p_mean=-0.4, p_std=1.0)
         LogNormal(p_mean=-0.4, p_std=1)
     """
+    return class_of(name)(**options)
+
+
+def class_of(name: str) -> type[LevelSampler]:
+    """The class of a name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in _BY_NAME:
-        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}")
-    return _BY_NAME[name](**options)
+        advice = did_you_mean(name, _BY_NAME)
+        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}{advice}")
+    return _BY_NAME[name]

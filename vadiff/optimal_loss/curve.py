@@ -45,7 +45,7 @@ class OptimalLoss:
         elements: D, number of elements of one sample.
         total_variance: trace of the data's covariance (within classes if class-conditional): limit of J* at high noise.
         samples: N, size of the data set.
-        estimator: "full", "snis", "dol" or "cdol".
+        estimator: "full", "snis", "dol", "cdol" or "cdol_paper".
         classes: number of classes of a class-conditional denoiser; 0 for an unconditional one.
     """
 

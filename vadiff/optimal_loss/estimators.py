@@ -53,10 +53,11 @@ def estimate(
             with float64 sums over chunks and draws.
         sigmas: [T] noise levels > 0 of a variance-exploding process.
         draws: noisy samples per level.
-        estimator: "full" (exact but for the draws), "snis" (far too high below middle sigma), "dol" (too low there) or
-            "cdol" (close to full at a fraction of the cost).
+        estimator: "full" (exact but for the draws), "snis" (far too high below middle sigma), "dol" (too low there),
+            "cdol" (close to full at a fraction of the cost) or "cdol_paper" (cDOL as the paper writes it, J* = A - B,
+            to reproduce its numbers; its draws are noisier).
         subset: L, samples the softmax runs over for all but "full"; N/10 by default.
-        correction: C of "cdol", divisor of the source's weight; 2·N/L by default, 4·N/L in the paper.
+        correction: C, divisor of the source's weight; 2·N/L for "cdol", 4·N/L for "cdol_paper" by default.
         seed: of sources, noise and subsets.
         chunk: data rows per GEMM. Bounds the memory: 3 matrices of 512 x chunk beside the data and T x 512 x D.
         device: one or several devices to compute on; the data's by default. Several devices split the data.
@@ -135,7 +136,7 @@ def _run(
         for level, values in zip(active, variances, strict=True):
             tallies[level].add(values, grouped=problem.subset is not None)
         rows = problem.subset or problem.samples
-        products = 2 + (len(active) if problem.subset is None else 0)
+        products = 2 + (len(active) if problem.has_means else 0)
         flops += 2.0 * len(batch.sources) * rows * problem.elements * products
         if tolerance is not None:
             active = [level for level in active if not tallies[level].within(*tolerance)]

@@ -10,6 +10,8 @@ online: running maximum, sum, and sums weighted by it.
 
 "full" uses all the data; "snis" a random subset; "dol" the source and a random subset; "cdol" the same with ln C
 subtracted from the logit of the source, which divides its weight by C. Source: arXiv 2506.13763, eqs. 7, 9 to 11.
+"cdol_paper" is cDOL to the letter of the paper, J* = A - B: A is the mean of |x_n|² over all the data, B the mean over
+draws of |sum_n p_n x_n|², C is 4N/L, and the data are not centred.
 
 With all the data the variance is the posterior mean of |x_n|² minus the square of the posterior mean. Over a random
 subset that is biased low, as the mean adapts to the subset; there the variance is estimated as half the squared
@@ -41,7 +43,9 @@ from torch import Tensor
 
 from .._validation import is_number
 
-ESTIMATORS = ("full", "snis", "dol", "cdol")
+PAPER = "cdol_paper"
+ESTIMATORS = ("full", "snis", "dol", "cdol", PAPER)
+_DEFAULT_CORRECTION = {"cdol": 2.0, PAPER: 4.0}  # in N/L
 
 _LOWEST = -1e30  # below every logit; with -inf, -inf - -inf would be NaN
 _FAR = -60.0  # bound of logit - top: far lower, weights are denormal and a CPU's products 6 times slower
@@ -55,7 +59,7 @@ class _Sums(NamedTuple):
     top: Tensor  # [T, m] largest logit
     total: Tensor  # [T, m] float64, sum of weights
     spread: Tensor  # [T, m] float64, weighted sum of |x_n|²; over a subset of |x_n - x_s|²/2
-    mean: Tensor  # [T, m, D] weighted sum of x_n; over a subset [T, m, 0]
+    mean: Tensor  # [T, m, D] weighted sum of x_n; [T, m, 0] where it is not needed
 
 
 @dataclass
@@ -99,7 +103,8 @@ class Problem:
         if not self.devices:
             raise ValueError("device is empty, expected at least one")
         # Centring does not change J* and makes the products smaller.
-        self.data = flat - _mean(flat)  # [N, D]
+        self._centre = _mean(flat)  # [D]
+        self.data = flat - self._centre  # [N, D]
         parts = self.data.split(64)  # torch copies each to float64: small enough for the cache
         norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
         if not bool(norms.isfinite().all()):
@@ -107,7 +112,8 @@ class Problem:
         self.norms = norms.square().to(flat.dtype)  # [N]
         self.total_variance = float(self.norms.mean(dtype=torch.float64))
         self.estimator = estimator
-        self.apart = estimator in ("dol", "cdol")
+        self.apart = estimator in ("dol", "cdol", PAPER)
+        self.has_means = estimator in ("full", PAPER)  # one more product per level
         self.subset = None if estimator == "full" else size
         self.chunk = chunk
         self.seed = seed
@@ -139,21 +145,24 @@ class Problem:
         return shards
 
     def posterior_variance(self, sigmas: list[float], batch: Batch) -> Tensor:
-        """Variance of the posterior of each draw at each level, [T, m] float64."""
+        """Variance of the posterior of each draw at each level, [T, m] float64; its mean over draws is J*."""
         clean, norms = self.data[batch.sources], self.norms[batch.sources]
         parts = [self._shard_sums(shard, sigmas, batch, clean, norms) for shard in batch.shards]
         if self.apart:  # the source itself, at distance 0
             shape = (len(sigmas), len(clean))
             none = torch.zeros(shape, dtype=torch.float64)
             top = torch.full(shape, self.self_logit, dtype=clean.dtype)
-            parts.append(_Sums(top, none + 1.0, none, clean.new_zeros(*shape, 0)))
+            mean = clean.expand(*shape, -1) if self.has_means else clean.new_zeros(*shape, 0)
+            parts.append(_Sums(top, none + 1.0, none, mean))
         sums = _Sums(*(value.to(self.devices[0]) for value in parts[0]))
         for part in parts[1:]:
             sums = _merge(sums, _Sums(*(value.to(self.devices[0]) for value in part)))
-        if self.subset is not None:
+        if not self.has_means:
             return (sums.spread / sums.total).cpu()
         mean = sums.mean / sums.total.to(sums.mean.dtype)[..., None]
         square = torch.linalg.vector_norm(mean, dim=2, dtype=torch.float64).square()
+        if self.subset is not None:  # A - B: both have the square of the centre
+            return (self.total_variance - square - 2.0 * (mean @ self._centre.to(mean.device))).cpu()
         return (sums.spread / sums.total - square).clamp(min=0.0).cpu()
 
     def _shard_sums(self, shard: _Shard, sigmas: list[float], batch: Batch, clean: Tensor, norms: Tensor) -> _Sums:
@@ -169,7 +178,7 @@ class Problem:
             torch.full(shape, _LOWEST, dtype=clean.dtype, device=device),
             torch.zeros(shape, dtype=torch.float64, device=device),
             torch.zeros(shape, dtype=torch.float64, device=device),
-            torch.zeros(*shape, self.elements if self.subset is None else 0, dtype=clean.dtype, device=device),
+            torch.zeros(*shape, self.elements if self.has_means else 0, dtype=clean.dtype, device=device),
         )
         for start in range(0, len(shard.values), self.chunk):
             values, value_norms = (x[start : start + self.chunk] for x in (shard.values, shard.norms))
@@ -189,6 +198,7 @@ class Problem:
                 total.mul_(scale).add_(weights.sum(1))
                 if self.subset is None:
                     spread.mul_(scale).add_(weights @ value_norms)
+                if self.has_means:
                     mean.mul_(scale[:, None]).addmm_(weights, values)
                 else:
                     spread.mul_(scale).sub_(weights.mul_(near).sum(1))
@@ -231,15 +241,18 @@ def _checked_options(estimator: str, subset: int | None, correction: float | Non
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     if estimator == "full" and subset is not None:
         raise ValueError(f"subset is {subset!r} with estimator 'full', expected None: it uses all the data")
-    if estimator != "cdol" and correction is not None:
-        raise ValueError(f"correction is {correction!r} with estimator {estimator!r}, expected None: only cdol has it")
+    if estimator not in _DEFAULT_CORRECTION and correction is not None:
+        raise ValueError(
+            f"correction is {correction!r} with estimator {estimator!r}, expected None: only "
+            f"{' and '.join(_DEFAULT_CORRECTION)} have it"
+        )
     size = max(2, samples // 10) if subset is None else subset
     if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= samples:
         raise ValueError(f"subset is {subset!r}, expected an integer from 2 to {samples}, the size of the data set")
-    c = 2.0 * samples / size if correction is None else correction
+    c = _DEFAULT_CORRECTION.get(estimator, 1.0) * samples / size if correction is None else correction
     if not is_number(c) or not 0 < c < math.inf:
         raise ValueError(f"correction is {correction!r}, expected a positive finite number")
-    return size, -math.log(c) if estimator == "cdol" else 0.0
+    return size, -math.log(c) if estimator in _DEFAULT_CORRECTION else 0.0
 
 
 def require_count(name: str, value: int, lowest: int) -> None:

@@ -17,6 +17,7 @@ from ..models import Denoiser, Parameterisation
 from ..models.parameterisation import VPForm, sigma_range
 from ..process import DiscreteVP
 from .devices import draw
+from .per_seed import EVERY_SIGMA
 from .solvers import SOLVERS
 from .steps import FLOW_SIGMA_MAX, RHO, SIGMA_MAX, SIGMA_MIN, Churn, flow_levels, noise_levels, timestep_levels
 
@@ -117,6 +118,7 @@ class Generation:
         label: the class of every image, or for each image "cycle", its seed mod number of classes, or "random", drawn
             by its seed from all classes. For a conditional model.
         guidance: w of D_guide + w·(D - D_guide); 1 is no guidance.
+        guided_sigma: (low, high), noise levels low < sigma <= high are guided (arXiv 2404.07724); all by default.
         guide: None guides by the model itself without a class.
         weights: "ema", "raw" or "ema-<width>", see `Run.denoiser`.
         step: of the checkpoint; None is the last.
@@ -138,6 +140,7 @@ class Generation:
     clip: bool = False
     label: int | str = "cycle"
     guidance: float = 1.0
+    guided_sigma: tuple[float, float] = EVERY_SIGMA
     guide: Guide | None = None
     weights: str = "ema"
     step: int | None = None
@@ -154,6 +157,13 @@ class Generation:
             raise ValueError(f"label is {self.label!r}, expected a class or one of {', '.join(LABELS)}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance is {self.guidance}, expected a number")
+        low, high = self.guided_sigma
+        if not 0.0 <= low < high:
+            raise ValueError(f"guided_sigma is {self.guided_sigma}, expected a lower and a higher noise level")
+        if self.guided_sigma != EVERY_SIGMA and self.guidance == 1.0:
+            raise ValueError(
+                f"guided_sigma is {self.guided_sigma} with guidance 1, which leaves it unused: try guidance 2"
+            )
         if self.guide is not None and self.guidance == 1.0:
             raise ValueError(f"guide is {self.guide.name} with guidance 1, which leaves it unused: try guidance 2")
         if self.batch_size < 1:
@@ -229,6 +239,10 @@ class Generation:
             "churn": None if self.churn is None else repr(self.churn),
             "guide": None if self.guide is None else self.guide.recorded(),
         }
+        if self.guided_sigma == EVERY_SIGMA:
+            del values["guided_sigma"]  # what was recorded before there was an interval stays equal
+        else:
+            values["guided_sigma"] = list(self.guided_sigma)
         if self.profile is not None:
             values["profile"] = _fingerprint(self.profile)
         return values
@@ -311,7 +325,8 @@ def solve(
     return SOLVERS[generation.solver](
         denoiser, denoiser.image_shape, seeds, levels=generation.levels(denoiser.form),
         labels=generation.labels(seeds, denoiser.labels), guide=guide, guidance=generation.guidance,
-        clip=generation.clip, batch_size=generation.batch_size, device=device, **options,
+        guided_sigma=generation.guided_sigma, clip=generation.clip, batch_size=generation.batch_size, device=device,
+        **options,
     )  # fmt: skip
 
 

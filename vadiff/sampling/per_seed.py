@@ -4,6 +4,7 @@ All noise of an image comes from its own generator with its own seed, so that th
 size, on the other seeds, on the number of devices or (up to rounding) on the device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ Denoise = Callable[..., Tensor]
 labels [B] int64."""
 
 
+EVERY_SIGMA = (0.0, math.inf)
+
+
 class Guided(NamedTuple):
     """D for a whole batch at one noise level, in float64, with labels, guidance and clipping."""
 
@@ -24,6 +28,7 @@ class Guided(NamedTuple):
     labels: Tensor | None
     guide: Denoise | None
     guidance: float
+    guided_sigma: tuple[float, float]
     clip: bool
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
@@ -31,7 +36,8 @@ class Guided(NamedTuple):
         arguments = (x.float(), torch.full((len(x),), sigma, dtype=torch.float32, device=x.device))
         classes = () if self.labels is None else (self.labels,)
         x0 = self.denoise(*arguments, *classes).double()
-        if self.guidance != 1.0:
+        lowest, highest = self.guided_sigma
+        if self.guidance != 1.0 and lowest < sigma <= highest:
             weaker = self.denoise(*arguments) if self.guide is None else self.guide(*arguments, *classes)
             x0 = weaker.double() + self.guidance * (x0 - weaker.double())
         return x0.clamp(-1.0, 1.0) if self.clip else x0
@@ -65,6 +71,7 @@ def solve_in_batches(
     labels: Tensor | None,
     guide: Denoise | None,
     guidance: float,
+    guided_sigma: tuple[float, float],
     clip: bool,
     batch_size: int,
     device: torch.device | str,
@@ -75,7 +82,8 @@ def solve_in_batches(
         [len(seeds), *shape] float32, on the CPU.
 
     Raises:
-        ValueError: levels that do not fall to 0, labels of another shape, or guidance without labels or guide.
+        ValueError: levels that do not fall to 0, labels of another shape, guidance without labels or guide, or a
+            guided_sigma that is no interval.
     """
     device = torch.device(device)
     steps = _checked(noise_levels() if levels is None else levels)
@@ -85,12 +93,14 @@ def solve_in_batches(
         raise ValueError(
             f"guidance is {guidance} without labels: there is no class to guide to. Pass labels, or a guide."
         )
+    if not 0.0 <= guided_sigma[0] < guided_sigma[1]:
+        raise ValueError(f"guided_sigma is {guided_sigma}, expected a lower and a higher noise level.")
     samples = []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         classes = None if labels is None else labels[part].to(device)
         noise = Noise(shape, seeds[part], device)
-        samples.append(solve(Guided(denoise, classes, guide, guidance, clip), noise, steps).float().cpu())
+        samples.append(solve(Guided(denoise, classes, guide, guidance, guided_sigma, clip), noise, steps).float().cpu())
     return torch.cat(samples) if samples else torch.empty(0, *shape)
 
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .per_seed import Denoise, Guided, Noise, solve_in_batches
+from .per_seed import EVERY_SIGMA, Denoise, Guided, Noise, solve_in_batches
 from .steps import Churn
 
 
@@ -32,6 +32,7 @@ def heun(
     labels: Tensor | None = None,
     guide: Denoise | None = None,
     guidance: float = 1.0,
+    guided_sigma: tuple[float, float] = EVERY_SIGMA,
     clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -51,6 +52,8 @@ def heun(
         guide: a weaker denoiser, called as `denoise` is, labels included (autoguidance, arXiv 2406.02507). None:
             `denoise` itself without labels (classifier-free guidance, arXiv 2207.12598).
         guidance: w of D_guide + w·(D - D_guide); 1 is D alone, and costs half as much.
+        guided_sigma: (low, high): guidance at noise levels low < sigma <= high, D alone elsewhere (limited-interval
+            guidance, arXiv 2404.07724).
         clip: clamp every estimate of x0 to [-1, 1], after guidance, as DDPM's `clip_denoised` does.
         batch_size: samples at a time.
         device: where `denoise` runs.
@@ -59,7 +62,8 @@ def heun(
         [len(seeds), *shape] float32, on the CPU.
 
     Raises:
-        ValueError: levels that do not fall to 0, labels of another shape, or guidance without labels or guide.
+        ValueError: levels that do not fall to 0, labels of another shape, guidance without labels or guide, or a
+            guided_sigma that is no interval.
     """
 
     def solve(denoised: Guided, noise: Noise, sigmas: list[float]) -> Tensor:
@@ -78,8 +82,8 @@ def heun(
         return x
 
     return solve_in_batches(
-        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
-        batch_size=batch_size, device=device,
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance,
+        guided_sigma=guided_sigma, clip=clip, batch_size=batch_size, device=device,
     )  # fmt: skip
 
 
@@ -92,6 +96,7 @@ def euler(
     labels: Tensor | None = None,
     guide: Denoise | None = None,
     guidance: float = 1.0,
+    guided_sigma: tuple[float, float] = EVERY_SIGMA,
     clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -106,7 +111,7 @@ def euler(
     scheduler keeps the network's own eps beside the clipped x0, and its images differ.
 
     Args:
-        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
+        denoise, shape, seeds, levels, labels, guide, guidance, guided_sigma, clip, batch_size, device: as for `heun`.
 
     Returns:
         [len(seeds), *shape] float32, on the CPU.
@@ -123,8 +128,8 @@ def euler(
         return x
 
     return solve_in_batches(
-        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
-        batch_size=batch_size, device=device,
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance,
+        guided_sigma=guided_sigma, clip=clip, batch_size=batch_size, device=device,
     )  # fmt: skip
 
 
@@ -137,6 +142,7 @@ def ddpm(
     labels: Tensor | None = None,
     guide: Denoise | None = None,
     guidance: float = 1.0,
+    guided_sigma: tuple[float, float] = EVERY_SIGMA,
     clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -147,7 +153,7 @@ def ddpm(
     sqrt(alpha-bar); the variance is the smaller of its two, the posterior's.
 
     Args:
-        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
+        denoise, shape, seeds, levels, labels, guide, guidance, guided_sigma, clip, batch_size, device: as for `heun`.
 
     Returns:
         [len(seeds), *shape] float32, on the CPU.
@@ -167,8 +173,8 @@ def ddpm(
         return x
 
     return solve_in_batches(
-        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
-        batch_size=batch_size, device=device,
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance,
+        guided_sigma=guided_sigma, clip=clip, batch_size=batch_size, device=device,
     )  # fmt: skip
 
 
@@ -181,6 +187,7 @@ def dpmpp_2m(
     labels: Tensor | None = None,
     guide: Denoise | None = None,
     guidance: float = 1.0,
+    guided_sigma: tuple[float, float] = EVERY_SIGMA,
     clip: bool = False,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -192,7 +199,7 @@ def dpmpp_2m(
     and in the last h is infinite. Source: arXiv 2211.01095, algorithm 2.
 
     Args:
-        denoise, shape, seeds, levels, labels, guide, guidance, clip, batch_size, device: as for `heun`.
+        denoise, shape, seeds, levels, labels, guide, guidance, guided_sigma, clip, batch_size, device: as for `heun`.
 
     Returns:
         [len(seeds), *shape] float32, on the CPU.
@@ -214,8 +221,8 @@ def dpmpp_2m(
         return x
 
     return solve_in_batches(
-        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance, clip=clip,
-        batch_size=batch_size, device=device,
+        solve, denoise, shape, seeds, levels=levels, labels=labels, guide=guide, guidance=guidance,
+        guided_sigma=guided_sigma, clip=clip, batch_size=batch_size, device=device,
     )  # fmt: skip
 
 

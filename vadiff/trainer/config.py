@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import levels
+from .. import levels, weighting
+from .._validation import did_you_mean, number_options
 from ..augmentation import SMALLEST
 from ..errors import RunError
 from ..extras import import_extra
@@ -87,6 +88,7 @@ class TrainConfig(ConfigSchema):
         if self.timesteps == 1:
             raise ValueError("timesteps is 1, expected 0 for continuous time, or at least 2")
         self.held_out_range()
+        self._check_options()
         if self.device != "auto":
             try:
                 torch.device(self.device)
@@ -108,6 +110,32 @@ class TrainConfig(ConfigSchema):
                     f"sigma_data is {self.sigma_data:g}, expected {LATENT_STD:g}: the standard deviation to which "
                     "latents are scaled"
                 )
+
+    def _check_options(self) -> None:
+        """Refuse options that the weighting or the level sampler does not have."""
+        made_by: dict[str, type | None] = {"weighting": None, "levels": None}  # None: it has no options
+        sampler = self.levels_of_process
+        if self.weighting != TABLE:
+            made_by["weighting"] = CURVE_WEIGHTINGS.get(self.weighting) or weighting.class_of(self.weighting)
+        if sampler != TABLE:
+            made_by["levels"] = levels.GapLevels if sampler == GAP else levels.class_of(sampler)
+        for kind, name in (("weighting", self.weighting), ("levels", sampler)):
+            made, given = made_by[kind], getattr(self, f"{kind}_options")
+            known = () if made is None else number_options(made)
+            for option in given:
+                if option not in known:
+                    advice = did_you_mean(option, known) or "."
+                    raise ValueError(
+                        f"{kind}_options is {given}: {name} has no option {option}{advice} "
+                        f"It has {', '.join(known) or 'none'}"
+                    )
+
+    @property
+    def levels_of_process(self) -> str:
+        """`levels`, with what `auto` stands for."""
+        if self.levels != AUTO:
+            return self.levels
+        return "uniform_time" if self.process in VP else "log_normal"
 
     def _check_augmentation(self) -> None:
         if not self.augment:
@@ -180,10 +208,7 @@ class TrainConfig(ConfigSchema):
 
     def resolved(self) -> "TrainConfig":
         """The config with the levels and the prediction that `auto` stands for."""
-        levels = self.levels
-        if levels == AUTO:
-            levels = "uniform_time" if self.process in VP else "log_normal"
-        return dataclasses.replace(self, levels=levels, prediction=self.form().prediction)
+        return dataclasses.replace(self, levels=self.levels_of_process, prediction=self.form().prediction)
 
     @property
     def name(self) -> str:
@@ -246,7 +271,9 @@ class TrainConfig(ConfigSchema):
         Raises:
             ValueError: an unknown field or an invalid value.
         """
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no such field; `vadiff train --help` lists them")
+            advice = did_you_mean(unknown[0], known)
+            raise ValueError(f"{', '.join(unknown)}: no such field{advice or '; `vadiff train --help` lists them'}")
         return cls(**fields)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .._validation import did_you_mean
+
 _BOUNDS: dict[str, Callable[[float, float], bool]] = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -76,7 +78,8 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise ValueError unless `value` is among the choices and within the bounds; None always passes."""
     allowed = field.metadata.get("choices")
     if allowed is not None and value not in allowed:
-        raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(allowed)}")
+        advice = did_you_mean(value, allowed)
+        raise ValueError(f"{field.name} is {value!r}, expected one of {', '.join(allowed)}{advice}")
     bounds = [(key, field.metadata[key]) for key in _BOUNDS if key in field.metadata]
     for number in value if isinstance(value, tuple) else (value,):
         if not isinstance(number, (int, float)):

@@ -170,6 +170,11 @@ class ConfigSchema:
         0.1, "probability of dropping a label, for classifier-free guidance", at_least=0, at_most=1
     )
 
+    transfer: str | None = setting(
+        None,
+        "run directory, also an imported one, whose averaged weights of the latest checkpoint are the initial weights; "
+        "steps, optimiser and statistics start anew",
+    )
     steps: int = setting(450, "optimiser steps", at_least=1)
     batch_size: int = setting(64, "images per step, over all ranks and accumulation steps", at_least=1)
     accumulate: int = setting(1, "gradient accumulation: parts that a batch is split into, to save memory", at_least=1)
@@ -189,7 +194,7 @@ class ConfigSchema:
         0.0, "EDM's ramp-up: the average's half-life is at most this share of the images so far; 0: none", at_least=0
     )
     sigma_rel: tuple[float, ...] = setting(
-        (), "relative widths of power-function EMAs to track, e.g. 0.05 0.1; `vadiff ema` makes other widths from them",
+        (), "relative widths of power-function EMAs to track, e.g. 0.05,0.1; `vadiff ema` makes other widths from them",
         above=0, below=12**-0.5,
     )  # fmt: skip
     snapshot_every: int = setting(100, "steps between snapshots of these EMAs; the last step has one too", at_least=1)
@@ -227,3 +232,38 @@ class ConfigSchema:
     held_out_sigma: tuple[float, float] = setting(
         (0.02, 20.0), "lowest and highest sigma of the held-out loss; of a vp process at most those it has", above=0
     )
+
+
+# The fields by what they are about, as `vadiff train --help` shows them; each is in one group.
+FIELD_GROUPS = {
+    "Data": (
+        "dataset", "data", "image_size", "image_channels", "cache", "workers", "on_bad_image", "augment", "flips",
+        "sigma_data",
+    ),
+    "Process and prediction": ("process", "prediction", "timesteps", "zero_terminal_snr"),
+    "Weighting": (
+        "weighting", "weighting_options", "table", "optimal_loss", "bins", "log_snr_range", "half_life",
+    ),
+    "Noise levels": (
+        "levels", "levels_options", "shift", "uniform_share", "profile", "levels_every", "p_mean", "p_std",
+        "stratified", "stratified_epoch", "antithetic",
+    ),
+    "Targets": ("target", "reference"),
+    "Network": (
+        "model", "channels", "layers_per_block", "attention_resolutions", "norm_groups", "gradient_checkpointing",
+        "dropout", "class_conditional", "label_dropout",
+    ),
+    "Optimisation": (
+        "transfer", "steps", "batch_size", "accumulate", "optimizer", "learning_rate", "betas", "weight_decay",
+        "warmup", "warmup_from_zero", "schedule", "schedule_steps", "clip", "max_skipped_steps", "seed", "data_seed",
+    ),
+    "Averages of the weights": (
+        "ema_decay", "ema_rampup", "sigma_rel", "snapshot_every", "snapshot_precision",
+    ),
+    "Held-out loss and samples": (
+        "held_out_every", "held_out_images", "held_out_draws", "held_out_levels", "held_out_sigma", "samples_every",
+        "sample_count",
+    ),
+    "Logs and checkpoints": ("log_every", "tensorboard", "log_rms", "checkpoint_every", "keep_checkpoints"),
+    "Machine": ("device", "backend", "precision", "compile", "graph", "tf32", "deterministic"),
+}  # fmt: skip

@@ -1,9 +1,11 @@
 """Image files: PNG folders and npz archives, written atomically and read back as uint8; image grids."""
 
+import itertools
 import math
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +15,15 @@ import torch
 from torch import Tensor
 
 from ..extras import import_extra
-from ..files import replacing
+from ..files import check_writable, replacing
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class PictureWriter:
     """Writes a PNG folder or an npz archive, which appears at `path` only if the `with` block ends without an error.
+
+    After an error, what was written so far is lost, unless `keep` is called.
 
     The archive holds `arr_0` [N, H, W, C] uint8 and, with labels, `arr_1` [N] int64, as the usual evaluation scripts
     expect. A folder holds one file per image, named by its seed (and class).
@@ -30,23 +34,33 @@ class PictureWriter:
         shape: (C, H, W), C 1 or 3.
         labels: whether `write` gets class labels.
         note: kept in an archive, for `read_note`.
+        overwrite: replace an archive, or a folder with nothing but PNG files.
 
     Raises:
-        FileExistsError: `path` exists already.
+        FileExistsError: `path` exists already, without `overwrite`, or it is something else.
+        OSError: nothing can be written there.
         ValueError: images that are neither grey nor RGB.
     """
 
     def __init__(
-        self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False, note: str = ""
-    ) -> None:
-        if path.exists():
-            raise FileExistsError(f"{path} exists already: give another name, or remove it first")
+        self, path: Path, seeds: Sequence[int], shape: tuple[int, int, int], labels: bool = False, note: str = "",
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already: replace it with --overwrite, or name another")
+        if path.is_dir() and not (path.suffix != ".npz" and all(file.suffix == ".png" for file in path.iterdir())):
+            raise FileExistsError(f"{path} has other files than images: it is not replaced; name another")
+        if path.is_file() and path.suffix != ".npz":
+            raise FileExistsError(f"{path} is a file, expected a folder of PNG files")
+        archive = path.suffix == ".npz"  # written at the end
+        check_writable(path, folder=not archive, size=len(seeds) * math.prod(shape) if archive else 0)
         if shape[0] not in (1, 3):
             raise ValueError(f"images have {shape[0]} channels, expected 1 (grey) or 3 (RGB) for pictures")
-        self.path, self.seeds, self.archive = path, seeds, path.suffix == ".npz"
+        self.path, self.seeds, self.archive = path, seeds, archive
         self.images = np.empty((len(seeds) if self.archive else 0, *shape[1:], shape[0]), dtype=np.uint8)
         self.labels = np.zeros(len(seeds), dtype=np.int64) if labels else None
-        self.note = note
+        self.note, self._overwrite = note, overwrite
+        self.written: set[int] = set()  # places in `seeds`
         self._pillow = import_extra("PIL.Image", "eval")
 
     def __enter__(self) -> "PictureWriter":
@@ -61,10 +75,36 @@ class PictureWriter:
             self.labels[start : start + len(pixels)] = labels.numpy()
         if self.archive:
             self.images[start : start + len(pixels)] = pixels
-            return
-        for offset, picture in enumerate(pixels):
-            name = f"{self.seeds[start + offset]:06d}" + ("" if labels is None else f"_class{int(labels[offset])}")
-            self._pillow.fromarray(_grey_or_rgb(picture)).save(self._partial / f"{name}.png")
+        else:
+            for offset, picture in enumerate(pixels):
+                name = f"{self.seeds[start + offset]:06d}" + ("" if labels is None else f"_class{int(labels[offset])}")
+                self._pillow.fromarray(_grey_or_rgb(picture)).save(self._partial / f"{name}.png")
+        self.written |= {*range(start, start + len(pixels))}
+
+    def keep(self) -> Path | None:
+        """Within the `with` block: keep the images so far under another name, which is returned; None without any."""
+        if not self.written:
+            return None
+        kept = self._free_name()
+        if not self.archive:
+            whole = {self.seeds[place] for place in self.written}
+            for file in self._partial.iterdir():
+                if int(file.stem.split("_")[0]) not in whole:  # of a batch that was not written to its end
+                    file.unlink()
+            self._partial.rename(kept)
+            return kept
+        places = sorted(self.written)
+        labels = self.labels is not None
+        channels, height, width = self.images.shape[3], *self.images.shape[1:3]
+        with PictureWriter(kept, [self.seeds[place] for place in places], (channels, height, width), labels) as writer:
+            chosen = torch.from_numpy(self.images[places]).permute(0, 3, 1, 2)
+            writer.write(0, chosen, None if self.labels is None else torch.from_numpy(self.labels[places]))
+        return kept
+
+    def _free_name(self) -> Path:
+        marks = itertools.chain([""], map("-{}".format, itertools.count(2)))
+        paths = (self.path.with_name(f"{self.path.stem}-incomplete{mark}{self.path.suffix}") for mark in marks)
+        return next(path for path in paths if not path.exists())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -73,7 +113,7 @@ class PictureWriter:
 
     @contextmanager
     def _atomically(self) -> Iterator[None]:
-        with replacing(self.path) as self._partial:
+        with ExitStack() as replaced, replacing(self.path) as self._partial:
             if not self.archive:
                 self._partial.mkdir()
             yield
@@ -85,6 +125,9 @@ class PictureWriter:
                     arrays["note"] = np.array(self.note)
                 with self._partial.open("wb") as file:
                     np.savez(file, **arrays)
+            elif self._overwrite and self.path.exists():  # a folder with files in it cannot be renamed over
+                aside = tempfile.TemporaryDirectory(prefix=f"{self.path.name}.replaced-", dir=self.path.parent)
+                self.path.rename(Path(replaced.enter_context(aside)) / self.path.name)
 
 
 def read_pictures(path: Path) -> Tensor:

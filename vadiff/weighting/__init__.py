@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from .._validation import did_you_mean
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
 from .base import Weighting
 from .batch import Cauchy, Gaussian, LossZScore
@@ -101,7 +102,7 @@ def takes_prediction_type(name: str) -> bool:
     Raises:
         ValueError: an unknown name.
     """
-    return issubclass(_class_of(name), SNRWeighting)
+    return issubclass(class_of(name), SNRWeighting)
 
 
 def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
@@ -125,7 +126,7 @@ def from_name(weighting: str | Weighting, **options: Any) -> Weighting:
     if weighting == "soft_min_snr" and "sigma_data" in options:
         made = SoftMinSNR(**options)  # checks sigma_data
         options.setdefault("gamma", 1.0 / made.sigma_data**2)
-    return _class_of(weighting)(**options)
+    return class_of(weighting)(**options)
 
 
 def for_criterion(weighting: str | Weighting) -> Weighting:
@@ -138,7 +139,13 @@ def for_criterion(weighting: str | Weighting) -> Weighting:
     return from_name(weighting)
 
 
-def _class_of(name: str) -> type[Weighting]:
+def class_of(name: str) -> type[Weighting]:
+    """The class of a name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in _BY_NAME:
-        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(available())}")
+        advice = did_you_mean(name, _BY_NAME)
+        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(available())}{advice}")
     return _BY_NAME[name]

@@ -117,7 +117,8 @@ class MinSNR(SNRWeighting):
     """Min-SNR-gamma (arXiv 2303.09556): min(S, gamma) on the x0 loss.
 
     For another prediction type it is divided by that type's k(S): epsilon min(S, gamma)/S, v min(S, gamma)/(S + 1), ...
-    At zero SNR the weight is 1 for epsilon and 0 for v and x0. For EDM, S = 1/sigma**2, without sigma_data.
+    At zero SNR the weight is 1 for epsilon and, as a limit, 0 for v and x0: unless `terminal` says otherwise, the last
+    timestep of a process with zero terminal SNR is not trained. For EDM, S = 1/sigma**2, without sigma_data.
 
     Args:
         gamma: SNR at which the weight is capped.

@@ -92,7 +92,7 @@ class Evaluation:
     def arguments(self, dataset: str) -> list[str]:
         """Arguments that follow `vadiff evaluate RUN`."""
         return [
-            "--metrics", *self.metrics, "--features", self.features_of(dataset), "--layer", self.layer,
+            "--metrics", ",".join(self.metrics), "--features", self.features_of(dataset), "--layer", self.layer,
             "--images", str(self.images), "--first-seed", str(self.first_seed), "--repeats", str(self.repeats),
             "--no-held-out",
             *(["--solver", self.solver] if self.solver else []),

@@ -7,6 +7,7 @@ with averaged weights in eval mode; held-out images have no optimal loss to subt
 import csv
 import io
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,18 +16,20 @@ import torch
 from torch import Tensor
 
 from ...extras import import_extra
+from ...files import replacing
 from ...optimal_loss import OptimalLoss
 from ...process import loss_ratio
 from ..data import Images
+from ..progress import progress_bar
 from ..training.data_set import load_images
 from ..training.held_out import held_out_log_snr, level_mean
 from ..training.metrics import stacked
 from ..training.optimal_curve import estimate_curve
 from ..training.run import Run, open_run
 from ..training.run_gap import gap_of_run
-from .grid import Grid, GridError, arm_label
+from .grid import Grid, GridError, PlannedRun, arm_label
 from .output import arm_style, plain_axes
-from .statistics import Interval, interval
+from .statistics import LEAST_SEEDS, Interval, interval
 
 _COLUMNS = ("arm", "sigma", "log_snr", "seeds", "held_out", "held_out_low", "held_out_high", "training", "optimal",
             "optimal_stderr", "gap", "gap_low", "gap_high")  # fmt: skip
@@ -109,7 +112,9 @@ class Gaps:
                     sigmas, [value.low for value in values], [value.high for value in values],
                     color=style["color"], alpha=0.12, linewidth=0,
                 )  # fmt: skip
-        panels[0].set_title("Held-out loss.\nBand: 95 % interval over seeds.", loc="left")
+        enough = len(self.seeds) >= LEAST_SEEDS
+        band = "Band: 95 % interval over seeds." if enough else f"No intervals from fewer than {LEAST_SEEDS} seeds."
+        panels[0].set_title(f"Held-out loss.\n{band}", loc="left")
         panels[1].set_title(
             "Gap: loss on training images − optimal loss.\nHow much training could still lower it.", loc="left"
         )
@@ -133,7 +138,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         grid: the experiment; at least one run must be finished.
         out: its folder.
         images: training images to measure each run on; the same images and noise for every run.
-        progress: show progress bars where stderr is a terminal.
+        progress: show a progress bar.
 
     Raises:
         UserError: no run is finished, a run was trained with other settings, or a checkpoint or the data set is missing
@@ -151,8 +156,7 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
         for objective in grid.objectives
         for arm in sorted(grid.arms_of(objective), key=lambda arm: arm != grid.baseline)  # the baseline first
     }
-    bar_type = import_extra("tqdm", "train").tqdm
-    for run in bar_type(done, unit="run", desc="gaps", disable=None if progress else True):
+    for run in _counted(done, progress):
         opened = open_run(run.path)
         config = opened.config
         device = run.config.torch_device()  # data and device of this machine are in the grid's config
@@ -183,18 +187,25 @@ def collect_gaps(grid: Grid, out: Path, *, images: int = 1000, progress: bool = 
     return Gaps(grid.name, grid.seeds, arms)
 
 
+def _counted(runs: Sequence[PlannedRun], progress: bool) -> Iterator[PlannedRun]:
+    with progress_bar(len(runs), "gaps", "run", shown=progress) as bar:
+        for run in runs:
+            bar.set_postfix_str(f"{run.label}/seed-{run.seed}", refresh=False)
+            yield run
+            bar.update()
+
+
 def write_gaps(gaps: Gaps, out: Path) -> None:
     """Write gaps.csv, gaps.txt and gaps.png to a folder, creating it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    picture = io.BytesIO()
-    gaps.figure().savefig(picture, format="png")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gaps.csv").write_text(gaps.as_csv())
-    (out / "gaps.txt").write_text(gaps.as_text() + "\n")
-    (out / "gaps.png").write_bytes(picture.getvalue())
+    for name, text in {"gaps.csv": gaps.as_csv(), "gaps.txt": gaps.as_text() + "\n"}.items():
+        with replacing(out / name) as partial:
+            partial.write_text(text)
+    with replacing(out / "gaps.png") as partial:
+        gaps.figure().savefig(partial, format="png")
 
 
 def _held_out(run: Run) -> Tensor:

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..._validation import did_you_mean
 from ...errors import RunError, UserError
 from ...extras import import_extra
 from ..config import TrainConfig
@@ -208,9 +209,11 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
         raise GridError(f"{path} cannot be read: {error}") from error
     unknown = sorted(set(content) - _KEYS)
     if unknown:
-        raise GridError(f"{path} has {', '.join(unknown)}, expected only {', '.join(sorted(_KEYS))}")
+        advice = did_you_mean(unknown[0], _KEYS)
+        raise GridError(f"{path} has {', '.join(unknown)}, expected only {', '.join(sorted(_KEYS))}{advice}")
     if content.get("preset") not in PRESETS:
-        raise GridError(f"{path}: preset is {content.get('preset')!r}, expected one of {', '.join(PRESETS)}")
+        advice = did_you_mean(content.get("preset"), PRESETS)
+        raise GridError(f"{path}: preset is {content.get('preset')!r}, expected one of {', '.join(PRESETS)}{advice}")
     fields = {**PRESETS[content["preset"]].as_dict(), **content.get("config", {}), **(overrides or {})}
     try:
         base = TrainConfig.from_dict(fields)

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...extras import import_extra
+from ...files import check_writable, replacing
+from ..next_steps import next_steps
 from .collect import ArmResult, Results
+from .grid import Grid
 from .statistics import LEAST_SEEDS, Effect, Interval
 
 # Okabe & Ito's colour-blind-safe colours; markers for black-and-white prints, dashes for every further seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
+_SHOWN = 6  # runs in the command that is named at the end
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -25,20 +29,44 @@ def write_results(results: Results, out: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    picture = io.BytesIO()
-    _picture(results).savefig(picture, format="png")
     table = io.StringIO()
     _write_csv(results, table)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results.as_dict(), indent=1) + "\n")
-    (out / "results.csv").write_text(table.getvalue())
-    (out / "results.txt").write_text(results_table(results) + "\n")
-    (out / "results.png").write_bytes(picture.getvalue())
+    texts = {
+        "results.json": json.dumps(results.as_dict(), indent=1) + "\n",
+        "results.csv": table.getvalue(),
+        "results.txt": results_table(results) + "\n",
+    }
+    for name, text in texts.items():
+        with replacing(out / name) as partial:
+            partial.write_text(text)
+    with replacing(out / "results.png") as partial:
+        _picture(results).savefig(partial, format="png")
+
+
+def next_steps_of(grid: Grid, out: Path) -> str:
+    """How to look at the runs of the first seed; nothing where none is done."""
+    first = [run.path for run in grid.runs(out) if run.seed == grid.seeds[0] and run.is_done]
+    return next_steps(("report", *first[:_SHOWN], "--out", out / "report.html")) if first else ""
+
+
+def check_outputs(out: Path) -> None:
+    """Raise unless results can be computed, drawn and written to a folder: before hours of training.
+
+    Raises:
+        OSError: the folder cannot be written.
+        MissingExtraError: matplotlib or SciPy is not installed.
+    """
+    check_writable(out, folder=True)
+    import_extra("matplotlib", "report")
+    import_extra("scipy.stats", "train")
 
 
 def results_table(results: Results) -> str:
     """The results as a text table, without a trailing newline."""
-    lines = [f"{results.name}: compared with {results.baseline}, paired by seed; mean [95 % interval]"]
+    fewest = min((arm.held_out.ratio.number for arm in results.arms), default=LEAST_SEEDS)
+    most = max((arm.held_out.ratio.number for arm in results.arms), default=LEAST_SEEDS)
+    shown = "mean [95 % interval]" if most >= LEAST_SEEDS else "mean"
+    lines = [f"{results.name}: compared with {results.baseline}, paired by seed; {shown}"]
     for objective in dict.fromkeys(arm.objective for arm in results.arms):
         arms = [arm for arm in results.arms if arm.objective == objective]
         lines += ["", *([f"Objective {objective}"] if objective else []), *_rows(arms)]
@@ -51,7 +79,6 @@ def results_table(results: Results) -> str:
         "(interval not above 0), and both finite.",
         "Images to reach the baseline's final held-out loss ÷ images the baseline saw; below 1 is faster.",
     ]
-    fewest = min((arm.held_out.ratio.number for arm in results.arms), default=LEAST_SEEDS)
     if fewest < LEAST_SEEDS:
         lines.append(
             f"No intervals from fewer than {LEAST_SEEDS} seeds (here {fewest}): they say nothing about the spread over "
@@ -145,10 +172,12 @@ def _picture(results: Results) -> Any:
     panels[-1, -1].set_xlabel("log-SNR  λ = −2 ln σ  (nats)      ← more noise · less noise →")
     for panel in panels.flat:
         plain_axes(panel)
+    intervals = "Bars and bands: 95 % intervals."
+    if len(results.seeds) < LEAST_SEEDS:
+        intervals = f"No intervals: {len(results.seeds)} seeds carry none, {LEAST_SEEDS} or more do."
     title = (
         f"{results.name}: {len(results.seeds)} seeds, paired\n"
-        f"Bars and bands: 95 % intervals (from {LEAST_SEEDS} seeds). Grey: each seed. "
-        "Right: the same arms by noise level."
+        f"{intervals} Grey: each seed. Right: the same arms by noise level."
     )
     figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     return figure

@@ -10,14 +10,26 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from ...extras import import_extra
 from ..evaluation.fidelity import content_key, find_network
 from ..training.run import open_run
 from ..training.run_folder import is_in_use
 from .evaluation import Evaluation, drawn_with
 from .grid import Grid, GridError, PlannedRun
+from .progress import GridProgress
 
 _POLL_SECONDS = 1.0  # between checks of a run that another process trains
+_SHOW_SECONDS = 1.0  # between looks at the steps of the runs
+
+
+GOING_ON = "the runs at work wrote checkpoints: the same command goes on with them, and keeps those that are done"
+
+
+def failures(failed: Sequence[Path]) -> str:
+    """What failed, where to look, and how to go on."""
+    return (
+        f"{len(failed)} runs failed: {', '.join(map(str, failed))}. Their train.log and evaluate.log say why; the same "
+        "command tries them again"
+    )
 
 
 def train_all(
@@ -66,10 +78,8 @@ def train_all(
     waiting = [run for run in runs if not work.is_complete(run)]
     trained = {run.path for run in runs if run.is_done}
     failed: list[Path] = []
-    bar = import_extra("tqdm", "train").tqdm(
-        total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=None
-    )
-    with bar, ThreadPoolExecutor(jobs) as pool:
+    complete = {run.path for run in runs} - {run.path for run in waiting}
+    with GridProgress(runs, complete) as shown, ThreadPoolExecutor(jobs) as pool:
         running: dict[Future[tuple[bool, bool]], PlannedRun] = {}
         try:
             while waiting or running:
@@ -82,14 +92,15 @@ def train_all(
                         running[pool.submit(work.do, run)] = run
                 if not running:
                     break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                shown.show(list(running.values()))
+                for future in wait(running, timeout=_SHOW_SECONDS, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     is_trained, is_complete = future.result()
                     if is_trained:
                         trained.add(run.path)
                     if not is_complete:
                         failed.append(run.path)
-                    bar.update()
+                    shown.end(run, trained=is_trained, complete=is_complete)
         except BaseException:
             children.stop()
             raise

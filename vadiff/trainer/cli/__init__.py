@@ -1,14 +1,10 @@
 """The command `vadiff`: one module per command. Importing it defines the arguments; `run` does the heavy imports."""
 
-import argparse
-import os
-import signal
-import sys
 from collections.abc import Sequence
 
+import click
+
 from ..._version import __version__
-from ...errors import UserError
-from ...extras import MissingExtraError
 from . import (
     ablate,
     demo,
@@ -25,12 +21,32 @@ from . import (
     train,
     validate,
 )
+from .command import call, options_of, parse, sections
+from .guard import status_of
+from .parameters import Options
 
-# Each module has NAME, HELP (one line), DESCRIPTION, add_arguments(parser) and run(options).
-COMMANDS = (
-    train, validate, diagnose, ema, sample, evaluate, import_networks, report, ablate, optimal_loss, levels, encode,
-    demo, doctor,
-)  # fmt: skip
+# Each module has NAME, HELP (one line), DESCRIPTION, EXAMPLES and `run`, the command made of them.
+VADIFF = sections(
+    "vadiff",
+    "Adaptive weighting of noise levels for diffusion and flow training. `vadiff COMMAND --help` explains a command. A "
+    "list is written with commas: --sigma-rel 0.05,0.1.",
+    {
+        "Begin": (demo.run, doctor.run),
+        "Train": (train.run, ablate.run, encode.run, import_networks.run),
+        "Use a run": (sample.run, ema.run, report.run),
+        "Measure": (diagnose.run, validate.run, evaluate.run, optimal_loss.run, levels.COMMAND),
+    },
+    click.version_option(__version__, message="vadiff %(version)s"),
+)
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The values of a command line, which is not run.
+
+    Raises:
+        SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
+    """
+    return options_of(parse(VADIFF, arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,50 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None reads them from the shell.
 
     Returns:
-        The exit status: 0; 1 for an error that the user can fix (the message says how); 130 when interrupted; 141 when
-        the reader of the output closed the pipe.
+        The exit status, see `guard.status_of`.
 
     Raises:
         SystemExit: with status 2 for invalid arguments, with 0 for --help and --version.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except (MissingExtraError, UserError) as error:
-        print(f"vadiff: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("\nvadiff: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults except `(default: None)`: the help texts of these arguments say what happens without them."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vadiff",
-        description="Adaptive weighting of noise levels for diffusion and flow training.",
-        epilog="`vadiff COMMAND --help` explains a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"vadiff {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for command in COMMANDS:
-        subparser = commands.add_parser(
-            command.NAME,
-            help=command.HELP,
-            description=command.DESCRIPTION,
-            formatter_class=_HelpFormatter,
-        )
-        subparser.set_defaults(run=command.run, parser=subparser)
-        command.add_arguments(subparser)
-    return parser
+    context = parse(VADIFF, arguments)
+    return status_of(lambda: call(context))

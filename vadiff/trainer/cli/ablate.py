@@ -1,8 +1,21 @@
 """`vadiff ablate`."""
 
-import argparse
-import signal
+import sys
 from pathlib import Path
+
+from .command import command
+from .parameters import (
+    PATH,
+    TEXT,
+    WHOLE_NUMBER,
+    Options,
+    argument,
+    flag,
+    group,
+    not_together,
+    option,
+    usage_error,
+)
 
 NAME = "ablate"
 HELP = "train a grid of configs over seeds, and compare them paired by seed"
@@ -16,84 +29,93 @@ DESCRIPTION = (
     "results.csv, results.txt and results.png; with --gap also each arm's held-out loss and gap to the optimal loss "
     "per noise level: gaps.csv, .txt and .png. Exit status 1 if a run failed; the others are collected."
 )
+EXAMPLES = (
+    "vadiff ablate grid.toml --list                     # the runs and their progress",
+    "vadiff ablate grid.toml --steps 50 --seeds 2       # a trial, in a folder of its own",
+    "vadiff ablate grid.toml --evaluate --jobs 2",
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("grid", type=Path, metavar="GRID.toml", help="the experiment")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS,
-        help="default: runs/NAME, or runs/NAME-N-steps with --steps N",
-    )  # fmt: skip
-    parser.add_argument("--data", metavar="PATH", default=argparse.SUPPRESS, help="path of the data set")
-    parser.add_argument("--device", default=argparse.SUPPRESS, help="device of all runs: auto, cpu, cuda, cuda:N")
-    parser.add_argument("--jobs", type=int, metavar="N", default=1, help="number of runs in parallel on the device")
-    parser.add_argument("--seeds", type=int, metavar="N", default=argparse.SUPPRESS, help="the first N seeds only")
-    parser.add_argument(
-        "--steps", type=int, metavar="N", default=argparse.SUPPRESS, help="steps of all runs, for a trial"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="also compare images of each run with real ones, unless already done"
-    )
-    parser.add_argument(
-        "--inception-weights", type=Path, metavar="PATH", default=None,
-        help="for --evaluate: torch-fidelity's weights file, for machines without internet",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", default=None, help="for --evaluate: cache of the real images' features"
-    )
-    parser.add_argument("--gap", action="store_true", help="also measure each run's gap to the optimal loss")
-    parser.add_argument("--gap-images", type=int, metavar="N", default=1000, help="training images per run for --gap")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--index", type=int, metavar="I", default=argparse.SUPPRESS,
-        help="train only run I (0, 1, ... as in --list) and the run it needs; for job arrays",
-    )  # fmt: skip
-    what.add_argument("--list", action="store_true", help="print the runs and their progress, train nothing")
-    what.add_argument("--collect", action="store_true", help="collect the finished runs, train nothing")
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@argument("grid", "GRID.toml", "the experiment")
+@group(
+    "Runs",
+    option("--out", PATH, "DIR", "default: runs/NAME, or runs/NAME-N-steps with --steps N"),
+    option("--data", TEXT, "PATH", "path of the data set"),
+    option("--device", TEXT, "DEVICE", "device of all runs: auto, cpu, cuda, cuda:N"),
+    option("--jobs", WHOLE_NUMBER, "N", "number of runs in parallel on the device", default=1),
+    option("--seeds", WHOLE_NUMBER, "N", "the first N seeds only"),
+    option("--steps", WHOLE_NUMBER, "N", "steps of all runs, for a trial"),
+)
+@group(
+    "Instead of training all",
+    option(
+        "--index", WHOLE_NUMBER, "I",
+        "train only run I (0, 1, ... as in --list) and the run it needs; for job arrays",
+    ),
+    flag("--list", "print the runs and their progress, train nothing"),
+    flag("--collect", "collect the finished runs, train nothing"),
+)  # fmt: skip
+@group(
+    "Images and gaps",
+    flag("--evaluate", "also compare images of each run with real ones, unless already done"),
+    option(
+        "--inception-weights", PATH, "PATH",
+        "for --evaluate: torch-fidelity's weights file, for machines without internet",
+    ),
+    option("--cache", PATH, "DIR", "for --evaluate: cache of the real images' features"),
+    flag("--gap", "also measure each run's gap to the optimal loss"),
+    option("--gap-images", WHOLE_NUMBER, "N", "training images per run for --gap", default=1000),
+)  # fmt: skip
+@not_together("index", "list", "collect")
+def run(options: Options) -> None:
     from ..ablation import collect, collect_gaps, read_grid, results_table, train_all, write_gaps, write_results
+    from ..ablation.output import check_outputs, next_steps_of
+    from ..ablation.runner import GOING_ON, failures
+    from ..training.stopping import stoppable
 
     if options.gap_images < 2:
-        options.parser.error(f"argument --gap-images: {options.gap_images}, expected at least 2")
+        usage_error(f"argument --gap-images: {options.gap_images}, expected at least 2")
     if options.jobs < 1:
-        options.parser.error(f"argument --jobs: {options.jobs}, expected at least 1")
-    overrides = {name: getattr(options, name) for name in ("data", "device", "steps") if name in options}
+        usage_error(f"argument --jobs: {options.jobs}, expected at least 1")
+    given = {name: getattr(options, name) for name in ("data", "device", "steps")}
+    overrides = {name: value for name, value in given.items() if value is not None}
     for name in ("inception_weights", "cache"):
         if getattr(options, name) is not None and not options.evaluate:
-            options.parser.error(f"argument --{name.replace('_', '-')}: is for --evaluate, which is not given")
+            usage_error(f"argument --{name.replace('_', '-')}: is for --evaluate, which is not given")
     if options.evaluate and (options.list or options.collect):
-        options.parser.error("argument --evaluate: --list and --collect measure nothing")
+        usage_error("argument --evaluate: --list and --collect measure nothing")
     if options.inception_weights is not None and not options.inception_weights.is_file():
-        options.parser.error(f"argument --inception-weights: {options.inception_weights} is not a file")
-    grid = read_grid(options.grid, overrides, seeds=getattr(options, "seeds", None))
-    name = f"{grid.name}-{options.steps}-steps" if "steps" in options else grid.name  # keeps trials apart
-    out = options.out if "out" in options else Path("runs") / name
+        usage_error(f"argument --inception-weights: {options.inception_weights} is not a file")
+    grid = read_grid(options.grid, overrides, seeds=options.seeds)
+    name = f"{grid.name}-{options.steps}-steps" if options.steps is not None else grid.name  # keeps trials apart
+    out = options.out if options.out is not None else Path("runs") / name
     if options.list:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, the runs write checkpoints
+    check_outputs(out)
     failed = []
     if not options.collect:
-        failed = train_all(
-            grid,
-            out,
-            jobs=options.jobs,
-            index=getattr(options, "index", None),
-            evaluate=options.evaluate,
-            inception_weights=options.inception_weights,
-            cache=options.cache,
-        )
-    if "index" not in options:
+        with stoppable(GOING_ON):
+            failed = train_all(
+                grid,
+                out,
+                jobs=options.jobs,
+                index=options.index,
+                evaluate=options.evaluate,
+                inception_weights=options.inception_weights,
+                cache=options.cache,
+            )
+    if options.index is None:
         results = collect(grid, out)
         write_results(results, out)
         print(results_table(results))
-        print(f"Written to {out / 'results'}.json, .csv, .txt and .png")
+        print(f"Written to {out / 'results'}.json, .csv, .txt and .png\n{next_steps_of(grid, out)}")
         if options.gap:
             gaps = collect_gaps(grid, out, images=options.gap_images)
             write_gaps(gaps, out)
             print(f"\n{gaps.as_text()}\nWritten to {out / 'gaps'}.csv, .txt and .png")
     if failed:
-        options.parser.exit(1, f"vadiff: {len(failed)} runs failed: {', '.join(str(path) for path in failed)}\n")
+        print(f"vadiff: {failures(failed)}", file=sys.stderr)
+        raise SystemExit(1)

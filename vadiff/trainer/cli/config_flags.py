@@ -1,56 +1,83 @@
-"""The fields of a training config as flags, with the fields' help texts."""
+"""The fields of a training config as options, with the fields' help texts, in groups."""
 
-import argparse
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any
+
+import click
 
 from ..config import TrainConfig
 from ..config_fields import alternatives
+from ..config_schema import FIELD_GROUPS
+from ..presets import PRESETS
+from .parameters import (
+    NUMBER,
+    PAIR,
+    TEXT,
+    WHOLE_NUMBER,
+    Choice,
+    Decorator,
+    Listed,
+    Options,
+    flag,
+    group,
+    option,
+    together,
+)
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_KINDS: dict[Any, tuple[click.ParamType[Any], str]] = {
+    int: (WHOLE_NUMBER, "N"), float: (NUMBER, "X"), str: (TEXT, "TEXT"),
+}  # fmt: skip
+_METAVARS = {  # of fields that are more than any text
+    "data": "PATH", "table": "RUN", "optimal_loss": "CSV", "profile": "RUN|CSV", "shift": "X|RULE",
+    "reference": "N|all", "device": "DEVICE",
+}  # fmt: skip
 
 
-def add_config_flags(parser: argparse._ArgumentGroup) -> None:
-    """Add a flag for every field; flags that are not given are absent from the parsed options."""
+def config_flags() -> Decorator[Any]:
+    """An option for every field; one that is not given is None in the parsed options."""
     hints = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        kind = alternatives(hints[field.name])[-1]
-        flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        allowed = field.metadata.get("choices")
-        if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-        elif allowed is not None:
-            keywords |= {"choices": allowed, "type": _name}
-        elif typing.get_origin(kind) is tuple:
-            keywords |= {"nargs": "*", "type": typing.get_args(kind)[0], "metavar": "N"}
-        elif typing.get_origin(kind) is dict:
-            keywords |= {"nargs": "*", "type": _option, "metavar": "NAME=NUMBER"}
-        else:
-            keywords |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-        parser.add_argument(flag, **keywords)
+    return together(
+        *(
+            group(title, *(_option(_FIELDS[name], alternatives(hints[name])[-1]) for name in names))
+            for title, names in FIELD_GROUPS.items()
+        )
+    )
 
 
-def given_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields for which a flag was given."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in vars(options).items() if name in names}
+def given_fields(options: Options) -> dict[str, Any]:
+    """The fields for which an option was given."""
+    given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
     for name in ("weighting_options", "levels_options"):
         if name in given:
             given[name] = dict(given[name])
     return given
 
 
-def _name(text: str) -> str:
-    """A name with hyphens in place of underscores is the same name."""
-    return text.replace("-", "_")
+def _option(field: dataclasses.Field[Any], kind: Any) -> Decorator[Any]:
+    name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    default = _default_of(field.name)
+    if kind is bool:
+        return flag(f"{name}/--no-{name[2:]}", text, default=None, shown_default=default)
+    if field.metadata.get("choices") is not None:
+        return option(name, Choice(field.metadata["choices"]), None, text, shown_default=default)
+    if typing.get_origin(kind) is tuple:
+        first, *others = typing.get_args(kind)
+        item, metavar = _KINDS[first]
+        size = None if Ellipsis in others else 1 + len(others)
+        return option(name, Listed(item, size), metavar, text, shown_default=default)
+    if typing.get_origin(kind) is dict:
+        return option(name, Listed(PAIR), "NAME=NUMBER", text, shown_default=default)
+    value, metavar = _KINDS[kind]
+    return option(name, value, _METAVARS.get(field.name, metavar), text, shown_default=default)
 
 
-def _option(text: str) -> tuple[str, float]:
-    name, equals, number = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=NUMBER")
-    try:
-        return name, float(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number after {name}=") from None
+def _default_of(name: str) -> Callable[[click.Context], Any]:
+    """The field's value in the preset of the command line, if it names one, else in `digits`."""
+
+    def default(context: click.Context) -> Any:
+        return getattr(PRESETS[context.params.get("preset") or "digits"], name)
+
+    return default

@@ -1,6 +1,5 @@
 """`vadiff demo`."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import torch
 
 from ...ops import backends
 from ..presets import PRESETS
+from .command import command
+from .parameters import PATH, TEXT, WHOLE_NUMBER, Choice, Options, flag, option, usage_error
 
 NAME = "demo"
 HELP = "compare three weightings on handwritten digits: pictures and a table"
@@ -17,31 +18,34 @@ DESCRIPTION = (
     "folder --out, and print how far the loss spreads over noise levels, the Fréchet distance of the samples and the "
     "loss on held-out images per noise level. Takes minutes."
 )
+EXAMPLES = (
+    "vadiff demo                                # results in runs/demo",
+    "vadiff demo --seed 1 --out runs/demo-1     # the same with another seed",
+)
+_PRESET = PRESETS["digits"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    preset = PRESETS["digits"]
-    parser.add_argument("--steps", type=int, metavar="N", default=preset.steps, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=preset.batch_size, help="images per step")
-    parser.add_argument("--seed", type=int, metavar="N", default=preset.seed, help="seed of weights, data and noise")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="folder for results; replaces old ones"
-    )
-    parser.add_argument("--device", default=preset.device, help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    parser.add_argument(
-        "--backend", choices=backends.BACKENDS, default=preset.backend, help="which kernels compute the loss"
-    )
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@option("--steps", WHOLE_NUMBER, "N", "optimiser steps", default=_PRESET.steps)
+@option("--batch-size", WHOLE_NUMBER, "N", "images per step", default=_PRESET.batch_size)
+@option("--seed", WHOLE_NUMBER, "N", "seed of weights, data and noise", default=_PRESET.seed)
+@option("--out", PATH, "DIR", "folder for results", default=Path("runs/demo"))
+@flag("--overwrite", "replace the runs of an earlier demo in --out")
+@option("--device", TEXT, "DEVICE", "auto (a GPU if there is one), cpu, cuda, cuda:N", default=_PRESET.device)
+@option("--backend", Choice(backends.BACKENDS), None, "which kernels compute the loss", default=_PRESET.backend)
+def run(options: Options) -> None:
     from ..report import run_demo
+    from ..report.demo import WEIGHTINGS
+    from ..training.run_folder import check_free
 
     fields = {name: getattr(options, name) for name in ("steps", "batch_size", "seed", "device", "backend")}
     if options.out.exists() and not options.out.is_dir():
-        options.parser.error(f"argument --out: {options.out} is a file, expected a folder")
+        usage_error(f"argument --out: {options.out} is a file, expected a folder")
     try:
         config = dataclasses.replace(PRESETS["digits"], process="vp_linear", **fields)
         backends.select(config.backend, torch.empty(0, device=config.torch_device()))
     except (ValueError, RuntimeError) as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
+    for name in WEIGHTINGS:
+        check_free(options.out / name, overwrite=options.overwrite)
     run_demo(config, options.out)

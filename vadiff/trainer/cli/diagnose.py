@@ -1,7 +1,7 @@
 """`vadiff diagnose`."""
 
-import argparse
-from pathlib import Path
+from .command import command
+from .parameters import PATH, WHOLE_NUMBER, Options, argument, option, usage_error
 
 NAME = "diagnose"
 HELP = "does weighting by the loss pay for a run? figures per noise level and a verdict"
@@ -11,18 +11,20 @@ DESCRIPTION = (
     "and a verdict with the line to change. Takes a second and no GPU, and any weighting, constant included. With the "
     "optimal loss of the training images also the share of the loss that training can still reduce."
 )
+EXAMPLES = (
+    "vadiff diagnose runs/digits                # of the latest checkpoint",
+    "vadiff diagnose runs/digits --optimal runs/optimal-loss/optimal_loss.csv",
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that `vadiff train` wrote")
-    parser.add_argument("--step", type=int, metavar="N", default=None, help="step of a checkpoint; default: the last")
-    parser.add_argument(
-        "--optimal", type=Path, metavar="CSV", default=None,
-        help="optimal loss of its training images, from `vadiff optimal-loss`; default: the run's own, if it has one",
-    )  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@argument("run_directory", "RUN", "run directory that `vadiff train` wrote")
+@option("--step", WHOLE_NUMBER, "N", "step of a checkpoint; default: the last")
+@option(
+    "--optimal", PATH, "CSV",
+    "optimal loss of its training images, from `vadiff optimal-loss`; default: the run's own, if it has one",
+)  # fmt: skip
+def run(options: Options) -> None:
     from ...levels import Information
     from ...optimal_loss import OptimalLoss
     from ..training import open_run
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         try:
             optimal = OptimalLoss.load(options.optimal)
         except (OSError, ValueError) as error:
-            options.parser.error(f"argument --optimal: {error}")
+            usage_error(f"argument --optimal: {error}")
     opened = open_run(options.run_directory)
     print(opened.diagnose(optimal, options.step))
     if opened.config.levels == "information":

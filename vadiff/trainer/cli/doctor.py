@@ -1,6 +1,7 @@
 """`vadiff doctor`."""
 
-import argparse
+from .command import command
+from .parameters import Options
 
 NAME = "doctor"
 HELP = "print versions, devices, backends, what is missing and how to get it"
@@ -8,13 +9,11 @@ DESCRIPTION = (
     "Print versions, devices, backends, environment variables and optional packages, and how to get what is missing. "
     "Paste it into a bug report."
 )
+EXAMPLES = ("vadiff doctor",)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+def run(options: Options) -> None:
     from ..doctor import report
 
     print(report())

@@ -1,17 +1,33 @@
 """Options of how images are drawn, shared by `vadiff sample`, `evaluate` and `ema`."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...sampling.generation import LABELS, SPACINGS
 from ...sampling.seeds import LARGEST_SEED, parse_seeds
 from ...sampling.solvers import SOLVERS
+from .parameters import (
+    NUMBER,
+    PATH,
+    TEXT,
+    WHOLE_NUMBER,
+    Choice,
+    Decorator,
+    Listed,
+    Options,
+    Value,
+    flag,
+    group,
+    not_together,
+    option,
+    together,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from ...sampling.generation import Generation, Guide
@@ -29,106 +45,131 @@ STATISTICS_MEASURED = {
 }
 
 
-def add_seed_options(parser: argparse.ArgumentParser, images: int) -> None:
+def seed_options(images: int) -> Decorator[Any]:
     """Options of which images are drawn: one per seed, `images` of them by default."""
-    parser.add_argument("--images", type=int, metavar="N", default=None, help=f"how many to draw; default: {images}")
-    parser.add_argument(
-        "--first-seed", type=int, metavar="N", default=None, help="seed of the first, the others follow; default: 0"
-    )
-    parser.add_argument(
-        "--seeds", type=_seeds, metavar="LIST", default=None,
-        help="one image for each of these seeds, as 0-63,100,200-210, in place of --images and --first-seed",
+    return together(
+        group(
+            "Which images are drawn",
+            option("--images", WHOLE_NUMBER, "N", "how many to draw", default=images),
+            option("--first-seed", WHOLE_NUMBER, "N", "seed of the first, the others follow", default=0),
+            option(
+                "--seeds", Value("LIST", parse_seeds), "LIST",
+                "one image for each of these seeds, as 0-63,100,200-210, in place of --images and --first-seed",
+            ),
+        ),
+        not_together("seeds", "images"),
+        not_together("seeds", "first_seed"),
     )  # fmt: skip
-    parser.set_defaults(default_images=images)
 
 
-def seeds_of(options: argparse.Namespace) -> Sequence[int]:
+def seeds_of(options: Options) -> Sequence[int]:
     """The seeds of the images; invalid ones are a usage error."""
-    for name in ("images", "first_seed"):
-        if options.seeds is not None and getattr(options, name) is not None:
-            options.parser.error(f"argument --{name.replace('_', '-')}: not allowed with argument --seeds")
     if options.seeds is not None:
         seeds: list[int] = options.seeds
         return seeds
-    images = options.default_images if options.images is None else options.images
-    first = options.first_seed or 0
+    images, first = options.images, options.first_seed
     if images < 1:
-        options.parser.error(f"argument --images: {images}, expected at least 1")
+        usage_error(f"argument --images: {images}, expected at least 1")
     if not 0 <= first <= LARGEST_SEED - images + 1:
-        options.parser.error(
+        usage_error(
             f"argument --first-seed: {first}, expected 0 or more, with the seed of the last image at most 2**63 - 1"
         )
     return range(first, first + images)
 
 
-def add_solver_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
-    """Options of how an image is made of its seed and a model; returns their group."""
-    drawing = parser.add_argument_group("how images are drawn")
-    drawing.add_argument(
-        "--solver", choices=list(SOLVERS), default=None,
-        help="heun: EDM's second-order solver; euler: DDIM; ddpm: ancestral; dpmpp_2m: DPM-Solver++(2M); "
-        "default: euler for a flow and with --steps-from statistics, else heun",
-    )  # fmt: skip
-    drawing.add_argument(
-        "--steps", type=int, metavar="N", default=None,
-        help="network calls of an image, heun: 2N - 1; default: 18 for heun, 16 for dpmpp_2m, else 50",
-    )  # fmt: skip
-    spacing = drawing.add_mutually_exclusive_group()
-    spacing.add_argument(
-        "--steps-from", choices=["statistics"], default=None,
-        help="noise levels, from --sigma-max to --sigma-min, at equal steps of what the network tells of the image, by "
-        "the statistics of its training; for the solver euler",
-    )  # fmt: skip
-    spacing.add_argument(
-        "--spacing", choices=[name for name in SPACINGS if name != "statistics"], default=None,
-        help="of the noise levels; edm: by --sigma-min, --sigma-max and --rho; flow: evenly spaced times up to "
-        "--sigma-max; timesteps: N of a vp process's own, evenly from the last to the first; default: flow for a flow "
-        "unless by heun, else edm",
-    )  # fmt: skip
-    drawing.add_argument(
-        "--sigma-min",
-        type=float,
-        metavar="S",
-        default=None,
-        help="lowest noise level; default: 0.002, or that of the vp process, if it is far above",
-    )
-    drawing.add_argument(
-        "--sigma-max", type=float, metavar="S", default=None,
-        help="highest noise level; default: 80, with spacing flow 1000, or the highest of the vp process, if lower",
-    )  # fmt: skip
-    drawing.add_argument(
-        "--rho", type=float, metavar="R", default=None, help="larger: more steps at low noise; default: 7"
-    )
-    drawing.add_argument("--churn", type=float, metavar="S", default=0.0, help="S_churn of EDM's stochastic sampler")
-    drawing.add_argument("--churn-sigma-min", type=float, metavar="S", default=0.0, help="S_tmin: no churn below it")
-    drawing.add_argument(
-        "--churn-sigma-max", type=float, metavar="S", default=float("inf"), help="S_tmax: no churn above it"
-    )
-    drawing.add_argument("--churn-noise", type=float, metavar="S", default=1.0, help="S_noise of the churn")
-    drawing.add_argument("--clip-x0", action="store_true", help="clip each estimate of the image to [-1, 1]")
-    label = drawing.add_mutually_exclusive_group()
-    label.add_argument(
-        "--labels", choices=LABELS, default="cycle",
-        help="class of each image; cycle: its seed mod number of classes; random: drawn by its seed",
-    )  # fmt: skip
-    label.add_argument("--label", type=int, metavar="N", default=None, help="class of all images")
-    drawing.add_argument(
-        "--guidance", type=float, metavar="W", default=1.0,
-        help="away from the model without a class, or from --guide; 1: none; doubles the network calls",
-    )  # fmt: skip
-    drawing.add_argument(
-        "--guide", metavar="RUN[:WEIGHTS[/STEP]]", default=None,
-        help="a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
-        "--weights, default: ema of the latest checkpoint",
-    )  # fmt: skip
-    drawing.add_argument(
-        "--vae", type=Path, metavar="PATH", default=None,
-        help="of a run on latents: folder of the VAE that decodes; default: where that was which encoded them",
-    )  # fmt: skip
-    return drawing
+def weights_name(text: str) -> str:
+    """An argument that names weights of a checkpoint: ema, raw or ema-WIDTH.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if text in ("ema", "raw"):
+        return text
+    prefix, _, width = text.partition("-")
+    try:
+        if prefix == "ema" and float(width) > 0.0:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r}, expected ema, raw or ema- and a width, as ema-0.1")
 
 
-def with_vae(run: "Run", options: argparse.Namespace) -> "Run":
+WEIGHTS = Value("NAME", weights_name)
+
+
+def solver_options(*others: Decorator[Any]) -> Decorator[Any]:
+    """Options of how an image is made of its seed and a model, and others of the same group."""
+    return together(
+        group(
+            "How images are drawn",
+            option(
+                "--solver", Choice(SOLVERS), None,
+                "heun: EDM's second-order solver; euler: DDIM; ddpm: ancestral; dpmpp_2m: DPM-Solver++(2M); default: "
+                "euler for a flow and with --steps-from statistics, else heun",
+            ),
+            option(
+                "--steps", WHOLE_NUMBER, "N",
+                "network calls of an image, heun: 2N - 1; default: 18 for heun, 16 for dpmpp_2m, else 50",
+            ),
+            option(
+                "--steps-from", Choice(["statistics"]), None,
+                "noise levels, from --sigma-max to --sigma-min, at equal steps of what the network tells of the image, "
+                "by the statistics of its training; for the solver euler",
+            ),
+            option(
+                "--spacing", Choice([name for name in SPACINGS if name != "statistics"]), None,
+                "of the noise levels; edm: by --sigma-min, --sigma-max and --rho; flow: evenly spaced times up to "
+                "--sigma-max; timesteps: N of a vp process's own, evenly from the last to the first; default: flow for "
+                "a flow unless by heun, else edm",
+            ),
+            option(
+                "--sigma-min", NUMBER, "S",
+                "lowest noise level; default: 0.002, or that of the vp process, if it is far above",
+            ),
+            option(
+                "--sigma-max", NUMBER, "S",
+                "highest noise level; default: 80, with spacing flow 1000, or the highest of the vp process, if lower",
+            ),
+            option("--rho", NUMBER, "R", "larger: more steps at low noise; default: 7"),
+            option("--churn", NUMBER, "S", "S_churn of EDM's stochastic sampler", default=0.0),
+            option("--churn-sigma-min", NUMBER, "S", "S_tmin: no churn below it", default=0.0),
+            option("--churn-sigma-max", NUMBER, "S", "S_tmax: no churn above it", default=float("inf")),
+            option("--churn-noise", NUMBER, "S", "S_noise of the churn", default=1.0),
+            flag("--clip-x0", "clip each estimate of the image to [-1, 1]"),
+            option(
+                "--labels", Choice(LABELS), None,
+                "class of each image; cycle: its seed mod number of classes; random: drawn by its seed",
+                default="cycle",
+            ),
+            option("--label", WHOLE_NUMBER, "N", "class of all images, in place of --labels"),
+            option(
+                "--guidance", NUMBER, "W",
+                "away from the model without a class, or from --guide; 1: none; doubles the network calls",
+                default=1.0,
+            ),
+            option(
+                "--guidance-sigma-min", NUMBER, "S", "no guidance at this noise level and below", default=0.0
+            ),
+            option(
+                "--guidance-sigma-max", NUMBER, "S", "no guidance above this noise level", default=float("inf")
+            ),
+            option(
+                "--guide", TEXT, "RUN[:WEIGHTS[/STEP]]",
+                "a weaker model for --guidance (autoguidance), as runs/small:ema-0.1/20000; WEIGHTS as for sample's "
+                "--weights, default: ema of the latest checkpoint",
+            ),
+            option(
+                "--vae", PATH, "PATH",
+                "of a run on latents: folder of the VAE that decodes; default: where that was which encoded them",
+            ),
+            *others,
+        ),
+        not_together("steps_from", "spacing"),
+        not_together("labels", "label"),
+    )  # fmt: skip
+
+
+def with_vae(run: "Run", options: Options) -> "Run":
     """The run with the VAE of --vae.
 
     Raises:
@@ -141,28 +182,24 @@ def with_vae(run: "Run", options: argparse.Namespace) -> "Run":
     return given
 
 
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `add_solver_options`, and those of the weights to draw with and where."""
-    drawing = add_solver_options(parser)
-    drawing.add_argument(
-        "--weights", type=weights_name, metavar="NAME", default="ema",
-        help="ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
+def drawing_options() -> Decorator[Any]:
+    """The options of `solver_options`, and those of the weights to draw with and where."""
+    return solver_options(
+        option(
+            "--weights", WEIGHTS, "NAME",
+            "ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
+            default="ema",
+        ),
+        option("--step", WHOLE_NUMBER, "N", "step of the checkpoint; default: the latest"),
+        option("--batch-size", WHOLE_NUMBER, "N", "images at a time per device", default=256),
+        option(
+            "--devices", Listed(TEXT), "DEVICE", "auto (all GPUs, else the CPU), cpu, cuda:0 ...", default=["auto"]
+        ),
     )  # fmt: skip
-    drawing.add_argument("--batch-size", type=int, metavar="N", default=256, help="images at a time per device")
-    drawing.add_argument(
-        "--devices",
-        nargs="+",
-        metavar="DEVICE",
-        default=["auto"],
-        help="auto (all GPUs, else the CPU), cpu, cuda:0 ...",
-    )
-    drawing.add_argument(
-        "--step", type=int, metavar="N", default=None, help="step of the checkpoint; default: the latest"
-    )
 
 
-def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
-    """What `add_solver_options` says; an invalid option is a usage error."""
+def solver_options_of(options: Options, run: "Run") -> "Generation":
+    """What `solver_options` say; an invalid option is a usage error."""
     from ...models.parameterisation import sigma_range
     from ...sampling import Churn
     from ...sampling.generation import default_generation, with_options
@@ -170,7 +207,7 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
     guide = _guide_of(options)
     form = run.config.form()
     if options.clip_x0 and run.config.dataset == "latents":
-        options.parser.error("argument --clip-x0: not with a run on latents, which have no bounds")
+        usage_error("argument --clip-x0: not with a run on latents, which have no bounds")
     spacing = options.steps_from or options.spacing
     try:
         profile = run.profile(options.step).bounded(run.config.sigma_data) if spacing == "statistics" else None
@@ -185,11 +222,12 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
             clip=options.clip_x0,
             label=options.labels if options.label is None else options.label,
             guidance=options.guidance,
+            guided_sigma=(options.guidance_sigma_min, options.guidance_sigma_max),
             guide=guide,
         )
         generation.levels(form)
     except ValueError as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     if spacing == "statistics" and generation.solver in STATISTICS_MEASURED:
         print(
             f"vadiff: steps by statistics are made for the solver euler; {STATISTICS_MEASURED[generation.solver]}",
@@ -198,8 +236,8 @@ def solver_options_of(options: argparse.Namespace, run: "Run") -> "Generation":
     return generation
 
 
-def generation_of(options: argparse.Namespace, run: "Run") -> "Generation":
-    """What `add_drawing_options` says; an invalid option is a usage error."""
+def generation_of(options: Options, run: "Run") -> "Generation":
+    """What `drawing_options` say; an invalid option is a usage error."""
     from ...sampling.generation import with_options
 
     try:
@@ -211,13 +249,15 @@ def generation_of(options: argparse.Namespace, run: "Run") -> "Generation":
             devices=devices_of(options),
         )
     except ValueError as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     return generation
 
 
-def devices_of(options: argparse.Namespace) -> tuple[torch.device, ...]:
+def devices_of(options: Options) -> tuple[torch.device, ...]:
     """The devices of --devices; a missing one is a usage error."""
     names: Sequence[str] = options.devices
+    if not names:
+        usage_error("argument --devices: none, expected at least one device")
     if list(names) == ["auto"]:
         number = torch.cuda.device_count()
         names = [f"cuda:{index}" for index in range(number)] or ["cpu"]
@@ -226,9 +266,9 @@ def devices_of(options: argparse.Namespace) -> tuple[torch.device, ...]:
         try:
             device = torch.device(name)
         except RuntimeError:
-            options.parser.error(f"argument --devices: {name!r}, expected auto, cpu or cuda:N")
+            usage_error(f"argument --devices: {name!r}, expected auto, cpu or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            options.parser.error(
+            usage_error(
                 f"argument --devices: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; "
                 "`vadiff doctor` says what this machine has"
             )
@@ -236,7 +276,7 @@ def devices_of(options: argparse.Namespace) -> tuple[torch.device, ...]:
     return tuple(devices)
 
 
-def _guide_of(options: argparse.Namespace) -> "Guide | None":
+def _guide_of(options: Options) -> "Guide | None":
     from ...sampling.generation import Guide
     from ..training import open_run
 
@@ -248,29 +288,9 @@ def _guide_of(options: argparse.Namespace) -> "Guide | None":
         folder = text
     weights, _, step = which.partition("/")
     if step and not step.isdecimal():
-        options.parser.error(f"argument --guide: step {step!r} in {text!r}, expected a number, as RUN:ema/20000")
+        usage_error(f"argument --guide: step {step!r} in {text!r}, expected a number, as RUN:ema/20000")
     try:
         weights = weights_name(weights or "ema")
-    except argparse.ArgumentTypeError as error:
-        options.parser.error(f"argument --guide: {error}")
-    return Guide(text, open_run(folder), weights, int(step) if step else None)
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return parse_seeds(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def weights_name(text: str) -> str:
-    """An argument that names weights of a checkpoint: ema, raw or ema-WIDTH."""
-    if text in ("ema", "raw"):
-        return text
-    prefix, _, width = text.partition("-")
-    try:
-        if prefix == "ema" and float(width) > 0.0:
-            return text
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r}, expected ema, raw or ema- and a width, as ema-0.1")
+        usage_error(f"argument --guide: {error}")
+    return Guide(text, open_run(folder), weights, int(step) if step else None)

@@ -1,13 +1,15 @@
 """`vadiff encode`."""
 
-import argparse
 import os
 import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...files import check_writable
 from ..config_schema import DATASETS, LATENT_STD, ON_BAD_IMAGE
+from .command import command
+from .parameters import PATH, TEXT, WHOLE_NUMBER, Choice, Options, flag, group, option, usage_error
 
 if TYPE_CHECKING:
     from ..data import Images
@@ -20,50 +22,58 @@ DESCRIPTION = (
     "latent, from which training draws, to memory-mapped files, with the labels and the statistics that standardise "
     "them. A call that was killed goes on where it stopped when it is repeated. Train on them with --dataset latents."
 )
+EXAMPLES = (
+    "vadiff encode --vae sd-vae --data pictures --image-size 256 --out latents",
+    "vadiff encode --vae sd-vae --data 'train-{000000..000099}.tar' --flips --out latents",
+)
 _WORKERS = 8  # at most, by default
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--vae", type=Path, metavar="PATH", required=True,
-        help="local folder of the VAE, that AutoencoderKL.save_pretrained wrote, or of a pipeline that has one",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of the latents")
-    parser.add_argument("--data", metavar="PATH", default=None, help="path of the data set, as for `vadiff train`")
-    parser.add_argument(
-        "--dataset", choices=[name for name in DATASETS if name != "latents"], default="images", help="data set"
-    )
-    parser.add_argument("--image-size", type=int, metavar="N", default=256, help="in pixels, for dataset images")
-    parser.add_argument(
-        "--on-bad-image", choices=ON_BAD_IMAGE, default="error",
-        help="pictures without a label, or in a damaged shard: error stops, skip leaves them out; one that is listed "
-        "and cannot be decoded is always an error",
-    )  # fmt: skip
-    parser.add_argument(
-        "--samples", action="store_true",
-        help="store one drawn latent of each image, half as large, in place of mean and log-variance",
-    )  # fmt: skip
-    parser.add_argument(
-        "--flips", action="store_true",
-        help="encode the mirrored training images too: a mirrored latent is not that of the mirrored image",
-    )  # fmt: skip
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored numbers")
-    parser.add_argument("--shard", type=int, metavar="N", default=8192, help="latents per file")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of what is drawn with --samples")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=64, help="images at a time in the VAE")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", default=None,
-        help=f"processes that read pictures; default: one per CPU, {_WORKERS} at most; 0 where images are in memory",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:N")
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@group(
+    "Images",
+    option("--data", TEXT, "PATH", "path of the data set, as for `vadiff train`"),
+    option(
+        "--dataset", Choice([name for name in DATASETS if name != "latents"]), None, "data set", default="images"
+    ),
+    option("--image-size", WHOLE_NUMBER, "N", "in pixels, for dataset images", default=256),
+    option(
+        "--on-bad-image", Choice(ON_BAD_IMAGE), None,
+        "pictures without a label, or in a damaged shard: error stops, skip leaves them out; one that is listed and "
+        "cannot be decoded is always an error", default="error",
+    ),
+    flag("--flips", "encode the mirrored training images too: a mirrored latent is not that of the mirrored image"),
+)  # fmt: skip
+@group(
+    "Latents",
+    option(
+        "--vae", PATH, "PATH",
+        "local folder of the VAE, that AutoencoderKL.save_pretrained wrote, or of a pipeline that has one",
+        required=True,
+    ),
+    option("--out", PATH, "DIR", "folder of the latents", required=True),
+    flag("--samples", "store one drawn latent of each image, half as large, in place of mean and log-variance"),
+    option("--seed", WHOLE_NUMBER, "N", "of what is drawn with --samples", default=0),
+    option("--dtype", Choice(("float16", "float32")), None, "of the stored numbers", default="float16"),
+    option("--shard", WHOLE_NUMBER, "N", "latents per file", default=8192),
+)  # fmt: skip
+@group(
+    "Machine",
+    option("--batch-size", WHOLE_NUMBER, "N", "images at a time in the VAE", default=64),
+    option(
+        "--workers", WHOLE_NUMBER, "N",
+        f"processes that read pictures; default: one per CPU, {_WORKERS} at most; 0 where images are in memory",
+    ),
+    option("--device", TEXT, "DEVICE", "auto (a GPU if there is one), cpu, cuda:N", default="auto"),
+)  # fmt: skip
+def run(options: Options) -> None:
     from ..data.autoencoder import open_autoencoder
-    from ..data.encode import EncodingOptions, encode_images
+    from ..data.encode import EncodingOptions, encode_images, going_on
+    from ..next_steps import next_steps, training_on_latents
+    from ..progress import progress_bar
     from ..training import TrainConfig
     from ..training.data_set import load_images
-    from ..training.progress import progress_bar
+    from ..training.stopping import stoppable
 
     try:
         config = TrainConfig(
@@ -72,7 +82,8 @@ def run(options: argparse.Namespace) -> None:
         )  # fmt: skip
         device = config.torch_device()
     except ValueError as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
+    check_writable(options.out, folder=True)
     vae = open_autoencoder(options.vae, device)
     if options.dataset == "images":  # before thousands of files are listed
         vae.latent_shape((vae.channels, options.image_size, options.image_size))
@@ -83,11 +94,11 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed, batch_size=options.batch_size, workers=_workers(options, images),
         )  # fmt: skip
     except ValueError as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     source = {"dataset": options.dataset, "data": options.data, "size": images.shape[-1]}
     number = len(images.train) * (2 if options.flips else 1) + len(images.held_out)
     encoded, started = 0, time.perf_counter()
-    with progress_bar(number, NAME, "image") as bar:
+    with stoppable(going_on(options.out)), progress_bar(number, NAME, "image") as bar:
 
         def progress(images: int, now: bool) -> None:
             nonlocal encoded
@@ -103,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
     speed = f"{seconds:.1f} s ({encoded / seconds:.0f} images/s)"
     print(f"{encoded:,} images encoded in {speed}{kept}; latents in {options.out}")
     print(_summary(options.out, facts))
+    print(next_steps(training_on_latents(options.out, facts.encoding.latent_shape)))
 
 
 def _summary(out: Path, facts: "LatentFacts") -> str:
@@ -129,7 +141,7 @@ def _summary(out: Path, facts: "LatentFacts") -> str:
     )
 
 
-def _workers(options: argparse.Namespace, images: "Images") -> int:
+def _workers(options: Options, images: "Images") -> int:
     import torch
 
     if options.workers is not None:

@@ -1,7 +1,7 @@
 """`vadiff import`."""
 
-import argparse
-from pathlib import Path
+from .command import command
+from .parameters import PATH, TEXT, WHOLE_NUMBER, Options, argument, flag, option, usage_error
 
 NAME = "import"
 HELP = "make a run directory of NVlabs' EDM2 networks"
@@ -11,35 +11,38 @@ DESCRIPTION = (
     "programs: only numbers are taken from them, and nothing in them is run. The run cannot be trained on, as the "
     "files have no state of an optimiser. See docs/import.md."
 )
+EXAMPLES = (
+    "vadiff import edm2-img64-s.pkl --out runs/edm2-s",
+    "vadiff import network-snapshot-0008388-0.050.pkl network-snapshot-0008388-0.100.pkl --out runs/phema",
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE.pkl",
-        help="a network; or snapshots of one training, with thousands of images and width in their names, as in "
-        "network-snapshot-0008388-0.050.pkl",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the run directory")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument(
-        "--data", metavar="PATH", default=None,
-        help="images or latents that it was trained on, as for `vadiff train`; needed only to measure on them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vae", type=Path, metavar="PATH", default=None,
-        help="of a network that draws latents: folder of Stable Diffusion's VAE (diffusers), which decodes them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", default=2048,
-        help="images per step of its training, by which the images in a file's name become steps",
-    )  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@argument(
+    "files", "FILE.pkl...",
+    "a network; or snapshots of one training, with thousands of images and width in their names, as in "
+    "network-snapshot-0008388-0.050.pkl", several=True,
+)  # fmt: skip
+@option("--out", PATH, "DIR", "the run directory", required=True)
+@flag("--overwrite", "replace the run in --out")
+@option(
+    "--data", TEXT, "PATH",
+    "images or latents that it was trained on, as for `vadiff train`; needed only to measure on them",
+)  # fmt: skip
+@option(
+    "--vae", PATH, "PATH",
+    "of a network that draws latents: folder of Stable Diffusion's VAE (diffusers), which decodes them",
+)  # fmt: skip
+@option(
+    "--batch-size", WHOLE_NUMBER, "N",
+    "images per step of its training, by which the images in a file's name become steps", default=2048,
+)  # fmt: skip
+def run(options: Options) -> None:
     from ..importing import import_networks
+    from ..next_steps import next_steps
 
     if options.batch_size < 1:
-        options.parser.error(f"argument --batch-size: {options.batch_size}, expected at least 1")
+        usage_error(f"argument --batch-size: {options.batch_size}, expected at least 1")
     done = import_networks(
         options.files, options.out, data=options.data, vae=options.vae, batch_size=options.batch_size,
         overwrite=options.overwrite,
@@ -54,3 +57,5 @@ def run(options: argparse.Namespace) -> None:
         print("Without a class it draws nothing sensible: for --guidance, name another network with --guide")
     if done.config.dataset == "latents" and options.vae is None:
         print("It draws latents: to sample it, import it again with --vae PATH and --overwrite")
+    else:
+        print(next_steps(("sample", options.out, "--images", "16")))

@@ -1,19 +1,31 @@
 """`vadiff levels suggest`."""
 
-import argparse
 import dataclasses
 import json
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from ...files import replacing
+from ...files import check_writable, problem, replacing
 from ...process import PREDICTION_TYPES
 from ..config_schema import DATASETS
+from .command import command, sections
+from .parameters import (
+    NUMBER,
+    PATH,
+    TEXT,
+    WHOLE_NUMBER,
+    Choice,
+    Options,
+    argument,
+    flag,
+    group,
+    not_together,
+    option,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from ..data import Images
@@ -29,6 +41,11 @@ SUGGEST = (
     "that this command does itself (--data, --dataset), two seeds on each half of the images, which show how sure the "
     "numbers are. They hold for images of the size and scale that were measured."
 )
+EXAMPLES = (
+    "vadiff levels suggest runs/digits                     # by what the run recorded in training",
+    "vadiff levels suggest --data pictures --image-size 64 # by four short trainings",
+    "vadiff levels suggest --errors levels.csv --json",
+)
 PICTURES = (".png", ".svg", ".pdf")
 _LIMIT, _MINUTES = 4000, 4.0
 _TOO_LONG = 5.0  # times --minutes, above which trainings are refused
@@ -39,64 +56,58 @@ _FLAGS = {  # of each source
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(metavar="ACTION", required=True, title="actions")
-    suggest = actions.add_parser(
-        "suggest", help="levels for a data set or a run", description=SUGGEST, formatter_class=parser.formatter_class
-    )
-    suggest.set_defaults(run=run, parser=suggest)
-    _add_sources(suggest)
-    trained = suggest.add_argument_group("short trainings, with --data or --dataset")
-    trained.add_argument(
-        "--image-size", type=int, metavar="N",
-        help="height and width in pixels, that of the images to generate, not for latents; default: the images' own, "
-        "32 for a folder",
-    )  # fmt: skip
-    trained.add_argument("--images", type=int, metavar="N", help=f"maximum number of images; default: {_LIMIT}")
-    length = trained.add_mutually_exclusive_group()
-    length.add_argument(
-        "--minutes",
-        type=float,
-        metavar="X",
-        help="of all four trainings together, which have 100 steps or more in any case, and are refused if these take "
-        f"over {_TOO_LONG:g} times as long; default: {_MINUTES:g}",
-    )
-    length.add_argument("--steps", type=int, metavar="N", help="of each training, whatever time they take")
-    suggest.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw profile, suggestion and defaults: .png, .svg or .pdf"
-    )
-    suggest.add_argument("--json", action="store_true", help="print JSON in place of the text")
-    suggest.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:N")
-
-
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_directory", type=Path, nargs="?", metavar="RUN", help="run directory that `vadiff train` wrote"
-    )
-    parser.add_argument(
-        "--errors", type=Path, metavar="FILE",
-        help="CSV with the columns log_snr and x0_error, or log_snr and loss: what `vadiff validate --csv` or "
+@command("suggest", "levels for a data set or a run", SUGGEST, EXAMPLES)
+@argument("run_directory", "[RUN]", "run directory that `vadiff train` wrote", required=False)
+@group(
+    "Source of the errors, in place of RUN",
+    option(
+        "--errors", PATH, "FILE",
+        "CSV with the columns log_snr and x0_error, or log_snr and loss: what `vadiff validate --csv` or "
         "LevelLosses.save wrote",
-    )  # fmt: skip
-    parser.add_argument("--data", metavar="PATH", help="path of a data set; by default a folder of pictures")
-    parser.add_argument("--dataset", choices=DATASETS, help="which data set; default with --data: images")
-    parser.add_argument(
-        "--from", dest="origin", choices=("statistics", "held-out"),
-        help="of RUN: errors recorded in training, the default, or measured now on its held-out images",
-    )  # fmt: skip
-    parser.add_argument("--step", type=int, metavar="N", help="of RUN's checkpoint; default: the latest")
-    parser.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES,
-        help="form of the losses in --errors; not needed for x0 errors and for a file of `vadiff validate --csv`",
-    )  # fmt: skip
-    parser.add_argument(
-        "--sigma-data", type=float, metavar="X",
-        help="standard deviation of the data, with RUN or --errors; default: of RUN's images, as a file of `vadiff "
+    ),
+    option("--data", TEXT, "PATH", "path of a data set; by default a folder of pictures"),
+    option("--dataset", Choice(DATASETS), None, "which data set; default with --data: images"),
+)  # fmt: skip
+@group(
+    "Of RUN and --errors",
+    option(
+        "--from", Choice(("statistics", "held-out")), None,
+        "of RUN: errors recorded in training, the default, or measured now on its held-out images", name="origin",
+    ),
+    option("--step", WHOLE_NUMBER, "N", "of RUN's checkpoint; default: the latest"),
+    option(
+        "--prediction-type", Choice(PREDICTION_TYPES), None,
+        "form of the losses in --errors; not needed for x0 errors and for a file of `vadiff validate --csv`",
+    ),
+    option(
+        "--sigma-data", NUMBER, "X",
+        "standard deviation of the data, with RUN or --errors; default: of RUN's images, as a file of `vadiff "
         "validate --csv` says, or inferred from the errors at the highest noise",
-    )  # fmt: skip
-
-
-def run(options: argparse.Namespace) -> None:
+    ),
+)  # fmt: skip
+@group(
+    "Short trainings, with --data or --dataset",
+    option(
+        "--image-size", WHOLE_NUMBER, "N",
+        "height and width in pixels, that of the images to generate, not for latents; default: the images' own, 32 for "
+        "a folder",
+    ),
+    option("--images", WHOLE_NUMBER, "N", f"maximum number of images; default: {_LIMIT}"),
+    option(
+        "--minutes", NUMBER, "X",
+        "of all four trainings together, which have 100 steps or more in any case, and are refused if these take over "
+        f"{_TOO_LONG:g} times as long; default: {_MINUTES:g}",
+    ),
+    option("--steps", WHOLE_NUMBER, "N", "of each training, whatever time they take"),
+)  # fmt: skip
+@group(
+    "Results",
+    option("--plot", PATH, "FILE", "also draw profile, suggestion and defaults: .png, .svg or .pdf"),
+    flag("--json", "print JSON in place of the text"),
+    option("--device", TEXT, "DEVICE", "auto (a GPU if there is one), cpu, cuda:N", default="auto"),
+)
+@not_together("minutes", "steps")
+def run(options: Options) -> None:
     from ...extras import import_extra
     from ..report.suggested_levels import suggestion_content, suggestion_figure, suggestion_table
     from ..training import TrainConfig
@@ -108,62 +119,62 @@ def run(options: argparse.Namespace) -> None:
     try:
         device = TrainConfig(device=options.device).torch_device()
     except ValueError as error:
-        options.parser.error(f"argument --device: {error}")
+        usage_error(f"argument --device: {error}")
     try:
         evidence = _evidence(options, source, str(device))
     except (OSError, ValueError) as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     print(json.dumps(suggestion_content(evidence)) if options.json else suggestion_table(evidence))
     if options.plot is not None:
-        try:
-            with replacing(options.plot) as partial:
-                suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
-        except OSError as error:
-            options.parser.error(f"the picture cannot be written: {error}")
+        with replacing(options.plot) as partial:
+            suggestion_figure(evidence).savefig(partial, format=options.plot.suffix[1:].lower())
+        print(f"Written to {options.plot}", file=sys.stderr)
 
 
-def _check(options: argparse.Namespace) -> str:
+COMMAND = sections(NAME, DESCRIPTION, {"Actions": (run,)}, short_help=HELP)
+
+
+def _check(options: Options) -> str:
     """The source of the errors; refuses several or none, flags of another one, and numbers out of bounds."""
-    error = options.parser.error
     given = {
         "RUN": options.run_directory is not None,
         "--errors": options.errors is not None,
         "--data": options.data is not None or options.dataset is not None,
     }
     if sum(given.values()) != 1:
-        error("one of RUN, --errors FILE and --data PATH (or --dataset) is required, and only one")
+        usage_error("one of RUN, --errors FILE and --data PATH (or --dataset) is required, and only one")
     source = next(name for name, there in given.items() if there)
     for name in {name for names in _FLAGS.values() for name in names} - set(_FLAGS[source]):
         if getattr(options, name) is not None:
-            error(f"argument {_flag(name)}: not with {source}, see --help")
+            usage_error(f"argument {_flag(name)}: not with {source}, see --help")
     for name in ("sigma_data", "images", "minutes", "steps"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
-            error(f"argument {_flag(name)}: {value}, expected a positive number")
+            usage_error(f"argument {_flag(name)}: {value}, expected a positive number")
     if options.plot is not None:
-        _check_picture(options.plot, error)
+        _check_picture(options.plot)
     if options.dataset == "digits" and options.data is not None:
-        error(f"argument --data: {options.data}, expected none with --dataset digits, which are scikit-learn's")
+        usage_error(f"argument --data: {options.data}, expected none with --dataset digits, which are scikit-learn's")
     return source
 
 
-def _check_picture(path: Path, error: Callable[[str], NoReturn]) -> None:
+def _check_picture(path: Path) -> None:
     """Refuse what cannot be written, without creating anything: folders are made with the picture."""
     if path.suffix.lower() not in PICTURES:
-        error(f"argument --plot: {path}, expected a file ending in {', '.join(PICTURES)}")
+        usage_error(f"argument --plot: {path}, expected a file ending in {', '.join(PICTURES)}")
     if path.is_dir():
-        error(f"argument --plot: {path} is a folder, expected a file")
+        usage_error(f"argument --plot: {path} is a folder, expected a file")
     try:
-        tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())).close()
-    except OSError as problem:
-        error(f"argument --plot: {path} cannot be written: {problem}")
+        check_writable(path, folder=False)
+    except OSError as trouble:
+        usage_error(f"argument --plot: {path} cannot be written: {problem(trouble) or trouble}")
 
 
 def _flag(name: str) -> str:
     return "--from" if name == "origin" else f"--{name.replace('_', '-')}"
 
 
-def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidence":
+def _evidence(options: Options, source: str, device: str) -> "Evidence":
     """The suggestion of the chosen source.
 
     Raises:
@@ -181,18 +192,19 @@ def _evidence(options: argparse.Namespace, source: str, device: str) -> "Evidenc
     return level_evidence.of_statistics(opened, options.step, options.sigma_data)
 
 
-def _of_short_trainings(options: argparse.Namespace, device: str) -> "Evidence":
+def _of_short_trainings(options: Options, device: str) -> "Evidence":
+    from ..progress import progress_bar
     from ..training import Stopped
     from ..training.level_evidence import of_short_trainings
-    from ..training.progress import progress_bar
     from ..training.short import TRAININGS, load_some
+    from ..training.stopping import stoppable
 
     dataset = options.dataset or "images"
     limit = _LIMIT if options.images is None else options.images
     images = load_some(dataset, options.data, options.image_size, limit)
     try:
         steps = options.steps or _affordable_steps(images, options.minutes or _MINUTES, device)
-        with progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
+        with stoppable("no suggestion"), progress_bar(TRAININGS * steps, "short trainings", "step") as bar:
             evidence = of_short_trainings(images, steps, device, bar.update)
     except Stopped as stop:
         print("vadiff: stopped before the end of the short trainings: no suggestion", file=sys.stderr)

@@ -1,6 +1,5 @@
 """`vadiff optimal-loss`."""
 
-import argparse
 import math
 import sys
 import time
@@ -11,66 +10,75 @@ import torch
 
 from ...optimal_loss import OptimalLoss
 from ..config_schema import DATASETS, LATENT_STD
+from .command import command
+from .parameters import NUMBER, PATH, TEXT, WHOLE_NUMBER, Choice, Listed, Options, flag, group, option, usage_error
 
 NAME = "optimal-loss"
 HELP = "estimate the lowest loss any model of a data set can have, and a run's gap to it"
 DESCRIPTION = (
     "Estimate the optimal loss J* of a data set's training images at noise levels log-spaced in sigma: the x0 loss of "
-    "the ideal denoiser, summed over elements. Draws until each level's standard error is below max(RELATIVE of J*, "
-    "ABSOLUTE of the total variance), or LIMIT draws. Writes optimal_loss.csv and .png to the folder --out; with --run "
-    "both show the averaged model's loss and gap on training images, with --compare the table shows the difference "
-    "from another curve."
+    "the ideal denoiser, summed over elements. Draws until each level's standard error is below max(--relative of J*, "
+    "--absolute of the total variance), or --limit draws. Writes optimal_loss.csv and .png to the folder --out; with "
+    "--run both show the averaged model's loss and gap on training images, with --compare the table shows the "
+    "difference from another curve."
+)
+EXAMPLES = (
+    "vadiff optimal-loss --dataset digits --levels 8 --out runs/digits-optimum",
+    "vadiff optimal-loss --run runs/digits          # of its images, and its gap",
 )
 
 _SQUARE = 3072  # size of the matrix product whose speed is the reference
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="path of the data set")
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set")
-    parser.add_argument(
-        "--image-size", type=int, metavar="N", default=32, help="in pixels, for dataset images; latents have their own"
-    )
-    parser.add_argument("--flips", action="store_true", help="include mirrored images, as runs with flips see them")
-    parser.add_argument(
-        "--class-conditional", action="store_true", help="J* of a class-conditional network; taken from --run if given"
-    )
-    parser.add_argument(
-        "--run", type=Path, dest="trained", metavar="RUN", help="run directory: use its data, measure its gap"
-    )
-    parser.add_argument(
-        "--gap-images", type=int, metavar="N", default=1000, help="training images to measure the gap on"
-    )
-    parser.add_argument(
-        "--compare", type=Path, metavar="CSV", help="print the difference from this curve (same levels)"
-    )
-    parser.add_argument("--levels", type=int, metavar="N", default=16, help="number of noise levels")
-    parser.add_argument("--sigma-min", type=float, metavar="S", default=0.1, help="lowest noise level")
-    parser.add_argument("--sigma-max", type=float, metavar="S", default=40.0, help="highest noise level")
-    parser.add_argument("--estimator", choices=("full", "snis", "dol", "cdol"), default="full", help="see the docs")
-    parser.add_argument("--subset", type=int, metavar="L", help="samples per subset, default N/10 (not for full)")
-    parser.add_argument("--correction", type=float, metavar="C", help="of cdol, default 2N/L")
-    parser.add_argument(
-        "--relative", type=float, metavar="X", default=0.05, help="target standard error, as a share of J*"
-    )
-    parser.add_argument("--absolute", type=float, metavar="X", default=1e-3, help="or as a share of the total variance")
-    parser.add_argument("--limit", type=int, metavar="N", default=16384, help="maximum draws per level")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="seed of images, noise and subsets")
-    parser.add_argument(
-        "--chunk", type=int, metavar="N", default=4096, help="images per matrix product; sets the memory"
-    )
-    parser.add_argument("--device", default="auto", help="auto (all GPUs), cpu, cuda, or several: cuda:0,cuda:1")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/optimal-loss"), help="results")
-
-
-def run(options: argparse.Namespace) -> None:
-    from ...extras import import_extra
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@group(
+    "Images",
+    option("--data", TEXT, "PATH", "path of the data set"),
+    option("--dataset", Choice(DATASETS), None, "data set", default="cifar10"),
+    option("--image-size", WHOLE_NUMBER, "N", "in pixels, for dataset images; latents have their own", default=32),
+    flag("--flips", "include mirrored images, as runs with flips see them"),
+    flag("--class-conditional", "J* of a class-conditional network; taken from --run if given"),
+    option("--run", PATH, "RUN", "run directory: use its data, measure its gap", name="trained"),
+    option("--gap-images", WHOLE_NUMBER, "N", "training images to measure the gap on", default=1000),
+)
+@group(
+    "Noise levels",
+    option("--levels", WHOLE_NUMBER, "N", "number of noise levels", default=16),
+    option("--sigma-min", NUMBER, "S", "lowest noise level", default=0.1),
+    option("--sigma-max", NUMBER, "S", "highest noise level", default=40.0),
+)
+@group(
+    "Estimate",
+    option(
+        "--estimator",
+        Choice(("full", "snis", "dol", "cdol", "cdol_paper")),
+        None,
+        "see docs/optimal-loss.md",
+        default="full",
+    ),
+    option("--subset", WHOLE_NUMBER, "L", "samples per subset, default N/10 (not for full)"),
+    option("--correction", NUMBER, "C", "of cdol, default 2N/L; of cdol_paper, 4N/L"),
+    option("--relative", NUMBER, "X", "target standard error, as a share of J*", default=0.05),
+    option("--absolute", NUMBER, "X", "or as a share of the total variance", default=1e-3),
+    option("--limit", WHOLE_NUMBER, "N", "maximum draws per level", default=16384),
+    option("--seed", WHOLE_NUMBER, "N", "seed of images, noise and subsets", default=0),
+)
+@group(
+    "Machine and results",
+    option("--chunk", WHOLE_NUMBER, "N", "images per matrix product; sets the memory", default=4096),
+    option("--device", Listed(TEXT), "DEVICE", "auto (all GPUs), cpu, cuda, cuda:N", default=["auto"]),
+    option("--compare", PATH, "CSV", "print the difference from this curve (same levels)"),
+    option("--out", PATH, "DIR", "results", default=Path("runs/optimal-loss")),
+)
+def run(options: Options) -> None:
     from ...optimal_loss import Estimate, estimate_given_class, estimate_until
-    from ..report.optimal_loss import optimal_loss_figure, optimal_loss_table
+    from ..progress import progress_bar
+    from ..report.optimal_loss import STOPPED, check_outputs, next_steps_of, optimal_loss_table, write_figure
     from ..training import TrainConfig, open_run
     from ..training.data_set import load_images
     from ..training.optimal_curve import training_set
     from ..training.run_gap import gap_of_run
+    from ..training.stopping import stoppable
 
     sigmas = _levels(options)
     devices = _devices(options)
@@ -83,11 +91,12 @@ def run(options: argparse.Namespace) -> None:
                 class_conditional=options.class_conditional, **_sizes(options),
             )  # fmt: skip
         except ValueError as error:
-            options.parser.error(str(error))
+            usage_error(str(error))
     else:
         config = trained.config
     if config.class_conditional and options.estimator != "full":
-        options.parser.error(f"argument --estimator: {options.estimator}, expected full for class-conditional J*")
+        usage_error(f"argument --estimator: {options.estimator}, expected full for class-conditional J*")
+    check_outputs(options.out, trained)
     images = load_images(config)
     data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     machine = _product_speed(devices)
@@ -96,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(data):,} images of {data[0].numel():,} numbers{told}, {len(sigmas)} noise levels, on {where}")
 
     seen: list[Estimate] = []
-    with import_extra("tqdm", "train").tqdm(total=options.limit, unit="draw", desc=NAME, disable=None) as bar:
+    with stoppable(STOPPED), progress_bar(options.limit, NAME, "draw") as bar:
         started = time.perf_counter()
 
         def progress(so_far: Estimate) -> None:
@@ -107,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
                 sys.stdout.flush()
             seen[:] = [so_far]
             bar.update(draws - bar.n)
-            bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done")
+            bar.set_postfix_str(f"{so_far.levels_done} of {len(sigmas)} levels done", refresh=False)
 
         try:
             if labels is None:
@@ -121,7 +130,7 @@ def run(options: argparse.Namespace) -> None:
                     chunk=options.chunk, device=devices, progress=progress,
                 )  # fmt: skip
         except ValueError as error:
-            options.parser.error(str(error))
+            usage_error(str(error))
         seconds = time.perf_counter() - started
     optimal.save(options.out / "optimal_loss.csv")
 
@@ -132,16 +141,16 @@ def run(options: argparse.Namespace) -> None:
         )
     print(optimal_loss_table(optimal, gap, other))
     gaps = {} if gap is None else {options.trained.name: gap}
-    optimal_loss_figure(optimal, gaps).savefig(options.out / "optimal_loss.png")
+    write_figure(optimal, gaps, options.out)
     speed, machine = seen[0].flops / seconds, (machine + _product_speed(devices)) / 2
     print(
         f"{seconds:.1f} s; {speed / 1e9:.0f} GFLOP/s in matrix products, {speed / machine:.0%} of the "
         f"{machine / 1e9:.0f} of a {_SQUARE} x {_SQUARE} float32 product here"
     )
-    print(f"Written to {options.out / 'optimal_loss'}.csv and .png")
+    print(f"Written to {options.out / 'optimal_loss'}.csv and .png\n{next_steps_of(options.out, trained)}")
 
 
-def _sizes(options: argparse.Namespace) -> dict[str, Any]:
+def _sizes(options: Options) -> dict[str, Any]:
     """The fields of a config that say how large the images are; latents say it themselves."""
     if options.dataset != "latents" or options.data is None:
         return {"image_size": options.image_size}
@@ -151,14 +160,14 @@ def _sizes(options: argparse.Namespace) -> dict[str, Any]:
     return {"image_size": height, "image_channels": channels, "sigma_data": LATENT_STD}
 
 
-def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:
+def _other(options: Options, sigmas: list[float]) -> OptimalLoss:
     """Read the curve of --compare."""
     try:
         other = OptimalLoss.load(options.compare)
     except (OSError, ValueError) as error:
-        options.parser.error(f"argument --compare: {error}")
+        usage_error(f"argument --compare: {error}")
     if len(other.sigma) != len(sigmas) or not torch.allclose(other.sigma, torch.tensor(sigmas).double(), rtol=1e-6):
-        options.parser.error(
+        usage_error(
             f"argument --compare: {options.compare} has {len(other.sigma)} noise levels from "
             f"{float(other.sigma.min()):g} to {float(other.sigma.max()):g}, expected those of this estimate: the same "
             "--levels, --sigma-min and --sigma-max"
@@ -166,26 +175,26 @@ def _other(options: argparse.Namespace, sigmas: list[float]) -> OptimalLoss:
     return other
 
 
-def _levels(options: argparse.Namespace) -> list[float]:
+def _levels(options: Options) -> list[float]:
     if not 0 < options.sigma_min < options.sigma_max < math.inf:
-        options.parser.error(f"argument --sigma-min: {options.sigma_min:g}, expected 0 < sigma-min < sigma-max")
+        usage_error(f"argument --sigma-min: {options.sigma_min:g}, expected 0 < sigma-min < sigma-max")
     if options.levels < 2:
-        options.parser.error(f"argument --levels: {options.levels}, expected at least 2")
+        usage_error(f"argument --levels: {options.levels}, expected at least 2")
     low, high = math.log(options.sigma_min), math.log(options.sigma_max)
     levels: list[float] = torch.linspace(low, high, options.levels, dtype=torch.float64).exp().tolist()
     return levels
 
 
-def _devices(options: argparse.Namespace) -> list[torch.device]:
-    if options.device == "auto":
+def _devices(options: Options) -> list[torch.device]:
+    if options.device == ["auto"]:
         found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
         return found or [torch.device("cpu")]
     try:
-        devices = [torch.device(name) for name in options.device.split(",")]
+        devices = [torch.device(name) for name in options.device]
         for device in devices:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        options.parser.error(f"argument --device: {options.device}: {error}")
+        usage_error(f"argument --device: {','.join(options.device)}: {error}")
     return devices
 
 

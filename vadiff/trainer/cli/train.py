@@ -1,8 +1,8 @@
 """`vadiff train`."""
 
-import argparse
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -11,44 +11,50 @@ from ...ops import backends
 from ..config import TrainConfig
 from ..config_schema import POSTERIOR_MEAN
 from ..presets import ABOUT, PRESETS
-from .config_flags import add_config_flags, given_fields
+from .command import command
+from .config_flags import config_flags, given_fields
+from .parameters import PATH, Choice, Options, flag, group, not_together, option, usage_error
 
 NAME = "train"
 HELP = "train a denoiser"
-DESCRIPTION = (
-    "Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/. "
-    "Flags that are not given take the preset's value. Several GPUs: torchrun --nproc-per-node=N -m vadiff train. Exit "
-    "status: 0 when training is finished, 1 for an error that you can fix (the message says how), 2 for invalid flags, "
-    "143 after SIGTERM and 130 after SIGINT, with a checkpoint for --resume. Under torchrun the status is torchrun's "
-    "own: 1 for anything but 0; a signal still leaves a checkpoint."
+DESCRIPTION = """\
+Train a denoiser, and write a run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, samples/.
+
+Options that are not given take the preset's value: `vadiff train --preset NAME --help` shows it, without --preset those
+of digits. Several GPUs: torchrun --nproc-per-node=N -m vadiff train.
+
+Exit status: 0 when training is finished, 1 for an error that you can fix (the message says how), 2 for invalid options,
+143 after SIGTERM and 130 after SIGINT, with a checkpoint for --resume. Under torchrun the status is torchrun's own: 1
+for anything but 0; a signal still leaves a checkpoint.
+"""
+EXAMPLES = (
+    "vadiff train --preset digits                                   # a minute on a CPU; run in runs/digits",
+    "vadiff train --preset digits --weighting constant --out runs/constant",
+    "vadiff train --preset digits --weighting-options strength=0.5 --sigma-rel 0.05,0.1 --out runs/half",
+    "vadiff train --resume --out runs/digits --steps 900            # go on from the latest checkpoint",
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "; ".join(f"{name}: {ABOUT[name]}" for name in PRESETS)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS, help=about)
-    source.add_argument(
-        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="a config.yaml instead of a preset"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=argparse.SUPPRESS, help="run directory; default: runs/PRESET"
-    )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume", action="store_true", help="resume the run in --out from its latest checkpoint, if it has one"
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument(
-        "--describe", action="store_true",
-        help="print the size of the network, the steps, the memory of weights and optimiser and the size of the files, "
-        "and end: nothing is trained or written",
-    )  # fmt: skip
-    add_config_flags(parser.add_argument_group("fields of the config"))
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@group(
+    "Start",
+    option("--preset", Choice(PRESETS), "NAME", "; ".join(f"{name}: {ABOUT[name]}" for name in PRESETS), is_eager=True),
+    option("--config", PATH, "FILE", "a config.yaml instead of a preset"),
+    option("--out", PATH, "DIR", "run directory; default: runs/PRESET"),
+    flag("--resume", "resume the run in --out from its latest checkpoint, if it has one"),
+    flag("--overwrite", "replace the run in --out"),
+    flag(
+        "--describe",
+        "print the size of the network, the steps, the memory of weights and optimiser and the size of the files, and "
+        "end: nothing is trained or written",
+    ),
+)
+@config_flags()
+@not_together("preset", "config")
+@not_together("resume", "overwrite")
+def run(options: Options) -> None:
     from ...levels import Information
+    from ..next_steps import after_training
     from ..report import held_out_table
     from ..training import Stopped, train
     from ..training.size import describe
@@ -61,7 +67,11 @@ def run(options: argparse.Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it on GPUs
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
-        print(f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps; run directory {out}")
+        kimg = config.steps * config.batch_size / 1000
+        print(
+            f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps ({kimg:g} kimg); run "
+            f"directory {out}"
+        )
         if config.target == POSTERIOR_MEAN and config.weighting != "constant":
             print(
                 f"Posterior-mean targets take a part out of the loss, most at high noise, and {config.weighting} was "
@@ -81,10 +91,10 @@ def run(options: argparse.Namespace) -> None:
         trained = train(config, out=out, resume=options.resume, overwrite=options.overwrite)
     except Stopped as stop:
         if main_rank:
-            options.parser.exit(stop.exit_code, f"vadiff: {stop}\n")
+            print(f"vadiff: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
     except ValueError as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     if main_rank:
         print("\nEDM's loss on held-out images per noise level, averaged weights:")
         print(held_out_table({config.weighting: trained.held_out}))
@@ -92,31 +102,30 @@ def run(options: argparse.Namespace) -> None:
             print("\nThe training loss is the error against posterior means, the held-out loss that against images.")
         if isinstance(trained.levels, Information):
             print(f"\nNoise levels: {trained.levels.state}.")
+        print(f"\nWritten to {out}\n{after_training(out, config.dataset)}")
 
 
-def training_config(options: argparse.Namespace) -> TrainConfig:
+def training_config(options: Options) -> TrainConfig:
     """The config of the preset, file or resumed run, with the given flags; an invalid one is a usage error."""
     out = _out(options)
     if out.exists() and not out.is_dir():
-        options.parser.error(f"argument --out: {out} is a file, expected a folder")
+        usage_error(f"argument --out: {out} is a file, expected a folder")
     saved = out / "config.yaml"
     try:
-        if "preset" in options:
+        if options.preset is not None:
             base = PRESETS[options.preset]
-        elif "config" in options:
+        elif options.config is not None:
             base = TrainConfig.load(options.config)
         elif options.resume and saved.is_file():
             base = TrainConfig.load(saved)
         else:
-            options.parser.error("one of the arguments --preset --config is required")
+            usage_error("one of the arguments --preset --config is required")
         config = dataclasses.replace(base, **given_fields(options))
         backends.select(config.backend, torch.empty(0, device=config.torch_device()))
     except (ValueError, RuntimeError) as error:
-        options.parser.error(str(error))
+        usage_error(str(error))
     return config
 
 
-def _out(options: argparse.Namespace) -> Path:
-    if "out" in options:
-        return Path(options.out)
-    return Path("runs") / getattr(options, "preset", "train")
+def _out(options: Options) -> Path:
+    return options.out if options.out is not None else Path("runs") / (options.preset or "train")

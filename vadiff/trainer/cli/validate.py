@@ -1,14 +1,14 @@
 """`vadiff validate`."""
 
-import argparse
 import dataclasses
 import json
-import tempfile
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
-from ...files import replacing
-from .drawing import weights_name
+from ...files import check_writable, problem, replacing
+from .command import command
+from .drawing import WEIGHTS
+from .parameters import PATH, TEXT, WHOLE_NUMBER, Options, argument, flag, group, option, usage_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,37 +25,38 @@ DESCRIPTION = (
     "of ln(loss / reference). Another run as reference is measured on the same images with the same noise, so that the "
     "errors of the ratios are those of the paired difference; it must hold out the same images."
 )
+EXAMPLES = (
+    "vadiff validate runs/digits",
+    "vadiff validate runs/digits --reference runs/constant --plot compared.png",
+)
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that `vadiff train` wrote")
-    parser.add_argument(
-        "--weights", type=weights_name, metavar="NAME", default="ema",
-        help="ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
-    )  # fmt: skip
-    parser.add_argument(
-        "--step", type=int, metavar="N", default=None, help="step of the checkpoint; default: the latest"
-    )
-    parser.add_argument("--levels", type=int, metavar="N", default=None, help="noise levels; default: as in training")
-    parser.add_argument(
-        "--images", type=int, metavar="N", default=None, help="maximum of held-out images; default: as in training"
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="RUN|FILE", default=None,
-        help="run to compare with (its latest checkpoint, the same --weights), or a file of --csv",
-    )  # fmt: skip
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", default=None, help="also write the levels as CSV, over an earlier one"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", default=None, help="also draw loss over log-SNR: .png, .svg or .pdf"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--device", default="auto", help="where to measure: auto (a GPU if there is one), cpu, cuda:N")
-
-
-def run(options: argparse.Namespace) -> None:
+@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@argument("run_directory", "RUN", "run directory that `vadiff train` wrote")
+@group(
+    "What is measured",
+    option(
+        "--weights", WEIGHTS, "NAME",
+        "ema: averaged; raw: as trained; ema-WIDTH: the average that `vadiff ema --sigma-rel WIDTH` made",
+        default="ema",
+    ),
+    option("--step", WHOLE_NUMBER, "N", "step of the checkpoint; default: the latest"),
+    option("--levels", WHOLE_NUMBER, "N", "noise levels; default: as in training"),
+    option("--images", WHOLE_NUMBER, "N", "maximum of held-out images; default: as in training"),
+    option(
+        "--reference", PATH, "RUN|FILE",
+        "run to compare with (its latest checkpoint, the same --weights), or a file of --csv",
+    ),
+    option("--device", TEXT, "DEVICE", "where to measure: auto (a GPU if there is one), cpu, cuda:N", default="auto"),
+)  # fmt: skip
+@group(
+    "Results",
+    option("--csv", PATH, "FILE", "also write the levels as CSV, over an earlier one"),
+    option("--plot", PATH, "FILE", "also draw loss over log-SNR: .png, .svg or .pdf"),
+    flag("--json", "print JSON in place of the table"),
+)
+def run(options: Options) -> None:
     from ...extras import import_extra
     from ...models import Denoiser
     from ..training import TrainConfig, open_run
@@ -69,13 +70,13 @@ def run(options: argparse.Namespace) -> None:
     try:
         options.torch_device = TrainConfig(device=options.device).torch_device()
     except ValueError as error:
-        options.parser.error(f"argument --device: {error}")
+        usage_error(f"argument --device: {error}")
     config = _config(opened, options)
     images = opened.images()
     try:
         reference = None if options.reference is None else _reference(options, config, images.held_out[:])
     except (OSError, ValueError) as error:
-        options.parser.error(f"argument --reference: {error}")
+        usage_error(f"argument --reference: {error}")
 
     def measure(denoiser: Denoiser) -> "HeldOutLoss":
         return held_out_loss_of_run(config, images, denoiser, limit=options.images, progress=not options.json)
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
             else:
                 result = result.compared_with(reference)
         except ValueError as error:
-            options.parser.error(f"argument --reference: {error}")
+            usage_error(f"argument --reference: {error}")
     if options.json:
         content = {"levels": result.as_rows(), "x0_loss": measured.level_mean}
         if result.reference is not None:
@@ -98,48 +99,48 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(content))
     else:
         print(f"EDM's {result}\ngeometric mean over levels of the x0 loss: {measured.level_mean:.5g}")
-    try:
-        if options.csv is not None:
-            result.save(options.csv)
-        if options.plot is not None:
-            with replacing(options.plot) as partial:
-                result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
-    except OSError as error:
-        options.parser.error(f"the result cannot be written: {error}")
+    if options.csv is not None:
+        result.save(options.csv)
+    if options.plot is not None:
+        with replacing(options.plot) as partial:
+            result.plot().figure.savefig(partial, format=options.plot.suffix[1:])
+    for path in filter(None, (options.csv, options.plot)):
+        print(f"Written to {path}", file=sys.stderr)
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: Options) -> None:
     """Refuse files of --csv and --plot that cannot be written, or that hold something else."""
     from ...validation import LevelLosses
 
     if options.plot is not None and options.plot.suffix not in PICTURES:
-        options.parser.error(f"argument --plot: {options.plot}, expected a file ending in {', '.join(PICTURES)}")
+        usage_error(f"argument --plot: {options.plot}, expected a file ending in {', '.join(PICTURES)}")
     for name, path in (("csv", options.csv), ("plot", options.plot)):
         if path is None:
             continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
+            check_writable(path, folder=False)
             if name == "csv" and path.exists():
                 LevelLosses.load(path)
-        except (OSError, ValueError) as error:
-            options.parser.error(f"argument --{name}: {path} cannot be written: {error}")
+        except OSError as error:
+            usage_error(f"argument --{name}: {path} cannot be written: {problem(error) or error}")
+        except ValueError as error:
+            usage_error(f"argument --{name}: {path} cannot be written: {error}")
 
 
-def _config(opened: "Run", options: argparse.Namespace) -> "TrainConfig":
+def _config(opened: "Run", options: Options) -> "TrainConfig":
     """The run's config with the number of levels of the options."""
     if options.images is not None and options.images < 1:
-        options.parser.error(f"argument --images: {options.images}, expected at least 1")
+        usage_error(f"argument --images: {options.images}, expected at least 1")
     config = opened.config
     try:
         if options.levels is not None:
             config = dataclasses.replace(config, held_out_levels=options.levels)
     except ValueError as error:
-        options.parser.error(f"argument --levels: {error}")
+        usage_error(f"argument --levels: {error}")
     return config
 
 
-def _reference(options: argparse.Namespace, config: "TrainConfig", held_out: "Tensor") -> "Denoiser | LevelLosses":
+def _reference(options: Options, config: "TrainConfig", held_out: "Tensor") -> "Denoiser | LevelLosses":
     """The denoiser of another run, or the losses in a file.
 
     Raises:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,6 +145,11 @@ def encode_images(
             with replacing(out / FACTS, durable=True) as partial:
                 partial.write_text(json.dumps(plan, indent=1) + "\n")
     return read_facts(out)
+
+
+def going_on(out: Path) -> str:
+    """What is kept when encoding stops, and how it goes on."""
+    return f"the files that are whole are kept in {out}: the same command encodes the others"
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
@@ -314,6 +319,13 @@ def _seed_of(seed: int, part: str, shard: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 2)
 
 
+class _OnlyWrites:
+    """A file that NumPy writes to by Python's write, whose errors say why, and not by C's, whose do not."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write = file.write
+
+
 def _save(path: Path, array: np.ndarray) -> None:
     with replacing(path, durable=True) as partial, partial.open("wb") as file:
-        np.save(file, array)
+        np.save(_OnlyWrites(file), array)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError
-from ...extras import import_extra
+from ..progress import progress_bar
 from .decoding import is_picture
 from .index import Index, fingerprint_of
 from .labels import LABELS, MOST_LABEL_BYTES, from_folders, from_json
@@ -22,8 +22,11 @@ def folder_index(path: Path) -> Index:
     Raises:
         DataError: a folder cannot be read, or dataset.json is damaged.
     """
-    tqdm = import_extra("tqdm", "train").tqdm
-    found = list(tqdm(_files(path), desc=f"Pictures in {path}", unit=" files", disable=None, delay=_QUIET))
+    found = []
+    with progress_bar(None, f"Pictures in {path}", " files", delay=_QUIET) as bar:
+        for one in _files(path):
+            found.append(one)
+            bar.update()
     found.sort()
     sizes = np.array([size for _, size in found], dtype=np.int64)
     names = Names.of(["/".join(parts) for parts, _ in found])

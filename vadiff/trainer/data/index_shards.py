@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError
-from ...extras import import_extra
 from ...files import locked, replacing
+from ..progress import progress_bar
 from .decoding import is_picture
 from .index import Index, fingerprint_of
 from .labels import NO_LABEL, of_sample
@@ -97,16 +97,17 @@ def _list(paths: Sequence[Path], versions: Sequence[Version]) -> _List:
     names: list[bytes] = []
     members, labels = [np.empty(0, MEMBER)], [np.empty(0, np.int64)]
     left_out, trouble = 0, ""
-    tqdm = import_extra("tqdm", "train").tqdm
-    for number, path in enumerate(tqdm(paths, desc="Pictures in shards", unit="shard", disable=None, delay=_QUIET)):
-        shard = _shard(path)
-        found = [sample for sample in shard.samples.values() if sample.picture]
-        names += [sample.picture.encode("utf-8", "surrogateescape") for sample in found]
-        fields = [(number, sample.offset, sample.size, sample.size, STORED, 0) for sample in found]
-        members.append(np.array(fields, MEMBER))
-        labels.append(np.array([sample.label for sample in found], np.int64))
-        left_out += len(shard.samples) - len(found) + shard.damaged
-        trouble = trouble or shard.trouble
+    with progress_bar(len(paths), "Pictures in shards", "shard", delay=_QUIET) as bar:
+        for number, path in enumerate(paths):
+            shard = _shard(path)
+            found = [sample for sample in shard.samples.values() if sample.picture]
+            names += [sample.picture.encode("utf-8", "surrogateescape") for sample in found]
+            fields = [(number, sample.offset, sample.size, sample.size, STORED, 0) for sample in found]
+            members.append(np.array(fields, MEMBER))
+            labels.append(np.array([sample.label for sample in found], np.int64))
+            left_out += len(shard.samples) - len(found) + shard.damaged
+            trouble = trouble or shard.trouble
+            bar.update()
     return _List(
         np.array(versions, np.int64).reshape(-1, 2), Names(b"".join(names), np.cumsum([0, *map(len, names)])),
         np.concatenate(members), np.concatenate(labels), left_out, trouble,

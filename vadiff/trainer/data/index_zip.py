@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError
+from ..progress import progress_bar
 from .decoding import is_picture
 from .index import Index, fingerprint_of
 from .labels import LABELS, MOST_LABEL_BYTES, from_folders, from_json
@@ -16,6 +17,7 @@ from .members import DEFLATED, MEMBER, STORED, Archives, Names, Version
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError,
 )  # fmt: skip
+_LARGE = 2**30  # bytes from which listing takes seconds
 
 
 def zip_index(path: Path) -> Index:
@@ -26,9 +28,11 @@ def zip_index(path: Path) -> Index:
     """
     try:
         version = Version.of(os.stat(path))
-        with zipfile.ZipFile(path) as archive:
+        shown = os.path.getsize(path) > _LARGE
+        with progress_bar(None, f"Pictures in {path}", " files", shown=shown) as bar, zipfile.ZipFile(path) as archive:
             listed = _listed(archive)
             found = [info for info in archive.infolist() if not info.is_dir() and is_picture(info.filename)]
+            bar.update(len(found))
             found.sort(key=lambda info: info.filename.split("/"))
             for info in found:
                 if info.flag_bits & 1 or info.compress_type not in (STORED, DEFLATED):

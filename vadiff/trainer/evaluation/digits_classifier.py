@@ -142,8 +142,8 @@ def _train(path: Path, epochs: int) -> Trained:
             "scikit-learn in constraints.txt, or compare images with --features inception"
         )
     state = network.state_dict()
-    with replacing(path, durable=True) as partial:
-        torch.save({"network": state, "accuracy": accuracy, "sha256": _digest(state)}, partial)
+    with replacing(path, durable=True) as partial, partial.open("wb") as file:
+        torch.save({"network": state, "accuracy": accuracy, "sha256": _digest(state)}, file)
     return Trained(path, _digest(state)[:16], accuracy)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...extras import import_extra
 from ...files import sha256_of
+from ..progress import progress_bar
 from . import digits_classifier
 from .extractors import DINOV2_WEIGHTS, LAYER_OF, register
 from .feature_statistics import FeatureStatistics
@@ -143,7 +144,7 @@ def image_metrics(
         cache: folder for the features of references and for the digits classifier; None is `cache_folder()`.
         device: "cpu" or a CUDA device.
         batch_size: images at a time in the network.
-        progress: show torch-fidelity's progress bars.
+        progress: show a progress bar of the features.
 
     Returns:
         name → value: fid, kid and kid_std (over its random subsets), isc and isc_std, precision, recall. Where the
@@ -185,7 +186,7 @@ def image_metrics(
         values[result_name("fid", features, layer)] = found.distance(reference)
         metrics = tuple(name for name in metrics if name != "fid")
     if isinstance(reference, Tensor) and set(metrics) != {"isc"}:
-        options["input2"] = _Pixels(reference)
+        options["input2"] = _Pixels(reference, "features of real images" if progress else None)
         options["input2_cache_name"] = f"{content_key(reference)}-{network.key}"
         options["cache_root"] = str(cache_folder() if cache is None else cache)
     if metrics:
@@ -224,13 +225,13 @@ def _extraction(
 ) -> dict[str, Any]:
     """Options of torch-fidelity: whose features, and how they are computed."""
     return {
-        "input1": _Pixels(images),
+        "input1": _Pixels(images, "features" if progress else None),
         "feature_extractor": register(features),
         "feature_extractor_weights_path": None if network.weights is None else str(network.weights),
         "cuda": device.type == "cuda",
         "batch_size": batch_size,
         "save_cpu_ram": True,  # no worker processes for images that are in memory already
-        "verbose": progress,
+        "verbose": False,
     }
 
 
@@ -317,16 +318,23 @@ def cache_folder() -> Path:
 
 
 class _Pixels(torch.utils.data.Dataset[Tensor]):
-    """Images as torch-fidelity reads them: [3, H, W] uint8."""
+    """Images as torch-fidelity reads them: [3, H, W] uint8; a progress bar, if it has a name, counts those it read."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.images = images.cpu()
+    def __init__(self, images: Tensor, what: str | None) -> None:
+        self.images, self.what = images.cpu(), what
+        self._bar: Any = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
         image: Tensor = self.images[index]
+        if index == 1:  # it looks at number 0, and reads all in their order, at least five
+            self._bar = progress_bar(len(self), self.what or "", "image", initial=1, shown=self.what is not None)
+        if index > 0:
+            self._bar.update()
+        if index == len(self) - 1:
+            self._bar.close()
         return image.expand(3, -1, -1)
 
 

@@ -32,7 +32,8 @@ def download_weights(progress: bool) -> None:
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise UserError(
             f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
-            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub"
+            f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub. Without them `vadiff evaluate RUN "
+            "--metrics`, which names no metric, measures the loss on held-out images"
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...ema.snapshots import Snapshot, write_snapshot
 from ...errors import DataError
-from ...files import replacing, sha256_of
+from ...files import check_writable, replacing, sha256_of
 from ..config import TrainConfig
 from ..training import run_folder
 from ..training.assembly import build_denoiser
@@ -72,9 +72,11 @@ def import_networks(
     Raises:
         DataError: a file cannot be read, is of another network, or does not fit the other files; or the VAE cannot be
             read, or does not fit the network.
+        OSError: `out` cannot be written.
         RunError: `out` holds a run already, or is a file.
         CheckpointError: a file cannot be written.
     """
+    check_writable(out, folder=True)
     named = sorted((_named(path, batch_size, several=len(files) > 1) for path in files), key=lambda file: file[:2])
     for earlier, later in itertools.pairwise(named):
         if earlier[:2] == later[:2]:
@@ -85,7 +87,7 @@ def import_networks(
     config = _config(network, last.step, data, batch_size, widths)
     _check_shapes(network, config, last.path)
     encoding = None if vae is None else latent_encoding(network.image_shape, vae)
-    run_folder.check(out, config, resume=False, overwrite=overwrite)
+    run_folder.check_free(out, overwrite=overwrite)
     sums = {file.path.name: sha256_of(file.path) for file in named}
     weights = network.state()
     state = {

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import replacing
+from ...errors import UserError
+from ...files import check_writable, problem, replacing
 from ..evaluation import image_metrics
 from ..evaluation.feature_statistics import FeatureStatistics, is_statistics, read_statistics
 from ..evaluation.fidelity import (
     FeatureNetwork,
+    cache_folder,
     check_images,
     check_metrics,
     content_key,
@@ -26,6 +28,7 @@ from ..evaluation.fidelity import (
     result_name,
     within_reach,
 )
+from ..next_steps import command_line
 from ..pictures import read_pictures
 from ..training import open_run
 
@@ -61,12 +64,13 @@ class Comparison:
     cache: Path | None = None
 
 
-def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, FeatureNetwork]:
+def prepared(comparison: Comparison, dataset: str | None, *, caches: bool = True) -> tuple[Comparison, FeatureNetwork]:
     """Choose the features, and find, download or train their network: before images are drawn.
 
     Args:
         comparison: some options.
         dataset: that the images imitate; None if unknown.
+        caches: whether features of real images, if there are any, will be cached.
 
     Returns:
         The comparison with its features set and without metrics that the weights or the reference cannot give, which is
@@ -75,13 +79,15 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
     Raises:
         ValueError: options that do not go together, latents without a reference, or weights that are missing or cannot
             give the metrics.
-        UserError: the weights could not be downloaded.
+        UserError: the weights could not be downloaded, or the cache of features cannot be written.
         MissingExtraError: torch-fidelity is not installed.
     """
     if dataset == "latents" and comparison.metrics and comparison.reference is None:
         raise ValueError(_NO_PICTURES)
     features = comparison.features or (features_for(dataset) if dataset is not None else "inception")
     check_metrics(comparison.metrics, features, comparison.layer)
+    if caches and set(comparison.metrics) != {"isc"} and not _has_statistics(comparison):
+        _check_cache(cache_folder() if comparison.cache is None else comparison.cache)
     possible = within_reach(comparison.metrics, comparison.layer, comparison.inception_weights)
     network = find_network(
         features,
@@ -92,9 +98,21 @@ def prepared(comparison: Comparison, dataset: str | None) -> tuple[Comparison, F
     )
     if len(possible) < len(comparison.metrics):
         print(f"isc (Inception score) is skipped: {comparison.inception_weights} is not finite up to the last layer")
-    if comparison.reference is not None and is_statistics(comparison.reference):
+    if comparison.reference is not None and _has_statistics(comparison):
         possible = _within_statistics(possible, comparison.reference)
     return dataclasses.replace(comparison, features=features, metrics=possible), network
+
+
+def _has_statistics(comparison: Comparison) -> bool:
+    """Whether the reference is statistics of real images' features, which are not cached."""
+    return comparison.reference is not None and is_statistics(comparison.reference)
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        check_writable(folder, folder=True)
+    except OSError as error:
+        raise UserError(f"{problem(error) or error}. It caches features: name another folder with --cache") from error
 
 
 def _within_statistics(metrics: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -133,7 +151,6 @@ def compare(
         dinov2_weights=comparison.dinov2_weights,
         cache=comparison.cache,
         device=device,
-        progress=sys.stderr.isatty(),
     )
     against = f" against {len(reference):,} real ones" if isinstance(reference, Tensor) else ""
     if isinstance(reference, FeatureStatistics):
@@ -179,15 +196,16 @@ def save_statistics(path: Path, comparison: Comparison, file: Path, device: torc
         ValueError: no readable images, or invalid options.
         UserError: the data set of the run is missing.
     """
+    check_writable(file, folder=False)
     comparison = dataclasses.replace(comparison, metrics=("fid",), reference=None)
-    comparison, network = prepared(comparison, _dataset(path))
+    comparison, network = prepared(comparison, _dataset(path), caches=False)
     images = reference_images(path)
     found = feature_statistics(
-        images, features=str(comparison.features), layer=comparison.layer, network=network, device=device,
-        progress=sys.stderr.isatty(),
+        images, features=str(comparison.features), layer=comparison.layer, network=network, device=device
     )  # fmt: skip
     found.save(file)
     print(f"Mean and covariance of {len(found.mean)} features of {len(images):,} images: {file}")
+    print(f"Compare a folder of images or a run with them: {command_line('evaluate', 'FOLDER', '--reference', file)}")
 
 
 def reference_key(reference: Reference) -> str:

@@ -1,17 +1,23 @@
 """`vadiff demo`: three runs that differ only in the weighting, compared."""
 
 import dataclasses
+import signal
 import sys
 import time
 from pathlib import Path
 
+from ...errors import Stopped
 from ...extras import import_extra
+from ...files import check_writable
 from ...pixels import pixels
 from ...sampling import dpmpp_2m, noise_levels
 from ..data import load_digits
 from ..evaluation import image_metrics
 from ..evaluation.fidelity import find_network
+from ..next_steps import next_steps
 from ..training import TrainConfig, open_run, train
+from ..training.stopping import stoppable
+from .comparison import Record
 from .figure import comparison_figure, spread_of
 from .page import write_report
 from .runs import group_runs, read_history
@@ -24,6 +30,20 @@ COMPARED = 1797  # as many as there are real digits
 
 
 def run_demo(config: TrainConfig, out: Path) -> None:
+    """`_compare`, which a signal stops with the advice to start again.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT.
+    """
+    told = f"the demo is not complete; the same command starts it anew in {out}"
+    try:
+        with stoppable(told):
+            _compare(config, out)
+    except Stopped as stop:  # a training's advice is to resume it alone
+        raise Stopped(f"stopped by {signal.Signals(stop.signal).name}; {told}", stop.signal) from None
+
+
+def _compare(config: TrainConfig, out: Path) -> None:
     """Train with each of WEIGHTINGS from the same weights on the same noise, and compare them.
 
     Writes `out`/report.png, one picture, and `out`/report.html, the page of `vadiff report`; prints tables.
@@ -35,8 +55,9 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     Raises:
         MissingExtraError: a package of the extras `train`, `report` or `eval` is not installed.
     """
-    for module in ("jinja2", "matplotlib"):
-        import_extra(module, "report")  # fail before minutes of training
+    check_writable(out, folder=True)  # fail before minutes of training
+    for module in ("jinja2", "matplotlib", "plotly"):
+        import_extra(module, "report")
     find_network("digits")
     on_the_way = max(1, config.steps // 2)
     config = dataclasses.replace(config, samples_every=on_the_way, held_out_every=on_the_way, sample_count=SAMPLES)
@@ -58,6 +79,9 @@ def run_demo(config: TrainConfig, out: Path) -> None:
             pixels(drawn), pixels(data.train), metrics=("fid",), features="digits", device=device, progress=False
         )
         distances[name] = found["fd-digits"]
+        settings = {"step": config.steps, "images_seen": config.steps * config.batch_size, "features": "digits"}
+        folder = out / name / "evaluation" / f"step-{config.steps}"
+        Record(folder / "metrics.json", {**settings, "images": COMPARED}, [0]).add(0, found)  # for the page
         print(f"{name}: trained, {time.monotonic() - started:.0f} s so far", file=sys.stderr)
 
     comparison_figure(runs, samples, data.held_out).savefig(out / "report.png")
@@ -78,3 +102,4 @@ def run_demo(config: TrainConfig, out: Path) -> None:
         group_runs([read_history(open_run(out / name)) for name in WEIGHTINGS]), out / "report.html", title=title
     )
     print(f"Page: {out / 'report.html'}   picture: {out / 'report.png'}   ({time.monotonic() - started:.0f} s)")
+    print(next_steps(("diagnose", out / WEIGHTINGS[0]), ("sample", out / WEIGHTINGS[-1])))

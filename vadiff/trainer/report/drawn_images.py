@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ...sampling.generation import Generation, generate
+from ...sampling.seeds import seeds_text
 from ..pictures import PictureWriter, read_labels, read_note, read_pictures
-from ..training import Run
-from ..training.progress import progress_bar
+from ..progress import progress_bar
+from ..training import Run, Stopped
+from ..training.stopping import stoppable
 
 
 def draw_images(run: Run, seeds: Sequence[int], generation: Generation) -> Tensor:
@@ -46,6 +50,34 @@ def kept_images(run: Run, seeds: Sequence[int], generation: Generation, folder: 
     _write(file, drawn, note)
     shutil.rmtree(parts, ignore_errors=True)
     return drawn.images
+
+
+@contextmanager
+def drawn_so_far_kept(writer: PictureWriter) -> Iterator[None]:
+    """Keep the images that were drawn before a signal or an error, and say where, and how to draw the others.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT.
+    """
+
+    def kept() -> str:
+        folder = writer.keep()
+        if folder is None:
+            return "no image was drawn yet"
+        missing = [seed for place, seed in enumerate(writer.seeds) if place not in writer.written]
+        return (
+            f"{len(writer.written):,} of {len(writer.seeds):,} images are in {folder}; the same command draws the "
+            f"others with another --out and, in place of --images and --first-seed, --seeds {seeds_text(missing)}"
+        )
+
+    try:
+        with stoppable(kept):
+            yield
+    except Exception as error:
+        if writer.written and not isinstance(error, Stopped):
+            with suppress(OSError):  # the disk that is full
+                print(f"vadiff: {kept()}", file=sys.stderr)
+        raise
 
 
 class _Batch(NamedTuple):

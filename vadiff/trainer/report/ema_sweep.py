@@ -2,22 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...extras import import_extra
+from ...files import check_writable, replacing
 from ...sampling.generation import Generation, with_options
 from ..training import HeldOutLoss, Run
-from .charts import METRICS, metric_title
+from ..training.stopping import stoppable
 from .comparison import Comparison, Reference, check_drawn, compare, prepared, read_reference
 from .drawn_images import draw_images
+from .training_charts import METRICS, metric_title
 
 
 def sweep_scores(losses: Mapping[Any, HeldOutLoss]) -> dict[Any, float]:
     """Mean over noise levels of each held-out loss, see `level_mean`."""
     return {name: loss.level_mean for name, loss in losses.items()}
+
+
+def lowest_of(widths: Mapping[float, float], others: Mapping[str, float]) -> str:
+    """Name of the weights with the lowest of `sweep_scores`: "ema-0.1", or "ema" and "raw" of the run's own."""
+    scores = {f"ema-{width:g}": score for width, score in widths.items()} | dict(others)
+    return min(scores, key=lambda name: scores[name])
+
+
+def scores_table(widths: Mapping[float, float], others: Mapping[str, float]) -> str:
+    """`sweep_scores` of the widths and of the run's own weights as text; the lowest of all is marked."""
+    rows = {f"ema-{width:g}": widths[width] for width in sorted(widths)} | dict(others)
+    lowest = lowest_of(widths, others)
+    lines = [f"  {name:>9} {score:.5f}{'  lowest' if name == lowest else ''}" for name, score in rows.items()]
+    return "\n".join(["x0 loss on held-out images, geometric mean over noise levels:", *lines])
+
+
+def check_sweep(folder: Path, *, sweep: bool) -> None:
+    """Raise unless averages can be written to a folder, and a sweep be drawn: before minutes of measuring.
+
+    Raises:
+        OSError: the folder cannot be written.
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_writable(folder, folder=True)
+    if sweep:
+        import_extra("matplotlib", "report")
+
+
+@contextmanager
+def sweep_written(
+    folder: Path, content: dict[str, Any], figure: Callable[[], Any]
+) -> Iterator[Callable[[Mapping[float | str, Mapping[str, float]]], None]]:
+    """Write sweep.json now and each time that the function is called, and sweep.png at the end.
+
+    Args:
+        folder: of both.
+        content: of sweep.json without metrics.
+        figure: makes the picture.
+
+    Yields:
+        Writes sweep.json with the metrics of the weights that are measured so far.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT.
+    """
+
+    def write(metrics: Mapping[float | str, Mapping[str, float]]) -> None:
+        named = {name if isinstance(name, str) else f"ema-{name:g}": values for name, values in metrics.items()}
+        with replacing(folder / "sweep.json") as partial:
+            partial.write_text(json.dumps(content | ({"metrics": named} if named else {})) + "\n")
+
+    write({})
+    with stoppable(f"what was measured is in {folder / 'sweep.json'}; the same command measures all anew"):
+        yield write
+    with replacing(folder / "sweep.png") as partial:
+        figure().savefig(partial, format="png")
 
 
 def prepared_sweep(run: Run, number: int, comparison: Comparison) -> tuple[Comparison, Reference]:
@@ -51,7 +112,7 @@ def sweep_metrics(
     comparison: Comparison,
     reference: Reference,
     generation: Generation,
-) -> dict[float | str, dict[str, float]]:
+) -> Iterator[tuple[float | str, dict[str, float]]]:
     """Image metrics (FID, ...) for each of the given weights, drawn from the same seeds; also printed.
 
     Args:
@@ -62,16 +123,14 @@ def sweep_metrics(
         comparison, reference: what `prepared_sweep` returned.
         generation: how images are drawn; its weights and step are not read. They are compared on its first device.
 
-    Returns:
-        For each of the weights, metric → value.
+    Yields:
+        Each of the weights, and metric → value.
     """
-    found = {}
     for each in weights:
         name = each if isinstance(each, str) else f"ema-{each:g}"
         images = draw_images(run, seeds, with_options(generation, weights=name, step=step))
         print(f"\n{name}: ", end="")
-        found[each] = compare(images, reference, comparison, generation.devices[0])
-    return found
+        yield each, compare(images, reference, comparison, generation.devices[0])
 
 
 def sweep_figure(
@@ -86,7 +145,7 @@ def sweep_figure(
         losses: held-out loss of each width, on the same images, levels and noise.
         others: held-out loss of other weights of the run, drawn as horizontal lines.
         kept: the widths tracked during training; marked.
-        metrics: what `sweep_metrics` returned, for the same widths and other weights.
+        metrics: what `sweep_metrics` gave, for the same widths and other weights.
 
     Returns:
         A `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.

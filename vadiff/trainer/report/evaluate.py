@@ -5,25 +5,28 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...extras import import_extra
-from ...files import replacing
+from ...files import check_writable, replacing
 from ...optimal_loss import ModelGap
 from ...sampling.generation import Generation
 from ...sampling.seeds import recorded_seeds
 from ..data import Images, inputs_of_rows
 from ..evaluation import LevelGradients, level_gradients
 from ..evaluation.fidelity import FeatureNetwork
-from ..training import HeldOutLoss, Run
+from ..next_steps import next_steps
+from ..training import HeldOutLoss, Run, Stopped
 from ..training.held_out import held_out_log_snr, held_out_loss_of_run
 from ..training.optimal_curve import estimate_curve
 from ..training.run_gap import direct_gap_of_run, gap_of_run
+from ..training.stopping import stoppable
 from .comparison import (
     Comparison,
     Record,
@@ -37,10 +40,7 @@ from .comparison import (
     seed_sets,
 )
 from .drawn_images import draw_images, kept_images
-from .gap import gap_chart, gap_rows, gap_table
-from .gradient_charts import gradient_charts
-from .held_out_charts import held_out_levels
-from .style import Chart
+from .gap import gap_rows, gap_table
 
 
 def evaluate_run(
@@ -80,23 +80,45 @@ def evaluate_run(
     Raises:
         UserError: the checkpoint or the data set is missing or corrupt, or the Inception weights cannot be downloaded.
         ValueError: invalid options of the comparison.
-        MissingExtraError: a package of the extra `eval` or `report` is not installed.
+        MissingExtraError: a package of the extra `eval` is not installed.
     """
-    import_extra("matplotlib", "report")  # fail before minutes of drawing
     steps = run.checkpoints()
     step = generation.step if generation.step is not None else (steps[-1] if steps else None)
     generation = dataclasses.replace(generation, step=step)
-    device = generation.devices[0]
     folder = run.path / "evaluation" / f"step-{step}"
     if generation.weights not in ("ema", "raw"):  # post-hoc averages are not part of the run's history
         folder = run.path / "evaluation" / generation.weights / f"step-{step}"
+    check_writable(folder, folder=True)
     written: list[str] = []
     data = functools.cache(run.images)  # an imported run may have none, and may be compared without
     if held_out_images != 0 or gradient_images or gap_images:
         data()  # fail before minutes of drawing
-    if comparison.metrics:
-        _compare(run, data, generation, seed_sets(seeds, repeats), comparison, folder, keep_images)
-        written.append("metrics.json")
+    with _telling_what_is_kept(folder):
+        if comparison.metrics:
+            _compare(run, data, generation, seed_sets(seeds, repeats), comparison, folder, keep_images)
+            written.append("metrics.json")
+        written += _measure_levels(
+            run, data, generation, folder, held_out_images=held_out_images, gradient_images=gradient_images,
+            gap_images=gap_images, gap_directly=gap_directly,
+        )  # fmt: skip
+    print(f"\nWritten to {folder}: {', '.join(sorted(written))}\n{next_steps(('report', run.path))}")
+    return folder
+
+
+def _measure_levels(
+    run: Run,
+    data: Callable[[], Images],
+    generation: Generation,
+    folder: Path,
+    *,
+    held_out_images: int | None,
+    gradient_images: int,
+    gap_images: int,
+    gap_directly: bool,
+) -> list[str]:
+    """What `evaluate_run` measures per noise level; returns the names of the files."""
+    step, device = generation.step, generation.devices[0]
+    written: list[str] = []
     if held_out_images != 0:
         limit = len(data().held_out) if held_out_images is None else held_out_images
         losses = {
@@ -106,24 +128,42 @@ def evaluate_run(
         number = losses["ema"].per_image.shape[1]
         print(f"\nEDM's loss on {number} held-out images per noise level, mean ± standard error:")
         print(_held_out_table(losses))
-        ema, raw = losses["ema"], losses["raw"]
-        charts = [held_out_levels(ema.log_snr.numpy(), raw.mean.numpy(), ema.mean.numpy())]
-        written += _write(folder, {"held-out.csv": _csv(_held_out_rows(losses)), **_pictures(charts)})
+        written.append(_write(folder / "held-out.csv", _held_out_rows(losses)))
     if gradient_images:
         gradients = _gradients(run, data(), step, device, gradient_images, generation.batch_size)
         print(f"\nGradients per noise level, from {gradient_images} training images, trained (raw) weights:")
         print(_gradients_table(gradients))
-        charts = gradient_charts(gradients)
-        written += _write(folder, {"gradients.csv": _csv(_gradients_rows(gradients)), **_pictures(charts)})
+        written.append(_write(folder / "gradients.csv", _gradients_rows(gradients)))
     if gap_images:
         gap = _gap(run, data(), generation, device, gap_images, gap_directly)
         number = min(gap_images, len(data().train))
         print(f"\nEDM's loss above the optimal loss on {number} training images per noise level, ± standard error:")
         print(gap_table(gap, run.config.sigma_data))
-        charts = [gap_chart(gap, run.config.sigma_data)]
-        written += _write(folder, {"gap.csv": _csv(gap_rows(gap, run.config.sigma_data)), **_pictures(charts)})
-    print(f"\nWritten to {folder}: {', '.join(sorted(written))}")
-    return folder
+        written.append(_write(folder / "gap.csv", gap_rows(gap, run.config.sigma_data)))
+    return written
+
+
+@contextmanager
+def _telling_what_is_kept(folder: Path) -> Iterator[None]:
+    """Say what is in the folder after an error or a signal, and that the same command goes on from there.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT.
+    """
+
+    def kept() -> str:
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        if not names:
+            return "nothing is kept yet"
+        return f"kept in {folder}: {', '.join(names)}; the same command takes what it can use of that"
+
+    try:
+        with stoppable(kept):
+            yield
+    except Exception as error:
+        if not isinstance(error, Stopped) and folder.is_dir():
+            print(f"vadiff: {kept()}", file=sys.stderr)
+        raise
 
 
 def _compare(
@@ -269,13 +309,8 @@ def _csv(rows: Sequence[dict[str, float]]) -> str:
     return text.getvalue()
 
 
-def _pictures(charts: Sequence[Chart]) -> dict[str, bytes]:
-    return {f"{chart.name}.{kind}": chart.picture(kind, described=True) for chart in charts for kind in ("png", "svg")}
-
-
-def _write(folder: Path, files: Mapping[str, str | bytes]) -> list[str]:
-    """Write files atomically; returns their names."""
-    for name, content in files.items():
-        with replacing(folder / name) as partial:
-            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [*files]
+def _write(file: Path, rows: Sequence[dict[str, float]]) -> str:
+    """Write a table atomically, as CSV; returns its name."""
+    with replacing(file) as partial:
+        partial.write_text(_csv(rows))
+    return file.name

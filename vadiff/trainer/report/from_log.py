@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 
 from ...errors import RunError
-from ...extras import import_extra
 from ...metrics_file import MetricsFile
-from .charts import number_label, plain_log_ticks, slug
 from .overview import Table, number
 from .page import Section, write_page
 from .runs import Array
-from .style import LOG_SNR, Chart, line
+from .style import (
+    LOG_SNR,
+    ONLY,
+    Chart,
+    Line,
+    add_band,
+    add_line,
+    line,
+    log_axis,
+    log_snr_axis,
+    make_room_for_legend,
+    new_figure,
+)
 
 _REMOVED = "removed_x0_error"
 _PER_BAND = ("base_loss", "std", "relative_std", "weight", "share", _REMOVED)
@@ -66,12 +76,12 @@ def _instead(path: Path, lines: Sequence[dict[str, Any]]) -> str:
     return f"write it with criterion.log_to(vadiff.MetricsFile({str(path)!r}), step) after some steps of training"
 
 
-def write_log_report(path: Path, page: Path, *, title: str | None = None) -> list[Path]:
-    """Write the page about the log at `path`, and its charts beside it, as `write_report` does.
+def write_log_report(path: Path, page: Path, *, title: str | None = None) -> int:
+    """Write the page about the log at `path`, as `write_report` does.
 
     Raises:
         RunError: see `read_log`.
-        MissingExtraError: matplotlib or jinja2 is not installed.
+        MissingExtraError: plotly or jinja2 is not installed.
     """
     criteria, step, own = read_log(path)
     several = len(criteria) > 1
@@ -80,7 +90,7 @@ def write_log_report(path: Path, page: Path, *, title: str | None = None) -> lis
         sections += _sections(criterion, several)
     if own:
         charts = [
-            _curve(f"logged-{slug(name)}", name, "Logged by the loop itself. Look for jumps.", step, {name: values})
+            _curve(f"logged-{_slug(name)}", name, "Logged by the loop itself. Look for jumps.", step, {name: values})
             for name, values in own.items()
         ]
         sections.append(Section("logged", "Other numbers of the loop", charts=charts))
@@ -182,7 +192,7 @@ def _overview(criteria: Sequence[LoggedCriterion]) -> Section:
 
 def _sections(criterion: LoggedCriterion, several: bool) -> list[Section]:
     """The sections of one criterion; with `several` of them their names are in the titles."""
-    of, tag = (f", {criterion.prefix}", f"-{slug(criterion.prefix)}") if several else ("", "")
+    of, tag = (f", {criterion.prefix}", f"-{_slug(criterion.prefix)}") if several else ("", "")
     levels = Section(
         f"noise-levels{tag}",
         f"Noise level by noise level{of}",
@@ -237,45 +247,55 @@ _BANDED_CHARTS = (
 
 def _profile(criterion: LoggedCriterion, tag: str) -> Chart:
     """Mean and std of the base loss over log-SNR at the last step."""
-
-    def draw(panel: Any) -> None:
-        centers = (criterion.edges[1:] + criterion.edges[:-1]) / 2
-        mean, std = criterion.banded["base_loss"][-1], criterion.banded["std"][-1]
-        panel.fill_between(centers, np.clip(mean - std, 0, None), mean + std, color="#56B4E9", alpha=0.35, lw=0)
-        panel.plot(centers, mean, color="#0072B2", marker="o", markersize=4)
-        if _wide(mean):
-            panel.set_yscale("log", nonpositive="clip")
-            panel.set_ylim(np.nanmin(mean) / 3, np.nanmax(mean + std) * 1.5)
-        panel.set_xlabel(LOG_SNR)
-        panel.set_ylabel("base loss")
-
+    centers = (criterion.edges[1:] + criterion.edges[:-1]) / 2
+    mean, std = criterion.banded["base_loss"][-1], criterion.banded["std"][-1]
+    figure, style = new_figure(LOG_SNR, "base loss"), ONLY
+    spoken = [f" ± {value:.3g}" for value in std]
+    add_line(figure, centers, mean, style, "base loss", markers=True, spoken=spoken)
+    wide = _wide(mean)
+    low = np.clip(mean - std, np.nanmin(mean) / 3 if wide else 0, None)
+    add_band(figure, centers, low, mean + std, style.color, "base loss")
+    log_snr_axis(figure)
+    if wide:
+        log_axis(figure, low, mean + std)
+    else:
+        figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(showlegend=False)
     caption = (
         "Line: mean over recent samples of that noise level; band: ± 1 standard deviation between samples. Look for "
         "where the line is high (hard to learn) and where the band is wide (one sample says little)."
     )
-    return Chart(f"base-loss-profile{tag}", "Base loss per noise level", caption, draw)
+    return Chart(f"base-loss-profile{tag}", "Base loss per noise level", caption, figure)
 
 
 def _curve(name: str, title: str, caption: str, step: Array, values: dict[str, Array]) -> Chart:
     """Lines over steps, by their label; logarithmic where all values are positive and differ by more than tenfold."""
+    figure = new_figure(_STEPS, title.removesuffix(" by noise level").lower())
+    for place, (label, row) in enumerate(values.items()):
+        known = np.isfinite(row)
+        style = ONLY if len(values) == 1 else Line(shade(place / (len(values) - 1)), line(place).dash)
+        add_line(figure, step[known], row[known], style, label)
+    if _wide(np.concatenate(list(values.values()))):
+        log_axis(figure, *values.values())
+    figure.update_xaxes(tickformat="~s", unifiedhovertitle_text="step %{x:,.0f}")
+    make_room_for_legend(figure, len(values))
+    if len(values) > 1:
+        caption += " Lines: bands of log-SNR."
+    return Chart(name, title, caption, figure)
 
-    def draw(panel: Any) -> None:
-        colors = import_extra("matplotlib", "report").colormaps["viridis"](np.linspace(0, 0.95, len(values)))
-        for color, (label, row) in zip(colors, values.items(), strict=True):
-            known = np.isfinite(row)
-            one = len(values) == 1
-            panel.plot(step[known], row[known], color=line(0).color if one else color, label=None if one else label)
-        if _wide(np.concatenate(list(values.values()))):
-            panel.set_yscale("log")
-            plain_log_ticks(panel.yaxis)
-        panel.set_xlabel(_STEPS)
-        panel.set_ylabel(title.removesuffix(" by noise level").lower())
-        panel.xaxis.set_major_formatter(number_label)
 
-    return Chart(name, title, caption, draw)
+def shade(place: float) -> str:
+    """Colour of a band of log-SNR, from 0, the noisiest, to 1: an order that the eye sees on both grounds."""
+    ends = np.array([[0x7B, 0x62, 0xD9], [0x1F, 0x8A, 0x8C], [0xB5, 0x7C, 0x00]])
+    color = [np.interp(place, [0.0, 0.5, 1.0], channel) for channel in ends.T]
+    return "#" + "".join(f"{round(value):02x}" for value in color)
 
 
 def _wide(values: Array) -> bool:
     """Whether the finite values are positive and spread over more than an order of magnitude."""
     found = values[np.isfinite(values)]
     return bool(len(found) and found.min() > 0 and found.max() > 10 * found.min())
+
+
+def _slug(label: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c in ".-" else " " for c in label.lower()).split()) or "run"

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
 from ...optimal_loss import ModelGap
 from ...process import loss_ratio
-from .charts import plain_log_ticks
-from .style import LOG_SNR, Chart
+from .runs import Array
+from .style import (
+    LOG_SNR,
+    ONLY,
+    OTHER,
+    Chart,
+    add_band,
+    add_line,
+    log_axis,
+    log_snr_axis,
+    make_room_for_legend,
+    new_figure,
+)
 
 
 def gap_rows(gap: ModelGap, sigma_data: float) -> list[dict[str, float]]:
@@ -38,28 +50,32 @@ def gap_table(gap: ModelGap, sigma_data: float) -> str:
     return "\n".join(lines)
 
 
-def gap_chart(gap: ModelGap, sigma_data: float) -> Chart:
-    """Loss on training images and optimal loss per noise level, with the gap between them."""
-    log_snr = (-2.0 * gap.sigma.log()).numpy()
-    unit = _edm_unit(gap, sigma_data)
-    loss, optimal = (unit * gap.loss).numpy(), (unit * gap.optimal).numpy()
+def gap_chart(table: Mapping[str, Array]) -> Chart:
+    """Loss on training images and optimal loss per noise level, with the gap between them.
+
+    Args:
+        table: column → values per noise level [L], as gap.csv has them.
+    """
+    order = np.argsort(table["log_snr"])
+    log_snr, loss, optimal, error = (
+        table[name][order] for name in ("log_snr", "loss", "optimal", "gap_standard_error")
+    )
     lowest = 0.3 * float(loss.min())  # at low noise J* is 0
-
-    def draw(panel: Any) -> None:
-        panel.plot(log_snr, loss, color="#0072B2", marker="o", markersize=4, label="loss of the run")
-        panel.plot(log_snr, optimal.clip(lowest), color="#000000", linestyle="--", label="optimal loss")
-        panel.fill_between(log_snr, optimal.clip(lowest), loss, color="#0072B2", alpha=0.15, linewidth=0, label="gap")
-        panel.set_xlabel(LOG_SNR)
-        panel.set_ylabel("EDM loss on training images, per pixel")
-        panel.set_yscale("log")
-        panel.set_ylim(bottom=lowest)
-        plain_log_ticks(panel.yaxis)
-
+    figure = new_figure(LOG_SNR, "EDM loss on training images, per pixel")
+    run, gap = ONLY, [f", gap {low:.3g} ± {wide:.2g}" for low, wide in zip(loss - optimal, error, strict=True)]
+    add_line(figure, log_snr, loss, run, "loss of the run", markers=True, spoken=gap)
+    add_line(figure, log_snr, optimal.clip(lowest), OTHER, "optimal loss")
+    figure.data[-1].update(text=[f"{value:.4g}" for value in optimal], hovertemplate="%{text}")
+    add_band(figure, log_snr, optimal.clip(lowest), loss, run.color, "gap")
+    log_snr_axis(figure)
+    log_axis(figure, loss, optimal.clip(lowest))
+    make_room_for_legend(figure, 2)
     caption = (
         "Loss on images that were trained on, and the lowest that any network can have there. Look for levels where "
-        "the gap is wide: only there can training lower the loss. Where the gap is 0, the images are memorised."
+        "the gap is wide: only there can training lower the loss. Where the gap is the whole loss, the optimum "
+        "memorises the images."
     )
-    return Chart("gap", "Loss above the optimal loss", caption, draw)
+    return Chart("gap", "Loss above the optimal loss", caption, figure)
 
 
 def _edm_unit(gap: ModelGap, sigma_data: float) -> Tensor:

@@ -1,109 +1,108 @@
 """Charts of the held-out loss: per noise level, against another run, and over training."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..training.held_out import level_mean
-from .charts import aligned, band, draw_spread, images_axis, plain_log_ticks, slug, styles_of
+from .charts import band, styles_of
 from .runs import Array, Group, History
-from .style import LOG_SNR, Chart
+from .style import (
+    IMAGES,
+    LOG_SNR,
+    ONLY,
+    OTHER,
+    Chart,
+    add_spread,
+    images_axis,
+    log_axis,
+    log_snr_axis,
+    make_room_for_legend,
+    new_figure,
+)
+from .training_charts import aligned
 
 LOSS = "held-out EDM loss, per pixel"
+_EMA, _RAW = "averaged weights (EMA)", "raw weights"
 
 
-def held_out_levels(
-    log_snr: Array,
-    raw: Array,
-    ema: Array,
-    name: str = "held-out",
-    group: str = "",
-    limits: tuple[float, float] | None = None,
-) -> Chart:
-    """Held-out loss per noise level, raw and averaged weights; log_snr [L], losses [L] or [seeds, L].
-
-    `limits` are those of the vertical axis, for several such charts side by side.
-    """
-
-    def draw(panel: Any) -> None:
-        for values, color, dash, label in (
-            (raw, "#D55E00", "--", "raw weights"),
-            (ema, "#0072B2", "-", "averaged weights (EMA)"),
-        ):
-            draw_spread(panel, log_snr, np.atleast_2d(values), color, dash, label, marker="o")
-        panel.set_xlabel(LOG_SNR)
-        panel.set_ylabel(LOSS)
-        panel.set_yscale("log")
-        panel.set_ylim(limits)
-        plain_log_ticks(panel.yaxis)
-
+def final_levels(groups: Sequence[Group]) -> Chart:
+    """Held-out loss per noise level at each group's last measurement; of several, raw weights when they are chosen."""
+    figure = new_figure(LOG_SNR, LOSS)
+    everything = []
+    for group, style in zip(groups, styles_of(groups).values(), strict=True):
+        for name in ("loss_ema", "loss_raw"):
+            log_snr, rows = _last(group, name)
+            everything.append(rows)
+            raw = name == "loss_raw"
+            label = f"{group.label}, raw" if raw else group.label
+            if len(groups) == 1:
+                label, style = (_RAW, OTHER) if raw else (_EMA, ONLY)
+            shown = "legendonly" if raw and len(groups) > 1 else True
+            drawn = style._replace(dash="dot") if raw else style
+            add_spread(figure, log_snr, rows, drawn, label, markers=True, visible=shown)
+    log_snr_axis(figure)
+    log_axis(figure, *everything)
+    make_room_for_legend(figure, 2 * len(groups))
     caption = (
         "Loss on images never trained on, with the same noise for every run and checkpoint. Look for levels where the "
         "averaged weights are worse than the raw ones: there the average is too long."
     )
-    return Chart(name, "Held-out loss per noise level", caption, draw, group)
-
-
-def final_levels(groups: Sequence[Group]) -> list[Chart]:
-    """`held_out_levels` of each group's last measurement, with common axes."""
-    losses = [[_last(group, name)[1] for name in ("loss_raw", "loss_ema")] for group in groups]
-    everything = np.concatenate([values.ravel() for both in losses for values in both])
-    limits = (0.93 * float(np.nanmin(everything)), 1.07 * float(np.nanmax(everything)))
-    return [
-        held_out_levels(_last(group, "log_snr")[0], raw, ema, f"held-out-{slug(group.label)}", group.label, limits)
-        for group, (raw, ema) in zip(groups, losses, strict=True)
-    ]
+    if len(groups) > 1:
+        caption += " Averaged weights (EMA) are shown; choose raw ones in the legend."
+    return Chart("held-out", "Held-out loss per noise level", caption + band(groups), figure)
 
 
 def ratio_to_first(groups: Sequence[Group]) -> Chart:
     """Held-out loss of averaged weights per noise level, relative to the first group; paired by seed where possible."""
     first = groups[0]
-
-    def draw(panel: Any) -> None:
-        panel.axhline(1.0, color=styles_of(groups)[first.label].color, linewidth=1.9, label=first.label)
-        for group in groups[1:]:
-            color, dash = styles_of(groups)[group.label]
-            log_snr, rows = paired_ratios(group, first)
-            draw_spread(panel, log_snr, rows, color, dash, group.label, marker="o")
-        panel.set_xlabel(LOG_SNR)
-        panel.set_ylabel(f"held-out loss ÷ that of {first.label}")
-
+    figure = new_figure(LOG_SNR, f"held-out loss ÷ that of {first.label}")
+    for group, style in zip(groups, styles_of(groups).values(), strict=True):
+        log_snr, rows = paired_ratios(group, first)
+        rows = np.ones((1, len(log_snr))) if group is first else rows
+        add_spread(
+            figure,
+            log_snr,
+            rows,
+            style,
+            group.label,
+            unit=" ×",
+            markers=group is not first,
+        )
+    log_snr_axis(figure)
+    figure.update_yaxes(ticksuffix=" ×")
+    make_room_for_legend(figure, len(groups))
     caption = (
-        f"Below 1: better than {first.label} on images never trained on, same images and noise. Look for gains at some "
-        "noise levels that come with losses at others." + band(groups)
+        f"Below 1 ×: better than {first.label} on images never trained on, same images and noise. Look for gains at "
+        "some noise levels that come with losses at others." + band(groups)
     )
-    return Chart("held-out-ratio", f"Held-out loss relative to {first.label}", caption, draw)
+    return Chart("held-out-ratio", f"Held-out loss relative to {first.label}", caption, figure)
 
 
 def over_training(groups: Sequence[Group]) -> Chart:
     """Mean over the noise levels of the held-out loss (`level_mean`), averaged weights, against images seen."""
-
-    def draw(panel: Any) -> None:
-        for group, (color, dash) in zip(groups, styles_of(groups).values(), strict=True):
+    figure = new_figure(IMAGES, "held-out x0 loss, per pixel")
+    everything = []
+    for group, style in zip(groups, styles_of(groups).values(), strict=True):
+        for weights in ("ema", "raw") if len(groups) == 1 else ("ema",):
             images, rows = aligned(
-                [[(at, mean_of(run, found, "ema")) for at, found in run.held_out] for run in group.runs]
+                [[(at, mean_of(run, found, weights)) for at, found in run.held_out] for run in group.runs]
             )
-            draw_spread(
-                panel, images, rows, color, dash, group.label if len(groups) > 1 else "averaged weights (EMA)", "o"
-            )
+            everything.append(rows)
+            label = group.label
             if len(groups) == 1:
-                images, rows = aligned(
-                    [[(at, mean_of(run, found, "raw")) for at, found in run.held_out] for run in group.runs]
-                )
-                draw_spread(panel, images, rows, "#D55E00", "--", "raw weights", "o")
-        images_axis(panel)
-        panel.set_ylabel("held-out x0 loss, per pixel")
-        panel.set_yscale("log")
-        plain_log_ticks(panel.yaxis)
-
+                label, style = (_EMA, ONLY) if weights == "ema" else (_RAW, OTHER)
+            add_spread(figure, images, rows, style, label, markers=True)
+    images_axis(figure)
+    log_axis(figure, *everything)
+    make_room_for_legend(figure, max(2, len(groups)))
     caption = (
         "Squared error of the estimated image on images never trained on: geometric mean over noise levels, so that "
         "every level counts alike. Look for "
         "a curve that turns upwards (overfitting), or one that still falls (train longer)." + band(groups)
     )
-    return Chart("held-out-over-training", "Held-out loss over training", caption, draw)
+    return Chart("held-out-over-training", "Held-out loss over training", caption, figure)
 
 
 def mean_of(run: History, measured: Mapping[str, Array], weights: str) -> float:

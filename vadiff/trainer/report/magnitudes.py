@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ...extras import import_extra
+from .charts import styles_of
+from .runs import Group
+from .style import Chart, add_band, add_line, all_nan_is_no_value, log_axis, make_room_for_legend, new_figure
 
 _ROWS = {"activations": "activations", "weights": "weights", "relative": "update ÷ weight, last step"}
+_LOOK = {
+    "activations": "Look for activations that grow or drift apart.",
+    "weights": "Look for weights that grow, which makes the same update ever smaller in proportion.",
+    "relative": "Update of the last step ÷ weight. Look for layers far from the others: they learn faster or slower.",
+}
 _LAYERS, _MEDIAN = "#56B4E9", "#D55E00"  # Okabe & Ito's
 
 
@@ -55,12 +62,58 @@ def magnitudes_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return figure
 
 
-def magnitudes_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """`magnitudes_figure` as SVG; the same data give the same bytes."""
-    file = io.BytesIO()
-    with import_extra("matplotlib", "report").rc_context({"svg.hashsalt": "vadiff"}):
-        magnitudes_figure(runs).savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+def magnitude_charts(groups: Sequence[Group]) -> list[Chart]:
+    """A chart each of RMS of activations, weights and relative updates over training, of runs with `log_rms`.
+
+    Of one run every layer is a line, of several the band reaches from the lowest layer to the highest.
+    """
+    shown = [group for group in groups if group.first.magnitudes]
+    series = {group.label: rms_over_training(group.first.magnitudes) for group in shown}
+    found = []
+    for row, title in _ROWS.items():
+        present = [group for group in shown if row in series[group.label][1]]
+        if not present:
+            continue
+        figure = new_figure("step", f"RMS of {title}" if row != "relative" else title)
+        for group in present:
+            steps, values = series[group.label][0], series[group.label][1][row]
+            style = styles_of(groups)[group.label]
+            if len(groups) == 1:
+                _add_layers(figure, steps, values)
+            with all_nan_is_no_value():
+                middle, low, high = (function(values, 1) for function in (np.nanmedian, np.nanmin, np.nanmax))
+            spoken = [f" ({a:.3g} to {b:.3g})" for a, b in zip(low, high, strict=True)]
+            label = "median of layers" if len(groups) == 1 else group.label
+            add_line(figure, steps, middle, style, label, spoken=spoken)
+            if len(groups) > 1:
+                add_band(figure, steps, low, high, style.color, label)
+        log_axis(figure, *(series[group.label][1][row] for group in present))
+        figure.update_xaxes(rangemode="tozero", unifiedhovertitle_text="step %{x:,.0f}")
+        make_room_for_legend(figure, len(present) if len(groups) > 1 else 2)
+        shape = "thin lines: layers" if len(groups) == 1 else "band: from the lowest layer to the highest"
+        found.append(
+            Chart(
+                f"magnitudes-{row}",
+                f"Magnitude of {_ROWS[row]}" if row != "relative" else "Size of an update relative to the weight",
+                f"Root mean square. Thick line: median of the layers; {shape}. {_LOOK[row]}",
+                figure,
+            )
+        )
+    return found
+
+
+def _add_layers(figure: Any, steps: np.ndarray, values: np.ndarray) -> None:
+    """A thin line for each layer, all hidden by one entry of the legend, without a value at the pointer."""
+    gaps = np.full((1, values.shape[1]), np.nan)  # between one layer and the next
+    figure.add_scatter(
+        x=np.tile(np.append(steps.astype(float), np.nan), values.shape[1]),
+        y=np.concatenate([values, gaps]).T.ravel(),
+        mode="lines",
+        line={"width": 0.8, "color": _LAYERS},
+        opacity=0.7,
+        name=f"{values.shape[1]} layers",
+        hoverinfo="skip",
+    )
 
 
 def rms_over_training(lines: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

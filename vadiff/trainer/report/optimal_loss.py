@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...extras import import_extra
+from ...files import check_writable, replacing
 from ...optimal_loss import ModelGap, OptimalLoss
+from ..next_steps import next_steps
+from ..training import Run
 
 _COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe & Ito's
+
+
+STOPPED = "nothing is kept of the estimate, which is written at its end; fewer --levels or a lower --limit take less"
+
+
+def check_outputs(out: Path, run: Run | None) -> None:
+    """Raise unless a curve and its picture can be written to a folder, and the gap of a run measured: before the work.
+
+    Raises:
+        OSError: the folder cannot be written.
+        MissingExtraError: matplotlib is not installed.
+        UserError: the run has no checkpoint that can be read.
+    """
+    check_writable(out, folder=True)
+    check_writable(out / "optimal_loss.csv", folder=False)
+    import_extra("matplotlib", "report")
+    if run is not None:
+        run.denoiser()
+
+
+def write_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap], out: Path) -> None:
+    """Write optimal_loss.png to a folder."""
+    with replacing(out / "optimal_loss.png") as partial:
+        optimal_loss_figure(optimal, gaps).savefig(partial, format="png")
+
+
+def next_steps_of(out: Path, run: Run | None) -> str:
+    """What a curve can be used for: the diagnosis of the run that it was estimated for, or of any other."""
+    if run is None:
+        return "A run on these images reads it by `vadiff diagnose RUN --optimal CSV`"
+    return next_steps(("diagnose", run.path, "--optimal", out / "optimal_loss.csv"))
 
 
 def optimal_loss_figure(optimal: OptimalLoss, gaps: Mapping[str, ModelGap] | None = None) -> Any:

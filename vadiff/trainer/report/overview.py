@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from . import charts, held_out_charts
+from ..ablation.statistics import LEAST_SEEDS, interval
+from .held_out_charts import mean_of
 from .runs import Group, History
 from .style import all_nan_is_no_value
+from .training_charts import metric_names, metric_title
+
+RATIO, DIFFERENCE = "ratio", "difference"
 
 
 @dataclass(frozen=True)
@@ -21,26 +25,99 @@ class Table:
 
 
 def overview_table(groups: Sequence[Group]) -> Table:
-    """Values of each group at its last logged step: a row for each value that any group has."""
-    values: list[tuple[str, Callable[[History], float | None], Callable[[float], str]]] = [
-        ("steps", lambda run: run.step[-1], _whole),
-        ("images seen", lambda run: run.images[-1], _whole),
-        ("training base loss", lambda run: _scalar(run, "base_loss"), number),
-        ("level-free loss", lambda run: _scalar(run, "level_free_loss"), number),
-        ("held-out x0 loss (EMA)", _final_held_out, number),
-        *[(charts.metric_title(name), _final_metric(name), number) for name in charts.metric_names(groups)],
-        ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole),
-        ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent),
-        ("images / s", lambda run: _median(run, "images_per_second"), _whole),
-        ("time", lambda run: _scalar(run, "seconds"), _duration),
-        ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes),
+    """Values of each group at its last logged step: a row for each value that any group has.
+
+    Every group but the first has a second column: its difference from the first, see `difference`.
+    """
+    values: list[tuple[str, Callable[[History], float | None], Callable[[float], str], str]] = [
+        ("steps", lambda run: run.step[-1], _whole, ""),
+        ("images seen", lambda run: run.images[-1], _whole, ""),
+        ("training base loss", lambda run: _scalar(run, "base_loss"), number, RATIO),
+        ("level-free loss", lambda run: _scalar(run, "level_free_loss"), number, RATIO),
+        ("held-out x0 loss, geometric mean over levels (EMA)", _final_held_out, number, RATIO),
+        *[(metric_title(name), _final_metric(name), number, _compared_as(name)) for name in metric_names(groups)],
+        ("spread of the weighted loss over levels, highest ÷ lowest", lambda run: run.imbalance, _times, ""),
+        ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole, ""),
+        ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent, ""),
+        ("images / s", lambda run: _median(run, "images_per_second"), _whole, ""),
+        ("time", lambda run: _scalar(run, "seconds"), _duration, ""),
+        ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes, ""),
     ]
-    rows = [["seeds", *(str(len(group.runs)) for group in groups)]] if several_seeds(groups) else []
-    for name, value_of, spoken in values:
+    rows = [["seeds", *_between([str(len(group.runs)) for group in groups], [""] * len(groups))]]
+    if not several_seeds(groups):
+        rows = []
+    for name, value_of, spoken, kind in values:
         cells = [cell([value_of(run) for run in group.runs], spoken) for group in groups]
         if any(cells):
-            rows.append([name, *(cell or "–" for cell in cells)])
-    return Table(["", *(group.label for group in groups)], rows)
+            changes = [difference(group, groups[0], value_of, kind) for group in groups]
+            rows.append([name, *_between([each or "–" for each in cells], changes)])
+    differences = [f"difference from {groups[0].label}"] * len(groups)
+    return Table(["", *_between([group.label for group in groups], differences)], rows)
+
+
+def _between(values: Sequence[str], differences: Sequence[str]) -> list[str]:
+    """The first value, then of each further group its value and its difference."""
+    return [*values[:1], *(cell for pair in zip(values[1:], differences[1:], strict=True) for cell in pair)]
+
+
+def difference(group: Group, first: Group, value_of: Callable[[History], float | None], kind: str) -> str:
+    """Difference of a value from the first group's, over the seeds that both have; "" where none can be given.
+
+    Args:
+        kind: RATIO for percent of the first group's value, the mean over seeds that of logarithms; DIFFERENCE for a
+            difference; "" for none.
+
+    Returns:
+        The mean of the differences with, from two seeds, the lowest and highest in round brackets or, from
+        `LEAST_SEEDS`, their 95 % interval in square brackets.
+    """
+    if not kind or group is first:
+        return ""
+    spoken: Callable[[float], str] = _change if kind == RATIO else _signed
+    theirs = {run.config["seed"]: value_of(run) for run in first.runs}
+    pairs = [(value_of(run), theirs.get(run.config["seed"])) for run in group.runs]
+    known = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+    if kind == RATIO:
+        if not known or not all(np.isfinite(pair).all() and min(pair) > 0 for pair in known):
+            return ""
+        ends = [math.log(mine / other) for mine, other in known]
+    else:
+        if not known or not np.isfinite(known).all():
+            return ""
+        ends = [mine - other for mine, other in known]
+    found = interval(ends)
+    if len(ends) == 1:
+        return spoken(found.mean)
+    if len(ends) < LEAST_SEEDS:
+        return f"{spoken(found.mean)} ({spoken(min(ends))} to {spoken(max(ends))})"
+    return f"{spoken(found.mean)} [{spoken(found.low)}, {spoken(found.high)}]"
+
+
+def differences_explained(groups: Sequence[Group]) -> str:
+    """How to read the differences of `overview_table`; "" for a single group."""
+    if len(groups) < 2:
+        return ""
+    shared = [len(_seeds(group) & _seeds(groups[0])) for group in groups[1:]]
+    text = f"Differences from {groups[0].label} are paired by seed: means over the seeds that both have"
+    if max(shared) >= LEAST_SEEDS:
+        text += ", with their 95 % interval in square brackets"
+    if any(2 <= number < LEAST_SEEDS for number in shared):
+        text += ", with the lowest and highest in round brackets: fewer than five seeds are too few for an interval"
+    text += "."
+    if 1 in shared:
+        text += " Of one seed there is no uncertainty to give: train others before you believe a difference."
+    if 0 in shared:
+        text += " No difference is given where no seed is the same."
+    return text
+
+
+def _seeds(group: Group) -> set[int]:
+    return {run.config["seed"] for run in group.runs}
+
+
+def _compared_as(metric: str) -> str:
+    """FID and Fréchet distances in percent; KID may be below 0, and the others are on scales of their own."""
+    return RATIO if metric.split("-")[0] in ("fid", "fd") else DIFFERENCE
 
 
 def cell(values: Sequence[float | None], spoken: Callable[[float], str]) -> str:
@@ -67,11 +144,16 @@ def settings_table(groups: Sequence[Group]) -> Table:
 
 
 def _final_held_out(run: History) -> float | None:
-    return held_out_charts.mean_of(run, run.held_out[-1][1], "ema") if run.held_out else None
+    return mean_of(run, run.held_out[-1][1], "ema") if run.held_out else None
 
 
 def _final_metric(name: str) -> Callable[[History], float | None]:
-    return lambda run: run.evaluation[-1][1].get(name) if run.evaluation else None
+    """The value of the last checkpoint at which it was measured."""
+
+    def value_of(run: History) -> float | None:
+        return next((values[name] for _, values in reversed(run.evaluation) if name in values), None)
+
+    return value_of
 
 
 def _scalar(run: History, name: str) -> float | None:
@@ -99,6 +181,19 @@ def _whole(value: float) -> str:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def _change(log_ratio: float) -> str:
+    """A ratio's logarithm as a change in percent."""
+    return f"{100 * math.expm1(log_ratio):+.2f} %".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f} ×"
 
 
 def _percent(value: float) -> str:

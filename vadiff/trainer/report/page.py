@@ -1,8 +1,7 @@
-"""`vadiff report`: a self-contained HTML page about runs, and its charts as files."""
+"""`vadiff report`: a self-contained HTML page about runs."""
 
 import base64
 import importlib.resources
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,12 @@ import numpy as np
 from ..._version import __version__
 from ...extras import import_extra
 from ...files import replacing
-from . import charts, held_out_charts
-from .magnitudes import magnitudes_svg
-from .overview import Table, overview_table, settings_table, several_seeds
+from . import charts, held_out_charts, style, training_charts
+from .equal_images import at_equal_images, lengths_differ
+from .gap import gap_chart
+from .gradient_charts import gradient_charts
+from .magnitudes import magnitude_charts
+from .overview import Table, differences_explained, overview_table, settings_table, several_seeds
 from .runs import Group
 from .style import Chart
 
@@ -36,7 +38,6 @@ class Strip:
 
     title: str
     pictures: Sequence[Picture]
-    wide: bool = False  # charts with text, not grids of small images
 
 
 @dataclass
@@ -51,10 +52,8 @@ class Section:
     strips: list[Strip] = field(default_factory=list)
 
 
-def write_report(groups: Sequence[Group], page: Path, *, title: str | None = None) -> list[Path]:
-    """Write the page, and each of its charts as PNG and SVG into a folder of the page's name beside it.
-
-    The page is one file with inlined pictures, without scripts or external resources.
+def write_report(groups: Sequence[Group], page: Path, *, title: str | None = None) -> int:
+    """Write the page: one file with everything in it, which makes no requests.
 
     Args:
         groups: at least one; the others are compared with the first.
@@ -62,18 +61,18 @@ def write_report(groups: Sequence[Group], page: Path, *, title: str | None = Non
         title: of the page.
 
     Returns:
-        The files of the charts.
+        The number of its charts.
 
     Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
+        MissingExtraError: plotly or jinja2 is not installed.
     """
     paths = ", ".join(str(run.path) for group in groups for run in group.runs)
     return write_page(
         page,
         sections_of(groups),
-        title=title or _title(groups),
-        lead=_lead(groups),
-        notes=_notes(groups),
+        title=title or title_of(groups),
+        lead=lead_of(groups),
+        notes=notes_of(groups),
         held_out_of_train=_held_out_of_train(groups),
         settings=settings_table(groups),
         source=paths,
@@ -90,8 +89,8 @@ def write_page(
     source: str,
     settings: Table | None = None,
     held_out_of_train: str = "",
-) -> list[Path]:
-    """Write a page of these sections, and their charts; see `write_report`.
+) -> int:
+    """Write a page of these sections; see `write_report`.
 
     Args:
         page: file to write or replace, ending in .html.
@@ -100,108 +99,95 @@ def write_page(
         source: what it was made from.
         settings: of the runs, if they are `vadiff train`'s.
         held_out_of_train: number of training images that were held out, if any.
+
+    Returns:
+        The number of charts.
     """
     jinja2 = import_extra("jinja2", "report")
-    import_extra("matplotlib", "report")
+    plotly = import_extra("plotly.io", "report")
     template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
+    charts = [chart for section in sections for chart in section.charts]
     html = template.render(
         title=title,
         lead=lead,
         notes=notes,
         held_out_of_train=held_out_of_train,
-        sections=[{**vars(section), "blocks": _blocks(section.charts)} for section in sections],
+        sections=sections,
         settings=settings,
         footer=f"Made by vadiff {__version__} from {source}",
+        plotly_js=import_extra("plotly.offline", "report").get_plotlyjs() if charts else "",
+        figures={chart.name: plotly.to_json(chart.figure) for chart in charts},
+        modes={mode: plotly.to_json(style.template(mode), validate=False) for mode in ("light", "dark")},
     )
-    folder = page.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for chart in (chart for section in sections for chart in section.charts):
-        for kind in ("png", "svg"):
-            files.append(folder / f"{chart.name}.{kind}")
-            files[-1].write_bytes(chart.picture(kind, described=True))
+    page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as partial:
         partial.write_text(html, encoding="utf-8")
-    return files
+    return len(charts)
 
 
 def sections_of(groups: Sequence[Group]) -> list[Section]:
-    """The sections of the page for which the runs have data."""
-    found = [_overview(groups), _noise_levels(groups), _over_training(groups), _curves(groups)]
-    found.append(_magnitudes(groups))
-    found += [_held_out(groups), _gap(groups), _gradients(groups), _metrics(groups), _samples(groups)]
+    """The sections of the page for which the runs have data.
+
+    Values and charts of the end of training compare the runs at equal numbers of images.
+    """
+    equal, images = at_equal_images(groups)
+    found = [_overview(equal, images), _noise_levels(equal, images), _over_training(groups), _curves(groups)]
+    found += [_magnitudes(groups), _held_out(groups, equal), _gap(groups), _gradients(groups)]
+    found += [_metrics(groups), _samples(groups)]
     return [section for section in found if section is not None]
 
 
-def _blocks(found: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Groups of charts of one kind, to be shown side by side under one caption."""
-    return [
-        {
-            "title": title,
-            "caption": charts_of_kind[0].caption,
-            "pictures": [
-                Picture(
-                    chart.group if len(charts_of_kind) > 1 else "",
-                    _data_url(chart.picture("svg", described=False, compact=len(charts_of_kind) > 2)),
-                )
-                for chart in charts_of_kind
-            ],
-        }
-        for title, kind in itertools.groupby(found, key=lambda chart: chart.title)
-        for charts_of_kind in [list(kind)]
-    ]
+def _moment(images: int | None) -> str:
+    return "at its last logged step" if images is None else f"after {images:,} training images, which all have seen"
 
 
-def _overview(groups: Sequence[Group]) -> Section:
+def _overview(groups: Sequence[Group], images: int | None) -> Section:
+    text = f"Values of each run {_moment(images)}."
+    if several_seeds(groups):
+        text += " Values with ± are mean and standard deviation over seeds."
+    return Section("overview", "In short", f"{text} {differences_explained(groups)}", table=overview_table(groups))
+
+
+def _noise_levels(groups: Sequence[Group], images: int | None) -> Section:
+    several = [charts.base_losses_compared(groups), charts.relative_std_compared(groups)]
     return Section(
-        "overview",
-        "In short",
-        "Values of each run at its last logged step. Values with ± are mean and standard deviation over seeds."
-        if several_seeds(groups)
-        else "Values of each run at its last logged step.",
-        table=overview_table(groups),
-    )
-
-
-def _noise_levels(groups: Sequence[Group]) -> Section:
-    top = charts.base_loss_top(groups)
-    section = Section(
         "noise-levels",
         "Noise level by noise level",
-        "The end of training at each noise level, from the running statistics of the training loss, in which recent "
-        "samples count most.",
-        charts=[charts.base_loss(group, top) for group in groups],
+        f"{'The end of training' if images is None else f'The state {_moment(images)},'} at each noise level, from the "
+        "running statistics of the training loss, in which recent samples count most.",
+        charts=[
+            *(several if len(groups) > 1 else [charts.base_loss(groups[0])]),
+            charts.weights_compared(groups),
+            charts.balance(groups),
+            charts.share_of_samples(groups),
+        ],
     )
-    if len(groups) > 1:
-        section.charts += [charts.base_losses_compared(groups), charts.relative_std_compared(groups)]
-    section.charts += [charts.weights_compared(groups), charts.share_of_samples(groups)]
-    return section
 
 
 def _over_training(groups: Sequence[Group]) -> Section | None:
     if max(len(charts.group_images(group)) for group in groups) < 2:
         return None
-    spans = charts.heatmap_spans(groups)
     spread = "std" if len(groups) == 1 else "relative_std"
-    section = Section(
+    text = "Left to right: training. Bottom to top: noise levels, from much noise to little."
+    if len(groups) > 1:
+        text += " The menu above a chart chooses the run; colours and axes stay the same."
+    return Section(
         "over-training",
         "Over training",
-        "Each column of a chart is one moment of training, each row one noise level. All charts of a kind share their "
-        "colours and axes.",
+        text,
+        charts=[
+            training_charts.heatmap(groups, spread),
+            training_charts.heatmap(training_charts.changing(groups), "weights"),
+        ],
     )
-    for what in (spread, "weights"):
-        limits = charts.heatmap_limits(groups, what)
-        shown = charts.changing(groups) if what == "weights" else groups
-        section.charts += [charts.heatmap(group, what, limits, spans) for group in shown]
-    return section
 
 
 def _curves(groups: Sequence[Group]) -> Section:
     section = Section("curves", "Training curves")
-    if charts.has_scalar(groups, "level_free_loss"):
+    if training_charts.has_scalar(groups, "level_free_loss"):
         section.charts.append(
-            charts.curve(
+            training_charts.curve(
                 groups,
                 "level_free_loss",
                 "training-level-free-loss",
@@ -213,7 +199,7 @@ def _curves(groups: Sequence[Group]) -> Section:
             )
         )
     section.charts.append(
-        charts.curve(
+        training_charts.curve(
             groups,
             "base_loss",
             "training-base-loss",
@@ -223,9 +209,9 @@ def _curves(groups: Sequence[Group]) -> Section:
             "base loss, mean per pixel",
         )
     )
-    if charts.has_scalar(groups, "grad_norm"):
+    if training_charts.has_scalar(groups, "grad_norm"):
         section.charts.append(
-            charts.curve(
+            training_charts.curve(
                 groups,
                 "grad_norm",
                 "gradient-norm",
@@ -239,18 +225,13 @@ def _curves(groups: Sequence[Group]) -> Section:
 
 def _magnitudes(groups: Sequence[Group]) -> Section | None:
     """RMS over training (`log_rms`) of the first run of each group, if logged."""
-    runs = {group.label: group.first.magnitudes for group in groups if group.first.magnitudes}
-    if not runs:
-        return None
-    text = (
-        "Root mean square per layer. Look for weights that grow, which makes the same update ever smaller in "
-        "proportion, and for activations that drift apart."
-    )
-    picture = Picture("", _data_url(magnitudes_svg(runs)))
-    return Section("magnitudes", "Magnitudes over training", text, strips=[Strip("", [picture], wide=True)])
+    found = magnitude_charts(groups)
+    text = "Root mean square per layer of the network."
+    return Section("magnitudes", "Magnitudes over training", text, charts=found) if found else None
 
 
-def _held_out(groups: Sequence[Group]) -> Section | None:
+def _held_out(groups: Sequence[Group], equal: Sequence[Group]) -> Section | None:
+    """The held-out loss over training, and at `equal` images per noise level."""
     if not held_out_charts.has_held_out(groups):
         return None
     section = Section(
@@ -259,11 +240,13 @@ def _held_out(groups: Sequence[Group]) -> Section | None:
         "EDM's loss, the squared error of the denoised image times 1/σ² + 1/σ_data², for the same images, noise levels "
         "and noise in every run and at every checkpoint.",
     )
-    if len(groups) > 1 and held_out_charts.comparable(groups):
-        section.charts.append(held_out_charts.ratio_to_first(groups))
-    if any(len(run.held_out) > 1 for group in groups for run in group.runs):
+    measured = held_out_charts.has_held_out(equal)
+    if measured and len(groups) > 1 and held_out_charts.comparable(equal):
+        section.charts.append(held_out_charts.ratio_to_first(equal))
+    if any(len(run.held_out) > 1 for group in groups for run in group.runs) or not measured:
         section.charts.append(held_out_charts.over_training(groups))
-    section.charts += held_out_charts.final_levels(groups)
+    if measured:
+        section.charts.append(held_out_charts.final_levels(equal))
     return section
 
 
@@ -271,25 +254,24 @@ def _gap(groups: Sequence[Group]) -> Section | None:
     """The chart of `vadiff evaluate --gap`, if a single run is shown and was measured."""
     if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gap:
         return None
-    pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gap]
     text = (
         "Measured at the last evaluated checkpoint: loss on images that were trained on, and the optimal loss of the "
         "data set, the lowest that any network can have on them. Training can only reduce the gap between the two."
     )
-    return Section("gap", "Gap to the optimal loss", text, strips=[Strip("", pictures, wide=True)])
+    return Section("gap", "Gap to the optimal loss", text, charts=[gap_chart(groups[0].first.gap)])
 
 
 def _gradients(groups: Sequence[Group]) -> Section | None:
     """The charts of `vadiff evaluate --gradients`, if a single run is shown and was measured."""
     if len(groups) > 1 or len(groups[0].runs) > 1 or not groups[0].first.gradients:
         return None
-    pictures = [Picture("", _data_url(file.read_bytes())) for file in groups[0].first.gradients]
     text = "Measured at the last evaluated checkpoint, on training images, for the trained (raw) weights."
-    return Section("gradients", "Gradients per noise level", text, strips=[Strip("", pictures, wide=True)])
+    found = gradient_charts(groups[0].first.gradients)
+    return Section("gradients", "Gradients per noise level", text, charts=found)
 
 
 def _metrics(groups: Sequence[Group]) -> Section | None:
-    drawn = [charts.metric(groups, name) for name in charts.metric_names(groups)]
+    drawn = [training_charts.metric(groups, name) for name in training_charts.metric_names(groups)]
     if not drawn:
         return None
     text = (
@@ -305,7 +287,7 @@ def _samples(groups: Sequence[Group]) -> Section | None:
         found = group.first.samples
         if found:
             chosen = sorted({round(place) for place in np.linspace(0, len(found) - 1, min(len(found), _SAMPLE_GRIDS))})
-            pictures = [Picture(f"step {found[i][0]:,}", _data_url(found[i][1].read_bytes(), "png")) for i in chosen]
+            pictures = [Picture(f"step {found[i][0]:,}", _data_url(found[i][1].read_bytes())) for i in chosen]
             strips.append(Strip(group.label if len(groups) > 1 else "", pictures))
     if not strips:
         return None
@@ -316,7 +298,8 @@ def _samples(groups: Sequence[Group]) -> Section | None:
     return Section("samples", "Generated images over training", text, strips=strips)
 
 
-def _title(groups: Sequence[Group]) -> str:
+def title_of(groups: Sequence[Group]) -> str:
+    """Title of the page about these groups."""
     dataset = str(groups[0].first.config.get("dataset", "")).replace("_", " ")
     if len(groups) == 1:
         return f"Training on {dataset}: {groups[0].first.config['weighting'].replace('_', ' ')} weighting"
@@ -329,27 +312,54 @@ def _held_out_of_train(groups: Sequence[Group]) -> str:
     return " or ".join(f"{number:,}" for number in sorted(numbers - {None}, key=str))
 
 
-def _lead(groups: Sequence[Group]) -> str:
-    config = groups[0].first.config
-    runs = sum(len(group.runs) for group in groups)
+def lead_of(groups: Sequence[Group]) -> str:
+    """How many runs, of how many steps, and what is compared."""
+    configs = [run.config for group in groups for run in group.runs]
+    processes = [each.upper() if each == "edm" else each.replace("_", " ") for each in _different(configs, "process")]
     text = (
-        f"{runs} run{'s' if runs > 1 else ''} of {config['steps']:,} steps with {config['batch_size']} images each, "
-        f"{config['process'].upper() if config['process'] == 'edm' else config['process']} objective."
+        f"{len(configs)} run{'s' if len(configs) > 1 else ''} of {_listed(configs, 'steps')} steps with "
+        f"{_listed(configs, 'batch_size')} images each, {' and '.join(processes)} objective."
     )
     if len(groups) > 1:
         text += f" Compared: {'; '.join(group.label for group in groups)}. Each is compared with {groups[0].label}."
     return text
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
+def _different(configs: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return sorted({config[name] for config in configs})
+
+
+def _listed(configs: Sequence[dict[str, Any]], name: str) -> str:
+    """120 or, of runs that differ, 120, 200 and 300."""
+    numbers = [f"{number:,}" for number in _different(configs, name)]
+    return " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
+
+
+def notes_of(groups: Sequence[Group]) -> list[str]:
     """Caveats to read before the charts."""
     notes = []
-    for group in groups:
-        for run in group.runs:
+    equal, images = at_equal_images(groups)
+    if images is not None:
+        notes.append(
+            "The runs are of different length. The table, and the charts of the end of training, compare them after "
+            f"{images:,} training images, which all have seen; charts over training show every run to its end."
+        )
+    elif lengths_differ(groups):
+        notes.append(
+            "The runs are of different length, and a longer one has logged nothing while the shortest was trained: "
+            "values and charts are of different numbers of training images. Compare the charts over training."
+        )
+    for group, cut in zip(groups, equal, strict=True):
+        for run, until in zip(group.runs, cut.runs, strict=True):
             if run.step[-1] < run.config["steps"]:
                 notes.append(f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}: not finished.")
             if not run.held_out:
                 notes.append(f"{run.name} was not measured on held-out images yet: that section is missing.")
+            elif not until.held_out:
+                notes.append(
+                    f"{run.name} was not measured on held-out images by {images:,} training images: there is no "
+                    "difference of held-out losses. Train with --held-out-every to have one."
+                )
     fewest = min(len(group.runs) for group in groups)
     if len(groups) > 1 and fewest < 10:
         seeds = "one seed" if fewest == 1 else f"{fewest} seeds"
@@ -360,5 +370,5 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _data_url(content: bytes, kind: str = "svg+xml") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,6 +1,7 @@
 """Data of a report: histories of runs as arrays, and groups of runs that differ only in their seed."""
 
 import contextlib
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RunError
-from ..training import Run, TrainConfig
+from ..progress import progress_bar
+from ..training import Run, TrainConfig, open_run
 
 Array = np.ndarray
 
@@ -19,6 +21,7 @@ _NOT_COMPARED = {
     "held_out_draws", "held_out_every", "held_out_images", "keep_checkpoints", "log_every", "log_rms", "sample_count",
     "samples_every", "seed", "snapshot_every", "snapshot_precision", "tensorboard", "tf32",
 }  # fmt: skip
+_QUIET = 2.0  # seconds without a progress bar
 _ENOUGH = 20.0  # effective number of samples from which a bin is drawn
 
 
@@ -40,8 +43,8 @@ class History:
     held_out: list[tuple[int, dict[str, Array]]]  # (images, log_snr [L], loss_raw [L], loss_ema [L])
     evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
     samples: list[tuple[int, Path]]  # (step, picture)
-    gradients: list[Path] = field(default_factory=list)  # pictures of the last `vadiff evaluate --gradients`
-    gap: list[Path] = field(default_factory=list)  # the picture of the last `vadiff evaluate --gap`
+    gradients: dict[str, Array] = field(default_factory=dict)  # columns of the last `vadiff evaluate --gradients`
+    gap: dict[str, Array] = field(default_factory=dict)  # columns of the last `vadiff evaluate --gap`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
     held_out_is_test: bool | None = None  # None if the run has not saved it
     held_out_number: int | None = None  # images held out; None if not saved
@@ -63,6 +66,17 @@ class History:
         """std / mean of the base loss, [R, K]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.std / self.mean
+
+    @property
+    def balance(self) -> Array:
+        """Standard deviation of the weighted loss, w · std of the base loss, [R, K]."""
+        return self.weights * self.std
+
+    @property
+    def imbalance(self) -> float:
+        """Highest ÷ lowest of `balance` at the end, over the bins with enough samples; NaN without any."""
+        known = self.balance[-1][self.seen[-1] & (self.balance[-1] > 0)]
+        return float(known.max() / known.min()) if len(known) else float("nan")
 
     @property
     def share(self) -> Array:
@@ -121,12 +135,26 @@ def read_history(run: Run) -> History:
         held_out=_held_out(lines),
         evaluation=run.evaluations(),
         samples=_samples(run.path),
-        gradients=_evaluated(run.path, "gradient-*.svg"),
-        gap=_evaluated(run.path, "gap.svg"),
+        gradients=_evaluated(run.path, "gradients.csv"),
+        gap=_evaluated(run.path, "gap.csv"),
         magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
         held_out_is_test=None if facts is None else facts.held_out_is_test,
         held_out_number=None if facts is None else facts.held_out,
     )
+
+
+def read_histories(paths: Sequence[Path]) -> list[History]:
+    """The histories of run directories, with a progress bar.
+
+    Raises:
+        RunError: a path is no run directory, or its metrics are damaged.
+    """
+    found = []
+    with progress_bar(len(paths), "reading", "run", delay=_QUIET) as bar:
+        for path in paths:
+            found.append(read_history(open_run(path)))
+            bar.update()
+    return found
 
 
 def group_runs(histories: Sequence[History]) -> list[Group]:
@@ -194,13 +222,15 @@ def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Arra
     ]
 
 
-def _evaluated(path: Path, name: str) -> list[Path]:
-    """The pictures of this name from the last evaluated checkpoint that has any."""
+def _evaluated(path: Path, name: str) -> dict[str, Array]:
+    """The columns of the table of this name from the last evaluated checkpoint that has it; empty cells are NaN."""
     measured = [(int(folder.name.removeprefix("step-")), folder) for folder in path.glob("evaluation/step-*")]
     for _, folder in sorted(measured, reverse=True):
-        if pictures := sorted(folder.glob(name)):
-            return pictures
-    return []
+        if (folder / name).exists():
+            with (folder / name).open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            return {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
+    return {}
 
 
 def _samples(path: Path) -> list[tuple[int, Path]]:

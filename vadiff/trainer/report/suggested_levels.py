@@ -218,7 +218,7 @@ def lines_to_type(evidence: Evidence, objective: str) -> list[str]:
     if objective == "edm":
         flags = [f"--sigma-data {found.sigma_data:.3g}" + (f" --p-mean {mean} --p-std {std}" if changes else "")]
     else:
-        options = f"--levels-options mean={mean} std={std}", f"--shift {found.alpha:.2f}"
+        options = f"--levels-options mean={mean},std={std}", f"--shift {found.alpha:.2f}"
         flags = [f"--process flow --levels logit_normal {each}" for each in options] if changes else []
     starts = (
         "Add to your command:" if evidence.command is None else f"Type: {evidence.command}",

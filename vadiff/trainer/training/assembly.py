@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from torch import nn
 
 from ... import levels, weighting
 from ...augmentation import LABELS
-from ...errors import RunError
+from ...errors import DiffusionLossWarning, RunError
+from ...files import replacing
 from ...information import Profile
 from ...levels import GapLevels, LevelSampler
 from ...loss import DiffusionLoss
@@ -18,6 +20,7 @@ from ...models import Denoiser, EDM2UNet, unet
 from ...models.parameterisation import VPForm, sigma_range
 from ...optimal_loss import OptimalLoss
 from ...process import DiscreteVP
+from ...process_defaults import untrained_terminal_step
 from ...weighting import SNRWeighting, Weighting, WeightTable
 from ..config import TrainConfig
 from ..config_schema import CURVE_WEIGHTINGS, GAP, TABLE
@@ -78,6 +81,19 @@ def build_criterion(config: TrainConfig, run: Path | None = None, optimal: Optim
         half_life=config.half_life,
         backend=config.backend,
     )
+
+
+def training_criterion(config: TrainConfig, run: Path | None, optimal: OptimalLoss | None) -> DiffusionLoss:
+    """`build_criterion`, with a warning if a fixed weighting leaves the last timestep untrained.
+
+    Warns:
+        DiffusionLossWarning: see `vadiff.process_defaults.untrained_terminal_step`.
+    """
+    criterion, form = build_criterion(config, run, optimal), config.form()
+    problem = untrained_terminal_step(form.process, criterion.weighting) if isinstance(form, VPForm) else None
+    if problem:
+        warnings.warn(problem, DiffusionLossWarning, stacklevel=2)
+    return criterion
 
 
 def saved_criterion(config: TrainConfig, run: Path, state: Mapping[str, Any]) -> DiffusionLoss:
@@ -178,7 +194,8 @@ def read_table(config: TrainConfig, run: Path | None) -> WeightTable:
 def keep_table(table: WeightTable, run: Path) -> None:
     """Copy a table into a run's own folder, so that the run can be opened without the other one."""
     content = {"weights": list(table.weights), "log_snr_range": list(table.log_snr_range)}
-    (run / TABLE_FILE).write_text(json.dumps(content) + "\n")
+    with replacing(run / TABLE_FILE) as partial:
+        partial.write_text(json.dumps(content) + "\n")
 
 
 def _weighting(config: TrainConfig, run: Path | None, optimal: OptimalLoss | None) -> Weighting:

@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data import Images, Pictures, Samples
+from ..progress import progress_bar
 from .image_source import Rows, default_workers, ranks_here
-from .progress import progress_bar
 
 DEVICE, HOST, NONE = "device", "host", "none"
 _SHARE_OF_GPU, _SHARE_OF_HOST = 0.5, 0.25  # of free memory of the GPU, and of the host's memory, for "auto"
@@ -67,14 +66,13 @@ def _whole(samples: Samples, workers: int, what: str | None) -> tuple[Tensor, Te
     rows = torch.empty(len(samples), dtype=torch.int64)
     chunks = torch.arange(len(samples)).split(_CHUNK)
     loader = DataLoader(Rows(samples), batch_size=None, sampler=chunks, num_workers=workers)
-    with progress_bar(len(samples), what, "image") if what else nullcontext() as bar:
+    with progress_bar(len(samples), what or "", "image", shown=what is not None) as bar:
         for asked, loaded in zip(chunks, loader, strict=True):
             if isinstance(loaded, Exception):
                 raise loaded
             stored[asked] = loaded.stored
             rows[asked] = loaded.rows
-            if bar is not None:
-                bar.update(len(asked))
+            bar.update(len(asked))
     bad = (rows != torch.arange(len(samples))).nonzero().flatten().tolist()
     if bad and isinstance(samples, Pictures) and os.environ.get("RANK", "0") == "0":
         print(

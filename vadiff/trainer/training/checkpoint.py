@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, RunError
-from ...files import flush, sha256_of
+from ...files import flush, reason, sha256_of, writing
 
 FOLDER = "checkpoints"
 _STATE, _CHECKSUM = "state.pt", "sha256"
@@ -76,7 +76,7 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
         partial.mkdir()
-        with (partial / _STATE).open("wb") as file:
+        with writing(final, partial), (partial / _STATE).open("wb") as file:
             torch.save(dict(state), file)
         (partial / _CHECKSUM).write_text(sha256_of(partial / _STATE) + "\n")
         for written in (partial / _STATE, partial / _CHECKSUM, partial):
@@ -85,13 +85,15 @@ def save_checkpoint(run: Path, step: int, state: Mapping[str, Any], keep: int) -
             os.rename(final, replaced)
         os.rename(partial, final)
         flush(folder)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a write fails
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not final.exists():
             with contextlib.suppress(OSError):  # it is valid under that name too
                 os.rename(replaced, final)
         kept = f"The earlier one of step {step} is unchanged. " if step in steps_saved(run) else ""
-        raise CheckpointError(f"{final} could not be written: {error}. {kept}{_last_good(run, step)}") from error
+        raise CheckpointError(
+            f"{final} could not be written: {reason(error)}. {kept}{_last_good(run, step)}"
+        ) from error
     try:
         if replaced.exists():
             shutil.rmtree(replaced)

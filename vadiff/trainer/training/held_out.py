@@ -7,7 +7,6 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from ...validation import LevelLosses, LevelValidation, Records, mean_log_ratio
 from ..config import TrainConfig
 from ..data import Images, with_labels
 from ..data.fixed_noise import fixed_noise
-from .progress import progress_bar
+from ..progress import progress_bar
 
 _SEEDS_APART = 0x9E3779B1  # between draws; odd, as torch's CPU generator reads the low 32 bits of a seed only
 LOG_SNR_LEVELS = (-4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0, 10.0)
@@ -156,7 +155,7 @@ def held_out_loss(
     weights = loss_ratio("edm", levels, sigma_data=denoiser.sigma_data).tolist()
     per_image = torch.zeros(len(levels), len(images))
     total = draws * len(images) * len(levels)
-    with progress_bar(total, "held-out loss", "image") if progress else nullcontext() as bar:
+    with progress_bar(total, "held-out loss", "image", shown=progress) as bar:
         for draw in range(draws):
             noise_of = functools.partial(_rows, fixed_noise(images.shape, seed + draw * _SEEDS_APART))
             validation = LevelValidation(log_snr_levels, every_level=True, noise=noise_of, sync=False)
@@ -169,8 +168,7 @@ def held_out_loss(
                     error = denoiser(clean + sigma[0] * noise, sigma, classes) - clean
                     loss = error.square().flatten(1).mean(1) * (weights[place] / draws)
                     validation.add(rows * validation.turns + place, log_snr, loss)
-                    if bar is not None:
-                        bar.update(len(clean))
+                    bar.update(len(clean))
             records = validation.result().records
             assert records is not None  # only a result from a file has none
             per_image[records.level, records.sample] += records.loss.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ema import PowerFunctionEMA, remove_after
 from ...errors import RunError, TrainingError
-from ...extras import import_extra
+from ...files import check_writable
 from ...levels import LevelSampler
 from ...loss import DiffusionLoss
 from ...models import Denoiser
@@ -24,8 +24,10 @@ from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..config_schema import TABLE
 from ..data import Images
+from ..next_steps import command_line
+from ..progress import progress_bar
 from . import run_folder
-from .assembly import build_criterion, build_denoiser, build_levels, read_table
+from .assembly import build_denoiser, build_levels, read_table, training_criterion
 from .averages import SNAPSHOTS
 from .bad_images import BadImages
 from .batches import Batches
@@ -47,6 +49,7 @@ from .size import network_size, size_in_words
 from .step import TrainingStep
 from .stopping import Stopped, StopRequest
 from .streams import Streams, own_global_state
+from .transfer import transfer
 
 
 @dataclass
@@ -81,7 +84,7 @@ def train(
         out: the run directory; None writes nothing.
         resume: go on from the latest checkpoint in `out`, or start if there is none.
         overwrite: replace a run in `out`.
-        progress: print the network's size, and show a progress bar where stderr is a terminal.
+        progress: print the network's size, and show a progress bar; in a pipe a line every half minute.
         images: the data set; that of the config by default.
 
     Returns:
@@ -109,6 +112,8 @@ def train(
             locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
+            if group.is_main:
+                check_writable(path, folder=True)
         trainer = _Trainer(
             config, objective or objective_of(config), path, device, group, images, resume=resume, progress=progress
         )
@@ -152,7 +157,6 @@ class _Trainer:
         config = config.resolved()
         self.config, self.device, self.group = config, device, group
         self.out = out if group.is_main else None  # only the main process writes
-        self.bar_type = import_extra("tqdm", "train").tqdm
         data_seed = config.seed if config.data_seed is None else config.data_seed
         self.streams = Streams(config.seed, data_seed, device)
         if images is None:
@@ -163,14 +167,16 @@ class _Trainer:
         self.denoiser = build_denoiser(config, self.images.shape, self.images.classes).to(device)
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        earlier = out if resume else None  # folder to resume from
+        resumes = earlier is not None and bool(steps_saved(earlier))
+        self.transferred = None if resumes else transfer(config, self.denoiser, progress=progress and group.is_main)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config)
         self.power_averages = None  # on the main process only: identical on all ranks
         if config.sigma_rel and group.is_main:
             self.power_averages = PowerFunctionEMA(self.denoiser, config.sigma_rel)
-        earlier = out if resume else None  # folder to resume from
         self.optimal = self._optimal_loss(earlier, progress) if needs_curve(config) else None
-        self.criterion = build_criterion(config, earlier, self.optimal).to(device)
+        self.criterion = training_criterion(config, earlier, self.optimal).to(device)
         self.profile = group.from_main(lambda: read_profile(config, earlier))
         self.levels = build_levels(config, earlier, self.optimal, self.profile).to(device)
         self.batches = Batches(config, self.images, self.levels, self.streams, device, group)
@@ -188,7 +194,7 @@ class _Trainer:
         self._agree(earlier)
         if earlier is not None:
             run_folder.check_images(earlier, self.images)
-            if steps_saved(earlier):
+            if resumes:
                 self._load(load_checkpoint(earlier, device=device))
         self.timed_step = self.step  # images per second count from this step
 
@@ -201,15 +207,14 @@ class _Trainer:
     def run(self, progress: bool) -> TrainedRun:
         """Train to the end, or until a signal."""
         config, size = self.config, self.config.batch_size
-        quiet = True if not (progress and self.group.is_main) else None  # None: bar if stderr is a terminal
         self.since = self.resumed = time.monotonic()
         longest_row = LateReading(self.optimisation.totals[6])
         held_out = None
         with (
             StopRequest(self.group) as stop,
-            self.bar_type(
-                total=config.steps * size, initial=self.step * size, unit=" images", unit_scale=True,
-                desc=config.weighting, disable=quiet, file=sys.stderr,
+            progress_bar(
+                config.steps * size, config.weighting, " images", initial=self.step * size, scaled=True,
+                shown=progress and self.group.is_main,
             ) as bar,
         ):  # fmt: skip
             while self.step < config.steps:
@@ -218,6 +223,7 @@ class _Trainer:
                     weights = weights_of_layers(self.denoiser)
                 self.train_step(self.step)
                 self.step += 1
+                bar.set_description_str(f"{config.weighting}, step {self.step}", refresh=False)
                 bar.update(size)
                 if self.step % config.max_skipped_steps == 0:
                     self._check_skipped(*longest_row(self.step))
@@ -286,7 +292,7 @@ class _Trainer:
                 }
             self.log.add(entry)
             shown = f"{loss / finite:.4f}" if finite else "none finite"
-            bar.set_postfix(loss=shown, level_free=f"{entry['level_free_loss']:.4f}")
+            bar.set_postfix_str(f"loss={shown}, level_free={entry['level_free_loss']:.4f}", refresh=False)
         self.timed_step, self.since = self.step, time.monotonic()
         self._check_skipped(float(totals[6]), self.step)
         return held_out
@@ -328,12 +334,14 @@ class _Trainer:
         if TABLE in (config.weighting, config.levels):
             weights = repr(read_table(config, earlier).weights)
             parts.append(f"weight table {hashlib.sha256(weights.encode()).hexdigest()[:12]}…")
+        if self.transferred is not None:
+            parts.append(f"weights of {self.transferred.path}: {self.transferred.fingerprint()[1][:12]}…")
         found = self.group.gather("; ".join(parts))
         if len(set(found)) > 1:
             other = next(rank for rank, text in enumerate(found) if text != found[0])
             raise RunError(
                 f"the ranks do not start from the same state: rank 0 has {found[0]}; rank {other} has {found[other]}. "
-                "Several machines need a shared file system for --out, --data and --table, or the same files on each"
+                "Several machines need a shared file system for --out, --data, --table, --transfer, or the same files"
             )
 
     def _save(self) -> None:
@@ -385,7 +393,9 @@ class _Trainer:
         if skipped < 2:  # a single one is normal: fp16's loss scale overflowed
             self._save()
         name = signal.Signals(number).name
-        where = f"go on with --resume --out {self.out}" if self.out is not None else "nothing was saved: no --out"
+        where = "nothing was saved: no --out"
+        if self.out is not None:
+            where = f"go on with --resume: {command_line('train', '--resume', '--out', self.out)}"
         if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

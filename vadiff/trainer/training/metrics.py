@@ -20,10 +20,12 @@ and at times held_out (log_snr, loss_raw, loss_ema, [L] each: EDM's loss per noi
 their running average), rms (weights, updates and activations per layer) and evaluation. NaN and infinities are null.
 """
 
+import contextlib
 import json
 import math
+import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,14 @@ from torch import Tensor
 
 from ...errors import RunError
 from ...extras import import_extra
-from ...files import replacing
+from ...files import reason, replacing, writing
 from ...levels import Information, LevelSampler
 from ...loss import DiffusionLoss
 from ...metrics_file import finite, json_lines
 from ...regression_target import target_of
 
 METRICS = "metrics.jsonl"  # in a run directory
+_TAIL = 2**16  # bytes at the end of the file in which a whole line is looked for first
 _PER_BIN = ("count", "mean", "variance", "mass")
 
 
@@ -122,21 +125,27 @@ class MetricsLog:
         values: dict[str, Any] = finite(entry)
         self.entries.append(values)
         if self._path is not None:
-            try:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(values, allow_nan=False) + "\n")
-            except OSError as error:
-                raise RunError(
-                    f"{self._path} cannot be written: {error}. Fix that, then go on with --resume"
-                ) from error
-        if self._writer is not None:
-            for name, value in _scalars(values):
-                self._writer.add_scalar(name, value, values["step"])
-            self._writer.flush()
+            with _written(self._path), self._path.open("a") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+        if self._path is not None and self._writer is not None:
+            with _written(self._path.with_name("tensorboard")):
+                for name, value in _scalars(values):
+                    self._writer.add_scalar(name, value, values["step"])
+                self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raise RunError for a failing write inside the `with` block."""
+    try:
+        with writing(path):
+            yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {reason(error)}. Fix that, then go on with --resume") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -149,6 +158,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [line for _, line in json_lines(path)]
     except ValueError as error:
         raise RunError(str(error)) from error
+
+
+def last_step(run: Path) -> int:
+    """The step of the last whole line of a run's metrics; 0 without one. Reads the end of the file only."""
+    try:
+        with (run / METRICS).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            part = min(size, _TAIL)
+            while True:
+                file.seek(size - part)
+                *lines, _ = file.read(part).split(b"\n")  # behind the last line feed: a line that is being written
+                if len(lines) > 1 or part == size:
+                    break
+                part = min(size, 4 * part)
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _cut(path: Path, after: int) -> list[dict[str, Any]]:

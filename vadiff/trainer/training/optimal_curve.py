@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...errors import RunError
-from ...extras import import_extra
 from ...optimal_loss import Estimate, OptimalLoss, estimate_given_class, estimate_until
 from ..config import TrainConfig
 from ..config_schema import CURVE_WEIGHTINGS, GAP
 from ..data import Images, with_labels
+from ..progress import progress_bar
 
 CURVE_FILE = "optimal_loss.csv"  # in a run directory: the optimal loss it is trained with
 
@@ -113,13 +113,12 @@ def estimate_curve(
         sigmas: noise levels; 36 from 0.02 to 80 by default, from far below the distance between images to far above
             the data's standard deviation.
         relative, absolute, limit: see `vadiff.optimal_loss.estimate_until`.
-        progress: show a progress bar where stderr is a terminal.
+        progress: show a progress bar.
     """
     data, labels = training_set(images, flips=config.mirrored_data, class_conditional=config.class_conditional)
     if sigmas is None:
         sigmas = torch.linspace(math.log(0.02), math.log(80.0), 36, dtype=torch.float64).exp().tolist()
-    bar_type = import_extra("tqdm", "train").tqdm
-    with bar_type(total=limit, unit="draw", desc="optimal loss", disable=None if progress else True) as bar:
+    with progress_bar(limit, "optimal loss", "draw", shown=progress) as bar:
 
         def show(so_far: Estimate) -> None:
             bar.update(int(so_far.optimal.draws.max()) - bar.n)

@@ -37,7 +37,7 @@ def write_averages(run: Run, sigma_rel: Sequence[float], step: int | None = None
     snapshots = run.path / SNAPSHOTS
     saved = times_saved(snapshots)
     if not saved:
-        raise CheckpointError(f"{run.path} has no snapshots of averages: train with --sigma-rel 0.05 0.1")
+        raise CheckpointError(f"{run.path} has no snapshots of averages: train with --sigma-rel 0.05,0.1")
     step = int(saved[-1]) if step is None else step
     states = reconstruct(snapshots, sigma_rel, step)
     about = {name: value for name, value in load_checkpoint(run.path).items() if name in ("image_shape", "classes")}
@@ -65,7 +65,7 @@ def held_out_of_averages(
     names = {width: f"{PREFIX}{width:g}" for width in sigma_rel}
     others = ("ema", "raw") if step in run.checkpoints() else ()
     found = {
-        name: held_out_loss_of_run(run.config, images, run.denoiser(name, step, device))
+        name: held_out_loss_of_run(run.config, images, run.denoiser(name, step, device), progress=True)
         for name in (*names.values(), *others)
     }
     return {width: found[name] for width, name in names.items()}, {name: found[name] for name in others}

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._validation import did_you_mean
 from ...diagnosis import Diagnosis
 from ...errors import RunError
 from ...files import sha256_of
@@ -45,6 +46,7 @@ from .run_encoding import read_encoding
 
 CONFIG, DATA, IMPORTED = "config.yaml", "data.json", "import.json"
 WEIGHTS = ("ema", "raw")
+_NAMED = 4  # runs, at most, in the message that refuses their parent
 
 
 class DataFacts(NamedTuple):
@@ -240,9 +242,23 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
+        inside = [str(found.parent) for depth in ("*", "*/*") for found in sorted(path.glob(f"{depth}/{CONFIG}"))]
+        if inside:
+            others = f" or {inside[1]}" if len(inside) > 1 else ""
+            raise RunError(f"{path} is not a run directory, but has {len(inside)} in it: name {inside[0]}{others}")
         what = "has no config.yaml" if path.is_dir() else "is not a folder"
-        raise RunError(f"{path} is not a run directory: it {what}. `vadiff train --out {path}` makes one")
+        raise RunError(f"{path} is not a run directory: it {what}{_where_runs_are(path)}")
     return Run(path, TrainConfig.load(path / CONFIG))
+
+
+def _where_runs_are(path: Path) -> str:
+    """The end of a message that refuses a path: what to give in its place."""
+    inside = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{CONFIG}"))
+    if inside:
+        named = ", ".join(map(str, inside[:_NAMED]))
+        return f", but it holds {len(inside)}: {named}{', ...' if len(inside) > _NAMED else ''}"
+    beside = [str(file.parent) for file in path.parent.glob(f"*/{CONFIG}")]
+    return did_you_mean(path, beside) or f". `vadiff train --preset NAME --out {path}` makes one"
 
 
 def is_complete(evaluation: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import RunError
-from ...files import replacing
+from ...files import reason, replacing
 from ...information import Profile
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
@@ -59,8 +59,8 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
     if resume:
         if (path / IMPORTED).exists():
             raise RunError(
-                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Train a "
-                "run of your own in another folder"
+                f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Start "
+                f"a run of your own from them, in another folder: --transfer {path}"
             )
         saved = TrainConfig.load(path / CONFIG)
         if differing := differences(saved, config, _CHANGEABLE):
@@ -70,6 +70,18 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
             )
     elif not overwrite:
         raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise unless `path` can become a run directory that cannot be resumed.
+
+    Raises:
+        RunError: `path` is a file, or holds a run and `overwrite` is not set.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, expected a folder")
+    if (path / CONFIG).exists() and not overwrite:
+        raise RunError(f"{path} holds a run already: replace it with --overwrite, or name another")
 
 
 def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
@@ -176,7 +188,7 @@ def lock(path: Path) -> Iterator[None]:
     try:
         file = (path / _LOCK).open("a")
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}") from error
+        raise RunError(f"{path} cannot be written: {reason(error)}") from error
     with file:
         _locks.add(file)
         for attempt in range(_ATTEMPTS):  # `is_in_use` of another process holds it for a moment

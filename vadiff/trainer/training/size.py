@@ -93,7 +93,8 @@ def cost_in_words(config: TrainConfig, size: NetworkSize) -> str:
     kept = weights * (4 + widths)  # all of these but the gradients
     lines = [
         size_in_words(config, size),
-        f"Training: {config.steps:,} steps of {config.batch_size:,} images{parts}, {_millions(images)} images, "
+        f"Training: {config.steps:,} steps of {config.batch_size:,} images{parts}, {_millions(images)} images "
+        f"({images / 1000:,.0f} kimg), "
         f"{passes * size.flops * images:.2g} FLOPs with a backward pass of two forward passes{recomputed}",
         f"Memory in fp32: {memory}; {_bytes(sum(held.values()) * weights)} in all. Activations come on top.",
         f"Checkpoints: {_bytes(kept)} each, the last {config.keep_checkpoints} are kept",

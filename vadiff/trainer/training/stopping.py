@@ -1,29 +1,44 @@
-"""Stopping on SIGTERM and SIGINT: the run ends after the current step, with a checkpoint."""
+"""Stopping on SIGTERM and SIGINT: a run ends after the current step, with a checkpoint; other work at once."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
 
+from ...errors import Stopped
 from .distributed import Ranks
 
-EXIT_BY_SIGNAL = 128  # + the signal's number, as in shells and schedulers: SIGTERM 143, SIGINT 130
 
+@contextlib.contextmanager
+def stoppable(how_to_go_on: str | Callable[[], str]) -> Iterator[None]:
+    """Make SIGTERM and SIGINT end the `with` block as `Stopped`, with a message of how to go on.
 
-class Stopped(Exception):
-    """A run was stopped by a signal, after writing a checkpoint.
+    For work of one process only: under torchrun a process that waits for another one would not see the signal.
 
-    Attributes:
-        signal: its number.
-        exit_code: what the process should return.
+    Args:
+        how_to_go_on: what is kept, and what to do; a function is called after the signal.
     """
+    received = signal.SIGINT
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
-        self.exit_code = EXIT_BY_SIGNAL + number
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    catches = threading.current_thread() is threading.main_thread()  # the only thread that can catch signals
+    previous = signal.signal(signal.SIGTERM, receive) if catches else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        told = how_to_go_on if isinstance(how_to_go_on, str) else how_to_go_on()
+        raise Stopped(f"stopped by {received.name}; {told}", received) from None
+    finally:
+        if catches:
+            signal.signal(signal.SIGTERM, previous)
 
 
 class StopRequest:
@@ -70,5 +85,5 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("at once, by the second Ctrl-C: --resume goes on from the latest checkpoint")
         self._received = number
