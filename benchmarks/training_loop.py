@@ -162,7 +162,7 @@ def loop_steps(trainer: training_loop._Trainer, steps: int) -> Callable[[], None
 
 
 class Bar:
-    def set_postfix(self, **values: object) -> None:
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
         """As tqdm's method."""
 
 

@@ -378,14 +378,6 @@ def test_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
         main(["doctor"])
 
 
-def test_folder_of_runs_is_told_from_a_run(
-    tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "one").symlink_to(trained_run)
-    assert main(["diagnose", str(tmp_path)]) == 1
-    assert f"{tmp_path} is not a run directory, but has 1 in it: name {tmp_path / 'one'}" in capsys.readouterr().err
-
-
 def test_command_and_training_import_no_optional_package() -> None:
     code = (
         "import sys, vadiff.trainer.cli, vadiff.training, vadiff.trainer.report, vadiff.trainer.doctor\n"

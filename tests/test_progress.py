@@ -93,7 +93,7 @@ def test_last_step_is_of_the_last_whole_line(tmp_path: Path) -> None:
 def test_next_steps_are_quoted_for_a_shell(tmp_path: Path) -> None:
     text = next_steps(("report", Path("my runs/a")), ("sample", "b"))
     assert text.splitlines() == ["Next:", "  vadiff report 'my runs/a'", "  vadiff sample b"]
-    assert after_training(Path("a"), "latents").endswith("vadiff evaluate a --metrics")
+    assert after_training(Path("a"), "latents").endswith("vadiff evaluate a --metrics none")
     latents = shlex.join(map(str, training_on_latents(Path("latents"), (4, 32, 32))))
     assert "--preset images --dataset latents --data latents --image-size 32 --image-channels 4" in latents
 
@@ -151,7 +151,7 @@ def test_interrupted_commands_say_how_to_go_on(
     assert main(["ablate", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "grid")]) == 143
     assert "stopped by SIGTERM; the runs at work wrote checkpoints: the same command" in capsys.readouterr().err
     monkeypatch.setattr("vadiff.trainer.report.evaluate._measure_levels", killed)
-    assert main(["evaluate", str(run), "--metrics"]) == 143
+    assert main(["evaluate", str(run), "--metrics", "none"]) == 143
     assert "stopped by SIGTERM; nothing is kept yet" in capsys.readouterr().err
     monkeypatch.setattr("vadiff.trainer.report.demo.find_network", lambda features: None)
     monkeypatch.setattr("vadiff.trainer.report.demo.train", stopped)
@@ -171,7 +171,7 @@ def test_what_was_measured_is_named_when_a_later_part_fails(
 
     monkeypatch.setattr("vadiff.trainer.report.evaluate._measure_levels", failing)
     with pytest.raises(SystemExit):
-        main(["evaluate", str(run), "--metrics"])
+        main(["evaluate", str(run), "--metrics", "none"])
     assert f"kept in {folder}: metrics.json; the same command takes what it can" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 
 import vadiff
 from vadiff.bands import bands_of
-from vadiff.extras import MissingExtraError
+from vadiff.extras import MissingExtraError, install_command
 
 Seen = tuple[vadiff.DiffusionLoss, np.ndarray, np.ndarray]
 
@@ -199,7 +200,7 @@ def test_plot_onto_anything_else_is_refused(seen: Seen, ax: Any, pyplot: Any) ->
 
 def test_plot_without_matplotlib_names_the_extra(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'vadiff\[report\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("report"))):
         seen[0].plot()
 
 

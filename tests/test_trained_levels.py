@@ -129,7 +129,7 @@ def test_diagnose_and_the_end_of_training_say_where_the_levels_are(
     assert capsys.readouterr().out.endswith(f"\n\n{state}")
     shutil.copytree(run, tmp_path / "again")
     assert main(["train", "--resume", "--out", str(tmp_path / "again")]) == 0
-    assert capsys.readouterr().out.endswith(f"\n\n{state}")
+    assert f"\n\n{state}\nWritten to {tmp_path / 'again'}\n" in capsys.readouterr().out
 
 
 def test_levels_are_placed_by_a_run_from_the_first_step(run: Path, tmp_path: Path) -> None:

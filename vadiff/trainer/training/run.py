@@ -242,10 +242,6 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
-        inside = [str(found.parent) for depth in ("*", "*/*") for found in sorted(path.glob(f"{depth}/{CONFIG}"))]
-        if inside:
-            others = f" or {inside[1]}" if len(inside) > 1 else ""
-            raise RunError(f"{path} is not a run directory, but has {len(inside)} in it: name {inside[0]}{others}")
         what = "has no config.yaml" if path.is_dir() else "is not a folder"
         raise RunError(f"{path} is not a run directory: it {what}{_where_runs_are(path)}")
     return Run(path, TrainConfig.load(path / CONFIG))
