@@ -33,7 +33,7 @@ def download_weights(progress: bool) -> None:
         raise UserError(
             f"the Inception weights could not be downloaded ({error}). Pass --inception-weights PATH with "
             f"{PUBLISHED_WEIGHTS} from the releases of torch-fidelity on GitHub. Without them `vadiff evaluate RUN "
-            "--metrics`, which names no metric, measures the loss on held-out images"
+            "--metrics none` measures the loss on held-out images"
         ) from error
 
 
