@@ -42,6 +42,7 @@ from typing import Any
 from ..._validation import did_you_mean
 from ...errors import RunError, UserError
 from ...extras import import_extra
+from ...files import reason
 from ..config import TrainConfig
 from ..presets import PRESETS
 from ..training import run_folder
@@ -206,7 +207,7 @@ def read_grid(path: Path, overrides: Mapping[str, Any] | None = None, seeds: int
     try:
         content = toml.loads(path.read_text())
     except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
-        raise GridError(f"{path} cannot be read: {error}") from error
+        raise GridError(f"{path} cannot be read: {reason(error)}") from error
     unknown = sorted(set(content) - _KEYS)
     if unknown:
         advice = did_you_mean(unknown[0], _KEYS)

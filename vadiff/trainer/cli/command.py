@@ -45,9 +45,13 @@ class Command(cloup.Command):
 
     context_class = _Context
 
-    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, examples: Sequence[str] = (), tables: Mapping[str, Mapping[str, str]] | None = None,
+        **keywords: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*arguments, **keywords)
         self.examples = tuple(examples)
+        self.tables = tables or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:  # of shell completion
@@ -104,6 +108,9 @@ class Command(cloup.Command):
         return ctx
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, rows in self.tables.items():
+            with formatter.section(title):
+                formatter.write_dl(list(rows.items()))
         if self.examples:
             formatter.write_paragraph()
             formatter.write_heading("Examples")
@@ -145,7 +152,10 @@ def _refuse_spaces(ctx: click.Context, lists: Sequence[tuple[str, str, list[str]
         )
 
 
-def command(name: str, help: str, description: str, examples: Sequence[str] = ()) -> Callable[[Any], Command]:
+def command(
+    name: str, help: str, description: str, examples: Sequence[str] = (),
+    tables: Mapping[str, Mapping[str, str]] | None = None,
+) -> Callable[[Any], Command]:  # fmt: skip
     """Decorator that makes a command of a function of `Options`.
 
     Args:
@@ -153,10 +163,12 @@ def command(name: str, help: str, description: str, examples: Sequence[str] = ()
         help: one line for the list of commands.
         description: the help's first paragraph.
         examples: command lines at the end of the help, each with a comment.
+        tables: by their titles, names and what they mean, before the examples.
     """
     made: Callable[[Any], Command] = cloup.command(
-        name, cls=Command, short_help=help, help=description, examples=examples, context_settings=_SETTINGS
-    )
+        name, cls=Command, short_help=help, help=description, examples=examples, tables=tables,
+        context_settings=_SETTINGS,
+    )  # fmt: skip
     return made
 
 

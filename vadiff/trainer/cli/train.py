@@ -35,10 +35,10 @@ EXAMPLES = (
 )
 
 
-@command(NAME, HELP, DESCRIPTION, EXAMPLES)
+@command(NAME, HELP, DESCRIPTION, EXAMPLES, tables={"Presets": {name: ABOUT[name] for name in PRESETS}})
 @group(
     "Start",
-    option("--preset", Choice(PRESETS), "NAME", "; ".join(f"{name}: {ABOUT[name]}" for name in PRESETS), is_eager=True),
+    option("--preset", Choice(PRESETS), "NAME", "what to train and how: a name of the list below", is_eager=True),
     option("--config", PATH, "FILE", "a config.yaml instead of a preset"),
     option("--out", PATH, "DIR", "run directory; default: runs/PRESET"),
     flag("--resume", "resume the run in --out from its latest checkpoint, if it has one"),
