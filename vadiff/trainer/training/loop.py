@@ -168,7 +168,7 @@ class _Trainer:
         if device.type == "cuda":  # tensor cores read channels_last: other weights would be converted at every step
             self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         earlier = out if resume else None  # folder to resume from
-        resumes = earlier is not None and bool(steps_saved(earlier))
+        resumes = group.from_main(lambda: earlier is not None and bool(steps_saved(earlier)))  # one answer for all
         self.transferred = None if resumes else transfer(config, self.denoiser, progress=progress and group.is_main)
         self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.running_average = RunningAverage(self.average, self.denoiser, config)
