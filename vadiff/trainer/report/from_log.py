@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import RunError
-from ...files import reason
 from ...metrics_file import MetricsFile
 from .overview import Table, number
 from .page import Section, write_page
@@ -65,7 +64,7 @@ def read_log(path: Path) -> tuple[list[LoggedCriterion], Array, dict[str, Array]
         own = [name for name in names if name not in matches and name not in theirs | texts]
         others = {} if not criteria else {name: _series(lines, name) for name in own}
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {reason(error)}") from error
+        raise RunError(f"{path} cannot be read: {error}") from error
     if not criteria:
         raise RunError(f"{path} has no loss per noise level: {_instead(path, lines)}")
     return criteria, _steps(lines), others
