@@ -17,6 +17,12 @@ from vadiff.trainer.training.run_gap import gap_of_run
 from vadiff.training import TrainConfig, open_run, train
 
 
+@pytest.fixture(autouse=True)
+def small_reference_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product that a command compares its speed with takes seconds."""
+    monkeypatch.setattr("vadiff.trainer.cli.optimal_loss._SQUARE", 64)
+
+
 def two_points(sigma: float) -> float:
     """J* of -1 and 1 alike often, by quadrature: E(1 - tanh((1 + sigma·eps)/sigma²))²."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(120)

@@ -16,6 +16,13 @@ from vadiff.training import TrainConfig, train
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+
+@pytest.fixture(autouse=True)
+def small_reference_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product that a command compares its speed with takes seconds."""
+    monkeypatch.setattr("vadiff.trainer.cli.optimal_loss._SQUARE", 64)
+
+
 QUICK = [
     "optimal-loss",
     "--dataset",
