@@ -155,8 +155,8 @@ def test_doctor_prints_its_report_and_succeeds(capsys: pytest.CaptureFixture[str
         (["--steps", "0"], "vadiff train: error: steps is 0, expected at least 1"),
         (["--steps", "many"], "vadiff train: error: argument --steps: 'many', expected a whole number"),
         (["--device", "toaster"], "vadiff train: error: device is 'toaster', expected auto, cpu, cuda or cuda:N"),
-        (["--weighting", "variance"], "argument --weighting: 'variance', expected cauchy, constant, "),
-        (["--weighting", "variance-awre"], "inverse_optimal_loss; did you mean variance_aware?"),
+        (["--weighting", "variance"], "argument --weighting: 'variance'; did you mean variance_aware? Expected cauchy, "),
+        (["--weighting", "variance-awre"], "'variance-awre'; did you mean variance_aware? Expected cauchy, "),
         (["--backend", "cuda"], "argument --backend: 'cuda', expected auto, reference, native, triton"),
         (["--weighting-options", "alpha"], "argument --weighting-options: 'alpha', expected NAME=NUMBER"),
         (
@@ -187,7 +187,11 @@ def test_bad_option_is_a_usage_error(
         ("train --step 5", "vadiff train: error: no such option: --step; did you mean --steps?"),
         ("train --steps-from statistics", "vadiff train: error: no such option: --steps-from"),
         ("train -steps 5", "vadiff train: error: no such option: -steps; did you mean --steps?"),
-        ("train --preset digit", "; did you mean digits?"),
+        ("train --preset digit", "argument --preset: 'digit'; did you mean digits? Expected digits, digits-edm2, "),
+        ('train --preset digits --out ""', "argument --out: '' is empty, expected a path"),
+        ('train --preset digits --data ""', "argument --data: '' is empty, expected a value"),
+        ('train --preset digits --sigma-rel ""', "argument --sigma-rel: '' is empty, expected values with commas"),
+        ('report ""', "argument RUN: '' is empty, expected a path"),
         ("train --steps", "argument --steps: expected a value, got nothing"),
         ("train --data --steps 5", "argument --data: expected a value, got the option --steps"),
         ("train --flips=3", "argument --flips: takes no value, got '3'"),
@@ -213,7 +217,7 @@ def test_bad_option_is_a_usage_error(
 def test_error_says_what_is_wrong_and_what_was_probably_meant(
     line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in usage_error(line.split(), capsys)
+    assert message in usage_error(shlex.split(line), capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
@@ -324,6 +328,21 @@ def test_demo_asks_for_matplotlib_before_it_trains(
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert install_command("report") in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [([], " with --resume"), (["--overwrite"], " with --resume in place of --overwrite"), (["--resume"], "")],
+)
+def test_interrupt_before_the_first_step_says_how_to_go_on(
+    flag: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vadiff.trainer.training.train", interrupted)
+    assert main(["train", "--preset", "digits", "--out", str(tmp_path / "run"), *flag]) == 130
+    assert f"interrupted outside the training steps: the same command{words} goes on" in capsys.readouterr().err
 
 
 def test_interrupt_is_said_without_a_traceback(

@@ -193,7 +193,7 @@ def test_sample_writes_one_png_per_seed_and_the_same_pixels_as_npz(
         (["--seeds", "1,2", "--images", "2"], "argument --images: not allowed with argument --seeds"),
         (["--seeds", "1,2", "--first-seed", "2"], "argument --first-seed: not allowed with argument --seeds"),
         (["--labels", "random", "--label", "3"], "argument --label: not allowed with argument --labels"),
-        (["--solver", "ddim"], "argument --solver: 'ddim', expected heun, euler, ddpm, dpmpp_2m; did you mean ddpm?"),
+        (["--solver", "ddim"], "argument --solver: 'ddim'; did you mean ddpm? Expected heun, euler, ddpm, dpmpp_2m"),
         (["--rho", "0"], "rho is 0.0, expected a positive number"),
         (["--spacing", "flow", "--rho", "7"], "rho is for the spacing edm, not for flow"),
         (

@@ -392,7 +392,7 @@ def test_evaluate_compares_a_folder_with_another(
         ([".", "--gradients"], "argument --gradients: . is not a run directory"),
         (["."], "argument --reference: required"),
         ([".", "--inception-weights", "nowhere.pth"], "argument --inception-weights: nowhere.pth is not a file"),
-        ([".", "--metrics", "fdi"], "argument --metrics: 'fdi', expected fid, kid, isc, prc; did you mean fid?"),
+        ([".", "--metrics", "fdi"], "argument --metrics: 'fdi'; did you mean fid? Expected fid, kid, isc, prc"),
         ([".", "--reference", "nothing-here"], "nothing-here does not exist"),
     ],
 )

@@ -71,7 +71,7 @@ def _extras() -> Iterator[str]:
     try:
         extras = requirements_of_extras()
     except metadata.PackageNotFoundError:
-        yield "vadiff is not installed, only importable; from its folder: pip install -e '.[train,report]'"
+        yield f"vadiff is not installed, only importable: {install_command('train,report')}"
         return
     for extra, requirements in extras.items():
         versions = {name: _version(name) for name in (re.split(r"[^\w.-]", text)[0] for text in requirements)}

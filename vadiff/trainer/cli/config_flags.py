@@ -32,7 +32,7 @@ _KINDS: dict[Any, tuple[click.ParamType[Any], str]] = {
 }  # fmt: skip
 _METAVARS = {  # of fields that are more than any text
     "data": "PATH", "table": "RUN", "optimal_loss": "CSV", "profile": "RUN|CSV", "shift": "X|RULE",
-    "reference": "N|all", "device": "DEVICE",
+    "reference": "N|all", "device": "DEVICE", "transfer": "RUN",
 }  # fmt: skip
 
 

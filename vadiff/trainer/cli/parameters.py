@@ -49,7 +49,8 @@ class Choice(click.Choice[str]):
         for name in (value, value.replace("-", "_")):
             if name in self.choices:
                 return str(name)
-        self.fail(f"{value!r}, expected {', '.join(self.choices)}{did_you_mean(value, self.choices)}", param, ctx)
+        close = did_you_mean(value, self.choices)  # before the others: they may be many
+        self.fail(f"{value!r}{f'{close} Expected' if close else ', expected'} {', '.join(self.choices)}", param, ctx)
 
 
 class Listed(click.ParamType[Any]):
@@ -65,6 +66,8 @@ class Listed(click.ParamType[Any]):
             return value
         if value == NONE and self.size is None:
             return []
+        if not value and self.size is None:
+            self.fail(f"'' is empty, expected values with commas between them, or {NONE}", param, ctx)
         values = [self.item.convert(part.strip(), param, ctx) for part in value.split(",")]
         if self.size not in (None, len(values)):
             self.fail(f"{value!r}, expected {self.size} values with commas between them", param, ctx)
@@ -96,8 +99,24 @@ def _pair(text: str) -> tuple[str, float]:
     return name.replace("-", "_"), _number(float, f"a number after {name}=")(number)
 
 
-TEXT = click.STRING
-PATH = click.Path(path_type=Path)
+def _filled(text: str) -> str:
+    """Text that is not empty, as an option with an unset variable of the shell is: --out "$UNSET"."""
+    if not text:
+        raise ValueError("'' is empty, expected a value")
+    return text
+
+
+class _FilledPath(click.Path):
+    """A path that is not empty: an empty one would be the folder that the command runs in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("'' is empty, expected a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+TEXT = Value("TEXT", _filled)
+PATH = _FilledPath(path_type=Path)
 WHOLE_NUMBER = Value("N", _number(int, "a whole number"))
 NUMBER = Value("X", _number(float, "a number"))
 PAIR = Value("NAME=NUMBER", _pair)

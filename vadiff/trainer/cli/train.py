@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...files import check_writable
 from ...ops import backends
 from ..config import TrainConfig
 from ..config_schema import POSTERIOR_MEAN
@@ -67,6 +68,7 @@ def run(options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch requires it on GPUs
     main_rank = os.environ.get("RANK", "0") == "0"
     if main_rank:
+        check_writable(out, folder=True)  # before the line that says where the run is
         kimg = config.steps * config.batch_size / 1000
         print(
             f"Training {config.dataset}, weighting {config.weighting}, {config.steps} steps ({kimg:g} kimg); run "
@@ -93,6 +95,8 @@ def run(options: Options) -> None:
         if main_rank:
             print(f"vadiff: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt as stop:  # before the first step, after the last, or a second one
+        raise KeyboardInterrupt(*(stop.args or (_going_on(options),))) from None
     except ValueError as error:
         usage_error(str(error))
     if main_rank:
@@ -103,6 +107,16 @@ def run(options: Options) -> None:
         if isinstance(trained.levels, Information):
             print(f"\nNoise levels: {trained.levels.state}.")
         print(f"\nWritten to {out}\n{after_training(out, config.dataset)}")
+
+
+def _going_on(options: Options) -> str:
+    """What to type after an interrupt between steps."""
+    with_resume = "" if options.resume else " with --resume"
+    in_place = " in place of --overwrite" if options.overwrite else ""
+    return (
+        f"outside the training steps: the same command{with_resume}{in_place} goes on from the latest checkpoint, or "
+        "starts if there is none"
+    )
 
 
 def training_config(options: Options) -> TrainConfig:
