@@ -155,7 +155,7 @@ def test_doctor_prints_its_report_and_succeeds(capsys: pytest.CaptureFixture[str
         (["--steps", "0"], "vadiff train: error: steps is 0, expected at least 1"),
         (["--steps", "many"], "vadiff train: error: argument --steps: 'many', expected a whole number"),
         (["--device", "toaster"], "vadiff train: error: device is 'toaster', expected auto, cpu, cuda or cuda:N"),
-        (["--weighting", "variance"], "argument --weighting: 'variance'; did you mean variance_aware? Expected cauchy, "),
+        (["--weighting", "variance"], "--weighting: 'variance'; did you mean variance_aware? Expected cauchy, "),
         (["--weighting", "variance-awre"], "'variance-awre'; did you mean variance_aware? Expected cauchy, "),
         (["--backend", "cuda"], "argument --backend: 'cuda', expected auto, reference, native, triton"),
         (["--weighting-options", "alpha"], "argument --weighting-options: 'alpha', expected NAME=NUMBER"),

@@ -250,4 +250,4 @@ def name_of(param: click.Parameter) -> str:
     """An option's flag, or an argument's metavar."""
     if isinstance(param, click.Option):
         return param.opts[0]
-    return param.metavar or str(param.name)
+    return (param.metavar or str(param.name)).removeprefix("[").removesuffix("]...")
