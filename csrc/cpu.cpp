@@ -65,8 +65,17 @@ ScaleKernel<float> scale_kernel() { return kernels()->scale_float; }
 template <>
 ScaleKernel<double> scale_kernel() { return kernels()->scale_double; }
 
-// One, or all: for a smaller team OpenMP ends the other threads, and torch's next operator starts them again.
-int useful_threads(int64_t elements, int64_t threads) { return elements < kForThreads ? 1 : int(threads); }
+// Call run(item) for each item: on one thread, or on all. For a smaller team OpenMP ends the other threads, and torch's next
+// operator starts them again. One thread enters no parallel region, which ends with a system call even for a team of one.
+template <class Run>
+void for_items(int64_t items, int64_t elements, int64_t threads, const Run& run) {
+  if (elements < kForThreads || threads == 1) {
+    for (int64_t item = 0; item < items; ++item) run(item);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(int(threads))
+  for (int64_t item = 0; item < items; ++item) run(item);
+}
 
 // Ask for huge pages under a large fresh buffer.
 void advise(void* data, int64_t bytes) {
@@ -258,9 +267,7 @@ void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
     rows.stream = outgrows_caches(bytes);
   }
   const int64_t items = samples * rows.splits;
-  const int team = useful_threads(samples * rows.elements, threads);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t item = 0; item < items; ++item) kernel(rows, item);
+  for_items(items, samples * rows.elements, threads, [&](int64_t item) { kernel(rows, item); });
 }
 
 template <class C>
@@ -316,9 +323,7 @@ void scale_in(const Call& call) {
   const ScaleTask<C> task = {call.gradient, call.out, dtype, upstream, kMinChunk, size, !in_place && outgrows_caches(bytes)};
   const ScaleKernel<C> kernel = scale_kernel<C>();
   const int64_t items = (size + task.chunk - 1) / task.chunk;
-  const int team = useful_threads(size, call.threads);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t item = 0; item < items; ++item) kernel(task, item);
+  for_items(items, size, call.threads, [&](int64_t item) { kernel(task, item); });
 }
 
 template <class C>
