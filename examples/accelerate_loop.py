@@ -1,7 +1,7 @@
 """A loop with HF Accelerate: accumulation, trackers, save_state. The criterion is saved and logged with the run.
 
 python examples/accelerate_loop.py                    # needs the extra train and accelerate; seconds on a CPU
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/accelerate_loop.py
 """
 
 import argparse

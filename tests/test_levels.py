@@ -120,6 +120,16 @@ def test_no_density_outside_the_range():
     assert cut.log_density(outside).eq(-math.inf).all()
 
 
+def test_levels_at_the_ends_have_a_density_after_rounding_to_float32(sampler):
+    near = torch.linspace(1e-9, 1e-7, 100, dtype=torch.float64)
+    drawn = sampler(torch.cat([near, 1.0 - near])).log_snr
+    assert sampler.log_density(drawn).isfinite().all()
+
+
+def test_share_of_a_level_that_is_no_number_is_none(sampler):
+    assert sampler.cdf(torch.tensor([math.nan])).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("sampler", "distribution"),
     [

@@ -329,6 +329,8 @@ def test_the_criterion_can_be_set_by_values_that_json_has(net: Net, images: Tens
     assert capped.weighting == vadiff.weighting.MinSNR(1.0, prediction_type="edm", sigma_data=1.0)
     with pytest.raises(TypeError, match=r"'strenght'.*Options of the criterion are backend, bins, fresh_stat"):
         EDMLoss(strenght=0.5)
+    with pytest.raises(TypeError, match=r"^'gama' is given, which min_snr does not have, expected gamma or "):
+        EDMLoss(criterion="min_snr", gama=3.0)
     with pytest.raises(TypeError, match=r"strength given beside a criterion that is no name"):
         EDMLoss(criterion=criterion(), strength=0.5)
     for loss in (EDMLoss, EDM2Loss):

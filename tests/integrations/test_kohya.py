@@ -398,6 +398,18 @@ def test_criterion_without_options_is_that_of_the_process() -> None:
         assert criterion.statistics.bins == expected.statistics.bins
 
 
+def test_the_weight_of_the_terminal_step_is_an_option_and_then_nothing_warns() -> None:
+    """Warnings are errors here."""
+    process = vadiff.process.DiscreteVP.scaled_linear().with_zero_terminal_snr()
+    line = "--vadiff_weighting min_snr"
+    with pytest.warns(vadiff.errors.DiffusionLossWarning, match="is 0 at zero SNR"):
+        kohya.arguments.criterion_for(options(line), process, "v_prediction")
+    criterion = kohya.arguments.criterion_for(
+        options(f"{line} --vadiff_weighting_args terminal=1"), process, "v_prediction"
+    )
+    assert criterion.weight_at(torch.tensor([-math.inf])) == 1.0
+
+
 def test_options_of_the_criterion_come_from_the_command_line() -> None:
     line = "--vadiff_weighting loss_level --vadiff_weighting_args strength=0.7 clip=3 --vadiff_bins 9"
     trainer = trained(f"{line} --vadiff_log_snr_range -6 8 --vadiff_half_life 100 --vadiff_log_every 7")

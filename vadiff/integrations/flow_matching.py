@@ -108,8 +108,9 @@ class FlowMatchingLoss(nn.Module):
             velocity: what the network returned, [B, ...].
             target: the path's velocity, torchcfm's `ut`, flow_matching's `dx_t`; or the data x1 if `noise` is given.
             t: [B] times in [0, 1].
-            noise: x0; the target velocity x1 - (1 - sigma_min)·x0 (its negative where data_at = 0) is then never
-                written to memory. A posterior-mean target needs x1 and x0.
+            noise: the x0 that is in x_t; the target velocity x1 - (1 - sigma_min)·x0 (its negative where data_at = 0)
+                is then never written to memory. A posterior-mean target needs x1 and x0. Not the x0 given to torchcfm's
+                optimal-transport matchers, which pair anew, or to `TargetConditionalFlowMatcher`, which draws its own.
             sample_weight, reduction: as for `vadiff.DiffusionLoss`.
             index, labels, generator: of `vadiff.targets.PosteriorMean`, where there is a target.
 

@@ -96,12 +96,16 @@ def _made(name: str, prediction_type: str, sigma_data: float, options: Mapping[s
     of_weighting = {key: value for key, value in options.items() if key not in of_criterion}
     if not of_weighting:
         return DiffusionLoss(name, **given)
+    known = list(inspect.signature(weightings.class_of(name)).parameters)
+    for key in of_weighting:
+        if key not in known:
+            raise TypeError(
+                f"{key!r} is given, which {name} does not have, expected {' or '.join(known) or 'no option'}. "
+                f"Options of the criterion are {', '.join(sorted(of_criterion))}"
+            )
     if weightings.takes_prediction_type(name):
         of_weighting = {"prediction_type": prediction_type, "sigma_data": sigma_data, **of_weighting}
-    try:
-        return DiffusionLoss(weightings.from_name(name, **of_weighting), **given)
-    except TypeError as error:
-        raise TypeError(f"{error}. Options of the criterion are {', '.join(sorted(of_criterion))}") from error
+    return DiffusionLoss(weightings.from_name(name, **of_weighting), **given)
 
 
 def require_form(

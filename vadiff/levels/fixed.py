@@ -70,7 +70,8 @@ class UniformTime(LevelSampler):
             at = log_snr.detach().clone().requires_grad_()
             time = self.process.time(at)
             (slope,) = torch.autograd.grad(time.sum(), at)
-        inside = (time >= self.t_min) & (time <= self.t_max)
+        rounding = slope.abs() * log_snr.abs() * 2.0**-23  # of a log-SNR in float32, in time
+        inside = (time >= self.t_min - rounding) & (time <= self.t_max + rounding)
         return torch.where(inside, slope.abs().log() - math.log(self.t_max - self.t_min), -math.inf)
 
     def extra_repr(self) -> str:

@@ -123,18 +123,19 @@ class LevelSampler(nn.Module, ABC):
 
     def cdf(self, log_snr: Tensor) -> Tensor:
         """Share of draws with less noise than at each log-SNR [B]: the u they would come from. [B] float64."""
-        return ((self._cdf(log_snr.double()) - self._first) / self._share).clamp(0.0, 1.0)
+        share = ((self._cdf(log_snr.double()) - self._first) / self._share).clamp(0.0, 1.0)
+        return share.where(~log_snr.isnan(), math.nan)
 
     def log_density(self, log_snr: Tensor) -> Tensor:
         """ln p(log_snr), p the density over log-SNR, [B] float64; -inf outside the range.
 
         The density over ln(sigma) is 2·p, that over sigma is 2·p/sigma.
         """
-        log_snr = log_snr.double()
         low, high = self.log_snr_range
+        # In the dtype of log_snr: rounded to float32, levels that were drawn may be just beyond an end.
         inside = (log_snr >= low) & (log_snr <= high) & log_snr.isfinite()
-        density = self._log_density(torch.where(inside, log_snr, 0.0)) - math.log(self._share)
-        return torch.where(inside, density, -math.inf)
+        density = self._log_density(torch.where(inside, log_snr.double().clamp(low, high), 0.0))
+        return torch.where(inside, density - math.log(self._share), -math.inf)
 
     def update(self, criterion: DiffusionLoss, log_snr: Tensor | None = None) -> None:
         """Adapt to the last training step; a fixed distribution does nothing.

@@ -55,7 +55,7 @@ def estimate(
         draws: noisy samples per level.
         estimator: "full" (exact but for the draws), "snis" (far too high below middle sigma), "dol" (too low there),
             "cdol" (close to full at a fraction of the cost) or "cdol_paper" (cDOL as the paper writes it, J* = A - B,
-            to reproduce its numbers; its draws are noisier).
+            to reproduce its numbers; noisier, and at low noise often negative: not for weights and levels).
         subset: L, samples the softmax runs over for all but "full"; N/10 by default.
         correction: C, divisor of the source's weight; 2·N/L for "cdol", 4·N/L for "cdol_paper" by default.
         seed: of sources, noise and subsets.

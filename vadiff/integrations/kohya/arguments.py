@@ -88,11 +88,14 @@ def criterion_for(args: Any, process: Any, loss_form: str) -> DiffusionLoss:
     ends = option(args, "log_snr_range")
     if ends is not None:
         overrides["log_snr_range"] = tuple(ends)
-    criterion = DiffusionLoss.for_process(
-        process, prediction_type=loss_form, fine_tuning=True, weighting=name, **overrides
-    )
     pairs = option(args, "weighting_args")
-    if pairs:
+    fixed = None
+    if pairs and takes_prediction_type(name):  # before `for_process`, which looks at the weights
+        fixed = _with_options(from_name(name, prediction_type=loss_form), name, pairs, loss_form)
+    criterion = DiffusionLoss.for_process(
+        process, prediction_type=loss_form, fine_tuning=True, weighting=fixed or name, **overrides
+    )
+    if pairs and fixed is None:
         criterion.weighting = _with_options(criterion.weighting, name, pairs, loss_form)
     return criterion
 
