@@ -117,9 +117,17 @@ def has_held_out(groups: Sequence[Group]) -> bool:
 
 
 def comparable(groups: Sequence[Group]) -> bool:
-    """Whether all runs were last measured at the same noise levels."""
-    levels = [run.held_out[-1][1]["log_snr"] for group in groups for run in group.runs if run.held_out]
-    return all(len(found) == len(levels[0]) and np.allclose(found, levels[0]) for found in levels)
+    """Whether all runs were last measured at the same noise levels, on as many images, with as many draws of noise."""
+    runs = [run for group in groups for run in group.runs if run.held_out]
+    levels = [run.held_out[-1][1]["log_snr"] for run in runs]
+    numbers = {(_held_out_images(run), run.config["held_out_draws"]) for run in runs}
+    return len(numbers) <= 1 and all(len(one) == len(levels[0]) and np.allclose(one, levels[0]) for one in levels)
+
+
+def _held_out_images(run: History) -> int:
+    """Images that the loss was measured on: as many as the config allows, of those that there are."""
+    allowed = int(run.config["held_out_images"])
+    return allowed if run.held_out_number is None else min(allowed, run.held_out_number)
 
 
 def _last(group: Group, name: str) -> tuple[Array, Array]:
