@@ -20,6 +20,7 @@ from .style import (
     log_snr_axis,
     make_room_for_legend,
     new_figure,
+    text,
 )
 from .training_charts import aligned
 
@@ -57,7 +58,7 @@ def final_levels(groups: Sequence[Group]) -> Chart:
 def ratio_to_first(groups: Sequence[Group]) -> Chart:
     """Held-out loss of averaged weights per noise level, relative to the first group; paired by seed where possible."""
     first = groups[0]
-    figure = new_figure(LOG_SNR, f"held-out loss ÷ that of {first.label}")
+    figure = new_figure(LOG_SNR, f"held-out loss ÷ that of {text(first.label)}")
     for group, style in zip(groups, styles_of(groups).values(), strict=True):
         log_snr, rows = paired_ratios(group, first)
         rows = np.ones((1, len(log_snr))) if group is first else rows

@@ -1,7 +1,9 @@
 """`vadiff report`: a self-contained HTML page about runs."""
 
 import base64
+import dataclasses
 import importlib.resources
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +110,7 @@ def write_page(
     plotly = import_extra("plotly.io", "report")
     template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
+    sections = _named_apart(sections)
     charts = [chart for section in sections for chart in section.charts]
     html = template.render(
         title=title,
@@ -125,6 +128,32 @@ def write_page(
     with replacing(page) as partial:
         partial.write_text(html, encoding="utf-8")
     return len(charts)
+
+
+def _named_apart(sections: Sequence[Section]) -> list[Section]:
+    """The sections with a number after an anchor, or a name of a chart, that one before has: each is once on a page."""
+    taken: set[str] = set()
+
+    def free(name: str) -> str:
+        number = next(number for number in itertools.count(1) if _with(name, number) not in taken)
+        taken.add(_with(name, number))
+        return _with(name, number)
+
+    return [
+        dataclasses.replace(
+            section,
+            anchor=free(section.anchor),
+            charts=[
+                dataclasses.replace(chart, name=free(f"chart-{chart.name}").removeprefix("chart-"))
+                for chart in section.charts
+            ],
+        )
+        for section in sections
+    ]
+
+
+def _with(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
 
 
 def sections_of(groups: Sequence[Group]) -> list[Section]:
