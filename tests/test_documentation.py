@@ -441,6 +441,38 @@ def test_figures_of_the_subset_estimators_are_those_of_the_result_file() -> None
         assert f"{case.split()[1]} | {' | '.join(cells)} |".replace("-", "−") in page
 
 
+def test_figures_of_the_level_free_loss_are_those_of_the_result_file() -> None:
+    page = (DOCS / "live.md").read_text()
+    for case, found in json.loads((ROOT / "benchmarks/results/level_free.json").read_text())["rows"].items():
+        means = {name: value["mean"] for name, value in found.items() if name != "seeds"}
+        cells = (
+            f"{case.rpartition(' ')[2]} | {means['raw']:.3f} | {means['level_free']:.3f} | {means['ratio']:.1f} | "
+            f"{means['as_many_samples']:.1f} |"
+        )
+        assert cells in page, case
+
+
+def test_figures_of_is_this_for_me_are_those_of_the_results() -> None:
+    page = (DOCS / "is-this-for-me.md").read_text()
+    results = json.loads((ROOT / "benchmarks/results/objectives-digits/results.json").read_text())["arms"]
+    targets = (ROOT / "benchmarks/results/posterior_targets.md").read_text()
+    rows = {"ε, linear": ("epsilon-linear", "epsilon, linear betas"), "v, cosine": ("v-cosine", "v, cosine")}
+    rows |= {"flow, uniform": ("flow", "flow"), "EDM, P_mean −1.2 ": ("edm", "EDM"), "x0, cosine": ("x0-cosine", "")}
+    rows |= {"flow with a shift": ("", "flow, shift 3")}
+    for start, (objective, name) in rows.items():
+        (row,) = re.findall(rf"^\| {start}.*$", page, re.MULTILINE)
+        cells = row.replace("−", "-").split("|")[2:5]
+        weights, _, target = ([float(each) for each in re.findall(r"[-+][.\d]+", cell)] for cell in cells)
+        if objective:
+            found = results[f"{objective}/variance-aware"]
+            expected = [100 * math.expm1(found[field]["mean"]) for field in ("held_out", "distance")]
+            assert weights == pytest.approx(expected, abs=0.051)
+        if name:
+            (line,) = re.findall(rf"^\| {name} \| 1,024 references.*$", targets, re.MULTILINE)
+            expected = [float(each) for each in re.findall(r"\| ([-+][.\d]+) %", line)]
+            assert target == pytest.approx(expected, abs=0.5 if "shift" in start else 0.051)
+
+
 def experiment_script(name: str) -> Any:
     specification = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "experiments" / f"{name}.py")
     assert specification is not None

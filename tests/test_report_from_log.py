@@ -180,6 +180,17 @@ def test_two_criteria_of_one_log_have_sections_of_their_own(tmp_path: Path) -> N
     assert "video: the mean loss differs only" in html
 
 
+def test_names_that_read_alike_have_charts_of_their_own(tmp_path: Path) -> None:
+    path, html = tmp_path / "log.jsonl", tmp_path / "page.html"
+    for prefix in ("loss/vae", "loss_vae"):
+        trained(path, steps=5, prefix=prefix)
+    vadiff.MetricsFile(path).log({"train/loss": 1.0, "train_loss": 2.0}, 5)
+    number = write_log_report(path, html)
+    ids = re.findall(r'<(?:div class="chart"|section) id="([^"]+)"', html.read_text())
+    assert len({*ids}) == len(ids)
+    assert sum(name.startswith("chart-") for name in ids) == number
+
+
 def test_log_without_a_criterion_or_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = vadiff.MetricsFile(tmp_path / "log.jsonl")
     with pytest.raises(RunError, match=r"log\.jsonl cannot be read: .*No such file"):

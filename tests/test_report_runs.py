@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from vadiff.errors import RunError
 from vadiff.trainer.report import charts, group_runs, page, read_history, training_charts
 from vadiff.trainer.report.equal_images import at_equal_images
+from vadiff.trainer.report.notes import notes_of
 from vadiff.training import open_run
 
 
@@ -123,7 +125,7 @@ def test_runs_of_different_length_are_compared_at_equal_images(make_run: Callabl
     assert len(long.mean) == len(long.weights) == len(long.scalars["loss"]) == 2
     assert [at for at, _ in long.held_out] == [128]
     assert groups[1].first.step[-1] == 4  # as it was
-    title, lead, notes = page.title_of(groups), page.lead_of(groups), page.notes_of(groups)
+    title, lead, notes = page.title_of(groups), page.lead_of(groups), notes_of(groups)
     assert title.startswith("2 ways")
     assert lead.startswith("2 runs of 2 and 4 steps with 64 images each")
     assert "The runs are of different length." in notes[0]
@@ -141,11 +143,87 @@ def test_runs_of_equal_length_are_left_as_they_are(make_run: Callable[..., Path]
     equal, images = at_equal_images(groups)
     assert images is None
     assert equal == groups
-    assert "different length" not in " ".join(page.notes_of(groups))
+    assert "different length" not in " ".join(notes_of(groups))
 
 
 def test_runs_that_cannot_be_compared_at_equal_images_are_told(make_run: Callable[..., Path]) -> None:
     paths = with_lines(make_run("short", steps=2), 1), with_lines(make_run("long", weighting="constant"), 3, 4)
     groups = group_runs([read_history(open_run(path)) for path in paths])
     assert at_equal_images(groups)[1] is None
-    assert "values and charts are of different numbers of training images" in page.notes_of(groups)[0]
+    assert "values and charts are of different numbers of training images" in notes_of(groups)[0]
+
+
+def with_metric(path: Path, step: int, **content: object) -> Path:
+    """A run whose Fréchet distance was measured at this step."""
+    folder = path / "evaluation" / f"step-{step}"
+    folder.mkdir(parents=True)
+    values = {"images_seen": 64 * step, "images": 100, "metrics": {"fd-digits": 5.0}} | content
+    (folder / "metrics.json").write_text(json.dumps(values))
+    return path
+
+
+def compared(*paths: Path) -> tuple[dict[str, Any], str]:
+    """The rows of the table of a report, and the notes."""
+    groups = group_runs([read_history(open_run(path)) for path in paths])
+    table = next(section.table for section in page.sections_of(groups) if section.anchor == "overview")
+    assert table is not None
+    return {row[0]: row[1:] for row in table.rows}, " ".join(notes_of(groups))
+
+
+HELD_OUT = "held-out x0 loss, geometric mean over levels (EMA)"
+
+
+def test_measurements_are_compared_at_equal_images_too(make_run: Callable[..., Path]) -> None:
+    """A short run measures its held-out loss at its end, where a longer one has none."""
+    short = with_lines(with_metric(make_run("short", steps=3), 2), 1, 2, 3)
+    lines = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["held_out"] = {
+        name: [value / 2 for value in values] if "loss" in name else values
+        for name, values in lines[1]["held_out"].items()
+    }
+    (short / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, notes = compared(short, with_metric(make_run("long", weighting="constant"), 4))
+    assert rows[HELD_OUT][2] == "+0.00 %"  # both after 2 steps
+    assert "Held-out loss: compared after 128 training images." in notes
+    assert rows["Fréchet distance (digits)"] == ["5.000", "–", ""]
+    assert "Fréchet distance (digits): not measured after the same number of training images" in notes
+
+
+@pytest.mark.parametrize("change", [{"held_out_images": 1}, {"held_out_draws": 7}], ids=str)
+def test_held_out_losses_that_were_measured_otherwise_have_no_difference(
+    make_run: Callable[..., Path], change: dict[str, int]
+) -> None:
+    rows, notes = compared(make_run("one"), make_run("other", weighting="constant", **change))
+    assert rows[HELD_OUT][2] == ""
+    assert "measured at different noise levels, or with different numbers of images or draws" in notes
+
+
+def test_distances_of_other_numbers_of_images_have_no_difference(make_run: Callable[..., Path]) -> None:
+    one, other = with_metric(make_run("one"), 4), make_run("other", weighting="constant")
+    rows, notes = compared(one, with_metric(other, 4, images=50))
+    assert rows["Fréchet distance (digits)"] == ["5.000", "5.000", ""]
+    assert "Fréchet distance (digits): measured with different options" in notes
+
+
+def test_training_losses_of_other_noise_levels_have_no_difference(make_run: Callable[..., Path]) -> None:
+    rows, _ = compared(make_run("one"), make_run("other", p_mean=0.0))
+    assert rows["training base loss"][2] == ""
+    assert rows[HELD_OUT][2] == "+0.00 %"
+
+
+def test_tables_of_the_same_weighting_are_told_apart(make_run: Callable[..., Path]) -> None:
+    tables = [make_run(f"table-{rate}", learning_rate=rate) for rate in (0.1, 0.2)]
+    twins = [make_run(f"twin-{place}", weighting="table", table=str(table)) for place, table in enumerate(tables)]
+    labels = [label for label, _ in grouped(*twins)]
+    assert labels == [f"table of variance aware ({twin})" for twin in twins]
+    compared(*twins)
+
+
+def test_runs_of_the_same_seed_are_no_seeds_and_a_diverged_one_is_named(make_run: Callable[..., Path]) -> None:
+    twice, other = [make_run("one"), make_run("again")], make_run("other", weighting="constant")
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line | {"base_loss": None}) + "\n" for line in lines))
+    rows, notes = compared(*twice, other)
+    assert rows["seeds"][:2] == ["1", "1"]
+    assert "one, again have the same settings and the same seed" in notes
+    assert "other: the last loss is not finite" in notes

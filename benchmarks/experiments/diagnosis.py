@@ -40,7 +40,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +215,13 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 def _line(name: str, seeds: str, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    def span(field: str, form: str, scale: float = 1.0) -> str:
-        values = sorted(scale * row[field] for row in rows)
+    def span(field: str, form: str, scaled: Callable[[float], float] = float) -> str:
+        values = sorted(scaled(row[field]) for row in rows)
         low, high = (format(values[place], form) for place in (0, -1))
         return low if low == high else f"{low} to {high}"
+
+    def percent(log_ratio: float) -> float:
+        return 100.0 * math.expm1(log_ratio)
 
     return (
         name,
@@ -226,9 +229,9 @@ def _line(name: str, seeds: str, rows: Sequence[dict[str, Any]]) -> tuple[str, .
         span("mean_ratio", ".1f"),
         span("std_ratio", ".1f"),
         ", ".join(dict.fromkeys(row["finding"] for row in rows)),
-        span("settled_at", "d", 1),
-        span("variance_aware_did", "+.2f", 100.0),
-        span("loss_level_did", "+.2f", 100.0) if "loss_level_did" in rows[0] else "not run",
+        span("settled_at", ".0f"),
+        span("variance_aware_did", "+.2f", percent),
+        span("loss_level_did", "+.2f", percent) if "loss_level_did" in rows[0] else "not run",
         _of(share_right(rows)),
     )
 

@@ -19,7 +19,7 @@ from .statistics import LEAST_SEEDS, Effect, Interval
 # Okabe & Ito's colour-blind-safe colours; markers for black-and-white prints, dashes for every further seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
-_SHOWN = 6  # runs in the command that is named at the end
+_SHOWN = 12  # runs in the command that is named at the end
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -44,9 +44,11 @@ def write_results(results: Results, out: Path) -> None:
 
 
 def next_steps_of(grid: Grid, out: Path) -> str:
-    """How to look at the runs of the first seed; nothing where none is done."""
-    first = [run.path for run in grid.runs(out) if run.seed == grid.seeds[0] and run.is_done]
-    return next_steps(("report", *first[:_SHOWN], "--out", out / "report.html")) if first else ""
+    """How to look at the runs that are done, or at those of the first seed where they are many; nothing without any."""
+    done = [run for run in grid.runs(out) if run.is_done]
+    if len(done) > _SHOWN:
+        done = [run for run in done if run.seed == grid.seeds[0]][:_SHOWN]
+    return next_steps(("report", *(run.path for run in done), "--out", out / "report.html")) if done else ""
 
 
 def check_outputs(out: Path) -> None:

@@ -25,6 +25,7 @@ from .style import (
     log_snr_axis,
     make_room_for_legend,
     new_figure,
+    text,
 )
 
 _REMOVED = "removed_x0_error"
@@ -178,14 +179,14 @@ def _overview(criteria: Sequence[LoggedCriterion]) -> Section:
         ["samples skipped", *(last(criterion, "skipped") for criterion in criteria)],
         ["level-free loss", *(last(criterion, _LEVEL_FREE, number) for criterion in criteria)],
     ]
-    text = []
+    verdicts = []
     for criterion in criteria:
         name = f"{criterion.prefix}: " if len(criteria) > 1 else ""
-        text.append(f"{name}{criterion.texts.get('verdict', 'no verdict, the log has none.')}")
+        verdicts.append(f"{name}{criterion.texts.get('verdict', 'no verdict, the log has none.')}")
     return Section(
         "overview",
         "In short",
-        "Verdict at the last logged step: " + " ".join(text),
+        "Verdict at the last logged step: " + " ".join(verdicts),
         table=Table(["", *(criterion.prefix for criterion in criteria)], rows),
     )
 
@@ -270,7 +271,7 @@ def _profile(criterion: LoggedCriterion, tag: str) -> Chart:
 
 def _curve(name: str, title: str, caption: str, step: Array, values: dict[str, Array]) -> Chart:
     """Lines over steps, by their label; logarithmic where all values are positive and differ by more than tenfold."""
-    figure = new_figure(_STEPS, title.removesuffix(" by noise level").lower())
+    figure = new_figure(_STEPS, text(title.removesuffix(" by noise level").lower()))
     for place, (label, row) in enumerate(values.items()):
         known = np.isfinite(row)
         style = ONLY if len(values) == 1 else Line(shade(place / (len(values) - 1)), line(place).dash)

@@ -20,6 +20,7 @@ from .style import (
     log_snr_axis,
     make_room_for_legend,
     new_figure,
+    text,
 )
 from .training_charts import aligned
 
@@ -57,7 +58,7 @@ def final_levels(groups: Sequence[Group]) -> Chart:
 def ratio_to_first(groups: Sequence[Group]) -> Chart:
     """Held-out loss of averaged weights per noise level, relative to the first group; paired by seed where possible."""
     first = groups[0]
-    figure = new_figure(LOG_SNR, f"held-out loss ÷ that of {first.label}")
+    figure = new_figure(LOG_SNR, f"held-out loss ÷ that of {text(first.label)}")
     for group, style in zip(groups, styles_of(groups).values(), strict=True):
         log_snr, rows = paired_ratios(group, first)
         rows = np.ones((1, len(log_snr))) if group is first else rows
@@ -117,9 +118,17 @@ def has_held_out(groups: Sequence[Group]) -> bool:
 
 
 def comparable(groups: Sequence[Group]) -> bool:
-    """Whether all runs were last measured at the same noise levels."""
-    levels = [run.held_out[-1][1]["log_snr"] for group in groups for run in group.runs if run.held_out]
-    return all(len(found) == len(levels[0]) and np.allclose(found, levels[0]) for found in levels)
+    """Whether all runs were last measured at the same noise levels, on as many images, with as many draws of noise."""
+    runs = [run for group in groups for run in group.runs if run.held_out]
+    levels = [run.held_out[-1][1]["log_snr"] for run in runs]
+    numbers = {(_held_out_images(run), run.config["held_out_draws"]) for run in runs}
+    return len(numbers) <= 1 and all(len(one) == len(levels[0]) and np.allclose(one, levels[0]) for one in levels)
+
+
+def _held_out_images(run: History) -> int:
+    """Images that the loss was measured on: as many as the config allows, of those that there are."""
+    allowed = int(run.config["held_out_images"])
+    return allowed if run.held_out_number is None else min(allowed, run.held_out_number)
 
 
 def _last(group: Group, name: str) -> tuple[Array, Array]:

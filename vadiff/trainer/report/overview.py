@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 
 from ..ablation.statistics import LEAST_SEEDS, interval
-from .held_out_charts import mean_of
+from .held_out_charts import comparable, mean_of
 from .runs import Group, History
 from .style import all_nan_is_no_value
 from .training_charts import metric_names, metric_title
 
 RATIO, DIFFERENCE = "ratio", "difference"
+
+# Settings that decide what the training loss is a loss of: with others it is higher or lower for the same network.
+_OBJECTIVE = (
+    "process", "prediction", "timesteps", "zero_terminal_snr", "sigma_data", "levels", "levels_options", "shift",
+    "uniform_share", "profile", "p_mean", "p_std", "target", "dataset", "image_size",
+)  # fmt: skip
+_TRAINING_LOSSES = ("training base loss", "level-free loss")
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,17 @@ def overview_table(groups: Sequence[Group]) -> Table:
 
     Every group but the first has a second column: its difference from the first, see `difference`.
     """
+    held_out = RATIO if comparable(groups) else ""
     values: list[tuple[str, Callable[[History], float | None], Callable[[float], str], str]] = [
         ("steps", lambda run: run.step[-1], _whole, ""),
         ("images seen", lambda run: run.images[-1], _whole, ""),
-        ("training base loss", lambda run: _scalar(run, "base_loss"), number, RATIO),
-        ("level-free loss", lambda run: _scalar(run, "level_free_loss"), number, RATIO),
-        ("held-out x0 loss, geometric mean over levels (EMA)", _final_held_out, number, RATIO),
-        *[(metric_title(name), _final_metric(name), number, _compared_as(name)) for name in metric_names(groups)],
+        (_TRAINING_LOSSES[0], lambda run: _scalar(run, "base_loss"), number, RATIO),
+        (_TRAINING_LOSSES[1], lambda run: _scalar(run, "level_free_loss"), number, RATIO),
+        ("held-out x0 loss, geometric mean over levels (EMA)", _final_held_out, number, held_out),
+        *[
+            (metric_title(name), _final_metric(name), number, _compared_as(name, groups))
+            for name in metric_names(groups)
+        ],
         ("spread of the weighted loss over levels, highest ÷ lowest", lambda run: run.imbalance, _times, ""),
         ("samples skipped", lambda run: _scalar(run, "skipped_samples"), _whole, ""),
         ("steps clipped", lambda run: _scalar(run, "clipped_share"), _percent, ""),
@@ -43,13 +54,17 @@ def overview_table(groups: Sequence[Group]) -> Table:
         ("time", lambda run: _scalar(run, "seconds"), _duration, ""),
         ("peak memory", lambda run: _scalar(run, "memory_bytes"), _bytes, ""),
     ]
-    rows = [["seeds", *_between([str(len(group.runs)) for group in groups], [""] * len(groups))]]
+    rows = [["seeds", *_between([str(len(_seeds(group))) for group in groups], [""] * len(groups))]]
     if not several_seeds(groups):
         rows = []
     for name, value_of, spoken, kind in values:
         cells = [cell([value_of(run) for run in group.runs], spoken) for group in groups]
         if any(cells):
-            changes = [difference(group, groups[0], value_of, kind) for group in groups]
+            changes = [
+                "" if name in _TRAINING_LOSSES and not same_objective(group, groups[0])
+                else difference(group, groups[0], value_of, kind)
+                for group in groups
+            ]  # fmt: skip
             rows.append([name, *_between([each or "–" for each in cells], changes)])
     differences = [f"difference from {groups[0].label}"] * len(groups)
     return Table(["", *_between([group.label for group in groups], differences)], rows)
@@ -74,8 +89,8 @@ def difference(group: Group, first: Group, value_of: Callable[[History], float |
     if not kind or group is first:
         return ""
     spoken: Callable[[float], str] = _change if kind == RATIO else _signed
-    theirs = {run.config["seed"]: value_of(run) for run in first.runs}
-    pairs = [(value_of(run), theirs.get(run.config["seed"])) for run in group.runs]
+    theirs = {seed_of(run): value_of(run) for run in first.runs}
+    pairs = [(value_of(run), theirs.get(seed_of(run))) for run in group.runs]
     known = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
     if kind == RATIO:
         if not known or not all(np.isfinite(pair).all() and min(pair) > 0 for pair in known):
@@ -108,15 +123,37 @@ def differences_explained(groups: Sequence[Group]) -> str:
         text += " Of one seed there is no uncertainty to give: train others before you believe a difference."
     if 0 in shared:
         text += " No difference is given where no seed is the same."
+    if not all(same_objective(group, groups[0]) for group in groups):
+        text += " Training losses of other objectives or noise levels cannot be compared: they have no difference."
     return text
 
 
-def _seeds(group: Group) -> set[int]:
-    return {run.config["seed"] for run in group.runs}
+def _seeds(group: Group) -> set[tuple[int, int | None]]:
+    return {seed_of(run) for run in group.runs}
 
 
-def _compared_as(metric: str) -> str:
+def seed_of(run: History) -> tuple[int, int | None]:
+    """Seed of the initial weights, and that of the data if it is another."""
+    return run.config["seed"], run.config.get("data_seed")
+
+
+def same_objective(group: Group, first: Group) -> bool:
+    """Whether the training losses of two groups are of the same objective and distribution of noise levels."""
+    return all(group.first.config.get(name) == first.first.config.get(name) for name in _OBJECTIVE)
+
+
+def measured_alike(groups: Sequence[Group], metric: str) -> bool:
+    """Whether the last values of a metric were measured with the same options, such as the number of images."""
+    runs = [run for group in groups for run in group.runs]
+    last = [(run, next((at for at, found in reversed(run.evaluation) if metric in found), None)) for run in runs]
+    options = [run.evaluated_with.get(at) for run, at in last if at is not None]
+    return all(each == options[0] for each in options)
+
+
+def _compared_as(metric: str, groups: Sequence[Group]) -> str:
     """FID and Fréchet distances in percent; KID may be below 0, and the others are on scales of their own."""
+    if not measured_alike(groups, metric):
+        return ""
     return RATIO if metric.split("-")[0] in ("fid", "fd") else DIFFERENCE
 
 

@@ -1,7 +1,9 @@
 """`vadiff report`: a self-contained HTML page about runs."""
 
 import base64
+import dataclasses
 import importlib.resources
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,11 @@ from ..._version import __version__
 from ...extras import import_extra
 from ...files import replacing
 from . import charts, held_out_charts, style, training_charts
-from .equal_images import at_equal_images, lengths_differ
+from .equal_images import at_equal_images
 from .gap import gap_chart
 from .gradient_charts import gradient_charts
 from .magnitudes import magnitude_charts
+from .notes import notes_of
 from .overview import Table, differences_explained, overview_table, settings_table, several_seeds
 from .runs import Group
 from .style import Chart
@@ -107,6 +110,7 @@ def write_page(
     plotly = import_extra("plotly.io", "report")
     template_text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template_text)
+    sections = _named_apart(sections)
     charts = [chart for section in sections for chart in section.charts]
     html = template.render(
         title=title,
@@ -124,6 +128,32 @@ def write_page(
     with replacing(page) as partial:
         partial.write_text(html, encoding="utf-8")
     return len(charts)
+
+
+def _named_apart(sections: Sequence[Section]) -> list[Section]:
+    """The sections with a number after an anchor, or a name of a chart, that one before has: each is once on a page."""
+    taken: set[str] = set()
+
+    def free(name: str) -> str:
+        number = next(number for number in itertools.count(1) if _with(name, number) not in taken)
+        taken.add(_with(name, number))
+        return _with(name, number)
+
+    return [
+        dataclasses.replace(
+            section,
+            anchor=free(section.anchor),
+            charts=[
+                dataclasses.replace(chart, name=free(f"chart-{chart.name}").removeprefix("chart-"))
+                for chart in section.charts
+            ],
+        )
+        for section in sections
+    ]
+
+
+def _with(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
 
 
 def sections_of(groups: Sequence[Group]) -> list[Section]:
@@ -238,7 +268,7 @@ def _held_out(groups: Sequence[Group], equal: Sequence[Group]) -> Section | None
         "held-out",
         "On images never trained on",
         "EDM's loss, the squared error of the denoised image times 1/σ² + 1/σ_data², for the same images, noise levels "
-        "and noise in every run and at every checkpoint.",
+        f"and noise {'in every run and ' if held_out_charts.comparable(groups) else ''}at every checkpoint.",
     )
     measured = held_out_charts.has_held_out(equal)
     if measured and len(groups) > 1 and held_out_charts.comparable(equal):
@@ -334,47 +364,6 @@ def _listed(configs: Sequence[dict[str, Any]], name: str) -> str:
     """120 or, of runs that differ, 120, 200 and 300."""
     numbers = [f"{number:,}" for number in _different(configs, name)]
     return " and ".join(filter(None, [", ".join(numbers[:-1]), numbers[-1]]))
-
-
-def notes_of(groups: Sequence[Group]) -> list[str]:
-    """Caveats to read before the charts."""
-    notes = []
-    equal, images = at_equal_images(groups)
-    if images is not None:
-        notes.append(
-            "The runs are of different length. The table, and the charts of the end of training, compare them after "
-            f"{images:,} training images, which all have seen; charts over training show every run to its end."
-        )
-    elif lengths_differ(groups):
-        notes.append(
-            "The runs are of different length, and a longer one has logged nothing while the shortest was trained: "
-            "values and charts are of different numbers of training images. Compare the charts over training."
-        )
-    runs = [run for group in groups for run in group.runs]
-    short = [run for run in runs if run.step[-1] < run.config["steps"]]
-    if short:
-        states = [f"{run.name} is at step {run.step[-1]:,} of {run.config['steps']:,}" for run in short]
-        notes.append(f"{'; '.join(states)}: not finished.")
-    if unmeasured := [run.name for run in runs if not run.held_out]:
-        notes.append(f"{_were(unmeasured)} not measured on held-out images yet: that section is missing.")
-    cut = [until for group in equal for until in group.runs]
-    if late := [run.name for run, until in zip(runs, cut, strict=True) if run.held_out and not until.held_out]:
-        notes.append(
-            f"{_were(late)} not measured on held-out images by {images:,} training images: there is no difference of "
-            "held-out losses. Train with --held-out-every to have one."
-        )
-    fewest = min(len(group.runs) for group in groups)
-    if len(groups) > 1 and fewest < 10:
-        seeds = "one seed" if fewest == 1 else f"{fewest} seeds"
-        notes.append(
-            f"Differences between runs rest on {seeds} here. Small ones may be chance; fewer than ten say "
-            "nothing about the spread over seeds."
-        )
-    return notes
-
-
-def _were(names: Sequence[str]) -> str:
-    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
 
 
 def _data_url(png: bytes) -> str:

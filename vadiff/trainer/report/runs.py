@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import RunError
+from ..ablation.evaluation import drawn_with
 from ..progress import progress_bar
 from ..training import Run, TrainConfig, open_run
 
@@ -43,6 +45,7 @@ class History:
     held_out: list[tuple[int, dict[str, Array]]]  # (images, log_snr [L], loss_raw [L], loss_ema [L])
     evaluation: list[tuple[int, dict[str, float]]]  # (images, metric → value)
     samples: list[tuple[int, Path]]  # (step, picture)
+    evaluated_with: dict[int, dict[str, Any]] = field(default_factory=dict)  # images → options of `vadiff evaluate`
     gradients: dict[str, Array] = field(default_factory=dict)  # columns of the last `vadiff evaluate --gradients`
     gap: dict[str, Array] = field(default_factory=dict)  # columns of the last `vadiff evaluate --gap`
     magnitudes: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with `rms`
@@ -135,6 +138,7 @@ def read_history(run: Run) -> History:
         held_out=_held_out(lines),
         evaluation=run.evaluations(),
         samples=_samples(run.path),
+        evaluated_with=_evaluated_with(run.path, config["batch_size"]),
         gradients=_evaluated(run.path, "gradients.csv"),
         gap=_evaluated(run.path, "gap.csv"),
         magnitudes=[{"step": line["step"], "rms": line["rms"]} for line in lines if "rms" in line],
@@ -192,6 +196,10 @@ def group_runs(histories: Sequence[History]) -> list[Group]:
                 "them finish, or report them one by one"
             )
         named.append(Group(label, tuple(ordered)))
+    labels = [group.label for group in named]
+    for place, group in enumerate(named):
+        if labels.count(group.label) > 1:  # tables of the same weighting, or numbers that begin alike
+            named[place] = dataclasses.replace(group, label=f"{group.label} ({group.first.path})")
     return named
 
 
@@ -227,6 +235,13 @@ def _held_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Arra
         for line in lines
         if line.get("held_out")
     ]
+
+
+def _evaluated_with(path: Path, batch_size: int) -> dict[int, dict[str, Any]]:
+    """Options with which images were compared, by the training images seen."""
+    steps = [int(folder.name.removeprefix("step-")) for folder in path.glob("evaluation/step-*")]
+    found = {step * batch_size: drawn_with(path, step) for step in steps}
+    return {images: options for images, options in found.items() if options is not None}
 
 
 def _evaluated(path: Path, name: str) -> dict[str, Array]:
