@@ -133,6 +133,20 @@ def test_what_is_reassigned_takes_effect_at_the_next_call(make_criterion: Make, 
     assert criterion.statistics.count.sum() < 0.6 * 2 * before
 
 
+def test_weights_of_a_reassigned_weighting_are_there_before_the_next_call(
+    make_criterion: Make, device: torch.device
+) -> None:
+    first, second = make_criterion("constant"), make_criterion("loss_level")
+    prediction, target, log_snr = batch(device)
+    for criterion in (first, second):
+        for _ in range(3):
+            criterion(prediction, target, log_snr)
+    first.weighting = "loss_level"
+    assert first.weights.max() > 1.01 * first.weights.min()
+    torch.testing.assert_close(first.weights, second.weights)
+    torch.testing.assert_close(first.eval()(prediction, target, log_snr), second.eval()(prediction, target, log_snr))
+
+
 def test_a_backend_that_is_reassigned_runs_the_next_call() -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(backend="reference"), batch()
     criterion(prediction, target, log_snr)

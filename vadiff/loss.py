@@ -102,6 +102,8 @@ class DiffusionLoss(nn.Module):
         """Check a new weighting, huber_delta, loss, backend or target; it takes effect at the next call."""
         if name == "weighting":
             value = for_criterion(value)
+            if "statistics" in self._modules and value.rule != self.weighting.rule:
+                self.statistics.remake_table(value.rule)
             self._modules.pop(name, None)  # torch refuses to replace a module (a learned weighting) by another object
             self.__dict__.pop(name, None)
             self.__dict__["base_loss"] = None  # a learned one may have left it

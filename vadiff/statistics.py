@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._validation import is_number
-from .ops.problem import Bins, State, StateTotals, state_size
-from .ops.reference import levels_of, moments_of, totals_of, variance
+from .ops.problem import Bins, State, StateTotals, TableRule, state_size
+from .ops.reference import levels_of, moments_of, totals_of, variance, weight_table
 
 _SUMS = slice(StateTotals._fields.index("level_free"), StateTotals._fields.index("samples") + 1)
 _SINCE_SHARES = StateTotals._fields.index("since_shares")
@@ -156,6 +156,14 @@ class LogSNRStatistics(nn.Module):
             raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({self.bins.size},): one per bin")
         if values.device.type == "cpu" and not bool((values.isfinite() & (values >= 0)).all()):
             raise ValueError(f"{name} has a negative or non-finite number, expected numbers of at least 0")
+
+    @torch.no_grad()
+    def remake_table(self, rule: TableRule) -> None:
+        """Make the weights of another rule from the statistics; without a table in the rule nothing reads them."""
+        state = self.checked_state("weighting", self.state)
+        if rule.statistic:
+            table = weight_table(moments_of(state.state, self.bins), self.bins, rule)
+            state.log_weights.view(torch.float32).copy_(table)
 
     def reset(self) -> None:
         """Forget everything: empty bins, weights of 1."""
