@@ -108,12 +108,13 @@ def train(
         contextlib.ExitStack() as locks,
     ):
         was_there = path is not None and path.is_dir()
-        if path is not None and was_there and group.is_main:
-            locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
             if group.is_main:
                 check_writable(path, folder=True)
+                if was_there:
+                    locks.enter_context(run_folder.lock(path))
+                    run_folder.check(path, config, resume=resume, overwrite=overwrite)  # again, under the lock
         trainer = _Trainer(
             config, objective or objective_of(config), path, device, group, images, resume=resume, progress=progress
         )
