@@ -396,7 +396,10 @@ class _Trainer:
         name = signal.Signals(number).name
         where = "nothing was saved: no --out"
         if self.out is not None:
-            where = f"go on with --resume: {command_line('train', '--resume', '--out', self.out)}"
+            command = command_line("train", "--resume", "--out", self.out)
+            where = f"go on with --resume: {command}"
+            if self.group.size > 1:
+                where = f"go on with --resume, by torchrun as before: torchrun ... -m {command}"
         if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)
