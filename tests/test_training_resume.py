@@ -427,9 +427,11 @@ def test_what_is_not_known_to_be_a_run_is_never_removed(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "samples"]
 
 
-def test_a_run_with_a_linked_folder_is_not_replaced(tmp_path: Path) -> None:
+def test_a_run_with_a_linked_folder_or_whose_weights_are_transferred_is_not_replaced(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     train(CONFIG, out=run, progress=False)
+    with pytest.raises(RunError, match="which --overwrite would remove"):
+        train(dataclasses.replace(CONFIG, transfer=str(run)), out=run, overwrite=True, progress=False)
     (run / "checkpoints").rename(elsewhere)
     (run / "checkpoints").symlink_to(elsewhere)
     with pytest.raises(RunError, match=r"checkpoints in it is a link to .*elsewhere"):

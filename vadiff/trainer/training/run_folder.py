@@ -71,6 +71,8 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
             )
     else:
         _check_removable(path, overwrite=overwrite, instead="go on with --resume, replace it")
+        if config.transfer is not None and path.resolve() == Path(config.transfer).resolve():
+            raise RunError(f"transfer is {config.transfer}, which --overwrite would remove: name another folder")
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
