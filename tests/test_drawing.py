@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def test_sample_is_guided_by_the_run_weights_and_step_that_guide_names(trained_r
     limited = drawn("limited", "--guidance", "3", "--guide", f"{trained_run}:raw", *interval)
     assert not torch.equal(limited, plain)
     assert not torch.equal(limited, by_raw)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--guidance-sigma-min", "-1"), "argument --guidance-sigma-min: -1, expected 0 or more"),
+        (("--guidance-sigma-min", "5", "--guidance-sigma-max", "1"), "5, expected 0 or more, and below .*-max, 1"),
+        (("--guidance-sigma-max", "1"), "argument .*--guidance-sigma-max: expected with --guidance other than 1"),
+    ],
+)
+def test_levels_of_guidance_are_refused_by_the_names_of_their_options(
+    options: tuple[str, ...], told: str, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", str(trained_run), *options])
+    assert re.search(told, capsys.readouterr().err)
 
 
 def with_statistics(trained_run: Path, folder: Path) -> Path:

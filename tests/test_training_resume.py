@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -411,3 +412,41 @@ def test_step_with_an_infinite_loss_on_one_rank_is_skipped_on_both(two_ranks: Pa
     for name, value in alone.items():
         torch.testing.assert_close(found[True, 0]["denoiser"][name], value, rtol=1e-3, atol=1e-5)
     assert any(not torch.equal(value, found[False, 0]["denoiser"][name]) for name, value in alone.items())
+
+
+def test_what_is_not_known_to_be_a_run_is_never_removed(tmp_path: Path) -> None:
+    mine = tmp_path / "samples" / "mine.png"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(RunError, match=r"holds samples and no config\.yaml"):
+        train(CONFIG, out=tmp_path, overwrite=True, progress=False)
+    (tmp_path / "config.yaml").write_text("name: another program's\n")
+    with pytest.raises(RunError, match=r"is not replaced, as its config\.yaml is of no run.*name: no such field"):
+        train(CONFIG, out=tmp_path, overwrite=True, progress=False)
+    assert mine.read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "samples"]
+
+
+def test_a_run_with_a_linked_folder_or_whose_weights_are_transferred_is_not_replaced(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(CONFIG, out=run, progress=False)
+    with pytest.raises(RunError, match="which --overwrite would remove"):
+        train(dataclasses.replace(CONFIG, transfer=str(run)), out=run, overwrite=True, progress=False)
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(RunError, match=r"checkpoints in it is a link to .*elsewhere"):
+        train(CONFIG, out=run, overwrite=True, progress=False)
+    assert open_run(run).checkpoints() == [2, 4, 6]
+
+
+def test_a_disk_that_is_full_at_the_beginning_leaves_a_folder_to_begin_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space", "config.yaml")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(CONFIG), "save", full)
+        with pytest.raises(OSError, match="no space"):
+            train(CONFIG, out=tmp_path, progress=False)
+    train(CONFIG, out=tmp_path, progress=False)

@@ -204,6 +204,7 @@ def solver_options_of(options: Options, run: "Run") -> "Generation":
     from ...sampling import Churn
     from ...sampling.generation import default_generation, with_options
 
+    _check_guided_levels(options)
     guide = _guide_of(options)
     form = run.config.form()
     if options.clip_x0 and run.config.dataset == "latents":
@@ -234,6 +235,16 @@ def solver_options_of(options: Options, run: "Run") -> "Generation":
             file=sys.stderr,
         )
     return generation
+
+
+def _check_guided_levels(options: Options) -> None:
+    low, high = options.guidance_sigma_min, options.guidance_sigma_max
+    if not 0.0 <= low < high:
+        usage_error(
+            f"argument --guidance-sigma-min: {low:g}, expected 0 or more, and below --guidance-sigma-max, {high:g}"
+        )
+    if (low, high) != (0.0, float("inf")) and options.guidance == 1.0:
+        usage_error("argument --guidance-sigma-min, --guidance-sigma-max: expected with --guidance other than 1")
 
 
 def generation_of(options: Options, run: "Run") -> "Generation":

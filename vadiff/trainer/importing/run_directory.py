@@ -87,7 +87,9 @@ def import_networks(
     config = _config(network, last.step, data, batch_size, widths)
     _check_shapes(network, config, last.path)
     encoding = None if vae is None else latent_encoding(network.image_shape, vae)
-    run_folder.check_free(out, overwrite=overwrite)
+    moved_in_part = (out / _STAGED / CONFIG).exists() and not (out / CONFIG).exists()  # by a call that was killed
+    if not moved_in_part:
+        run_folder.check_free(out, overwrite=overwrite)
     sums = {file.path.name: sha256_of(file.path) for file in named}
     weights = network.state()
     state = {
@@ -99,7 +101,7 @@ def import_networks(
     }
     out.mkdir(parents=True, exist_ok=True)
     with run_folder.lock(out):
-        if (out / _STAGED).exists():  # a call that was killed while it moved its files
+        if (out / _STAGED).exists():
             shutil.rmtree(out / _STAGED)
         with replacing(out / _STAGED) as staged:
             staged.mkdir()

@@ -35,7 +35,7 @@ def run_demo(config: TrainConfig, out: Path) -> None:
     Raises:
         Stopped: SIGTERM or SIGINT.
     """
-    told = f"the demo is not complete; the same command starts it anew in {out}"
+    told = f"the demo is not complete; the same command with --overwrite starts it anew in {out}"
     try:
         with stoppable(told):
             _compare(config, out)

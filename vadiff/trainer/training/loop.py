@@ -108,12 +108,13 @@ def train(
         contextlib.ExitStack() as locks,
     ):
         was_there = path is not None and path.is_dir()
-        if path is not None and was_there and group.is_main:
-            locks.enter_context(run_folder.lock(path))
         if path is not None:
             run_folder.check(path, config, resume=resume, overwrite=overwrite)
             if group.is_main:
                 check_writable(path, folder=True)
+                if was_there:
+                    locks.enter_context(run_folder.lock(path))
+                    run_folder.check(path, config, resume=resume, overwrite=overwrite)  # again, under the lock
         trainer = _Trainer(
             config, objective or objective_of(config), path, device, group, images, resume=resume, progress=progress
         )
@@ -395,7 +396,10 @@ class _Trainer:
         name = signal.Signals(number).name
         where = "nothing was saved: no --out"
         if self.out is not None:
-            where = f"go on with --resume: {command_line('train', '--resume', '--out', self.out)}"
+            command = command_line("train", "--resume", "--out", self.out)
+            where = f"go on with --resume: {command}"
+            if self.group.size > 1:
+                where = f"go on with --resume, by torchrun as before: torchrun ... -m {command}"
         if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
         raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)

@@ -35,6 +35,7 @@ from ...models import Denoiser
 from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..data import Encoding, Images
+from ..next_steps import command_line
 from . import averages
 from .assembly import build_denoiser, build_levels, saved_criterion
 from .checkpoint import checksum, load_checkpoint, load_training, steps_saved
@@ -254,7 +255,7 @@ def _where_runs_are(path: Path) -> str:
         named = ", ".join(map(str, inside[:_NAMED]))
         return f", but it holds {len(inside)}: {named}{', ...' if len(inside) > _NAMED else ''}"
     beside = [str(file.parent) for file in path.parent.glob(f"*/{CONFIG}")]
-    return did_you_mean(path, beside) or f". `vadiff train --preset NAME --out {path}` makes one"
+    return did_you_mean(path, beside) or f". `{command_line('train', '--preset', 'NAME', '--out', path)}` makes one"
 
 
 def is_complete(evaluation: Mapping[str, Any]) -> bool:

@@ -41,6 +41,10 @@ _CHANGEABLE = IMMATERIAL | {
 }  # fmt: skip
 _OPEN_ENDED = ("constant", "inverse_sqrt")  # schedules that do not depend on the number of steps
 _AVERAGES = f"{averages.FOLDER}/step-*"
+_FILES = (IMPORTED, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html")
+_FOLDERS = (
+    FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
+)  # fmt: skip
 _LOCK = ".lock"
 _ATTEMPTS, _PAUSE = 5, 0.05  # seconds
 
@@ -50,13 +54,10 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
 
     Raises:
         RunError: `path` is a file, or holds a run and neither `resume` nor `overwrite` is set, or `resume` is set and
-            the run has another config.
+            the run has another config; or what would be removed is not known to be a run's.
     """
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file, expected a folder")
-    if not (path / CONFIG).exists():
-        return
-    if resume:
+    _check_folder(path)
+    if resume and (path / CONFIG).exists():
         if (path / IMPORTED).exists():
             raise RunError(
                 f"{path} was imported, and cannot be trained on: it has weights, but no state of an optimiser. Start "
@@ -68,20 +69,53 @@ def check(path: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> 
                 f"{path} cannot go on with another config: {'; '.join(differing)}. Leave out --preset, --config and "
                 "these fields, and --resume takes the run's own"
             )
-    elif not overwrite:
-        raise RunError(f"{path} holds a run already: go on with --resume, replace it with --overwrite, or name another")
+    else:
+        _check_removable(path, overwrite=overwrite, instead="go on with --resume, replace it")
+        if config.transfer is not None and path.resolve() == Path(config.transfer).resolve():
+            raise RunError(f"transfer is {config.transfer}, which --overwrite would remove: name another folder")
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise unless `path` can become a run directory that cannot be resumed.
 
     Raises:
-        RunError: `path` is a file, or holds a run and `overwrite` is not set.
+        RunError: `path` is a file, or holds a run and `overwrite` is not set, or what would be removed is not known to
+            be a run's.
     """
+    _check_folder(path)
+    _check_removable(path, overwrite=overwrite, instead="replace it")
+
+
+def _check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, expected a folder")
-    if (path / CONFIG).exists() and not overwrite:
-        raise RunError(f"{path} holds a run already: replace it with --overwrite, or name another")
+
+
+def _check_removable(path: Path, *, overwrite: bool, instead: str) -> None:
+    """Raise unless all that `clear` would remove is of a run that may be replaced."""
+    there = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(path / name)]
+    if not (path / CONFIG).exists():
+        if there:
+            raise RunError(
+                f"{path} holds {', '.join(there)} and no config.yaml: a run would replace what may not be vadiff's. "
+                "Name another folder, or move them away"
+            )
+        return
+    if not overwrite:
+        raise RunError(f"{path} holds a run already: {instead} with --overwrite, or name another")
+    try:
+        TrainConfig.load(path / CONFIG)
+    except RunError as error:
+        raise RunError(
+            f"{path} is not replaced, as its config.yaml is of no run of this version ({error}). Name another folder, "
+            "or remove it yourself"
+        ) from error
+    for name in there:
+        if name in _FOLDERS and (path / name).is_symlink():
+            raise RunError(
+                f"{path} is not replaced, as {name} in it is a link to {os.readlink(path / name)}. Name another "
+                "folder, or remove the link yourself"
+            )
 
 
 def differences(saved: TrainConfig, config: TrainConfig, ignored: Collection[str]) -> list[str]:
@@ -143,12 +177,24 @@ def begin(
     """
     if resume and (path / CONFIG).exists():
         _drop_later(path, step)
-    else:
-        table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
-        clear(path)
-        path.mkdir(parents=True, exist_ok=True)
+        _write_facts(path, config, images, optimal, profile)
+        return
+    table = read_table(config, None) if TABLE in (config.weighting, config.levels) else None
+    clear(path)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
         if table is not None:
             keep_table(table, path)
+        _write_facts(path, config, images, optimal, profile)
+    except BaseException:  # as a full disk: nothing half-written stays
+        clear(path)
+        raise
+
+
+def _write_facts(
+    path: Path, config: TrainConfig, images: Images, optimal: OptimalLoss | None, profile: Profile | None
+) -> None:
+    """What `begin` writes of a run, new or resumed; the config last: without it the folder is no run."""
     if optimal is not None and not (path / CURVE_FILE).exists():
         optimal.save(path / CURVE_FILE)
     if profile is not None and not (path / PROFILE_FILE).exists():
@@ -219,14 +265,16 @@ def is_in_use(path: Path) -> bool:
 
 
 def clear(path: Path) -> None:
-    """Remove the files that `vadiff` writes to a run directory, and nothing else."""
-    for name in (CONFIG, IMPORTED, METRICS, DATA, ENCODING_FILE, TABLE_FILE, CURVE_FILE, PROFILE_FILE, "report.html"):
+    """Remove the files that `vadiff` writes to a run directory, and nothing else; call `check` before.
+
+    The config last: what is left of a killed call is a run still, and can be replaced.
+    """
+    for name in _FILES:
         (path / name).unlink(missing_ok=True)
-    for name in (
-        FOLDER, averages.SNAPSHOTS, averages.FOLDER, "tensorboard", "samples", "evaluation", "generated", "report",
-    ):  # fmt: skip
+    for name in _FOLDERS:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
+    (path / CONFIG).unlink(missing_ok=True)
 
 
 def _drop_later(path: Path, step: int) -> None:
