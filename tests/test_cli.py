@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import pytest
+from ablation_runs import grid_file
 from torch import Tensor
 
 import vadiff
@@ -295,6 +296,20 @@ def test_demo_replaces_runs_only_when_told_to(tmp_path: Path, capsys: pytest.Cap
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert "variance_aware holds a run already: replace it with --overwrite, or name another" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["variance_aware"]
+
+
+@pytest.mark.parametrize(("command", "name"), [(["demo", "--overwrite"], "report.html"), (["ablate"], "results.csv")])
+def test_files_that_are_no_results_are_never_replaced(
+    command: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == ["ablate"]:
+        command = ["ablate", str(grid_file(tmp_path))]
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert main([*command, "--out", str(out)]) == 1
+    assert f"mine holds {name} and none of the runs that would make them" in capsys.readouterr().err
+    assert [path.read_text() for path in out.iterdir()] == ["mine"]
 
 
 def test_preset_and_command_are_required(capsys: pytest.CaptureFixture[str]) -> None:

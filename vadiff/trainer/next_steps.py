@@ -40,3 +40,11 @@ def training_on_latents(data: Path, shape: tuple[int, ...]) -> list[str | Path]:
 def command_line(*arguments: str | Path) -> str:
     """A command of `vadiff` with these arguments, quoted for a shell."""
     return shlex.join(["vadiff", *map(str, arguments)])
+
+
+def going_on(out: Path, processes: int) -> str:
+    """How to go on with a training that was stopped."""
+    command = command_line("train", "--resume", "--out", out)
+    if processes > 1:
+        return f"go on with --resume, by torchrun as before: torchrun ... -m {command}"
+    return f"go on with --resume: {command}"

@@ -12,6 +12,7 @@ from typing import Any
 from ...extras import import_extra
 from ...files import check_writable, replacing
 from ..next_steps import next_steps
+from ..training.run_folder import check_results
 from .collect import ArmResult, Results
 from .grid import Grid
 from .statistics import LEAST_SEEDS, Effect, Interval
@@ -19,6 +20,7 @@ from .statistics import LEAST_SEEDS, Effect, Interval
 # Okabe & Ito's colour-blind-safe colours; markers for black-and-white prints, dashes for every further seven arms.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "osD^vPX*"  # one more than colours, so that no two of 56 arms look the same
+_WRITTEN = [f"{name}.{kind}" for name in ("results", "gaps") for kind in ("json", "csv", "txt", "png")]
 _SHOWN = 12  # runs in the command that is named at the end
 _DASHES = ("-", "--", ":", "-.")
 
@@ -51,13 +53,15 @@ def next_steps_of(grid: Grid, out: Path) -> str:
     return next_steps(("report", *(run.path for run in done), "--out", out / "report.html")) if done else ""
 
 
-def check_outputs(out: Path) -> None:
+def check_outputs(grid: Grid, out: Path) -> None:
     """Raise unless results can be computed, drawn and written to a folder: before hours of training.
 
     Raises:
+        RunError: files there would be replaced that are no results of this grid.
         OSError: the folder cannot be written.
         MissingExtraError: matplotlib or SciPy is not installed.
     """
+    check_results(out, _WRITTEN, (run.path for run in grid.runs(out)))
     check_writable(out, folder=True)
     import_extra("matplotlib", "report")
     import_extra("scipy.stats", "train")

@@ -94,7 +94,7 @@ def run(options: Options) -> None:
         for index, planned in enumerate(grid.runs(out)):
             print(f"{index:4d}  {planned.steps_done():>7} of {planned.config.steps}  {planned.path}")
         return
-    check_outputs(out)
+    check_outputs(grid, out)
     failed = []
     if not options.collect:
         with stoppable(GOING_ON):

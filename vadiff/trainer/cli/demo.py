@@ -36,7 +36,7 @@ _PRESET = PRESETS["digits"]
 def run(options: Options) -> None:
     from ..report import run_demo
     from ..report.demo import WEIGHTINGS
-    from ..training.run_folder import check_free
+    from ..training.run_folder import check_free, check_results
 
     fields = {name: getattr(options, name) for name in ("steps", "batch_size", "seed", "device", "backend")}
     if options.out.exists() and not options.out.is_dir():
@@ -48,4 +48,5 @@ def run(options: Options) -> None:
         usage_error(str(error))
     for name in WEIGHTINGS:
         check_free(options.out / name, overwrite=options.overwrite)
+    check_results(options.out, ("report.html", "report.png"), (options.out / name for name in WEIGHTINGS))
     run_demo(config, options.out)

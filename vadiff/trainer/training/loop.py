@@ -24,7 +24,7 @@ from ...optimal_loss import OptimalLoss
 from ..config import TrainConfig
 from ..config_schema import TABLE
 from ..data import Images
-from ..next_steps import command_line
+from ..next_steps import going_on
 from ..progress import progress_bar
 from . import run_folder
 from .assembly import build_denoiser, build_levels, read_table, training_criterion
@@ -393,13 +393,7 @@ class _Trainer:
         skipped = self._skipped_in_a_row()
         if skipped < 2:  # a single one is normal: fp16's loss scale overflowed
             self._save()
-        name = signal.Signals(number).name
-        where = "nothing was saved: no --out"
-        if self.out is not None:
-            command = command_line("train", "--resume", "--out", self.out)
-            where = f"go on with --resume: {command}"
-            if self.group.size > 1:
-                where = f"go on with --resume, by torchrun as before: torchrun ... -m {command}"
+        where = "nothing was saved: no --out" if self.out is None else going_on(self.out, self.group.size)
         if skipped >= 2:
             where += f"; the latest checkpoint is of step {self.saved}: the last {skipped} steps were non-finite"
-        raise Stopped(f"stopped by {name} after step {self.step}; {where}", number)
+        raise Stopped(f"stopped by {signal.Signals(number).name} after step {self.step}; {where}", number)

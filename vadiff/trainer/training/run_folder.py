@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -84,6 +84,20 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """
     _check_folder(path)
     _check_removable(path, overwrite=overwrite, instead="replace it")
+
+
+def check_results(path: Path, names: Iterable[str], runs: Iterable[Path]) -> None:
+    """Raise if a folder holds files with the names of results, and none of the runs that results are made from.
+
+    Raises:
+        RunError: it does: the files may be anything.
+    """
+    there = [name for name in names if os.path.lexists(path / name)]
+    if there and not any((run / CONFIG).exists() for run in runs):
+        raise RunError(
+            f"{path} holds {', '.join(there)} and none of the runs that would make them. They may not be "
+            "vadiff's, and would be replaced. Name another folder with --out, or move them away"
+        )
 
 
 def _check_folder(path: Path) -> None:
