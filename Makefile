@@ -79,7 +79,7 @@ lint: install  ## ruff (lint, format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/mypy/vadiff && ln -sfn ../../../triton_kernels build/mypy/vadiff/triton_kernels
-	$(BIN)/mypy $(wildcard vadiff tests benchmarks) build/mypy/vadiff/triton_kernels
+	$(BIN)/mypy --num-workers $(JOBS) $(wildcard vadiff tests benchmarks) build/mypy/vadiff/triton_kernels
 
 clean:  ## remove build products and caches; .venv and runs/ stay
 	rm -rf build dist site *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
