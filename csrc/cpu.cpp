@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kItems = 64;          // a batch is cut into at least so many items, unless
 constexpr int64_t kMinChunk = 16384;    // they would have fewer elements than this
 constexpr int64_t kForThreads = 65536;  // with fewer elements, waking threads costs more than it saves
+constexpr int64_t kForWideRegisters = 1 << 18;  // registers of 512 bits lower the clock, for what comes after too
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // a larger fresh buffer costs more in page faults than in arithmetic
 
@@ -44,26 +45,31 @@ bool runs_here(const RowKernels* kernels) {
   return kernels != nullptr;
 }
 
-std::atomic<const RowKernels*> chosen{nullptr};
+std::atomic<const RowKernels*> selected_kernels{nullptr};  // null: by the size of the call
 
-const RowKernels* kernels() {
-  const RowKernels* found = chosen.load(std::memory_order_relaxed);
-  if (!found) chosen.store(found = cpu::available(0), std::memory_order_relaxed);
-  return found;
+// The best kernels whose registers are no wider than 256 bits.
+const RowKernels* narrow_kernels() {
+  for (int i = 0;; ++i) {
+    const RowKernels* found = cpu::available(i);
+#ifdef VADIFF_X86
+    if (found == &avx512::kernels) continue;
+#endif
+    return found;
+  }
 }
 
-template <class C>
-RowsKernel<C> rows_kernel();
-template <>
-RowsKernel<float> rows_kernel() { return kernels()->rows_float; }
-template <>
-RowsKernel<double> rows_kernel() { return kernels()->rows_double; }
-template <class C>
-ScaleKernel<C> scale_kernel();
-template <>
-ScaleKernel<float> scale_kernel() { return kernels()->scale_float; }
-template <>
-ScaleKernel<double> scale_kernel() { return kernels()->scale_double; }
+// The kernels of a call on so many elements.
+const RowKernels* kernels(int64_t elements) {
+  static const RowKernels* const widest = cpu::available(0);
+  static const RowKernels* const narrow = narrow_kernels();
+  const RowKernels* selected = selected_kernels.load(std::memory_order_relaxed);
+  return selected ? selected : elements < kForWideRegisters ? narrow : widest;
+}
+
+RowsKernel<float> rows_kernel(const RowKernels* kernels, float) { return kernels->rows_float; }
+RowsKernel<double> rows_kernel(const RowKernels* kernels, double) { return kernels->rows_double; }
+ScaleKernel<float> scale_kernel(const RowKernels* kernels, float) { return kernels->scale_float; }
+ScaleKernel<double> scale_kernel(const RowKernels* kernels, double) { return kernels->scale_double; }
 
 // Call run(item) for each item: on one thread, or on all. For a smaller team OpenMP ends the other threads, and torch's next
 // operator starts them again. One thread enters no parallel region, which ends with a system call even for a team of one.
@@ -112,11 +118,14 @@ void split(RowsTask<C>& rows, int64_t samples) {
   rows.splits = (rows.elements + rows.chunk - 1) / rows.chunk;
 }
 
+// Float64 whose bits lie in the int64 of a state.
+typedef double Float64 __attribute__((may_alias));
+
 // Statistics of all bins, a row per quantity: float64 [4, K].
 struct MomentRows {
-  double *n, *mean, *m2, *mass;
+  Float64 *n, *mean, *m2, *mass;
 
-  MomentRows(double* rows, int size) : n(rows), mean(rows + size), m2(rows + 2 * size), mass(rows + 3 * size) {}
+  MomentRows(Float64* rows, int size) : n(rows), mean(rows + size), m2(rows + 2 * size), mass(rows + 3 * size) {}
   Moments operator[](int k) const { return {n[k], mean[k], m2[k], mass[k]}; }
   void set(int k, const Moments& bin) const { n[k] = bin.n, mean[k] = bin.mean, m2[k] = bin.m2, mass[k] = bin.mass; }
 };
@@ -132,15 +141,19 @@ void weight_table(const MomentRows& bins, const Update& update) {
   double* taps = scratch.data() + 4 * padded;
   // 1. ln w of each bin that has a value.
   double mass = 0;
+  int first = size, last = -1;  // bin that has a value
   for (int k = 0; k < size; ++k) {
-    const bool has_value = log_weight_of(bins[k], rule, &a[k]);
-    n[k] = has_value ? bins.n[k] : 0;
-    if (has_value) mass += bins.mass[k];
+    if (!log_weight_of(bins[k], rule, &a[k])) continue;
+    n[k] = bins.n[k];
+    mass += bins.mass[k];
+    if (last < 0) first = k;
+    last = k;
   }
   // 2. Smooth, and find the centre of what has a value.
   if (smooths) {
     for (int offset = 0; offset <= radius; ++offset) taps[offset] = tap_weight(offset, rule, update.bins);
-    kernels()->smooth({size, radius, update.bins.width, rule.smoothing, a, n, taps, smooth_a, smooth_n});
+    const int begin = std::max(first - radius, 0), end = std::min(last + radius + 1, size);  // the others stay 0
+    kernels(size)->smooth({begin, end, radius, update.bins.width, rule.smoothing, a, n, taps, smooth_a, smooth_n});
   } else {
     smooth_a = a, smooth_n = n;
   }
@@ -151,6 +164,7 @@ void weight_table(const MomentRows& bins, const Update& update) {
   double total = 0, weighted = 0;
   for (int k = 0; k < size; ++k) {
     a[k] = shrink(smooth_a[k], smooth_n[k], centre, rule);
+    if (bins.mass[k] == 0) continue;
     total += bins.mass[k] * bins.mean[k];
     weighted += bins.mass[k] * exp(a[k]) * bins.mean[k];
   }
@@ -161,10 +175,9 @@ void weight_table(const MomentRows& bins, const Update& update) {
 
 void fold_batch(const MomentRows& batch, const Totals& totals, const Update& update) {
   const int size = update.bins.size;
-  std::vector<double> state(4 * size + 2 + kStateTotals + 2 * size);
-  memcpy(state.data(), update.state, state.size() * sizeof(double));
-  const MomentRows bins(state.data(), size);
-  const double *shares = state.data() + 4 * size + 2 + kStateTotals, *weights = shares + size;
+  Float64* state = reinterpret_cast<Float64*>(update.state);
+  const MomentRows bins(state, size);
+  const Float64 *shares = state + 4 * size + 2 + kStateTotals, *weights = shares + size;
   BinSums sums = {};
   for (int k = 0; k < size; ++k) add_bin(&sums, bins[k], batch.n[k], batch.mass[k]);
   LevelSums levels = {};
@@ -175,7 +188,6 @@ void fold_batch(const MomentRows& batch, const Totals& totals, const Update& upd
   memcpy(&moved, update.state + 4 * size + 2, sizeof(moved));
   move_totals(&moved, sums, levels, totals, rho, update.half_life, size);
   for (int k = 0; k < size; ++k) bins.set(k, fold(bins[k], batch[k], rho));
-  memcpy(update.state, state.data(), 4 * size * sizeof(double));
   update.state[4 * size] += int64_t(totals.skipped);
   memcpy(update.state + 4 * size + 2, &moved, sizeof(moved));
   if (update.rule.statistic != kNone) weight_table(bins, update);
@@ -260,7 +272,7 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
 
 template <class C>
 void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
-  const RowsKernel<C> kernel = rows_kernel<C>();
+  const RowsKernel<C> kernel = rows_kernel(kernels(samples * rows.elements), C());
   if (rows.gradient) {
     const int64_t bytes = samples * rows.elements * dtype_size(rows.prediction.dtype);
     advise(rows.gradient, bytes);
@@ -321,7 +333,7 @@ void scale_in(const Call& call) {
   if (in_place && upstream == C(1)) return;
   if (!in_place) advise(call.out, bytes);
   const ScaleTask<C> task = {call.gradient, call.out, dtype, upstream, kMinChunk, size, !in_place && outgrows_caches(bytes)};
-  const ScaleKernel<C> kernel = scale_kernel<C>();
+  const ScaleKernel<C> kernel = scale_kernel(kernels(size), C());
   const int64_t items = (size + task.chunk - 1) / task.chunk;
   for_items(items, size, call.threads, [&](int64_t item) { kernel(task, item); });
 }
@@ -374,16 +386,14 @@ const RowKernels* available(int index) {
 }
 
 bool select(const char* name) {
-  const RowKernels* found;
-  for (int i = 0; (found = available(i)) != nullptr; ++i) {
-    if (strcmp(found->name, name) != 0) continue;
-    chosen.store(found, std::memory_order_relaxed);
-    return true;
+  const RowKernels* found = nullptr;
+  if (*name) {
+    for (int i = 0; (found = available(i)) != nullptr && strcmp(found->name, name) != 0;) ++i;
+    if (!found) return false;
   }
-  return false;
+  selected_kernels.store(found, std::memory_order_relaxed);
+  return true;
 }
-
-const char* selected() { return kernels()->name; }
 
 }  // namespace cpu
 }  // namespace vadiff

@@ -40,12 +40,12 @@ struct ScaleTask {
 
 constexpr int kSmoothLanes = 8;  // bins of the widest register
 
-// Smoothing of the weight table over bins. a and n are readable `radius` bins before bin 0 and radius + kSmoothLanes after the
-// last one, and 0 there; the results have room for size + kSmoothLanes.
+// Smoothing of the weight table over bins `begin` to `end` (exclusive). a and n are readable `radius` bins before bin 0 and
+// radius + kSmoothLanes after the last one, and 0 there; the results have room for kSmoothLanes more than there are bins.
 struct SmoothTask {
-  int size, radius;
+  int begin, end, radius;
   double width, smoothing;     // of a bin, and h, in log-SNR
-  const double *a, *n, *taps;  // values and counts [size], n = 0 where there is no value; taps [radius + 1]
+  const double *a, *n, *taps;  // values and counts of all bins, n = 0 where there is no value; taps [radius + 1]
   double *a_smooth, *n_smooth;
 };
 

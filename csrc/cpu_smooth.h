@@ -9,7 +9,7 @@ void smooth(const SmoothTask& task) {
   const int radius = task.radius;
   const V zero = {}, infinity = zero + double(INFINITY);
   auto load = [](const double* p) { return V(*reinterpret_cast<const U*>(p)); };
-  for (int k = 0; k < task.size; k += kLanes) {
+  for (int k = task.begin; k < task.end; k += kLanes) {
     const double *a = task.a + k, *n = task.n + k;
     // 1. q-means of distance and value, and the range of the values.
     V total = zero, d_mean = zero, a_mean = zero, lowest = infinity, highest = -infinity;

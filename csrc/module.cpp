@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace vadiff {
 namespace {
 
-constexpr int kInterface = 10;  // INTERFACE of vadiff/ops/native.py: one more there and here when what Python calls changes
+constexpr int kInterface = 11;  // INTERFACE of vadiff/ops/native.py: one more there and here when what Python calls changes
 
 using Kernel = void (*)(const Call&);
 
@@ -47,8 +47,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("INTERFACE") = kInterface;
   m.attr("CALL_SIZE") = sizeof(Call);
   m.def("cpu_instruction_sets", &cpu_instruction_sets, "What is compiled in and runs here, the best first.");
-  m.def("cpu_select", &cpu_select, "Use this instruction set from now on; for tests and benchmarks.");
-  m.def("cpu_selected", [] { return cpu::selected(); });
+  m.def("cpu_select", &cpu_select, "Use this instruction set from now on, or \"\": the best for each call; for tests.");
 #ifdef VADIFF_CUDA
 #define VADIFF_DEFINE(name) define(m, #name, &cpu::name, &cuda::name)
   m.def("cuda_workspace_size", [](uintptr_t address) { return cuda::workspace_size(call_at(address)); });

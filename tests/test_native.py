@@ -45,10 +45,9 @@ def instruction_sets() -> tuple[str, ...]:
 @pytest.fixture(params=instruction_sets())
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     module = vadiff_native()._native
-    best = module.cpu_selected()
     module.cpu_select(request.param)
     yield request.param
-    module.cpu_select(best)
+    module.cpu_select("")
 
 
 def step(backend: str, shape: tuple[int, ...], dtype: torch.dtype, loss: str = "mse") -> list[Tensor]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import diagnosis
 from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
-from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_inputs, make_loss_inputs
+from .ops.plan import planned_inputs
+from .ops.problem import ELL, Coefficient, Inputs, Plan, Problem, compute_dtype, make_loss_inputs
 from .process_defaults import arguments_for
 from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
 from .statistics import LogSNRStatistics
@@ -73,6 +75,7 @@ class DiffusionLoss(nn.Module):
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
+    _plan: Plan | None = None  # of the last call
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
@@ -198,9 +201,11 @@ class DiffusionLoss(nn.Module):
                 Also for a weighting by name whose formula depends on the form of the loss, without `coefficients`.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
-        inputs = make_inputs(
-            prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
-        )  # fmt: skip
+        inputs = planned_inputs(
+            self._plan, prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
+        )
+        if inputs.plan is not self._plan:
+            self._plan = inputs.plan
         weighting: Weighting = self.weighting
         if coefficients is not None:
             weighting = weighting.for_call(self, coefficients)
@@ -259,9 +264,8 @@ class DiffusionLoss(nn.Module):
         """Loss of a weighting that depends on the losses of the batch: compute them, then `reweight` them."""
         problem, state = self._current_problem(), self.statistics.checked_state("prediction", inputs.prediction)
         u, v = inputs.base_weight, inputs.sample_weight
-        losses, per_sample = autograd.diffusion_loss(
-            problem, inputs._replace(sample_weight=None, mean=False), state, update=False
-        )
+        unweighted = inputs._replace(sample_weight=None, mean=False)
+        losses, per_sample = autograd.diffusion_loss(problem, unweighted, state, update=False)
         if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
@@ -343,7 +347,7 @@ class DiffusionLoss(nn.Module):
                 state_dict.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_last_log_snr": None, "_problem": None, "base_loss": None}
+        return {**self.__dict__, **dict.fromkeys(("_last", "_last_log_snr", "_plan", "_problem", "base_loss"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -359,28 +363,26 @@ class DiffusionLoss(nn.Module):
         )  # fmt: skip
         if self._problem is not None and self._problem[0] == attributes:
             return self._problem[1]
-        huber_delta = self.huber_delta if self.loss == "huber" else 0.0
-        half_life = float(statistics.half_life)
-        problem = Problem(statistics.bins, half_life, rule, huber_delta, sync=self.sync, backend=self.backend)
-        if not torch.compiler.is_compiling():
+        delta, half_life = self.huber_delta if self.loss == "huber" else 0.0, float(statistics.half_life)
+        problem = Problem(statistics.bins, half_life, rule, delta, sync=self.sync, backend=self.backend)
+        if not is_compiling():
             object.__setattr__(self, "_problem", (attributes, problem))
         return problem
 
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
-        dtype = compute_dtype(prediction)
-        return check_per_sample("weighting(log_snr)", weight, prediction.shape[0], prediction.device, dtype)
+        device, dtype = prediction.device, compute_dtype(prediction)
+        return check_per_sample("weighting(log_snr)", weight, len(prediction), device, dtype)
 
     def _keep(self, per_sample: Tensor, log_snr: Tensor, records: bool) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._last, self._last_log_snr = per_sample, log_snr
-        else:  # `nn.Module.__setattr__` costs 2 µs
-            object.__setattr__(self, "_last", per_sample)
-            object.__setattr__(self, "_last_log_snr", log_snr)
-            if records:
-                watch = self._watch
-                watch.left -= 1
-                if watch.left == 0:
-                    watch.look(self)
+            return
+        self.__dict__.update(_last=per_sample, _last_log_snr=log_snr)  # `nn.Module.__setattr__` costs 2 µs
+        if records:
+            watch = self._watch
+            watch.left -= 1
+            if watch.left == 0:
+                watch.look(self)
 
     def copy_last_call(self) -> None:
         """Copy what the last call left, which lies in the memory of a CUDA graph if it was captured.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import operators
 from ._torch import graph_is_kept, plain_apply, raising_if_differentiated, transformed
@@ -48,11 +49,11 @@ class _Loss(torch.autograd.Function):
         problem, inputs, state, fused, update, made = call
         if inputs.prediction is None:
             inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
-        if not fused:  # save one dense layout, so that the backward copies nothing
+        if not fused and inputs.plan is None:  # save one dense layout, so that the backward copies nothing
             inputs = operators.one_layout(inputs)
         loss, per_sample, gradient = operators.step(problem, inputs, state, gradient=fused, update=update)
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.fused, ctx.mean = problem, fused, inputs.mean
+        ctx.call = problem, fused, inputs.mean
         # Never save a returned tensor: the caller's in-place `loss /= n` would invalidate it.
         if fused and base_weight is None:
             ctx.save_for_backward(gradient)
@@ -72,24 +73,26 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None
-        if upstream.requires_grad:
+        differentiated_again = torch.is_grad_enabled()  # create_graph
+        if differentiated_again:
             upstream = upstream.detach()
+        problem, fused, mean = ctx.call
         by_prediction = by_base_weight = None
-        if ctx.fused:
-            gradient, *rest = ctx.saved_tensors
-            per_sample = rest[0] if rest else None
-            by_prediction = operators.scale(gradient, upstream, ctx.problem.backend, in_place=not graph_is_kept())
+        saved = ctx.saved_tensors
+        if fused:
+            by_prediction = operators.scale(saved[0], upstream, problem.backend, in_place=not graph_is_kept())
+            per_sample = saved[-1]  # if there are two
         else:
-            per_sample, *tensors = ctx.saved_tensors
+            per_sample, *tensors = saved
             if ctx.needs_input_grad[0]:
                 inputs = _residual_inputs(ctx, tensors)
-                by_prediction = operators.backward(ctx.problem, inputs, per_sample, upstream)
+                by_prediction = operators.backward(problem, inputs, per_sample, upstream)
         if ctx.needs_input_grad[1]:
             assert per_sample is not None
             by_base_weight = per_sample[SLOPE] * upstream
-            if ctx.mean:
+            if mean:
                 by_base_weight = by_base_weight / by_base_weight.shape[0]
-        if torch.is_grad_enabled():  # create_graph: the gradient is right, but not differentiable
+        if differentiated_again:
             by_prediction = raising_if_differentiated(by_prediction, _ONCE)
             by_base_weight = raising_if_differentiated(by_base_weight, _ONCE)
         return by_prediction, by_base_weight, None
@@ -97,7 +100,7 @@ class _Loss(torch.autograd.Function):
 
 def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
     """The inputs saved by a deferred forward; fields that the backward does not read are None."""
-    fields: dict[str, Any] = {**dict.fromkeys(Inputs._fields), "mean": ctx.mean}
+    fields: dict[str, Any] = {**dict.fromkeys(Inputs._fields), "mean": ctx.call[2]}
     fields.update(zip("abc", ctx.numbers, strict=True))
     fields.update(zip(ctx.read, tensors, strict=True))
     return Inputs(**fields)
@@ -112,9 +115,9 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
     Raises:
         RuntimeError: under a transform of torch.func or forward-mode differentiation; or as `operators.step`.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = inputs.plan is None and is_compiling()  # nothing observes a call with a plan
     prediction, base_weight = inputs.prediction, inputs.base_weight
-    if not compiling and transformed():
+    if inputs.plan is None and not compiling and transformed():
         _refuse_transforms()
     by_prediction = prediction.requires_grad
     if not torch.is_grad_enabled() or not (by_prediction or (base_weight is not None and base_weight.requires_grad)):
@@ -140,7 +143,7 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) ->
     Raises:
         RuntimeError: as `diffusion_loss`.
     """
-    if not torch.compiler.is_compiling() and transformed():
+    if not is_compiling() and transformed():
         _refuse_transforms()
     loss = inputs.prediction
     detached = inputs._replace(prediction=loss.detach().contiguous())

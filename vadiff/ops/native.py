@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _native
 from .problem import BATCH_TOTALS, Gather, Inputs, Problem, State, Step, compute_dtype
 
-INTERFACE = 10  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 11  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -74,8 +74,9 @@ if ctypes.sizeof(Call) != _native.CALL_SIZE:
 
 
 def instruction_set() -> str:
-    """What the CPU kernels run on this processor: "avx512", "avx2" or "generic"."""
-    return _native.cpu_selected()
+    """The best that the CPU kernels use on this processor: "avx512", "avx2" or "generic"."""
+    best: str = _native.cpu_instruction_sets()[0]
+    return best
 
 
 def step(
@@ -83,10 +84,10 @@ def step(
 ) -> Step:
     """See `vadiff.ops.reference.step`."""
     prediction = inputs.prediction
-    call = _call(problem, inputs)
-    like = prediction if prediction.dtype is torch.float64 else inputs.log_snr  # of the compute dtype
-    per_sample = like.new_empty(4, call.samples)  # sizes as a tuple take 0.3 µs more
-    loss = like.new_empty(()) if inputs.mean else like.new_empty(call.samples)
+    prepared = _prepared(problem, inputs)
+    call = _call(prepared.call, inputs)
+    per_sample = torch.empty_like(prepared.per_sample)
+    loss = torch.empty_like(prepared.mean if inputs.mean else prepared.losses)
     made = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
     call.loss = loss.data_ptr()
     call.per_sample = per_sample.data_ptr()
@@ -98,7 +99,7 @@ def step(
 def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
     """See `vadiff.ops.reference.backward`. A saved-tensor hook may have changed `per_sample` and coefficients."""
     prediction = inputs.prediction
-    call = _call(problem, inputs)
+    call = _call(_blank(problem, inputs), inputs)
     dtype = compute_dtype(prediction)
     gradient = torch.empty_like(prediction)
     call.gradient = gradient.data_ptr()
@@ -129,7 +130,7 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:
     """See `vadiff.ops.reference.reweight`."""
     loss = inputs.prediction
-    call = _call(problem, inputs)
+    call = _call(_blank(problem, inputs), inputs)
     factors = loss.new_empty(loss.shape)
     call.factors = factors.data_ptr()
     _run(_native.reweight, call, problem, state, loss, update, gather)
@@ -160,7 +161,7 @@ def _run(
     _workspace = _place(call, tensor)
     kernel(ctypes.addressof(call))
     gathered = gather(batch)
-    fold = _copy_call(_blank(problem))
+    fold = _copy_call(_blank_of(problem))
     fold.state, fold.log_weights, fold.update = call.state, call.log_weights, True
     fold.gathered = _checked(gathered, torch.float64, "gathered statistics")
     fold.ranks = gathered.shape[0]
@@ -168,24 +169,19 @@ def _run(
     _native.fold(ctypes.addressof(fold))
 
 
-def _call(problem: Problem, inputs: Inputs) -> Call:
-    """What a problem and its inputs fill of a call."""
-    prediction, target, noise, a, b, c, log_snr, base_weight, sample_weight, weight, mean = inputs
-    call = _copy_call(_blank(problem))  # setting a field takes 0.02 µs, an argument of Call(...) four times as long
-    call.samples = samples = prediction.shape[0]
-    call.elements = prediction.numel() // samples
+def _call(blank: bytes, inputs: Inputs) -> Call:
+    """A blank call, filled with what the inputs give."""
+    prediction, target, noise, a, b, c, log_snr, base_weight, sample_weight, weight, mean, _ = inputs
+    call = _copy_call(blank)  # setting a field takes 0.02 µs, an argument of Call(...) four times as long
     call.prediction = prediction.data_ptr() or _freed(prediction, "prediction")
-    call.prediction_dtype = DTYPES[prediction.dtype]
     call.mean = mean
     call.threads = torch.get_num_threads()
     if log_snr is not None:  # a backward has none
         call.log_snr = log_snr.data_ptr() or _freed(log_snr, "log_snr")
     if target is not None:
         call.target = target.data_ptr() or _freed(target, "target")
-        call.target_dtype = DTYPES[target.dtype]
     if noise is not None:
         call.noise = noise.data_ptr() or _freed(noise, "noise")
-        call.noise_dtype = DTYPES[noise.dtype]
     if base_weight is not None:
         call.base_weight = base_weight.data_ptr() or _freed(base_weight, "base_weight")
     if sample_weight is not None:
@@ -193,11 +189,34 @@ def _call(problem: Problem, inputs: Inputs) -> Call:
     if weight is not None:
         call.weight = weight.data_ptr() or _freed(weight, "weighting(log_snr)")
     for name, value in (("a", a), ("b", b), ("c", c)):
-        if isinstance(value, float):
-            setattr(call, name, value)
-        else:
+        if not isinstance(value, float):
             setattr(call, f"{name}_each", _checked(value, compute_dtype(prediction), f"coefficients {name}"))
     return call
+
+
+class _Prepared(NamedTuple):
+    """What the steps of one problem and one plan have in common."""
+
+    problem: Problem
+    call: bytes
+    # Tensors like the results, because `empty_like` takes half the time of `new_empty`.
+    mean: Tensor
+    losses: Tensor
+    per_sample: Tensor
+
+
+def _prepared(problem: Problem, inputs: Inputs) -> _Prepared:
+    """Made at the first step of a plan; anew for each step without one."""
+    plan = inputs.plan
+    if plan is not None and plan.prepared is not None and plan.prepared.problem is problem:
+        known: _Prepared = plan.prepared
+        return known
+    prediction = inputs.prediction
+    results = torch.empty(4, len(prediction), dtype=compute_dtype(prediction), device=prediction.device)
+    prepared = _Prepared(problem, _blank(problem, inputs), results[0, 0], results[0], results)
+    if plan is not None:
+        plan.prepared = prepared
+    return prepared
 
 
 def _place(call: Call, tensor: Tensor) -> Tensor | None:
@@ -218,17 +237,24 @@ def _place(call: Call, tensor: Tensor) -> Tensor | None:
 
 _copy_call: Callable[[bytes], Call] = Call.from_buffer_copy
 _EMPTY = bytes(Call(device=-1))  # on the CPU
-_last: tuple[Problem | None, bytes] = (None, _EMPTY)
 
 
-def _blank(problem: Problem) -> bytes:
-    """A call with nothing but the problem; remembered, and without hashing while the same object returns."""
-    global _last
-    known, blank = _last
-    if known is not problem:
-        blank = _blank_of(problem)
-        _last = problem, blank
-    return blank
+def _blank(problem: Problem, inputs: Inputs) -> bytes:
+    """A call with all but the addresses and what may change between two calls that look alike."""
+    prediction = inputs.prediction
+    call = _copy_call(_blank_of(problem))
+    call.samples = samples = prediction.shape[0]
+    call.elements = prediction.numel() // samples
+    call.prediction_dtype = DTYPES[prediction.dtype]
+    if inputs.target is not None:
+        call.target_dtype = DTYPES[inputs.target.dtype]
+    if inputs.noise is not None:
+        call.noise_dtype = DTYPES[inputs.noise.dtype]
+    for name in "abc":
+        value = getattr(inputs, name)
+        if isinstance(value, float):
+            setattr(call, name, value)
+    return bytes(call)
 
 
 @functools.lru_cache(maxsize=64)

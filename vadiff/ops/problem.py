@@ -14,7 +14,7 @@ users, `vadiff.ops.operators` brings prediction, target and noise into one dense
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,31 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None  # v [B]; None: 1
     weight: Tensor | None  # w [B]; None: from the table, or 1 without a table
     mean: bool  # reduction "mean"; False: "none"
+    plan: Plan | None = None  # None: `vadiff.ops` has to look at the tensors of this call
+
+
+class Plan:
+    """What follows from the signature of a call, for all calls that have it; see `vadiff.ops.plan`.
+
+    A call has a plan only if nothing observes it and kernels can read all its tensors as they are, `Inputs.weight`
+    aside."""
+
+    __slots__ = ("mean", "numbers", "prepared", "reads_noise", "reads_target", "signature")
+
+    def __init__(
+        self,
+        signature: tuple[Any, ...],
+        numbers: tuple[float | None, float | None, float | None],
+        reads_target: bool,
+        reads_noise: bool,
+        mean: bool,
+    ) -> None:
+        self.signature = signature  # dtype, shape, strides, device, requires_grad of each tensor; numbers as they are
+        self.numbers = numbers  # a, b, c; None: per sample
+        self.reads_target = reads_target
+        self.reads_noise = reads_noise
+        self.mean = mean
+        self.prepared: Any = None  # what a backend keeps for the next call
 
 
 class State(NamedTuple):

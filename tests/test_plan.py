@@ -1,0 +1,209 @@
+"""Calls that look alike are checked once: which calls those are, and that every other one is checked."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vadiff
+from vadiff.ops import plan as plans
+from vadiff.weighting import FixedWeighting
+
+SHAPE = (4, 3, 5, 6)
+Make = Callable[..., vadiff.DiffusionLoss]
+
+
+def arguments(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """All that `DiffusionLoss.forward` takes."""
+    return {
+        "prediction": torch.randn(SHAPE, device=device).requires_grad_(),
+        "target": torch.randn(SHAPE, device=device),
+        "log_snr": torch.randn(4, device=device),
+        "noise": torch.randn(SHAPE, device=device),
+        "coefficients": (1.0, torch.rand(4, device=device), -0.5),
+        "base_weight": torch.rand(4, device=device) + 0.5,
+        "sample_weight": torch.rand(4, device=device) + 0.5,
+        "reduction": "mean",
+    }
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each call whose arguments were checked."""
+    made: list[int] = []
+    make_inputs = plans.make_inputs
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return make_inputs(*given)
+
+    monkeypatch.setattr(plans, "make_inputs", counted)
+    return made
+
+
+CHANGES: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "nothing": {},
+    "prediction of another dtype": {"prediction": lambda x: x.detach().bfloat16().requires_grad_()},
+    "prediction without gradient": {"prediction": lambda x: x.detach()},
+    "all channels_last": dict.fromkeys(
+        ("prediction", "target", "noise"), lambda x: x.detach().to(memory_format=torch.channels_last)
+    ),
+    "target of another dtype": {"target": lambda x: x.half()},
+    "target with gaps": {"target": lambda x: x.repeat_interleave(2, dim=3)[..., ::2]},
+    "no noise": {"noise": lambda x: None, "coefficients": lambda x: None},
+    "other numbers": {"coefficients": lambda x: (0.5, x[1], 2.0)},
+    "numbers in place of tensors": {"coefficients": lambda x: (1.0, -2.0, -0.5)},
+    "tensors in place of numbers": {"coefficients": lambda x: (x[1], 3.0, x[1] + 1)},
+    "log_snr of another dtype": {"log_snr": lambda x: x.double()},
+    "no base_weight": {"base_weight": lambda x: None},
+    "base_weight with gradient": {"base_weight": lambda x: x.clone().requires_grad_()},
+    "base_weight with gaps": {"base_weight": lambda x: x.repeat_interleave(2)[::2]},
+    "no sample_weight": {"sample_weight": lambda x: None},
+    "no reduction": {"reduction": lambda x: "none"},
+    "fewer samples": {
+        **dict.fromkeys(("target", "log_snr", "noise", "base_weight", "sample_weight"), lambda x: x[:3]),
+        "prediction": lambda x: x[:3].detach().requires_grad_(),
+        "coefficients": lambda x: (x[0], x[1][:3], x[2]),
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_after_one_that_looked_otherwise_is_as_the_first(
+    make_criterion: Make, device: torch.device, interpreted: bool, change: str
+) -> None:
+    """Alternating calls on one criterion against fresh criteria with the same statistics."""
+    criterion = make_criterion()
+    for turn in range(2 if interpreted else 4):
+        given = arguments(device)
+        for name, change_of in (CHANGES[change] if turn % 2 else {}).items():
+            given[name] = change_of(given[name])
+        fresh = copy.deepcopy(criterion)
+        results = []
+        for one in (criterion, fresh):
+            loss = one(**given)
+            leaves = [given[name] for name in ("prediction", "base_weight") if getattr(given[name], "requires_grad", 0)]
+            results.append([loss, *(torch.autograd.grad(loss.sum(), leaves) if leaves else [])])
+            results[-1] += [one.per_sample_loss, *one.statistics.buffers()]
+        for mine, theirs in zip(*results, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_only_the_first_of_calls_that_look_alike_is_checked(make_criterion: Make, checked: list[int]) -> None:
+    criterion = make_criterion()
+    for _ in range(3):
+        criterion(**arguments(criterion.statistics.state.device))
+    assert len(checked) == 1
+    for name, change_of in CHANGES["other numbers"].items():
+        criterion(**{**arguments(criterion.statistics.state.device), name: change_of(arguments()[name])})
+    assert len(checked) == 2
+
+
+BAD: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "prediction is no tensor": ("prediction", lambda x: x.tolist(), "prediction is a list"),
+    "prediction is integer": ("prediction", lambda x: x.detach().long(), "prediction has dtype"),
+    "target is sparse": ("target", lambda x: x.to_sparse(), "target has layout"),
+    "target on meta": ("target", lambda x: x.to("meta"), "target is on meta"),
+    "target with gradient": ("target", lambda x: x.requires_grad_(), "target requires grad"),
+    "target of another shape": ("target", lambda x: x[:, :2], "target has shape"),
+    "log_snr of another shape": ("log_snr", lambda x: x[:, None], "log_snr has shape"),
+    "log_snr is a number": ("log_snr", lambda x: 1.0, "log_snr is a float"),
+    "noise is missing": ("noise", lambda x: None, "noise is None"),
+    "coefficients are two": ("coefficients", lambda x: x[:2], "coefficients is 2 values"),
+    "a coefficient is a bool": ("coefficients", lambda x: (True, *x[1:]), "coefficients a is a bool"),
+    "coefficients are one tensor": ("coefficients", lambda x: x[1], "coefficients is Tensor"),
+    "base_weight of another shape": ("base_weight", lambda x: x[:1], "base_weight has shape"),
+    "sample_weight with gradient": ("sample_weight", lambda x: x.requires_grad_(), "sample_weight requires grad"),
+    "unknown reduction": ("reduction", lambda x: "sum", "reduction is 'sum'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_call_after_good_ones_is_refused(case: str) -> None:
+    name, spoil, message = BAD[case]
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for _ in range(2):
+        criterion(**arguments())
+    before = criterion.statistics.state.clone()
+    given = arguments()
+    with pytest.raises((TypeError, ValueError), match=message):
+        criterion(**{**given, name: spoil(given[name])})
+    assert torch.equal(criterion.statistics.state, before)
+    criterion(**arguments())
+
+
+def test_tensors_that_kernels_cannot_read_as_they_are_are_found_after_others(make_criterion: Make) -> None:
+    criterion = make_criterion()
+    device = criterion.statistics.state.device
+    given = arguments(device)
+    criterion(**given)
+
+    class Subclass(Tensor):
+        pass
+
+    negated = torch._neg_view(-given["target"])
+    assert negated.is_neg()
+    criterion.eval()
+    expected = criterion(**given)
+    for lazy in (negated, given["target"].as_subclass(Subclass)):
+        assert torch.equal(torch.as_tensor(criterion(**{**given, "target": lazy})).as_subclass(Tensor), expected)
+    zero = torch.zeros(SHAPE, device=device)
+    expected = criterion(**{**given, "target": zero})
+    assert torch.equal(criterion(**{**given, "target": torch._efficientzerotensor(SHAPE, device=device)}), expected)
+
+
+def test_an_observer_that_comes_later_sees_the_operators() -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for _ in range(2):
+        criterion(**arguments()).backward()
+    with torch.profiler.profile() as profile:
+        loss = criterion(**arguments())
+    assert "vadiff::diffusion_loss" in {event.name for event in profile.events()}
+    loss.backward()
+    given = arguments()
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: criterion(**{**given, "prediction": x}))(torch.randn(SHAPE))
+    with torch.inference_mode():
+        criterion.eval()(**{**arguments(), "base_weight": None})
+    given = {**arguments(), "base_weight": torch.ones(4).requires_grad_(), "prediction": torch.randn(SHAPE)}
+    criterion.train()(**given).backward()  # what was prepared in inference mode takes part in no graph
+    assert given["base_weight"].grad is not None
+
+
+def test_a_criterion_keeps_no_argument_and_copies_take_no_plan() -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    given = arguments()
+    gone = [weakref.ref(given[name]) for name in ("prediction", "target", "noise", "base_weight", "sample_weight")]
+    criterion(**given).backward()
+    assert criterion._plan is not None
+    del given
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
+    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert other._plan is None
+        other(**arguments())
+
+
+def test_what_is_reassigned_is_not_hidden_by_the_plan(make_criterion: Make) -> None:
+    class Own(FixedWeighting):
+        def __call__(self, log_snr: Tensor) -> Tensor:
+            return torch._neg_view(torch.full_like(log_snr, -3.0))
+
+    criterion = make_criterion("constant").eval()
+    given = arguments(criterion.statistics.state.device)
+    expected = criterion(**given)
+    criterion.weighting = Own()
+    torch.testing.assert_close(criterion(**given), 3 * expected)
+    criterion.weighting = "constant"
+    criterion.loss, criterion.huber_delta = "huber", 1e3
+    torch.testing.assert_close(criterion(**given), expected / 2)
+    criterion.backend = "reference"
+    torch.testing.assert_close(criterion(**given), expected / 2)
