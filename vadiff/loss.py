@@ -377,7 +377,8 @@ class DiffusionLoss(nn.Module):
         if is_compiling():
             self._last, self._last_log_snr = per_sample, log_snr
             return
-        self.__dict__.update(_last=per_sample, _last_log_snr=log_snr)  # `nn.Module.__setattr__` costs 2 µs
+        attributes = self.__dict__  # `nn.Module.__setattr__` costs 2 µs
+        attributes["_last"], attributes["_last_log_snr"] = per_sample, log_snr
         if records:
             watch = self._watch
             watch.left -= 1

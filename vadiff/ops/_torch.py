@@ -27,7 +27,7 @@ def _private(path: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
 graph_is_kept: Callable[[], bool] = _private("_autograd._get_current_graph_task_keep_graph", lambda: True)
 
 # Id of the backward pass that makes this call, -1 outside of one; fallback: outside.
-_backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
+backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
 
 # Observers that must see the operators of a call: torch.jit's tracer, the profiler, dispatch modes, torch.func.
 _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)
@@ -37,19 +37,21 @@ _transforms: Callable[[], object] = _private("_functorch.peek_interpreter_stack"
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types that are no subclasses with operators of their own
 
 
-def inside_backward() -> bool:
-    """Whether this call is made from inside a backward pass."""
-    return _backward_pass() != -1
-
-
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is active."""
     return _transforms() is not None or forward_ad._current_level >= 0
 
 
 def observed() -> bool:
-    """Whether a compiler, tracer, profiler or dispatch mode is active, which must see the operators of a call."""
-    return is_compiling() or bool(_tracing_state()) or _profiling() or _dispatch_modes() > 0
+    """Whether a compiler, tracer, profiler, dispatch mode or transform is active, which must see a call's operators."""
+    return (
+        is_compiling()
+        or bool(_tracing_state())
+        or _profiling()
+        or _dispatch_modes() > 0
+        or _transforms() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def plain(values: Iterable[Any]) -> bool:

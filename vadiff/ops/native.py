@@ -188,9 +188,10 @@ def _call(blank: bytes, inputs: Inputs) -> Call:
         call.sample_weight = sample_weight.data_ptr() or _freed(sample_weight, "sample_weight")
     if weight is not None:
         call.weight = weight.data_ptr() or _freed(weight, "weighting(log_snr)")
-    for name, value in (("a", a), ("b", b), ("c", c)):
-        if not isinstance(value, float):
-            setattr(call, f"{name}_each", _checked(value, compute_dtype(prediction), f"coefficients {name}"))
+    if not type(a) is type(b) is type(c) is float:
+        for name, value in (("a", a), ("b", b), ("c", c)):
+            if isinstance(value, Tensor):
+                setattr(call, f"{name}_each", _checked(value, compute_dtype(prediction), f"coefficients {name}"))
     return call
 
 

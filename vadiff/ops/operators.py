@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from ._torch import inside_backward, observed, plain
+from ._torch import backward_pass, observed, plain
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -134,7 +134,7 @@ def layout_of(prediction: Tensor) -> torch.memory_format:
 
 
 def _step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool) -> Step:
-    if update and inside_backward():
+    if update and backward_pass() != -1:
         _refuse_inside_backward()
     if inputs.plan is None:
         inputs = one_layout(inputs)
@@ -239,7 +239,7 @@ def _run_scale_in_place(flat: dict[str, Any], out: Tensor | None = None) -> None
 
 def _run_reweight(flat: dict[str, Any]) -> Tensor:
     (problem, inputs, state), update = _unflat(flat), flat["update"]
-    if update and inside_backward():
+    if update and backward_pass() != -1:
         _refuse_inside_backward()
     kernels: Any = backends.select(problem.backend, inputs.prediction)
     result: Tensor = kernels.reweight(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import PLAIN, observed, transformed
+from ._torch import PLAIN, observed
 from .operators import one_layout
 from .problem import Coefficient, Inputs, Plan, make_inputs
 
@@ -39,7 +39,7 @@ def planned_inputs(
     Raises:
         ValueError, TypeError: as `make_inputs`.
     """
-    if observed() or transformed():
+    if observed():
         return make_inputs(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction)
     signature = (
         _look(prediction), _look(target), _look(log_snr),
