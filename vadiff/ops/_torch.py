@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -29,12 +30,31 @@ graph_is_kept: Callable[[], bool] = _private("_autograd._get_current_graph_task_
 # Id of the backward pass that makes this call, -1 outside of one; fallback: outside.
 backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
 
+
+class _Groups:
+    """Substitute for `_world`."""
+
+    @property
+    def _default_pg(self) -> bool | None:
+        return True if dist.is_available() and dist.is_initialized() else None
+
+
+# Holds the default process group, None until there is one.
+_groups: Any = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
+if not hasattr(_groups, "_default_pg"):
+    _groups = _Groups()
+
 # Observers that must see the operators of a call: torch.jit's tracer, the profiler, dispatch modes, torch.func.
 _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)
 _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], object] = _private("_functorch.peek_interpreter_stack", lambda: None)
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types that are no subclasses with operators of their own
+
+
+def is_distributed() -> bool:
+    """As `torch.distributed.is_initialized`, which calls three more Python functions."""
+    return _groups._default_pg is not None
 
 
 def transformed() -> bool:

@@ -9,7 +9,7 @@ clone its tensor. An upstream of NaN or infinity makes the fused gradient of mas
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,8 @@ from .problem import SLOPE, Inputs, Problem, State
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _ONCE = "the gradient of vadiff's loss cannot be differentiated a second time"
+_NO_GRADIENTS = (None,) * 6  # of the arguments after prediction and base_weight
 _RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # inputs that a deferred backward reads
-
-
-class _Call(NamedTuple):
-    """The arguments of `_Loss` that need no gradient, in one: torch processes each argument in Python."""
-
-    problem: Problem
-    inputs: Inputs
-    state: State
-    fused: bool
-    update: bool
-    made: list[Tensor] | None
 
 
 class _Loss(torch.autograd.Function):
@@ -44,9 +34,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prediction: Tensor, base_weight: Tensor | None, call: _Call
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        problem, inputs, state, fused, update, made = call
+        ctx: Any, prediction: Tensor, base_weight: Tensor | None,
+        problem: Problem, inputs: Inputs, state: State, fused: bool, update: bool, made: list[Tensor] | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         if inputs.prediction is None:
             inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
         if not fused and inputs.plan is None:  # save one dense layout, so that the backward copies nothing
@@ -72,7 +62,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return None, None, None
+            return (None, None, *_NO_GRADIENTS)
         differentiated_again = torch.is_grad_enabled()  # create_graph
         if differentiated_again:
             upstream = upstream.detach()
@@ -95,7 +85,7 @@ class _Loss(torch.autograd.Function):
         if differentiated_again:
             by_prediction = raising_if_differentiated(by_prediction, _ONCE)
             by_base_weight = raising_if_differentiated(by_base_weight, _ONCE)
-        return by_prediction, by_base_weight, None
+        return (by_prediction, by_base_weight, *_NO_GRADIENTS)
 
 
 def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
@@ -126,14 +116,14 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
     if compiling:
         inputs = inputs._replace(prediction=None, base_weight=None)  # type: ignore[arg-type]
         applied: tuple[Tensor, Tensor] = _Loss.apply(
-            prediction, base_weight, _Call(problem, inputs, state, False, update, None)
+            prediction, base_weight, problem, inputs, state, False, update, None
         )
         return applied
     if base_weight is not None and not base_weight.requires_grad:
         base_weight = None
     fused = by_prediction and inputs.mean and prediction.dtype in FUSED_DTYPES
     made: list[Tensor] = []
-    loss = _apply(prediction, base_weight, _Call(problem, inputs, state, fused, update, made))
+    loss = _apply(prediction, base_weight, problem, inputs, state, fused, update, made)
     return loss, made[0]
 
 

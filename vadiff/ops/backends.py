@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .problem import Plan
 
 BACKENDS = ("auto", "reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "VADIFF_BACKEND"
@@ -46,8 +47,10 @@ def check_name(backend: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument} is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def select(backend: str, tensor: Tensor) -> ModuleType:
+def select(backend: str, tensor: Tensor, plan: Plan | None = None) -> ModuleType:
     """The module whose functions run a call on `tensor` (the prediction, the per-sample losses, or a gradient).
+
+    plan: that of the call; it keeps the answer, which is the same for all calls that look alike.
 
     Raises:
         ValueError: the environment variable names no backend.
@@ -56,9 +59,13 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
     if backend == "auto" and _KEY in _variables:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    if plan is not None and plan.kernels is not None and plan.kernels[0] == backend:
+        return plan.kernels[1]
     found = _chosen(backend, tensor.device, tensor.dtype)
     if isinstance(found, Obstacle):
         raise RuntimeError(f"backend {backend!r} cannot run this call: {found}") from found.__cause__
+    if plan is not None:
+        plan.kernels = backend, found
     return found
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from ._torch import backward_pass, observed, plain
+from ._torch import backward_pass, is_distributed, observed, plain
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -53,7 +53,6 @@ _NAMES = {
     for name, schema in _SCHEMAS.items()
 }
 
-_is_distributed: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
 _NO_STATISTICS = Problem(Bins(2, -1.0, 1.0), half_life=1.0)  # of a backward, which reads none
 _library = torch.library.Library("vadiff", "DEF")
 
@@ -138,7 +137,7 @@ def _step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, upd
         _refuse_inside_backward()
     if inputs.plan is None:
         inputs = one_layout(inputs)
-    kernels = backends.select(problem.backend, inputs.prediction)
+    kernels = backends.select(problem.backend, inputs.prediction, inputs.plan)
     result: Step = kernels.step(
         problem, inputs, state, gradient=gradient, update=update, gather=_gather(problem) if update else None
     )
@@ -153,7 +152,7 @@ def _backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Te
 
 def _gather(problem: Problem) -> Gather | None:
     """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank."""
-    if not (problem.sync and _is_distributed()) or dist.get_world_size() == 1:
+    if not (problem.sync and is_distributed()) or dist.get_world_size() == 1:
         return None
     ranks = dist.get_world_size()
     # all_gather_into_tensor, under the name it has since torch 2.13

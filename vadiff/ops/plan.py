@@ -18,6 +18,7 @@ from .problem import Coefficient, Inputs, Plan, make_inputs
 
 _NUMBERS = (float, int)
 _ABSENT = ()
+_STRIDED = torch.strided
 
 
 def planned_inputs(
@@ -67,9 +68,9 @@ def planned_inputs(
 
 def _look(value: Any) -> tuple[Any, ...] | None:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
-    if type(value) in PLAIN and value.layout is torch.strided and value.data_ptr() != 0 and not value.is_neg():
-        return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
-    return None
+    if type(value) not in PLAIN or value.layout is not _STRIDED or value.data_ptr() == 0 or value.is_neg():
+        return None
+    return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
 
 
 def _looks(coefficients: Any) -> tuple[Any, ...] | None:

@@ -14,6 +14,7 @@ users, `vadiff.ops.operators` brings prediction, target and noise into one dense
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class Plan:
     A call has a plan only if nothing observes it and kernels can read all its tensors as they are, `Inputs.weight`
     aside."""
 
-    __slots__ = ("mean", "numbers", "prepared", "reads_noise", "reads_target", "signature")
+    __slots__ = ("kernels", "mean", "numbers", "prepared", "reads_noise", "reads_target", "signature")
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class Plan:
         self.reads_target = reads_target
         self.reads_noise = reads_noise
         self.mean = mean
+        self.kernels: tuple[str, ModuleType] | None = None  # the backend that was asked for, and its module
         self.prepared: Any = None  # what a backend keeps for the next call
 
 
