@@ -14,7 +14,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, usable
+from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, interpreter_remembers_what_it_patches, usable
 from filelock import FileLock
 from ranks import join_two_ranks, leave_two_ranks
 
@@ -73,6 +73,7 @@ def rank_main(rank: int, folder: str, backends: list[str]) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # gloo moves CPU tensors, also where a GPU is
     if "triton" in backends:
         interpreter_reads_arrays_of_one_element()
+        interpreter_remembers_what_it_patches()
     join_two_ranks(rank, folder)
     results = {}
     for backend in backends:
