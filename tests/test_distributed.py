@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, interpreter_remembers_what_it_patches, usable
 from filelock import FileLock
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 
 STEPS, BATCH, ULPS = 4, 64, 8
 FIELDS = ("count", "mean", "variance", "mass")
@@ -97,7 +97,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with FileLock(folder / "gloo.lock"):
         if not (folder / "1.pt").exists():
             backends = [name for name in BACKENDS if name != "triton" or importlib.util.find_spec("triton")]
-            torch.multiprocessing.spawn(rank_main, (str(folder), backends), nprocs=2)
+            run_two_ranks(rank_main, str(folder), backends)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

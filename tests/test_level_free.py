@@ -449,7 +449,7 @@ def _train_on_two_ranks(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_two_ranks_give_what_one_gives_on_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(_train_on_two_ranks, (str(tmp_path),), nprocs=2)
+    ranks.run_two_ranks(_train_on_two_ranks, str(tmp_path))
     criterion = vadiff.DiffusionLoss(bins=BINS, log_snr_range=(LOW, HIGH))
     for call in calls(6, 12, samples=128):
         run_call(criterion, torch.device("cpu"), **call)
