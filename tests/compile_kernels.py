@@ -53,22 +53,20 @@ def compile_instead_of_launch(case: dict[str, Any], found: list[dict[str, Any]])
 
 
 JIT_RUN = triton.JITFunction.run
-NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def describe(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
-    architecture = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    ptxas = NVIDIA_TOOLS / ("ptxas-blackwell" if architecture.startswith("sm_1") else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
-        verbose = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", verbose).groups()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
     return {
-        "registers": int(re.search(r"Used (\d+) registers", verbose).group(1)),
-        "spilled_bytes": int(stores) + int(loads),
+        "registers": int(registers),
+        "spilled_bytes": int(stack) + int(local),  # what is spilled lies there; these kernels have nothing else for it
         "loads": count(r"ld\.global\S*", ptx),
         "stores": count(r"st\.global\S*", ptx),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.[\w.]*\.(?:f|bf)\d+", ptx)),

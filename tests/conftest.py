@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -220,6 +221,7 @@ def usable(backend: str) -> str:
     if backend == "triton" and device_of(backend).type == "cpu":
         _interpreter_rounds_like_a_gpu()
         interpreter_reads_arrays_of_one_element()
+        interpreter_remembers_what_it_patches()
     return backend
 
 
@@ -263,6 +265,26 @@ def interpreter_reads_arrays_of_one_element() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())  # type: ignore[attr-defined]
 
     interpreter._patch_lang_tensor = patched
+
+
+@functools.cache
+def interpreter_remembers_what_it_patches() -> None:
+    """Triton looks through all of triton.language for its functions at each call of a @triton.jit function: half of the
+    time of a kernel. They have the same names each time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch(package: object, builder: object, *scope: object) -> None:
+        found = names(package)
+        if found and tl.core.is_builtin(getattr(package, found[0])):  # all or none of them are patched
+            for name in found:
+                interpreter._patch_attr(package, name, getattr(package, name), builder, *scope)
+
+    interpreter._patch_builtin = patch
 
 
 def device_of(kernels: str) -> torch.device:

@@ -94,12 +94,12 @@ def test_python_lays_out_a_call_as_the_header_does(struct: str) -> None:
 class Compiled:
     said: str  # by ptxas
     kernels: dict[str, str]  # PTX
-    object: Path
+    machine_code: Path
 
 
 @pytest.fixture(scope="module")
 def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Compiled]:
-    """csrc/cuda.cu for an architecture, compiled by the first process that asks."""
+    """csrc/cuda.cu for an architecture, compiled by the first process that asks; its part for the host for one only."""
     folder = tmp_path_factory.getbasetemp() / "cuda_object"
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent.parent / "cuda_object"  # one for all workers
@@ -109,19 +109,20 @@ def compiled(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def compile_for(architecture: str) -> Compiled:
         keep = folder / architecture
         log = keep / "log"
+        kind = "object" if architecture == "90" else "cubin"
         with (folder / f"{architecture}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not log.exists():
                 keep.mkdir(exist_ok=True)
                 said = run(
                     nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-                    "-Xptxas=-v", "-Xcompiler=-fPIC", "--keep", "--keep-dir", keep, "-c", ROOT / "csrc/cuda.cu",
-                    "-o", keep / "cuda.o",
+                    "-Xptxas=-v", "-Xcompiler=-fPIC", "--keep", "--keep-dir", keep,
+                    "-c" if kind == "object" else "-cubin", ROOT / "csrc/cuda.cu", "-o", keep / kind,
                 )  # fmt: skip
                 log.write_text(said)
         ptx = next(keep.glob("*.ptx")).read_text()
         kernels = {match[1]: match[0] for match in re.finditer(r"\.entry (\w+)\(.*?\n}", ptx, re.DOTALL)}
-        return Compiled(log.read_text(), kernels, keep / "cuda.o")
+        return Compiled(log.read_text(), kernels, keep / kind)
 
     return compile_for
 
@@ -211,7 +212,7 @@ def test_the_loops_over_elements_are_short(compiled: Callable[[str], Compiled]) 
     expected = {
         (f"{pass_}{key}", huber) for pass_, counts in INSTRUCTIONS.items() for key in counts for huber in (0, 1)
     }
-    sass = run(cuobjdump(), "--dump-sass", compiled("90").object)
+    sass = run(cuobjdump(), "--dump-sass", compiled("90").machine_code)
     for function in sass.split("Function : ")[1:]:
         found = re.search(r"(forward|backward)_kernelILi(\d)EL(b\d)E", function)
         if not found:

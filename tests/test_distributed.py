@@ -14,9 +14,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, usable
+from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, interpreter_remembers_what_it_patches, usable
 from filelock import FileLock
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 
 STEPS, BATCH, ULPS = 4, 64, 8
 FIELDS = ("count", "mean", "variance", "mass")
@@ -73,6 +73,7 @@ def rank_main(rank: int, folder: str, backends: list[str]) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # gloo moves CPU tensors, also where a GPU is
     if "triton" in backends:
         interpreter_reads_arrays_of_one_element()
+        interpreter_remembers_what_it_patches()
     join_two_ranks(rank, folder)
     results = {}
     for backend in backends:
@@ -96,7 +97,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with FileLock(folder / "gloo.lock"):
         if not (folder / "1.pt").exists():
             backends = [name for name in BACKENDS if name != "triton" or importlib.util.find_spec("triton")]
-            torch.multiprocessing.spawn(rank_main, (str(folder), backends), nprocs=2)
+            run_two_ranks(rank_main, str(folder), backends)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -330,7 +330,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_batch_means_are_those_of_all_ranks(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    run_two_ranks(rank_main, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     losses, log_snr = global_batch()
     for name in first:

@@ -28,7 +28,8 @@ PIP = next((found.locate_file("pip") for found in importlib.metadata.distributio
 if PIP is None:
     pytest.skip("pip is not installed", allow_module_level=True)
 ROOT = Path(__file__).resolve().parent.parent
-FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once
+FAST = {"CXXFLAGS": "-O0"}  # what is compiled here is loaded and run once,
+FAST_CUDA = {"NVCC_APPEND_FLAGS": "-Xcicc -O1 -Xptxas -O0"}  # and on no GPU
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists() or sys.platform == "win32", reason="needs vadiff's source tree"
@@ -152,7 +153,7 @@ def tools_and_nvcc(folder: Path, once: Path) -> dict[str, str]:
     script(folder / "cu da/bin/nvcc", f"#!/bin/sh\nexec '{once}' {nvcc} \"$@\"\n")
     return {
         "CXX": f"'{once}' {compiler} -DGIVEN", "CUDA_HOME": str(folder / "cu da"), "VADIFF_CUDA": "1",
-        "VADIFF_CUDA_ARCHITECTURES": "90", "LDFLAGS": "-Wl,-z,now -Wl,-rpath,'$ORIGIN'", **FAST,
+        "VADIFF_CUDA_ARCHITECTURES": "90", "LDFLAGS": "-Wl,-z,now -Wl,-rpath,'$ORIGIN'", **FAST, **FAST_CUDA,
     }  # fmt: skip
 
 

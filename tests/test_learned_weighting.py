@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -195,7 +195,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_ddp_averages_its_gradient_and_keeps_the_statistics_equal(tmp_path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    run_two_ranks(rank_main, str(tmp_path))
     (first, state), (second, other_state) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
     assert torch.equal(state, other_state)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -140,7 +140,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_numbers_of_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    run_two_ranks(rank_main, str(tmp_path))
     validation = LevelValidation(3, log_snr_range=RANGE, reference=tmp_path / "alone.csv")
     expected = [
         validate(validation, [(i, IMAGES[i]) for i in torch.arange(49).split(8)], scale) for scale in (0.3, 0.2)

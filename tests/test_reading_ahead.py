@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from test_pictures import tarred
 from test_training_resume import assert_same, outcome, stopping_at
 
@@ -136,20 +136,15 @@ def test_stopped_and_resumed_with_other_workers_is_as_never_stopped(shards: Path
 
 
 def test_two_ranks_resume_to_the_bit(shards: Path, tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_two_ranks, args=(rank, str(tmp_path), str(shards))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    run_two_ranks(_two_ranks, str(tmp_path), str(shards))
     assert_same(outcome(tmp_path / "whole")[0], outcome(tmp_path / "parted")[0])
 
 
 def _two_ranks(rank: int, folder: str, shards: str) -> None:
     join_two_ranks(rank, folder)
     config = config_of(Path(shards), workers=1, schedule="constant")
-    train(config, out=f"{folder}/whole", progress=False)
+    train(config, out=f"{folder}/whole", progress=False)  # its worker is started as this rank was, by no fork
+    multiprocessing.set_start_method(None, force=True)  # from here on as by a rank of torchrun
     train(dataclasses.replace(config, steps=3), out=f"{folder}/parted", progress=False)
     train(dataclasses.replace(config, workers=0), out=f"{folder}/parted", resume=True, progress=False)
     leave_two_ranks()

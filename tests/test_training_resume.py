@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor
 
 from vadiff.ema import reconstruct
@@ -339,7 +339,7 @@ def infinite_loss_of_steps_2_and_3(non_finite: bool) -> Objective:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=2)
+    run_two_ranks(rank_main, str(folder))
     return folder
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker, on_main_process
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor, nn
 
 import vadiff
@@ -246,7 +246,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_processes_train_as_one_and_resume_to_the_bit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    run_two_ranks(rank_main, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert_same(first["run"], second["run"])
     assert_same(first["resumed"], first["run"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, start_two_ranks
 from seen import Seen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -172,7 +172,7 @@ def rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Result]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.spawn(rank_main, (str(folder),), nprocs=2, join=False)
+    context = start_two_ranks(rank_main, str(folder))
     try:
         deadline = time.monotonic() + 150
         while not context.join(timeout=5):  # False as long as one of them runs

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from posteriors import brute_force, draw
-from ranks import join_two_ranks, leave_two_ranks
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 from torch import Tensor
 
 import vadiff
@@ -158,7 +158,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_ranks_use_their_own_batches_or_put_them_together(tmp_path):
-    torch.multiprocessing.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    run_two_ranks(rank_main, str(tmp_path))
     batches = torch.stack(batches_of_two_ranks())
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")

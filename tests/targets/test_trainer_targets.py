@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 
 from vadiff.log_snr import from_sigma
 from vadiff.pixels import normalised
@@ -165,37 +163,22 @@ def test_more_references_than_images_are_refused():
         train(dataclasses.replace(CONFIG, reference=4096), out=None, progress=False)
 
 
-SCRIPT = """
-import dataclasses, sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-from ranks import join_two_ranks, leave_two_ranks
-import test_trainer_targets as tests
-from vadiff.training import train
-rank, folder, steps, resume = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "resume"
-join_two_ranks(rank, folder)
-config = dataclasses.replace(tests.CONFIG, steps=steps, schedule="constant")
-train(config, out=Path(folder) / sys.argv[5], resume=resume, progress=False)
-leave_two_ranks()
-"""
+def rank_main(rank: int, folder: str, steps: int, resume: bool, name: str) -> None:
+    join_two_ranks(rank, folder)
+    config = dataclasses.replace(CONFIG, steps=steps, schedule="constant")
+    train(config, out=Path(folder) / name, resume=resume, progress=False)
+    leave_two_ranks()
 
 
-def two_ranks(folder: Path, steps: int, resume: str, name: str) -> None:
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent), *sys.path])}
+def two_ranks(folder: Path, steps: int, resume: bool, name: str) -> None:
     (folder / "store").unlink(missing_ok=True)
-    command = [sys.executable, "-c", SCRIPT.format(here=here)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder), str(steps), resume, name], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    run_two_ranks(rank_main, str(folder), steps, resume, name)
 
 
 def test_two_ranks_resume_to_the_bit(tmp_path: Path):
-    two_ranks(tmp_path, 6, "new", "whole")
-    two_ranks(tmp_path, 3, "new", "parts")
-    two_ranks(tmp_path, 6, "resume", "parts")
+    two_ranks(tmp_path, 6, False, "whole")
+    two_ranks(tmp_path, 3, False, "parts")
+    two_ranks(tmp_path, 6, True, "parts")
     whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
     for part in ("model", "criterion"):
         torch.testing.assert_close(parts[part], whole[part], rtol=0, atol=0, equal_nan=True)
