@@ -164,7 +164,7 @@ void weight_table(const MomentRows& bins, const Update& update) {
   double total = 0, weighted = 0;
   for (int k = 0; k < size; ++k) {
     a[k] = shrink(smooth_a[k], smooth_n[k], centre, rule);
-    if (bins.mass[k] == 0) continue;
+    if (bins.mass[k] == 0) continue;  // adds nothing, and the exponential takes time
     total += bins.mass[k] * bins.mean[k];
     weighted += bins.mass[k] * exp(a[k]) * bins.mean[k];
   }

@@ -184,7 +184,7 @@ def test_no_collective_runs_after_sync_was_turned_off(monkeypatch: pytest.Monkey
 
     distributed = SimpleNamespace(get_world_size=lambda: 2, all_gather_single=all_gather)
     monkeypatch.setattr(operators, "dist", distributed)
-    monkeypatch.setattr(operators, "is_distributed", lambda: True)
+    monkeypatch.setattr(operators, "groups", SimpleNamespace(_default_pg=object()))
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     criterion(prediction, target, log_snr)
     assert gathered == [(4 * 8 + 5,)]

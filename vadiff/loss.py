@@ -13,8 +13,8 @@ from . import diagnosis
 from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
-from .ops.plan import planned_inputs
-from .ops.problem import ELL, Coefficient, Inputs, Plan, Problem, compute_dtype, make_loss_inputs
+from .ops.plan import Plans
+from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_loss_inputs
 from .process_defaults import arguments_for
 from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
 from .statistics import LogSNRStatistics
@@ -75,7 +75,7 @@ class DiffusionLoss(nn.Module):
     _last: Tensor | None = None  # per-sample results of the last call, rows as of `ops.problem.Step`
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
-    _plan: Plan | None = None  # of the last call
+    _plans: Plans = Plans()  # likewise
     _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
 
     def __init__(
@@ -100,6 +100,7 @@ class DiffusionLoss(nn.Module):
         self.fresh_statistics = bool(fresh_statistics)
         self.target = None
         self._watch = Watch()
+        self._plans = Plans()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a new weighting, huber_delta, loss, backend or target; it takes effect at the next call."""
@@ -201,11 +202,9 @@ class DiffusionLoss(nn.Module):
                 Also for a weighting by name whose formula depends on the form of the loss, without `coefficients`.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
-        inputs = planned_inputs(
-            self._plan, prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
+        inputs = self._plans.inputs(
+            prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )
-        if inputs.plan is not self._plan:
-            self._plan = inputs.plan
         weighting: Weighting = self.weighting
         if coefficients is not None:
             weighting = weighting.for_call(self, coefficients)
@@ -223,7 +222,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             loss = loss + (term.mean() if inputs.mean else term)
-        self._keep(per_sample, inputs.log_snr, records)
+        self._keep(per_sample, inputs, records)
         return loss
 
     def reweight(self, loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -257,7 +256,7 @@ class DiffusionLoss(nn.Module):
         if extra is not None:
             term, self.base_loss = extra
             weighted = weighted + term
-        self._keep(loss.detach().clone()[None], inputs.log_snr, records)
+        self._keep(loss.detach().clone()[None], inputs, records)
         return weighted
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
@@ -269,7 +268,7 @@ class DiffusionLoss(nn.Module):
         if u is not None:  # `reweight` takes no u: samples with u = 0 are masked through v
             v = (torch.ones_like(u) if v is None else v).masked_fill(u == 0, 0.0)
         loss = self.reweight(losses, inputs.log_snr, v)
-        self._keep(per_sample, inputs.log_snr, False)  # `reweight` has counted this call
+        self._keep(per_sample, inputs, False)  # `reweight` has counted this call
         return loss.mean() if inputs.mean else loss
 
     @property
@@ -347,7 +346,7 @@ class DiffusionLoss(nn.Module):
                 state_dict.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(("_last", "_last_log_snr", "_plan", "_problem", "base_loss"))}
+        return {**self.__dict__, **dict.fromkeys(("_last", "_last_log_snr", "_problem", "base_loss"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -373,12 +372,12 @@ class DiffusionLoss(nn.Module):
         device, dtype = prediction.device, compute_dtype(prediction)
         return check_per_sample("weighting(log_snr)", weight, len(prediction), device, dtype)
 
-    def _keep(self, per_sample: Tensor, log_snr: Tensor, records: bool) -> None:
-        if is_compiling():
-            self._last, self._last_log_snr = per_sample, log_snr
+    def _keep(self, per_sample: Tensor, inputs: Inputs, records: bool) -> None:
+        if inputs.plan is None and is_compiling():
+            self._last, self._last_log_snr = per_sample, inputs.log_snr
             return
         attributes = self.__dict__  # `nn.Module.__setattr__` costs 2 µs
-        attributes["_last"], attributes["_last_log_snr"] = per_sample, log_snr
+        attributes["_last"], attributes["_last_log_snr"] = per_sample, inputs.log_snr
         if records:
             watch = self._watch
             watch.left -= 1
@@ -391,7 +390,7 @@ class DiffusionLoss(nn.Module):
         Needed where the graph is destroyed and the criterion is kept.
         """
         if self._last is not None and self._last_log_snr is not None:
-            self._keep(self._last.clone(), self._last_log_snr.clone(), False)
+            self._last, self._last_log_snr = self._last.clone(), self._last_log_snr.clone()
         if self.base_loss is not None:
             self.base_loss = self.base_loss.clone()
 

@@ -1,6 +1,6 @@
-"""Private functions of torch that vadiff uses, each with a fallback for torch versions without it.
+"""Private names of torch that vadiff uses, each with a fallback for torch versions without it.
 
-All are called at every step, so each is a single C function."""
+They are called at every step, and are C functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 _C: Any = torch._C
 
@@ -39,10 +39,10 @@ class _Groups:
         return True if dist.is_available() and dist.is_initialized() else None
 
 
-# Holds the default process group, None until there is one.
-_groups: Any = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
-if not hasattr(_groups, "_default_pg"):
-    _groups = _Groups()
+# Holds the default process group, None until there is one. `dist.is_initialized` calls four Python functions.
+groups: Any = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
+if not hasattr(groups, "_default_pg"):
+    groups = _Groups()
 
 # Observers that must see the operators of a call: torch.jit's tracer, the profiler, dispatch modes, torch.func.
 _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)
@@ -50,11 +50,6 @@ _profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", la
 _dispatch_modes: Callable[[], int] = _private("_len_torch_dispatch_stack", lambda: 1)
 _transforms: Callable[[], object] = _private("_functorch.peek_interpreter_stack", lambda: None)
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types that are no subclasses with operators of their own
-
-
-def is_distributed() -> bool:
-    """As `torch.distributed.is_initialized`, which calls three more Python functions."""
-    return _groups._default_pg is not None
 
 
 def transformed() -> bool:
@@ -65,7 +60,7 @@ def transformed() -> bool:
 def observed() -> bool:
     """Whether a compiler, tracer, profiler, dispatch mode or transform is active, which must see a call's operators."""
     return (
-        is_compiling()
+        is_dynamo_compiling()  # export without dynamo has a dispatch mode
         or bool(_tracing_state())
         or _profiling()
         or _dispatch_modes() > 0

@@ -51,7 +51,7 @@ class _Loss(torch.autograd.Function):
             ctx.save_for_backward(gradient, per_sample)
         else:
             read = [name for name in _RESIDUAL if isinstance(getattr(inputs, name), Tensor)]
-            ctx.save_for_backward(per_sample, *(getattr(inputs, name) for name in read))
+            ctx.save_for_backward(*(getattr(inputs, name) for name in read), per_sample)
             ctx.read, ctx.numbers = read, (inputs.a, inputs.b, inputs.c)
         if made is not None:
             made.append(per_sample)
@@ -71,15 +71,10 @@ class _Loss(torch.autograd.Function):
         saved = ctx.saved_tensors
         if fused:
             by_prediction = operators.scale(saved[0], upstream, problem.backend, in_place=not graph_is_kept())
-            per_sample = saved[-1]  # if there are two
-        else:
-            per_sample, *tensors = saved
-            if ctx.needs_input_grad[0]:
-                inputs = _residual_inputs(ctx, tensors)
-                by_prediction = operators.backward(problem, inputs, per_sample, upstream)
+        elif ctx.needs_input_grad[0]:
+            by_prediction = operators.backward(problem, _residual_inputs(ctx, saved), saved[-1], upstream)
         if ctx.needs_input_grad[1]:
-            assert per_sample is not None
-            by_base_weight = per_sample[SLOPE] * upstream
+            by_base_weight = saved[-1][SLOPE] * upstream
             if mean:
                 by_base_weight = by_base_weight / by_base_weight.shape[0]
         if differentiated_again:
@@ -88,11 +83,11 @@ class _Loss(torch.autograd.Function):
         return (by_prediction, by_base_weight, *_NO_GRADIENTS)
 
 
-def _residual_inputs(ctx: Any, tensors: list[Tensor]) -> Inputs:
+def _residual_inputs(ctx: Any, saved: tuple[Tensor, ...]) -> Inputs:
     """The inputs saved by a deferred forward; fields that the backward does not read are None."""
     fields: dict[str, Any] = {**dict.fromkeys(Inputs._fields), "mean": ctx.call[2]}
     fields.update(zip("abc", ctx.numbers, strict=True))
-    fields.update(zip(ctx.read, tensors, strict=True))
+    fields.update(zip(ctx.read, saved[:-1], strict=True))
     return Inputs(**fields)
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from ._torch import backward_pass, is_distributed, observed, plain
+from ._torch import PLAIN, backward_pass, groups, observed, plain
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -60,15 +60,27 @@ _library = torch.library.Library("vadiff", "DEF")
 # Dispatch of a call
 
 
-def step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool) -> Step:
+def step(
+    problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, dispatched: bool = False
+) -> Step:
     """One step; see `vadiff.ops.reference.step`.
+
+    dispatched: the call has passed the dispatcher.
 
     Raises:
         RuntimeError: with `update`, from inside a backward pass; or the backend cannot run it."""
-    if (inputs.plan is None or inputs.weight is not None) and (observed() or not plain(inputs)):
+    plan = inputs.plan
+    if not dispatched and (plan is None or inputs.weight is not None) and (observed() or not plain(inputs)):
         flat = _flat(inputs, state, problem)
         return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
-    return _step(problem, inputs, state, gradient=gradient, update=update)
+    if update and backward_pass() != -1:
+        _refuse_inside_backward()
+    if plan is None:
+        inputs = one_layout(inputs)
+    kernels = backends.select(problem.backend, inputs.prediction, plan)
+    gather = _gather() if update and problem.sync and groups._default_pg is not None else None
+    result: Step = kernels.step(problem, inputs, state, gradient=gradient, update=update, gather=gather)
+    return result
 
 
 def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
@@ -88,8 +100,8 @@ def scale(gradient: Tensor, upstream: Tensor, backend: str, *, in_place: bool) -
         result: Tensor = torch.ops.vadiff.scale_gradient(gradient, upstream, backend)
         return result
     seen = observed()
-    if not seen and upstream.is_cpu and upstream.item() == 1.0:  # reading it takes 0.3 µs, calling a kernel 2
-        return gradient
+    if not seen and upstream.is_cpu and type(upstream) in PLAIN and upstream.item() == 1.0:
+        return gradient  # reading a number takes 0.3 µs, calling a kernel 2
     if seen or not plain((gradient, upstream)):
         torch.ops.vadiff.scale_gradient_(gradient, upstream, backend)
     else:
@@ -132,27 +144,15 @@ def layout_of(prediction: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _step(problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool) -> Step:
-    if update and backward_pass() != -1:
-        _refuse_inside_backward()
-    if inputs.plan is None:
-        inputs = one_layout(inputs)
-    kernels = backends.select(problem.backend, inputs.prediction, inputs.plan)
-    result: Step = kernels.step(
-        problem, inputs, state, gradient=gradient, update=update, gather=_gather(problem) if update else None
-    )
-    return result
-
-
 def _backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:
     inputs = one_layout(inputs)
     result: Tensor = backends.select(problem.backend, inputs.prediction).backward(problem, inputs, per_sample, upstream)
     return result
 
 
-def _gather(problem: Problem) -> Gather | None:
+def _gather() -> Gather | None:
     """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank."""
-    if not (problem.sync and is_distributed()) or dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
         return None
     ranks = dist.get_world_size()
     # all_gather_into_tensor, under the name it has since torch 2.13
@@ -216,7 +216,7 @@ def _unflat(flat: dict[str, Any]) -> tuple[Problem, Inputs, State]:
 
 
 def _run_step(flat: dict[str, Any]) -> tuple[Tensor, ...]:
-    return tuple(_step(*_unflat(flat), gradient=flat["gradient"], update=flat["update"]))
+    return tuple(step(*_unflat(flat), gradient=flat["gradient"], update=flat["update"], dispatched=True))
 
 
 def _run_backward(flat: dict[str, Any]) -> Tensor:
@@ -242,7 +242,11 @@ def _run_reweight(flat: dict[str, Any]) -> Tensor:
         _refuse_inside_backward()
     kernels: Any = backends.select(problem.backend, inputs.prediction)
     result: Tensor = kernels.reweight(
-        problem, inputs, state, update=update, gather=_gather(problem) if update else None
+        problem,
+        inputs,
+        state,
+        update=update,
+        gather=_gather() if update and problem.sync and groups._default_pg is not None else None,
     )
     return result
 

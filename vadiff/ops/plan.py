@@ -1,8 +1,8 @@
 """Calls that look alike are checked once.
 
-A training loop calls its criterion with tensors of the same dtypes, shapes and strides at each step. What follows from
-these alone (that the arguments are right, that kernels can read them as they are) is decided at the first such call and
-kept in a `Plan`. On a CPU this makes a small call a fifth faster.
+A training loop calls its criterion with tensors of the same dtypes, shapes and strides at each step: calls with one
+signature. What follows from the signature alone (that the arguments are right, that kernels can read them as they are)
+is decided at the first such call and kept in a `Plan`.
 """
 
 from __future__ import annotations
@@ -14,78 +14,88 @@ from torch import Tensor
 
 from ._torch import PLAIN, observed
 from .operators import one_layout
-from .problem import Coefficient, Inputs, Plan, make_inputs
+from .problem import Inputs, Plan, make_inputs
 
-_NUMBERS = (float, int)
-_ABSENT = ()
+_MOST = 64  # plans of one criterion; more signatures than these come from data whose shapes are all different
+_ABSENT = "absent"
 _STRIDED = torch.strided
 
 
-def planned_inputs(
-    plan: Plan | None,
-    prediction: Tensor,
-    target: Tensor,
-    log_snr: Tensor,
-    noise: Tensor | None,
-    coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
-    base_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    reduction: str,
-) -> Inputs:
-    """As `make_inputs`, but without its checks if the call looks like the one that `plan` was made for.
+class Plans:
+    """The plans of a criterion. Copies start without any."""
 
-    The result has that plan, or a new one. It has none if each call must be looked at, because the call passes the
-    dispatcher or an argument is converted or copied before a kernel reads it.
+    __slots__ = ("_by_signature", "_last")
 
-    Raises:
-        ValueError, TypeError: as `make_inputs`.
-    """
-    if observed():
-        return make_inputs(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction)
-    signature = (
-        _look(prediction), _look(target), _look(log_snr),
-        _ABSENT if noise is None else _look(noise),
-        _ABSENT if coefficients is None else _looks(coefficients),
-        _ABSENT if base_weight is None else _look(base_weight),
-        _ABSENT if sample_weight is None else _look(sample_weight),
-        reduction,
-    )  # fmt: skip
-    if plan is None or plan.signature != signature:
-        inputs = make_inputs(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction)
-        given = (log_snr, base_weight, sample_weight, *(coefficients or ()))
-        return inputs._replace(plan=_made(signature, inputs, given))
-    numbers: Any = plan.numbers
-    if None in numbers:
-        numbers = [
-            given if number is None else number for number, given in zip(numbers, coefficients or (), strict=True)
-        ]
-    a, b, c = numbers
-    return Inputs(
-        prediction, target if plan.reads_target else None, noise if plan.reads_noise else None, a, b, c, log_snr,
-        base_weight, sample_weight, None, plan.mean, plan,
-    )  # fmt: skip
+    def __init__(self) -> None:
+        self._last: Plan | None = None
+        self._by_signature: dict[tuple[Any, ...], Plan] = {}
+
+    def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
+        return Plans, ()
+
+    def inputs(self, *arguments: Any) -> Inputs:
+        """As `make_inputs`, and with the same arguments, but without its checks where there is a plan.
+
+        The result has a plan unless each call must be looked at, because it passes the dispatcher or an argument is
+        converted or copied before a kernel reads it.
+
+        Raises:
+            ValueError, TypeError: as `make_inputs`.
+        """
+        if observed():
+            return make_inputs(*arguments)
+        prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction = arguments
+        signature = (
+            _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr),
+            _ABSENT if noise is None else _of_tensor(noise),
+            _ABSENT if coefficients is None else _of_coefficients(coefficients),
+            _ABSENT if base_weight is None else _of_tensor(base_weight),
+            _ABSENT if sample_weight is None else _of_tensor(sample_weight),
+            reduction if type(reduction) is str else None,
+        )  # fmt: skip
+        plan = self._last
+        if plan is None or plan.signature != signature:
+            if None in signature:
+                return make_inputs(*arguments)
+            plan = self._by_signature.get(signature)
+            if plan is None:
+                return self._first_inputs(signature, arguments)
+            self._last = plan
+        a: Any = 1.0
+        b: Any = -1.0
+        c: Any = 0.0
+        if coefficients is not None:
+            a, b, c = [each if isinstance(each, Tensor) else float(each) for each in coefficients]
+        return Inputs(
+            prediction, target if plan.reads_target else None, noise if plan.reads_noise else None, a, b, c, log_snr,
+            base_weight, sample_weight, None, plan.mean, plan,
+        )  # fmt: skip
+
+    def _first_inputs(self, signature: tuple[Any, ...], arguments: tuple[Any, ...]) -> Inputs:
+        """The inputs of the first call with a signature, with a plan if kernels read no copy of an argument."""
+        inputs = make_inputs(*arguments)
+        given = (*arguments, *(arguments[4] or ()))
+        read = (inputs.log_snr, inputs.base_weight, inputs.sample_weight, inputs.a, inputs.b, inputs.c)
+        copied = any(isinstance(value, Tensor) and all(value is not each for each in given) for value in read)
+        if copied or one_layout(inputs) is not inputs:
+            return inputs
+        if len(self._by_signature) == _MOST:
+            self._by_signature.clear()
+        plan = Plan(signature, inputs.target is not None, inputs.noise is not None, inputs.mean)
+        self._last = self._by_signature[signature] = plan
+        return inputs._replace(plan=plan)
 
 
-def _look(value: Any) -> tuple[Any, ...] | None:
+def _of_tensor(value: Any) -> tuple[Any, ...] | None:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
     if type(value) not in PLAIN or value.layout is not _STRIDED or value.data_ptr() == 0 or value.is_neg():
         return None
     return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
 
 
-def _looks(coefficients: Any) -> tuple[Any, ...] | None:
-    if type(coefficients) not in (tuple, list):
+def _of_coefficients(values: Any) -> tuple[Any, ...] | None:
+    """Of numbers only whether they are 0, as then a tensor is not read."""
+    if type(values) not in (tuple, list):
         return None
-    looks = tuple((type(each), each) if type(each) in _NUMBERS else _look(each) for each in coefficients)
-    return None if None in looks else looks
-
-
-def _made(signature: tuple[Any, ...], inputs: Inputs, given: tuple[Any, ...]) -> Plan | None:
-    """The plan of calls that look like this one; None unless kernels read the given tensors and no copies of them."""
-    if None in signature or one_layout(inputs) is not inputs:
-        return None
-    read = (inputs.log_snr, inputs.base_weight, inputs.sample_weight, inputs.a, inputs.b, inputs.c)
-    if any(isinstance(tensor, Tensor) and not any(tensor is each for each in given) for tensor in read):
-        return None
-    a, b, c = (None if isinstance(number, Tensor) else number for number in (inputs.a, inputs.b, inputs.c))
-    return Plan(signature, (a, b, c), inputs.target is not None, inputs.noise is not None, inputs.mean)
+    signature = tuple(each != 0.0 if type(each) in (float, int) else _of_tensor(each) for each in values)
+    return None if None in signature else signature

@@ -97,18 +97,10 @@ class Plan:
     A call has a plan only if nothing observes it and kernels can read all its tensors as they are, `Inputs.weight`
     aside."""
 
-    __slots__ = ("kernels", "mean", "numbers", "prepared", "reads_noise", "reads_target", "signature")
+    __slots__ = ("kernels", "mean", "prepared", "reads_noise", "reads_target", "signature")
 
-    def __init__(
-        self,
-        signature: tuple[Any, ...],
-        numbers: tuple[float | None, float | None, float | None],
-        reads_target: bool,
-        reads_noise: bool,
-        mean: bool,
-    ) -> None:
-        self.signature = signature  # dtype, shape, strides, device, requires_grad of each tensor; numbers as they are
-        self.numbers = numbers  # a, b, c; None: per sample
+    def __init__(self, signature: tuple[Any, ...], reads_target: bool, reads_noise: bool, mean: bool) -> None:
+        self.signature = signature  # dtype, shape, strides, device, requires_grad of each tensor
         self.reads_target = reads_target
         self.reads_noise = reads_noise
         self.mean = mean
