@@ -221,7 +221,7 @@ def test_a_criterion_that_was_moved_takes_no_tensor_of_the_other_device_along() 
 
 def test_the_contract_s_types_can_be_copied_and_pickled() -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
-    problem = criterion._current_problem()
+    problem = criterion._current_problem(criterion.statistics)
     inputs = make_inputs(prediction.detach(), target, log_snr, None, None, None, torch.ones(6), "none")
     state = criterion.statistics.checked_state("prediction", prediction)
     for made, kind in ((problem, Problem), (inputs, Inputs), (state, State)):

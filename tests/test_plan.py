@@ -7,14 +7,17 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vadiff
 from vadiff.ops import plan as plans
+from vadiff.ops.problem import make_inputs
 from vadiff.weighting import FixedWeighting
 
 SHAPE = (4, 3, 5, 6)
@@ -80,13 +83,14 @@ CHANGES: dict[str, dict[str, Callable[[Any], Any]]] = {
 def test_a_call_after_one_that_looked_otherwise_is_as_the_first(
     make_criterion: Make, device: torch.device, interpreted: bool, change: str
 ) -> None:
-    """Alternating calls on one criterion against fresh criteria with the same statistics."""
+    """Calls of one criterion, twice each way, against criteria with the same statistics that check every call."""
     criterion = make_criterion()
-    for turn in range(2 if interpreted else 4):
+    for changes in [CHANGES[change]] * 2 if interpreted else ({}, {}, CHANGES[change], CHANGES[change], {}):
         given = arguments(device)
-        for name, change_of in (CHANGES[change] if turn % 2 else {}).items():
+        for name, change_of in changes.items():
             given[name] = change_of(given[name])
         fresh = copy.deepcopy(criterion)
+        fresh.__dict__["_plans"] = SimpleNamespace(inputs=make_inputs)
         results = []
         for one in (criterion, fresh):
             loss = one(**given)
@@ -102,9 +106,18 @@ def test_only_the_first_of_calls_that_look_alike_is_checked(make_criterion: Make
     for _ in range(3):
         criterion(**arguments(criterion.statistics.state.device))
     assert len(checked) == 1
-    for name, change_of in CHANGES["other numbers"].items():
-        criterion(**{**arguments(criterion.statistics.state.device), name: change_of(arguments()[name])})
+    for coefficients in ((0.5, 2.0, 2.0), (0.25, -2, 1.0), [0.5, -1.0, -3.0]):
+        criterion(**{**arguments(criterion.statistics.state.device), "coefficients": coefficients})
     assert len(checked) == 2
+    criterion(**arguments(criterion.statistics.state.device))
+    assert len(checked) == 2
+
+
+def test_data_of_ever_other_shapes_leave_no_more_than_some_plans() -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for samples in range(1, 200):
+        criterion(torch.randn(samples, 2), torch.randn(samples, 2), torch.randn(samples))
+    assert 0 < len(criterion._plans._by_signature) <= 64
 
 
 BAD: dict[str, tuple[str, Callable[[Any], Any], str]] = {
@@ -117,12 +130,14 @@ BAD: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "log_snr of another shape": ("log_snr", lambda x: x[:, None], "log_snr has shape"),
     "log_snr is a number": ("log_snr", lambda x: 1.0, "log_snr is a float"),
     "noise is missing": ("noise", lambda x: None, "noise is None"),
+    "coefficients are none": ("coefficients", lambda x: (), "coefficients is 0 values"),
     "coefficients are two": ("coefficients", lambda x: x[:2], "coefficients is 2 values"),
     "a coefficient is a bool": ("coefficients", lambda x: (True, *x[1:]), "coefficients a is a bool"),
     "coefficients are one tensor": ("coefficients", lambda x: x[1], "coefficients is Tensor"),
     "base_weight of another shape": ("base_weight", lambda x: x[:1], "base_weight has shape"),
     "sample_weight with gradient": ("sample_weight", lambda x: x.requires_grad_(), "sample_weight requires grad"),
     "unknown reduction": ("reduction", lambda x: "sum", "reduction is 'sum'"),
+    "reduction is no name": ("reduction", lambda x: ["mean"], "reduction is \\['mean'\\]"),
 }
 
 
@@ -132,12 +147,27 @@ def test_a_bad_call_after_good_ones_is_refused(case: str) -> None:
     criterion = vadiff.DiffusionLoss(bins=8)
     for _ in range(2):
         criterion(**arguments())
+        criterion(*list(arguments().values())[:3])
     before = criterion.statistics.state.clone()
     given = arguments()
+    if case == "coefficients are none":
+        given["noise"] = None
     with pytest.raises((TypeError, ValueError), match=message):
         criterion(**{**given, name: spoil(given[name])})
     assert torch.equal(criterion.statistics.state, before)
     criterion(**arguments())
+
+
+def test_whether_a_number_is_0_is_looked_at_in_each_call(make_criterion: Make) -> None:
+    criterion = make_criterion().eval()
+    given = arguments(criterion.statistics.state.device)
+    for _ in range(2):
+        criterion(**{**given, "coefficients": (1.0, -1.0, -0.5)})
+        criterion(**{**given, "coefficients": (1.0, -1.0, 0.0), "noise": None})
+    nothing = {**given, "coefficients": (1.0, -1.0, 0.0), "noise": torch.full_like(given["noise"], torch.nan)}
+    assert criterion(**nothing).isfinite()  # what has the coefficient 0 is not read
+    with pytest.raises(ValueError, match="noise is None"):
+        criterion(**{**given, "coefficients": (1.0, -1.0, -0.5), "noise": None})
 
 
 def test_tensors_that_kernels_cannot_read_as_they_are_are_found_after_others(make_criterion: Make) -> None:
@@ -178,17 +208,27 @@ def test_an_observer_that_comes_later_sees_the_operators() -> None:
     assert given["base_weight"].grad is not None
 
 
+def test_a_backward_in_a_mode_of_fake_tensors_reads_no_number() -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for _ in range(2):
+        criterion(**arguments()).backward()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = arguments()
+        criterion(**given).backward()
+    assert given["prediction"].grad.shape == SHAPE
+
+
 def test_a_criterion_keeps_no_argument_and_copies_take_no_plan() -> None:
     criterion = vadiff.DiffusionLoss(bins=8)
     given = arguments()
     gone = [weakref.ref(given[name]) for name in ("prediction", "target", "noise", "base_weight", "sample_weight")]
     criterion(**given).backward()
-    assert criterion._plan is not None
+    assert criterion._plans._last is not None
     del given
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(gone)
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert other._plan is None
+        assert other._plans._last is None
         other(**arguments())
 
 

@@ -170,6 +170,7 @@ def _settle(
         )  # fmt: skip
 
 
+@torch.no_grad()
 def step(
     problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
 ) -> Step:

@@ -76,7 +76,7 @@ class DiffusionLoss(nn.Module):
     _last_log_snr: Tensor | None = None  # [B] of the last call
     _watch: Watch = Watch()  # that of all criteria pickled before there was one; others have their own
     _plans: Plans = Plans()  # likewise
-    _problem: tuple[tuple[Any, ...], Problem] | None = None  # attributes it was built from, cached Problem
+    _problem: Problem | None = None  # of the last call; None after an attribute was set
 
     def __init__(
         self,
@@ -126,6 +126,8 @@ class DiffusionLoss(nn.Module):
             value = bool(value)
         elif name == "backend":
             backends.check_name(value)
+        if name in ("loss", "huber_delta", "sync", "backend"):
+            self.__dict__["_problem"] = None
         super().__setattr__(name, value)
 
     @classmethod
@@ -210,9 +212,8 @@ class DiffusionLoss(nn.Module):
             weighting = weighting.for_call(self, coefficients)
         if weighting.needs_losses:
             return self._weighted_by_losses(inputs)
-        problem = self._current_problem()
         statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
-        state = statistics.checked_state("prediction", prediction)
+        problem, state = self._current_problem(statistics), statistics.checked_state("prediction", prediction)
         records = self.training and torch.is_grad_enabled()
         weight = weighting.for_batch(inputs.log_snr, sync=problem.sync and records)
         if weight is not None:
@@ -242,7 +243,8 @@ class DiffusionLoss(nn.Module):
         """
         inputs = make_loss_inputs(loss_per_sample, log_snr, sample_weight)
         weighting, loss = self.weighting, inputs.prediction
-        problem, state = self._current_problem(), self.statistics.checked_state("loss_per_sample", loss)
+        statistics = self.statistics
+        problem, state = self._current_problem(statistics), statistics.checked_state("loss_per_sample", loss)
         records = self.training and torch.is_grad_enabled()
         sync = problem.sync and records  # no collective in eval mode: one rank may evaluate alone
         if weighting.needs_losses:
@@ -261,7 +263,8 @@ class DiffusionLoss(nn.Module):
 
     def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
         """Loss of a weighting that depends on the losses of the batch: compute them, then `reweight` them."""
-        problem, state = self._current_problem(), self.statistics.checked_state("prediction", inputs.prediction)
+        statistics = self.statistics
+        problem, state = self._current_problem(statistics), statistics.checked_state("prediction", inputs.prediction)
         u, v = inputs.base_weight, inputs.sample_weight
         unweighted = inputs._replace(sample_weight=None, mean=False)
         losses, per_sample = autograd.diffusion_loss(problem, unweighted, state, update=False)
@@ -353,19 +356,16 @@ class DiffusionLoss(nn.Module):
         if "target" not in self._modules:  # pickled before there were targets
             self.__dict__.setdefault("target", None)
 
-    def _current_problem(self) -> Problem:
+    def _current_problem(self, statistics: LogSNRStatistics) -> Problem:
         """The Problem of the next call, cached until an attribute that it depends on is reassigned."""
-        statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
-        rule = self.weighting.rule
-        attributes = (
-            rule, statistics.bins, statistics.half_life, self.loss, self.huber_delta, self.sync, self.backend
-        )  # fmt: skip
-        if self._problem is not None and self._problem[0] == attributes:
-            return self._problem[1]
-        delta, half_life = self.huber_delta if self.loss == "huber" else 0.0, float(statistics.half_life)
-        problem = Problem(statistics.bins, half_life, rule, delta, sync=self.sync, backend=self.backend)
+        rule, bins, half_life = self.weighting.rule, statistics.bins, statistics.half_life
+        known = self._problem
+        if known is not None and known.rule == rule and known.bins == bins and known.half_life == half_life:
+            return known
+        delta = self.huber_delta if self.loss == "huber" else 0.0
+        problem = Problem(bins, float(half_life), rule, delta, sync=self.sync, backend=self.backend)
         if not is_compiling():
-            object.__setattr__(self, "_problem", (attributes, problem))
+            self.__dict__["_problem"] = problem
         return problem
 
     def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:

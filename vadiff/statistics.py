@@ -184,10 +184,8 @@ class LogSNRStatistics(nn.Module):
             ValueError: the buffers are on another device than `tensor`, the argument `name`.
             RuntimeError: the buffers have another dtype or size than `bins` needs.
         """
-        buffers, size = self._buffers, self.bins.size  # as attributes they take 0.7 µs
-        state, log_weights = buffers["state"], buffers["log_weights"]
-        assert state is not None
-        assert log_weights is not None
+        buffers: Any = self._buffers  # as attributes they take 0.7 µs
+        state, log_weights, size = buffers["state"], buffers["log_weights"], self.bins.size
         if state.device != tensor.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but the criterion is on {state.device}. "

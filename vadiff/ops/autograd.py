@@ -17,31 +17,32 @@ from torch.compiler import is_compiling
 
 from . import operators
 from ._torch import graph_is_kept, plain_apply, raising_if_differentiated, transformed
-from .problem import SLOPE, Inputs, Problem, State
+from .problem import SLOPE, Inputs, Problem, State, Step
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16)
 _ONCE = "the gradient of vadiff's loss cannot be differentiated a second time"
-_NO_GRADIENTS = (None,) * 6  # of the arguments after prediction and base_weight
+_NO_GRADIENTS = (None,) * 4  # of the arguments after prediction and base_weight
 _RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # inputs that a deferred backward reads
 
 
 class _Loss(torch.autograd.Function):
     """Differentiable with respect to `prediction` and `base_weight`.
 
-    In eager mode the per-sample results are appended to `made`, because a second output costs 5 µs. Under torch.compile
-    they are a second output, and `prediction` and `base_weight` are None in `inputs`: one tensor must not be passed
-    twice."""
+    In eager mode `step` are the results of a step, and only the loss is returned, because a second output costs 5 µs.
+    Under torch.compile the step is made here, from `step` = (state, update), and the per-sample results are a second
+    output; `prediction` and `base_weight` are None in `inputs`, because one tensor must not be passed twice."""
 
     @staticmethod
     def forward(
         ctx: Any, prediction: Tensor, base_weight: Tensor | None,
-        problem: Problem, inputs: Inputs, state: State, fused: bool, update: bool, made: list[Tensor] | None,
+        problem: Problem, inputs: Inputs, fused: bool, step: Step | tuple[State, bool],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        if inputs.prediction is None:
-            inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
-        if not fused and inputs.plan is None:  # save one dense layout, so that the backward copies nothing
-            inputs = operators.one_layout(inputs)
-        loss, per_sample, gradient = operators.step(problem, inputs, state, gradient=fused, update=update)
+        compiling = not isinstance(step, Step)
+        if not isinstance(step, Step):
+            state, update = step
+            inputs = operators.one_layout(inputs._replace(prediction=prediction, base_weight=base_weight))
+            step = operators.step(problem, inputs, state, gradient=False, update=update)
+        loss, per_sample, gradient = step
         ctx.set_materialize_grads(False)
         ctx.call = problem, fused, inputs.mean
         # Never save a returned tensor: the caller's in-place `loss /= n` would invalidate it.
@@ -53,11 +54,10 @@ class _Loss(torch.autograd.Function):
             read = [name for name in _RESIDUAL if isinstance(getattr(inputs, name), Tensor)]
             ctx.save_for_backward(*(getattr(inputs, name) for name in read), per_sample)
             ctx.read, ctx.numbers = read, (inputs.a, inputs.b, inputs.c)
-        if made is not None:
-            made.append(per_sample)
-            return loss
-        ctx.mark_non_differentiable(per_sample)
-        return loss, per_sample
+        if compiling:
+            ctx.mark_non_differentiable(per_sample)
+            return loss, per_sample
+        return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -110,16 +110,16 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
         return loss, per_sample
     if compiling:
         inputs = inputs._replace(prediction=None, base_weight=None)  # type: ignore[arg-type]
-        applied: tuple[Tensor, Tensor] = _Loss.apply(
-            prediction, base_weight, problem, inputs, state, False, update, None
-        )
+        applied: tuple[Tensor, Tensor] = _Loss.apply(prediction, base_weight, problem, inputs, False, (state, update))
         return applied
     if base_weight is not None and not base_weight.requires_grad:
         base_weight = None
     fused = by_prediction and inputs.mean and prediction.dtype in FUSED_DTYPES
-    made: list[Tensor] = []
-    loss = _apply(prediction, base_weight, problem, inputs, state, fused, update, made)
-    return loss, made[0]
+    if not fused and inputs.plan is None:  # one dense layout, so that the backward copies nothing
+        with torch.no_grad():
+            inputs = operators.one_layout(inputs)
+    step = operators.step(problem, inputs, state, gradient=fused, update=update)
+    return _apply(prediction, base_weight, problem, inputs, fused, step), step.per_sample
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) -> Tensor:

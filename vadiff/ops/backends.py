@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .problem import Plan
 
 BACKENDS = ("auto", "reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "VADIFF_BACKEND"
@@ -35,8 +34,8 @@ _BUILD = (
 
 # The dictionary under os.environ: for a missing variable os.environ itself raises and catches two exceptions, which
 # takes 2 µs, and 6 µs in a training step, where its code is not in the cache.
-_variables: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
-_KEY = ENVIRONMENT_VARIABLE if _variables is os.environ else os.environ.encodekey(ENVIRONMENT_VARIABLE)
+variables: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+KEY = ENVIRONMENT_VARIABLE if variables is os.environ else os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +46,19 @@ def check_name(backend: str, argument: str = "backend") -> None:
         raise ValueError(f"{argument} is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def select(backend: str, tensor: Tensor, plan: Plan | None = None) -> ModuleType:
+def select(backend: str, tensor: Tensor) -> ModuleType:
     """The module whose functions run a call on `tensor` (the prediction, the per-sample losses, or a gradient).
-
-    plan: that of the call; it keeps the answer, which is the same for all calls that look alike.
 
     Raises:
         ValueError: the environment variable names no backend.
         RuntimeError: a backend requested by name cannot run the call; the message says why and how to fix it.
     """
-    if backend == "auto" and _KEY in _variables:
+    if backend == "auto" and KEY in variables:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
-    if plan is not None and plan.kernels is not None and plan.kernels[0] == backend:
-        return plan.kernels[1]
     found = _chosen(backend, tensor.device, tensor.dtype)
     if isinstance(found, Obstacle):
         raise RuntimeError(f"backend {backend!r} cannot run this call: {found}") from found.__cause__
-    if plan is not None:
-        plan.kernels = backend, found
     return found
 
 

@@ -72,12 +72,19 @@ def step(
     plan = inputs.plan
     if not dispatched and (plan is None or inputs.weight is not None) and (observed() or not plain(inputs)):
         flat = _flat(inputs, state, problem)
-        return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
+        with torch.no_grad():
+            return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
     if update and backward_pass() != -1:
         _refuse_inside_backward()
     if plan is None:
         inputs = one_layout(inputs)
-    kernels = backends.select(problem.backend, inputs.prediction, plan)
+    overridden = backends.KEY in backends.variables
+    if plan is None or overridden or plan.backend != problem.backend:
+        kernels: Any = backends.select(problem.backend, inputs.prediction)
+        if plan is not None and not overridden:
+            plan.backend, plan.kernels = problem.backend, kernels
+    else:
+        kernels = plan.kernels
     gather = _gather() if update and problem.sync and groups._default_pg is not None else None
     result: Step = kernels.step(problem, inputs, state, gradient=gradient, update=update, gather=gather)
     return result

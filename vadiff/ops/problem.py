@@ -14,7 +14,6 @@ users, `vadiff.ops.operators` brings prediction, target and noise into one dense
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -97,14 +96,14 @@ class Plan:
     A call has a plan only if nothing observes it and kernels can read all its tensors as they are, `Inputs.weight`
     aside."""
 
-    __slots__ = ("kernels", "mean", "prepared", "reads_noise", "reads_target", "signature")
+    __slots__ = ("backend", "kernels", "mean", "prepared", "reads_noise", "reads_target", "signature")
 
     def __init__(self, signature: tuple[Any, ...], reads_target: bool, reads_noise: bool, mean: bool) -> None:
         self.signature = signature  # dtype, shape, strides, device, requires_grad of each tensor
         self.reads_target = reads_target
         self.reads_noise = reads_noise
         self.mean = mean
-        self.kernels: tuple[str, ModuleType] | None = None  # the backend that was asked for, and its module
+        self.backend, self.kernels = "", None  # the name that was last asked for, and its module
         self.prepared: Any = None  # what a backend keeps for the next call
 
 

@@ -296,6 +296,7 @@ def smooth(a: Tensor, n: Tensor, bins: Bins, rule: TableRule) -> tuple[Tensor, T
 # the four functions of a backend
 
 
+@torch.no_grad()
 def step(
     problem: Problem, inputs: Inputs, state: State, *, gradient: bool, update: bool, gather: Gather | None
 ) -> Step:
