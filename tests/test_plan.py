@@ -208,6 +208,26 @@ def test_an_observer_that_comes_later_sees_the_operators() -> None:
     assert given["base_weight"].grad is not None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what the criterion keeps of its last call
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_has_the_operator_after_eager_calls_too(strict: bool) -> None:
+    class Trained(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.criterion = torch.nn.Linear(6, 6), vadiff.DiffusionLoss(bins=8)
+
+        def forward(self, x: Tensor, target: Tensor, log_snr: Tensor) -> Tensor:
+            loss: Tensor = self.criterion(self.linear(x), target, log_snr)
+            return loss
+
+    trained, given = Trained(), (torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(4))
+    for _ in range(2):
+        trained(*given)
+    exported = torch.export.export(trained, given, strict=strict)
+    graphs = [each.graph for each in exported.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    assert torch.ops.vadiff.diffusion_loss.default in [node.target for graph in graphs for node in graph.nodes]
+
+
 def test_a_backward_in_a_mode_of_fake_tensors_reads_no_number() -> None:
     criterion = vadiff.DiffusionLoss(bins=8)
     for _ in range(2):

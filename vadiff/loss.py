@@ -13,7 +13,7 @@ from . import diagnosis
 from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number
 from .ops import autograd, backends
-from .ops.plan import Plans
+from .ops.plan import Plans, with_weight
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_loss_inputs
 from .process_defaults import arguments_for
 from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
@@ -217,7 +217,7 @@ class DiffusionLoss(nn.Module):
         records = self.training and torch.is_grad_enabled()
         weight = weighting.for_batch(inputs.log_snr, sync=problem.sync and records)
         if weight is not None:
-            inputs = inputs._replace(weight=self._checked_weight(weight, prediction))
+            inputs = with_weight(inputs, self._checked_weight(weight, prediction))
         loss, per_sample = autograd.diffusion_loss(problem, inputs, state, update=records)
         extra = weighting.extra_term(per_sample[ELL], inputs) if weighting.has_parameters else None
         if extra is not None:
@@ -368,9 +368,8 @@ class DiffusionLoss(nn.Module):
             self.__dict__["_problem"] = problem
         return problem
 
-    def _checked_weight(self, weight: Tensor, prediction: Tensor) -> Tensor:
-        device, dtype = prediction.device, compute_dtype(prediction)
-        return check_per_sample("weighting(log_snr)", weight, len(prediction), device, dtype)
+    def _checked_weight(self, weight: Tensor, like: Tensor) -> Tensor:
+        return check_per_sample("weighting(log_snr)", weight, len(like), like.device, compute_dtype(like))
 
     def _keep(self, per_sample: Tensor, inputs: Inputs, records: bool) -> None:
         if inputs.plan is None and is_compiling():

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 _C: Any = torch._C
 
@@ -60,7 +60,7 @@ def transformed() -> bool:
 def observed() -> bool:
     """Whether a compiler, tracer, profiler, dispatch mode or transform is active, which must see a call's operators."""
     return (
-        is_dynamo_compiling()  # export without dynamo has a dispatch mode
+        is_compiling()
         or bool(_tracing_state())
         or _profiling()
         or _dispatch_modes() > 0

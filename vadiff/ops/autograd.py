@@ -28,20 +28,24 @@ _RESIDUAL = ("prediction", "target", "noise", "a", "b", "c")  # inputs that a de
 class _Loss(torch.autograd.Function):
     """Differentiable with respect to `prediction` and `base_weight`.
 
-    In eager mode `step` are the results of a step, and only the loss is returned, because a second output costs 5 µs.
-    Under torch.compile the step is made here, from `step` = (state, update), and the per-sample results are a second
-    output; `prediction` and `base_weight` are None in `inputs`, because one tensor must not be passed twice."""
+    For a call with a plan `step` are the results of the step, and only the loss is returned, because a second output
+    costs 5 µs. Otherwise the step is made here, from `step` = (state, update), and the per-sample results are a second
+    output. Under torch.compile, which refuses a tensor that is passed twice, `inputs` lack `prediction` and
+    `base_weight`."""
 
     @staticmethod
     def forward(
         ctx: Any, prediction: Tensor, base_weight: Tensor | None,
         problem: Problem, inputs: Inputs, fused: bool, step: Step | tuple[State, bool],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        compiling = not isinstance(step, Step)
+        made_here = not isinstance(step, Step)
         if not isinstance(step, Step):
             state, update = step
-            inputs = operators.one_layout(inputs._replace(prediction=prediction, base_weight=base_weight))
-            step = operators.step(problem, inputs, state, gradient=False, update=update)
+            if inputs.prediction is None:
+                inputs = inputs._replace(prediction=prediction, base_weight=base_weight)
+            if not fused:  # save one dense layout, so that the backward copies nothing
+                inputs = operators.one_layout(inputs)
+            step = operators.step(problem, inputs, state, gradient=fused, update=update)
         loss, per_sample, gradient = step
         ctx.set_materialize_grads(False)
         ctx.call = problem, fused, inputs.mean
@@ -54,7 +58,7 @@ class _Loss(torch.autograd.Function):
             read = [name for name in _RESIDUAL if isinstance(getattr(inputs, name), Tensor)]
             ctx.save_for_backward(*(getattr(inputs, name) for name in read), per_sample)
             ctx.read, ctx.numbers = read, (inputs.a, inputs.b, inputs.c)
-        if compiling:
+        if made_here:
             ctx.mark_non_differentiable(per_sample)
             return loss, per_sample
         return loss
@@ -115,9 +119,9 @@ def diffusion_loss(problem: Problem, inputs: Inputs, state: State, *, update: bo
     if base_weight is not None and not base_weight.requires_grad:
         base_weight = None
     fused = by_prediction and inputs.mean and prediction.dtype in FUSED_DTYPES
-    if not fused and inputs.plan is None:  # one dense layout, so that the backward copies nothing
-        with torch.no_grad():
-            inputs = operators.one_layout(inputs)
+    if inputs.plan is None:
+        made: tuple[Tensor, Tensor] = _apply(prediction, base_weight, problem, inputs, fused, (state, update))
+        return made
     step = operators.step(problem, inputs, state, gradient=fused, update=update)
     return _apply(prediction, base_weight, problem, inputs, fused, step), step.per_sample
 

@@ -70,10 +70,9 @@ def step(
     Raises:
         RuntimeError: with `update`, from inside a backward pass; or the backend cannot run it."""
     plan = inputs.plan
-    if not dispatched and (plan is None or inputs.weight is not None) and (observed() or not plain(inputs)):
+    if plan is None and not dispatched and (observed() or not plain(inputs)):
         flat = _flat(inputs, state, problem)
-        with torch.no_grad():
-            return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
+        return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
     if update and backward_pass() != -1:
         _refuse_inside_backward()
     if plan is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import PLAIN, observed
+from ._torch import PLAIN, observed, plain
 from .operators import one_layout
 from .problem import Coefficient, Inputs, Plan, make_inputs
 
@@ -52,7 +52,9 @@ class Plans:
         Raises:
             ValueError, TypeError: as `make_inputs`.
         """
-        signature = None if observed() else (
+        if observed():  # before anything is read that a compiler would guard
+            return make_inputs(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction)
+        signature = (
             _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr),
             _ABSENT if noise is None else _of_tensor(noise),
             _ABSENT if coefficients is None else _of_coefficients(coefficients),
@@ -63,7 +65,7 @@ class Plans:
         plan = self._last
         if plan is None or plan.signature != signature:
             arguments = prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
-            if signature is None or None in signature:
+            if None in signature:
                 return make_inputs(*arguments)
             plan = self._by_signature.get(signature)
             if plan is None:
@@ -92,6 +94,14 @@ class Plans:
         plan = Plan(signature, inputs.target is not None, inputs.noise is not None, inputs.mean)
         self._last = self._by_signature[signature] = plan
         return inputs._replace(plan=plan)
+
+
+def with_weight(inputs: Inputs, weight: Tensor) -> Inputs:
+    """The inputs with weights [B]; without a plan if kernels cannot read these as they are."""
+    plan = inputs.plan
+    if plan is not None and not plain((weight,)):
+        plan = None
+    return inputs._replace(weight=weight, plan=plan)
 
 
 def _of_tensor(value: Any) -> tuple[Any, ...] | None:

@@ -14,6 +14,7 @@ users, `vadiff.ops.operators` brings prediction, target and noise into one dense
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -90,21 +91,19 @@ class Inputs(NamedTuple):
     plan: Plan | None = None  # None: `vadiff.ops` has to look at the tensors of this call
 
 
+@dataclass(slots=True, eq=False)
 class Plan:
     """What follows from the signature of a call, for all calls that have it; see `vadiff.ops.plan`.
 
-    A call has a plan only if nothing observes it and kernels can read all its tensors as they are, `Inputs.weight`
-    aside."""
+    A call has a plan only if nothing observes it and kernels can read all its tensors as they are."""
 
-    __slots__ = ("backend", "kernels", "mean", "prepared", "reads_noise", "reads_target", "signature")
-
-    def __init__(self, signature: tuple[Any, ...], reads_target: bool, reads_noise: bool, mean: bool) -> None:
-        self.signature = signature  # dtype, shape, strides, device, requires_grad of each tensor
-        self.reads_target = reads_target
-        self.reads_noise = reads_noise
-        self.mean = mean
-        self.backend, self.kernels = "", None  # the name that was last asked for, and its module
-        self.prepared: Any = None  # what a backend keeps for the next call
+    signature: tuple[Any, ...]  # dtype, shape, strides, device, requires_grad of each tensor
+    reads_target: bool
+    reads_noise: bool
+    mean: bool
+    backend: str = ""  # the name that was last asked for, and its module
+    kernels: Any = None
+    prepared: Any = None  # what a backend keeps for the next call
 
 
 class State(NamedTuple):
