@@ -179,8 +179,7 @@ void fold_batch(const MomentRows& batch, const Totals& totals, const Update& upd
   const MomentRows bins(state, size);
   const Float64 *shares = state + 4 * size + 2 + kStateTotals, *weights = shares + size;
   BinSums sums = {};
-  for (int k = 0; k < size; ++k)
-    if (bins.n[k] > 0 || batch.n[k] > 0) add_bin(&sums, bins[k], batch.n[k], batch.mass[k]);
+  for (int k = 0; k < size; ++k) add_bin(&sums, bins[k], batch.n[k], batch.mass[k]);
   LevelSums levels = {};
   const double average = average_loss(sums);
   for (int k = 0; k < size; ++k) add_level(&levels, bins[k], batch.n[k], batch.mass[k], shares[k], weights[k], average);
@@ -188,8 +187,7 @@ void fold_batch(const MomentRows& batch, const Totals& totals, const Update& upd
   StateTotals moved;
   memcpy(&moved, update.state + 4 * size + 2, sizeof(moved));
   move_totals(&moved, sums, levels, totals, rho, update.half_life, size);
-  for (int k = 0; k < size; ++k)
-    if (bins.n[k] > 0 || batch.n[k] > 0) bins.set(k, fold(bins[k], batch[k], rho));
+  for (int k = 0; k < size; ++k) bins.set(k, fold(bins[k], batch[k], rho));
   update.state[4 * size] += int64_t(totals.skipped);
   memcpy(update.state + 4 * size + 2, &moved, sizeof(moved));
   if (update.rule.statistic != kNone) weight_table(bins, update);
