@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._torch import PLAIN, observed, plain
 from .operators import one_layout
-from .problem import Coefficient, Inputs, Plan, make_inputs
+from .problem import Inputs, Plan, make_inputs
 
 _MOST = 64  # plans of one criterion; more signatures than these come from data whose shapes are all different
 _ABSENT = "absent"
@@ -33,18 +33,8 @@ class Plans:
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         return Plans, ()
 
-    def inputs(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        log_snr: Tensor,
-        noise: Tensor | None,
-        coefficients: tuple[Coefficient, Coefficient, Coefficient] | None,
-        base_weight: Tensor | None,
-        sample_weight: Tensor | None,
-        reduction: str,
-    ) -> Inputs:
-        """As `make_inputs`, but without its checks where there is a plan.
+    def inputs(self, *arguments: Any) -> Inputs:
+        """As `make_inputs` with the same arguments, but without its checks where there is a plan.
 
         The result has a plan unless each call must be looked at, because it passes the dispatcher or an argument is
         converted or copied before a kernel reads it.
@@ -53,7 +43,8 @@ class Plans:
             ValueError, TypeError: as `make_inputs`.
         """
         if observed():  # before anything is read that a compiler would guard
-            return make_inputs(prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction)
+            return make_inputs(*arguments)
+        prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction = arguments
         signature = (
             _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr),
             _ABSENT if noise is None else _of_tensor(noise),
@@ -64,7 +55,6 @@ class Plans:
         )  # fmt: skip
         plan = self._last
         if plan is None or plan.signature != signature:
-            arguments = prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
             if None in signature:
                 return make_inputs(*arguments)
             plan = self._by_signature.get(signature)
