@@ -43,7 +43,6 @@ OLDER_NVCC = "with an NVIDIA driver older than 580: a toolkit of developer.nvidi
 INSTRUCTION_SETS = {
     "generic": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 
 

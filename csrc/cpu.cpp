@@ -21,55 +21,15 @@ namespace {
 constexpr int64_t kItems = 64;          // a batch is cut into at least so many items, unless
 constexpr int64_t kMinChunk = 16384;    // they would have fewer elements than this
 constexpr int64_t kForThreads = 65536;  // with fewer elements, waking threads costs more than it saves
-constexpr int64_t kForWideRegisters = 1 << 18;  // registers of 512 bits lower the clock, for what comes after too
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // a larger fresh buffer costs more in page faults than in arithmetic
 
-const RowKernels* const* compiled() {
-#ifdef VADIFF_X86
-  static const RowKernels* const all[] = {&avx512::kernels, &avx2::kernels, &generic::kernels, nullptr};
-#else
-  static const RowKernels* const all[] = {&generic::kernels, nullptr};
-#endif
-  return all;
+std::atomic<const RowKernels*>& selected() {
+  static std::atomic<const RowKernels*> kernels{cpu::available(0)};
+  return kernels;
 }
 
-bool runs_here(const RowKernels* kernels) {
-#ifdef VADIFF_X86
-  if (kernels == &avx512::kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
-  if (kernels == &avx2::kernels)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-  return kernels != nullptr;
-}
-
-std::atomic<const RowKernels*> selected_kernels{nullptr};  // null: by the size of the call
-
-// The best kernels whose registers are no wider than 256 bits.
-const RowKernels* narrow_kernels() {
-  for (int i = 0;; ++i) {
-    const RowKernels* found = cpu::available(i);
-#ifdef VADIFF_X86
-    if (found == &avx512::kernels) continue;
-#endif
-    return found;
-  }
-}
-
-// The kernels of a call on so many elements.
-const RowKernels* kernels(int64_t elements) {
-  static const RowKernels* const widest = cpu::available(0);
-  static const RowKernels* const narrow = narrow_kernels();
-  const RowKernels* selected = selected_kernels.load(std::memory_order_relaxed);
-  return selected ? selected : elements < kForWideRegisters ? narrow : widest;
-}
-
-RowsKernel<float> rows_kernel(const RowKernels* kernels, float) { return kernels->rows_float; }
-RowsKernel<double> rows_kernel(const RowKernels* kernels, double) { return kernels->rows_double; }
-ScaleKernel<float> scale_kernel(const RowKernels* kernels, float) { return kernels->scale_float; }
-ScaleKernel<double> scale_kernel(const RowKernels* kernels, double) { return kernels->scale_double; }
+const RowKernels& kernels() { return *selected().load(std::memory_order_relaxed); }
 
 // Call run(item) for each item: on one thread, or on all. For a smaller team OpenMP ends the other threads, and torch's next
 // operator starts them again. One thread enters no parallel region, which ends with a system call even for a team of one.
@@ -153,7 +113,7 @@ void weight_table(const MomentRows& bins, const Update& update) {
   if (smooths) {
     for (int offset = 0; offset <= radius; ++offset) taps[offset] = tap_weight(offset, rule, update.bins);
     const int begin = std::max(first - radius, 0), end = std::min(last + radius + 1, size);  // the others stay 0
-    kernels(size)->smooth({begin, end, radius, update.bins.width, rule.smoothing, a, n, taps, smooth_a, smooth_n});
+    kernels().smooth({begin, end, radius, update.bins.width, rule.smoothing, a, n, taps, smooth_a, smooth_n});
   } else {
     smooth_a = a, smooth_n = n;
   }
@@ -272,14 +232,14 @@ void finish(const Samples<C>& samples, const Update& update, EllOf ell_of) {
 
 template <class C>
 void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
-  const RowsKernel<C> kernel = rows_kernel(kernels(samples * rows.elements), C());
   if (rows.gradient) {
     const int64_t bytes = samples * rows.elements * dtype_size(rows.prediction.dtype);
     advise(rows.gradient, bytes);
     rows.stream = outgrows_caches(bytes);
   }
   const int64_t items = samples * rows.splits;
-  for_items(items, samples * rows.elements, threads, [&](int64_t item) { kernel(rows, item); });
+  const ElementKernels<C>& of = kernels();
+  for_items(items, samples * rows.elements, threads, [&](int64_t item) { of.rows(rows, item); });
 }
 
 template <class C>
@@ -333,9 +293,9 @@ void scale_in(const Call& call) {
   if (in_place && upstream == C(1)) return;
   if (!in_place) advise(call.out, bytes);
   const ScaleTask<C> task = {call.gradient, call.out, dtype, upstream, kMinChunk, size, !in_place && outgrows_caches(bytes)};
-  const ScaleKernel<C> kernel = scale_kernel(kernels(size), C());
+  const ElementKernels<C>& of = kernels();
   const int64_t items = (size + task.chunk - 1) / task.chunk;
-  for_items(items, size, call.threads, [&](int64_t item) { kernel(task, item); });
+  for_items(items, size, call.threads, [&](int64_t item) { of.scale(task, item); });
 }
 
 template <class C>
@@ -380,19 +340,18 @@ void fold(const Call& call) {
 }
 
 const RowKernels* available(int index) {
-  for (const RowKernels* const* kernels = compiled(); *kernels; ++kernels)
-    if (runs_here(*kernels) && index-- == 0) return *kernels;
-  return nullptr;
+#ifdef VADIFF_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (index-- == 0) return &avx2::kernels;
+#endif
+  return index == 0 ? &generic::kernels : nullptr;
 }
 
 bool select(const char* name) {
-  const RowKernels* found = nullptr;
-  if (*name) {
-    for (int i = 0; (found = available(i)) != nullptr && strcmp(found->name, name) != 0;) ++i;
-    if (!found) return false;
-  }
-  selected_kernels.store(found, std::memory_order_relaxed);
-  return true;
+  int i = 0;
+  while (available(i) && strcmp(available(i)->name, name) != 0) ++i;
+  if (available(i)) selected() = available(i);
+  return available(i);
 }
 
 }  // namespace cpu

@@ -70,10 +70,7 @@ VADIFF_FN const float* fetch(const void* data, int dtype, int64_t first, int n, 
     for (; i < n; ++i) buffer[i] = bfloat16_to_float(from[i]);
     return buffer;
   }
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    _mm512_storeu_ps(buffer + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-#elif defined(__F16C__)
+#if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
@@ -100,11 +97,7 @@ VADIFF_FN void narrow(const float* __restrict from, int dtype, int n, uint16_t* 
     for (; i < n; ++i) to[i] = float_to_bfloat16(from[i]);
     return;
   }
-#if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
@@ -122,9 +115,7 @@ VADIFF_FN void stream_copy(void* to, const void* from, int64_t bytes) {
   memcpy(t, f, head);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(t + i), _mm512_loadu_si512(f + i));
-#elif defined(__AVX__)
+#if defined(__AVX__)
     for (int j = 0; j < 64; j += 32)
       _mm256_stream_si256(reinterpret_cast<__m256i*>(t + i + j),
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i + j)));

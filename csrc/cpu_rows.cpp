@@ -15,9 +15,7 @@ constexpr int kTileElements = 1024;  // four buffers of it fit a first-level cac
 constexpr int kAhead = 256;  // elements; prefetched, as the hardware prefetcher stops at each page
 
 // Bytes of a register.
-#if defined(__AVX512F__)
-#define VADIFF_VECTOR 64
-#elif defined(__AVX__)
+#if defined(__AVX__)
 #define VADIFF_VECTOR 32
 #else
 #define VADIFF_VECTOR 16
@@ -174,8 +172,7 @@ void scale(const ScaleTask<C>& task, int64_t item) {
 
 #define VADIFF_NAME_(isa) #isa
 #define VADIFF_NAME(isa) VADIFF_NAME_(isa)
-extern const RowKernels kernels = {VADIFF_NAME(VADIFF_ISA), rows<float>, rows<double>, scale<float>, scale<double>,
-                                   smooth};
+extern const RowKernels kernels = {{rows<float>, scale<float>}, {rows<double>, scale<double>}, VADIFF_NAME(VADIFF_ISA), smooth};
 
 }  // namespace VADIFF_ISA
 }  // namespace vadiff

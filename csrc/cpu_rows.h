@@ -38,7 +38,7 @@ struct ScaleTask {
   bool stream;
 };
 
-constexpr int kSmoothLanes = 8;  // bins of the widest register
+constexpr int kSmoothLanes = 4;  // bins of the widest register
 
 // Smoothing of the weight table over bins `begin` to `end` (exclusive). a and n are readable `radius` bins before bin 0 and
 // radius + kSmoothLanes after the last one, and 0 there; the results have room for kSmoothLanes more than there are bins.
@@ -50,16 +50,13 @@ struct SmoothTask {
 };
 
 template <class C>
-using RowsKernel = void (*)(const RowsTask<C>&, int64_t item);
-template <class C>
-using ScaleKernel = void (*)(const ScaleTask<C>&, int64_t item);
+struct ElementKernels {
+  void (*rows)(const RowsTask<C>&, int64_t item);
+  void (*scale)(const ScaleTask<C>&, int64_t item);
+};
 
-struct RowKernels {
+struct RowKernels : ElementKernels<float>, ElementKernels<double> {
   const char* name;
-  RowsKernel<float> rows_float;
-  RowsKernel<double> rows_double;
-  ScaleKernel<float> scale_float;
-  ScaleKernel<double> scale_double;
   void (*smooth)(const SmoothTask&);
 };
 
@@ -68,9 +65,6 @@ extern const RowKernels kernels;
 }
 #ifdef VADIFF_X86
 namespace avx2 {
-extern const RowKernels kernels;
-}
-namespace avx512 {
 extern const RowKernels kernels;
 }
 #endif

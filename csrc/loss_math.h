@@ -2,7 +2,7 @@
 // in its notation. No state, no loops over data, no C++ library.
 //
 // All functions are `static inline`: the row kernels are compiled once per instruction set, and the linker could otherwise keep
-// the AVX-512 copy of a shared function for a machine without AVX-512.
+// the AVX2 copy of a shared function for a machine without AVX2.
 #pragma once
 
 #include <math.h>

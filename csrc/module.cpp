@@ -47,7 +47,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("INTERFACE") = kInterface;
   m.attr("CALL_SIZE") = sizeof(Call);
   m.def("cpu_instruction_sets", &cpu_instruction_sets, "What is compiled in and runs here, the best first.");
-  m.def("cpu_select", &cpu_select, "Use this instruction set from now on, or \"\": the best for each call; for tests.");
+  m.def("cpu_select", &cpu_select, "Use this instruction set from now on, in place of the best; for tests.");
 #ifdef VADIFF_CUDA
 #define VADIFF_DEFINE(name) define(m, #name, &cpu::name, &cuda::name)
   m.def("cuda_workspace_size", [](uintptr_t address) { return cuda::workspace_size(call_at(address)); });

@@ -47,7 +47,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     module = vadiff_native()._native
     module.cpu_select(request.param)
     yield request.param
-    module.cpu_select("")
+    module.cpu_select(instruction_sets()[0])
 
 
 def step(backend: str, shape: tuple[int, ...], dtype: torch.dtype, loss: str = "mse") -> list[Tensor]:

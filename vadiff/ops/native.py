@@ -74,7 +74,7 @@ if ctypes.sizeof(Call) != _native.CALL_SIZE:
 
 
 def instruction_set() -> str:
-    """What the CPU kernels use on this processor for large calls: "avx512", "avx2" or "generic"."""
+    """What the CPU kernels use on this processor: "avx2" or "generic"."""
     best: str = _native.cpu_instruction_sets()[0]
     return best
 
