@@ -163,7 +163,7 @@ class _CompiledFunction(torch.autograd.Function):
             inputs = ctx.inputs._replace(prediction=prediction, target=target, noise=noise)
             return ctx.provider.backward(ctx.provider.problem, inputs, per_sample, upstream), None, None, None
         (gradient,) = ctx.saved_tensors
-        ctx.provider.scale(gradient, upstream, gradient)
+        ctx.provider.scale(gradient, upstream)
         return gradient, None, None, None
 
 

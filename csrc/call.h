@@ -60,18 +60,17 @@ struct Call {
   // results
   void* loss;  // C: a scalar, or [B]
   void* per_sample;  // C [4, B]: ell, factor, slope, masked
-  void* gradient;  // [B, D]; null: none
+  void* gradient;  // [B, D]; null: none. Of `scale` in and out
   void* factors;  // C [B], of `reweight`
 
   // of a backward, of `scale`, of `fold`
   const void* upstream;  // C: a scalar, or [B]
   int64_t upstream_stride;
-  void* out;  // like the gradient, and may be the gradient
   const double* gathered;  // [ranks, 4K + 5]
   int64_t ranks;
 };
 
-static_assert(sizeof(void*) == 8 && sizeof(ProblemFields) == 11 * 8 && sizeof(Call) == sizeof(ProblemFields) + 36 * 8,
+static_assert(sizeof(void*) == 8 && sizeof(ProblemFields) == 11 * 8 && sizeof(Call) == sizeof(ProblemFields) + 35 * 8,
               "Python lays out fields of 8 bytes");
 
 }  // namespace vadiff

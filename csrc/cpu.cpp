@@ -286,16 +286,12 @@ void backward_in(const Call& call) {
 
 template <class C>
 void scale_in(const Call& call) {
-  const int dtype = int(call.prediction_dtype);
-  const int64_t size = call.elements, bytes = size * dtype_size(dtype);
-  const bool in_place = call.gradient == call.out;
   const C upstream = *static_cast<const C*>(call.upstream);
-  if (in_place && upstream == C(1)) return;
-  if (!in_place) advise(call.out, bytes);
-  const ScaleTask<C> task = {call.gradient, call.out, dtype, upstream, kMinChunk, size, !in_place && outgrows_caches(bytes)};
+  if (upstream == C(1)) return;
+  const ScaleTask<C> task = {call.gradient, int(call.prediction_dtype), upstream, kMinChunk, call.elements};
   const ElementKernels<C>& of = kernels();
-  const int64_t items = (size + task.chunk - 1) / task.chunk;
-  for_items(items, size, call.threads, [&](int64_t item) { of.scale(task, item); });
+  const int64_t items = (task.size + task.chunk - 1) / task.chunk;
+  for_items(items, task.size, call.threads, [&](int64_t item) { of.scale(task, item); });
 }
 
 template <class C>

@@ -161,9 +161,8 @@ void scale(const ScaleTask<C>& task, int64_t item) {
     int n = int(end - at < kTileElements ? end - at : kTileElements);
     const C* from = fetch(task.gradient, task.dtype, at, n, buffer);
     for (int i = 0; i < n; ++i) scaled[i] = from[i] * task.upstream;
-    put(scaled, task.out, task.dtype, at, n, task.stream);
+    put(scaled, task.gradient, task.dtype, at, n, false);
   }
-  if (task.stream) stream_fence();
 }
 
 #include "cpu_smooth.h"

@@ -30,12 +30,10 @@ struct RowsTask {
 
 template <class C>
 struct ScaleTask {
-  const void* gradient;
-  void* out;  // may be `gradient`
+  void* gradient;  // [size], in and out
   int dtype;
   C upstream;
   int64_t chunk, size;
-  bool stream;
 };
 
 constexpr int kSmoothLanes = 4;  // bins of the widest register

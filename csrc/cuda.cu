@@ -44,10 +44,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
-    scale_kernel(const void* gradient, void* out, int dtype, int64_t size, const C* upstream) {
+    scale_kernel(void* gradient, int dtype, int64_t size, const C* upstream) {
   const C factor = *upstream;
-  if (gradient == out && factor == C(1)) return;
-  const int64_t body = is_aligned(gradient) && is_aligned(out) ? size / kVector * kVector : 0;
+  if (factor == C(1)) return;
+  const int64_t body = is_aligned(gradient) ? size / kVector * kVector : 0;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t at = thread * kVector; at < body; at += gridDim.x * kStep) {
     Raw<C> raw;
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM<C>)
     convert<C>(raw, gradient, dtype, at, values);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) values[i] *= factor;
-    store_eight<C>(out, dtype, at, values);
+    store_eight<C>(gradient, dtype, at, values);
   }
   for (int64_t at = body + thread; at < size; at += int64_t(gridDim.x) * kThreads)
-    store_one<C>(out, dtype, at, load_one<C>(gradient, dtype, at) * factor);
+    store_one<C>(gradient, dtype, at, load_one<C>(gradient, dtype, at) * factor);
 }
 
 __global__ void __launch_bounds__(kThreads) fold_kernel(const double* parts, int64_t count, Update update, Scratch scratch) {
@@ -205,7 +205,7 @@ void backward_in(const Call& call) {
 
 template <class C>
 void scale_in(const Call& call) {
-  launch(scale_kernel<C>, resident<C>((call.elements + kStep - 1) / kStep, call), call, call.gradient, call.out,
+  launch(scale_kernel<C>, resident<C>((call.elements + kStep - 1) / kStep, call), call, call.gradient,
          int(call.prediction_dtype), call.elements, static_cast<const C*>(call.upstream));
 }
 

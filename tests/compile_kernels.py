@@ -93,8 +93,7 @@ def call_everything(dtype: torch.dtype, shape: tuple[int, ...], k: int, statisti
     inputs = Inputs(prediction, target, noise, a, b, c, log_snr, each, each, weight=None, mean=True)
     made = triton_kernels.step(problem, inputs, state, gradient=True, update=True, gather=None)
     triton_kernels.backward(problem, inputs, made.per_sample, made.loss)
-    triton_kernels.scale(made.gradient, made.loss, made.gradient)
-    triton_kernels.scale(made.gradient, made.loss, torch.empty_like(made.gradient))
+    triton_kernels.scale(made.gradient, made.loss)
     losses = Inputs(log_snr, None, None, 1.0, 0.0, 0.0, log_snr, None, each, weight=None, mean=False)
     triton_kernels.reweight(problem, losses, state, update=True, gather=None)
 

@@ -30,15 +30,16 @@ LIBRARY = {
     "schedule_checks": {"betas", "errors"},
     "log_snr": {"schedule_checks"},
     "_validation": set(),
+    "_ranks": set(),
     "regression_target": set(),
-    "ops": {"_native", "_validation", "triton_kernels"},
+    "ops": {"_native", "_ranks", "_validation", "triton_kernels"},
     "reference": {"ops"},  # names in pickles of version 0.1
     "process": {"betas", "log_snr", "ops"},
     "schedulers": {"log_snr", "ops", "process", "schedule_checks"},
     "statistics": {"_validation", "ops"},
-    "weighting": {"_validation", "ops", "process", "statistics"},
+    "weighting": {"_ranks", "_validation", "ops", "process", "statistics"},
     "level_checks": {"ops", "process"},
-    "watch": {"errors", "level_checks", "ops", "statistics"},
+    "watch": {"_ranks", "errors", "level_checks", "ops", "statistics"},
     "bands": {"ops", "statistics", "weighting"},
     "diagnosis": {"bands", "ops", "process", "regression_target", "watch", "weighting"},
     "information": {"bands", "files", "ops", "process", "regression_target"},
@@ -61,7 +62,7 @@ LIBRARY = {
     },
     "models": {"extras", "log_snr", "process"},
     "ema": {"errors", "files"},
-    "targets": {"_validation", "errors", "pixels"},
+    "targets": {"_ranks", "_validation", "errors", "pixels"},
     "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {
         "_validation", "information", "loss", "ops", "process", "regression_target", "statistics", "weighting",
@@ -71,8 +72,8 @@ LIBRARY = {
     },
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
-        "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers", "summary",
-        "targets", "validation", "weighting",
+        "_ranks", "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers",
+        "summary", "targets", "validation", "weighting",
     },
 }  # fmt: skip
 # The trainer may use all of the library; within it:

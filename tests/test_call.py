@@ -182,9 +182,9 @@ def test_no_collective_runs_after_sync_was_turned_off(monkeypatch: pytest.Monkey
         gathered.append(batch.shape)
         everyone.copy_(batch.repeat(2))
 
-    distributed = SimpleNamespace(get_world_size=lambda: 2, all_gather_single=all_gather)
+    distributed = SimpleNamespace(all_gather_single=all_gather)
     monkeypatch.setattr(operators, "dist", distributed)
-    monkeypatch.setattr(operators, "groups", SimpleNamespace(_default_pg=object()))
+    monkeypatch.setattr(operators, "number_of_ranks", lambda: 2)
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     criterion(prediction, target, log_snr)
     assert gathered == [(4 * 8 + 5,)]

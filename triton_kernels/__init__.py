@@ -214,15 +214,12 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     return gradient
 
 
-def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+def scale(gradient: Tensor, upstream: Tensor) -> None:
     """See `vadiff.ops.reference.scale`."""
     total = gradient.numel()
     grid = min(-(-total // BLOCK), _programs(gradient.device.index))
     with _on(gradient.device):
-        _launch_scale(
-            grid, gradient_ptr=gradient, out_ptr=out, upstream_ptr=upstream, total=total, INPLACE=out is gradient,
-            BLOCK=BLOCK,
-        )  # fmt: skip
+        _launch_scale(grid, gradient_ptr=gradient, upstream_ptr=upstream, total=total, BLOCK=BLOCK)
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:

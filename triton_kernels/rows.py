@@ -227,24 +227,21 @@ def backward_kernel(
 
 @triton.jit
 def scale_kernel(
-    gradient_ptr,  # [N], in
-    out_ptr,  # [N], out; may be gradient_ptr
+    gradient_ptr,  # [N], in and out
     upstream_ptr,  # scalar float32
     total,  # N
-    INPLACE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = gradient * upstream. In place and with upstream 1 there is nothing to do."""
+    BLOCK: tl.constexpr,
+):
+    """gradient *= upstream. With upstream 1 there is nothing to do."""
     upstream = tl.load(upstream_ptr).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    last = total + first * 0
-    if INPLACE:
-        last = tl.where(upstream == 1.0, 0, last)
+    last = tl.where(upstream == 1.0, 0, total + first * 0)
     for block in range(first, last, tl.num_programs(0).to(tl.int64) * BLOCK):
         o = tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
         if block + BLOCK <= last:
             g = tl.load(gradient_ptr + o).to(tl.float32) * upstream
-            tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty))
+            tl.store(gradient_ptr + o, g.to(gradient_ptr.dtype.element_ty))
         else:
             m = o < last
             g = tl.load(gradient_ptr + o, mask=m, other=0.0).to(tl.float32) * upstream
-            tl.store(out_ptr + o, g.to(out_ptr.dtype.element_ty), mask=m)
+            tl.store(gradient_ptr + o, g.to(gradient_ptr.dtype.element_ty), mask=m)

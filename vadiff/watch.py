@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from ._ranks import number_of_ranks
 from .errors import DiffusionLossWarning
 from .level_checks import problem_with_levels
 from .ops.problem import Bins
@@ -194,8 +195,7 @@ def _calls_at_least(criterion: Watched, calls: int) -> bool:
     statistics, last = criterion.statistics, criterion._last_log_snr
     if last is None:
         return False
-    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    samples = float(calls * len(last) * ranks)
+    samples = float(calls * len(last) * number_of_ranks())
     most = statistics.half_life * statistics.bins.size / math.log(2.0)  # effective number, with forgetting
     if math.isfinite(most):
         samples = -most * math.expm1(-samples / most)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._ranks import number_of_ranks
 from ..levels.sampler import require_number
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio
 from ..targets import PosteriorMean, Recorded
 from ..targets.references import Bank
-from ..targets.removed import several_ranks
 from ..weighting import Constant
 from .form import criterion_in_form, moved_beside, training_target
 
@@ -268,7 +268,7 @@ def _without_references(criterion: DiffusionLoss) -> DiffusionLoss:
     recorded.removed = target.removed
     differs = isinstance(target.source, Bank) or not target.removed.sync
     view = copy.copy(criterion)  # which shares its modules
-    view._modules = {**criterion._modules, "target": None if differs and several_ranks() else recorded}
+    view._modules = {**criterion._modules, "target": None if differs and number_of_ranks() > 1 else recorded}
     return view
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ranks import number_of_ranks
 from ..log_snr import from_alphas_cumprod, from_flow_time
 from ..loss import DiffusionLoss
 from .form import moved_beside, require_form
@@ -83,13 +84,12 @@ def _weighted(criterion: DiffusionLoss, own: Callable[..., Tensor]) -> Callable[
 
 
 def _require_one_process() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise RuntimeError(
-                f"OneTrainer trains on {ranks} GPUs, expected one: it starts the other processes anew, in which no "
-                "criterion is attached. Switch multi_gpu off."
-            )
+    ranks = number_of_ranks()
+    if ranks > 1:
+        raise RuntimeError(
+            f"OneTrainer trains on {ranks} GPUs, expected one: it starts the other processes anew, in which no "
+            "criterion is attached. Switch multi_gpu off."
+        )
 
 
 def _log_snr_of_flow(data: dict[str, Any], sigmas: Tensor | None = None, betas: Tensor | None = None) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -30,19 +29,6 @@ graph_is_kept: Callable[[], bool] = _private("_autograd._get_current_graph_task_
 # Id of the backward pass that makes this call, -1 outside of one; fallback: outside.
 backward_pass: Callable[[], int] = _private("_current_graph_task_id", lambda: -1)
 
-
-class _Groups:
-    """Substitute for `_world`."""
-
-    @property
-    def _default_pg(self) -> bool | None:
-        return True if dist.is_available() and dist.is_initialized() else None
-
-
-# Holds the default process group, None until there is one. `dist.is_initialized` calls four Python functions.
-groups: Any = getattr(getattr(dist, "distributed_c10d", None), "_world", None)
-if not hasattr(groups, "_default_pg"):
-    groups = _Groups()
 
 # Observers that must see the operators of a call: torch.jit's tracer, the profiler, dispatch modes, torch.func.
 _tracing_state: Callable[[], object] = _private("_get_tracing_state", torch.jit.is_tracing)

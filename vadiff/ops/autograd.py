@@ -74,7 +74,8 @@ class _Loss(torch.autograd.Function):
         by_prediction = by_base_weight = None
         saved = ctx.saved_tensors
         if fused:
-            by_prediction = operators.scale(saved[0], upstream, problem.backend, in_place=not graph_is_kept())
+            gradient = saved[0].clone() if graph_is_kept() else saved[0]
+            by_prediction = operators.scale(gradient, upstream, problem.backend)
         elif ctx.needs_input_grad[0]:
             by_prediction = operators.backward(problem, _residual_inputs(ctx, saved), saved[-1], upstream)
         if ctx.needs_input_grad[1]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _native
 from .problem import BATCH_TOTALS, Gather, Inputs, Problem, State, Step, compute_dtype
 
-INTERFACE = 11  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
+INTERFACE = 12  # kInterface of csrc/module.cpp: one more there and here when what is called there changes
 
 if getattr(_native, "INTERFACE", None) != INTERFACE:
     raise ImportError(
@@ -65,7 +65,7 @@ class Call(ctypes.Structure):
         *_integers("log_snr base_weight sample_weight weight mean"),
         *_integers("state log_weights update batch"),
         *_integers("loss per_sample gradient factors"),
-        *_integers("upstream upstream_stride out gathered ranks"),
+        *_integers("upstream upstream_stride gathered ranks"),
     ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     return gradient
 
 
-def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+def scale(gradient: Tensor, upstream: Tensor) -> None:
     """See `vadiff.ops.reference.scale`."""
     dtype = gradient.dtype
     call = _copy_call(_EMPTY)
@@ -129,7 +129,6 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     call.elements = gradient.numel()
     call.gradient = gradient.data_ptr() or _freed(gradient, "gradient")
     call.upstream = _checked(upstream, torch.float64 if dtype is torch.float64 else torch.float32, "upstream")
-    call.out = out.data_ptr()
     call.threads = torch.get_num_threads()
     _place(call, gradient)
     _native.scale(ctypes.addressof(call))

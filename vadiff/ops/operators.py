@@ -1,11 +1,11 @@
 """The torch operators, and the dispatch of a call to a backend.
 
-Five operators in the namespace `vadiff`, opaque to the compiler, so that decisions in Python (backend, environment,
+Four operators in the namespace `vadiff`, opaque to the compiler, so that decisions in Python (backend, environment,
 process group) are made at call time:
 
     diffusion_loss             one step: loss, per-sample results, gradient; updates the statistics
     diffusion_loss_backward    gradient from the inputs of a step
-    scale_gradient             gradient * upstream into a new tensor, or (scale_gradient_) in place
+    scale_gradient_            gradient * upstream, in place
     reweight                   factors for per-sample losses computed elsewhere; updates the statistics
 
 `step`, `backward`, `scale` and `reweight` are what the rest of vadiff calls. They go through the dispatcher if
@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._ranks import number_of_ranks
 from . import backends
-from ._torch import PLAIN, backward_pass, groups, observed, plain
+from ._torch import PLAIN, backward_pass, observed, plain
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -44,7 +45,6 @@ _SCHEMAS = {
     " -> (Tensor loss, Tensor per_sample, Tensor gradient)",
     "diffusion_loss_backward": f"({_RESIDUAL}, Tensor per_sample, Tensor upstream, float huber_delta, str backend)"
     " -> Tensor",
-    "scale_gradient": "(Tensor gradient, Tensor upstream, str backend) -> Tensor",
     "scale_gradient_": "(Tensor(a!) gradient, Tensor upstream, str backend) -> ()",
     "reweight": f"({_INPUTS}, {_STATE}, {_PROBLEM}, bool update) -> Tensor",
 }
@@ -73,8 +73,7 @@ def step(
     if plan is None and not dispatched and (observed() or not plain(inputs)):
         flat = _flat(inputs, state, problem)
         return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
-    if update and backward_pass() != -1:
-        _refuse_inside_backward()
+    gather = _gather(problem) if update else None
     if plan is None:
         inputs = one_layout(inputs)
     overridden = backends.KEY in backends.variables
@@ -84,7 +83,6 @@ def step(
             plan.backend, plan.kernels = problem.backend, kernels
     else:
         kernels = plan.kernels
-    gather = _gather() if update and problem.sync and groups._default_pg is not None else None
     result: Step = kernels.step(problem, inputs, state, gradient=gradient, update=update, gather=gather)
     return result
 
@@ -100,18 +98,15 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     return _backward(problem, inputs, per_sample, upstream)
 
 
-def scale(gradient: Tensor, upstream: Tensor, backend: str, *, in_place: bool) -> Tensor:
-    """gradient * upstream (a scalar), in place or in a new tensor."""
-    if not in_place:
-        result: Tensor = torch.ops.vadiff.scale_gradient(gradient, upstream, backend)
-        return result
+def scale(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """The gradient, multiplied by upstream (a scalar) in place."""
     seen = observed()
     if not seen and upstream.is_cpu and type(upstream) in PLAIN and upstream.item() == 1.0:
         return gradient  # reading a number takes 0.3 µs, calling a kernel 2
     if seen or not plain((gradient, upstream)):
         torch.ops.vadiff.scale_gradient_(gradient, upstream, backend)
     else:
-        backends.select(backend, gradient).scale(gradient, upstream, gradient)
+        backends.select(backend, gradient).scale(gradient, upstream)
     return gradient
 
 
@@ -156,11 +151,19 @@ def _backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Te
     return result
 
 
-def _gather() -> Gather | None:
-    """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank."""
-    if dist.get_world_size() == 1:
+def _gather(problem: Problem) -> Gather | None:
+    """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank.
+
+    Raises:
+        RuntimeError: inside a backward pass, where nothing is recorded."""
+    if backward_pass() != -1:
+        raise RuntimeError(
+            "the criterion was called from inside a backward pass, where it would record the same batch twice. "
+            "Activation checkpointing does this: put the criterion outside the checkpointed function"
+        )
+    ranks = number_of_ranks() if problem.sync else 1
+    if ranks == 1:
         return None
-    ranks = dist.get_world_size()
     # all_gather_into_tensor, under the name it has since torch 2.13
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -170,13 +173,6 @@ def _gather() -> Gather | None:
         return gathered.view(ranks, -1)
 
     return gather
-
-
-def _refuse_inside_backward() -> None:
-    raise RuntimeError(
-        "the criterion was called from inside a backward pass, where it would record the same batch twice. "
-        "Activation checkpointing does this: put the criterion outside the checkpointed function"
-    )
 
 
 # Flat arguments, by name
@@ -231,29 +227,15 @@ def _run_backward(flat: dict[str, Any]) -> Tensor:
     return _backward(problem, inputs, flat["per_sample"], flat["upstream"])
 
 
-def _run_scale(flat: dict[str, Any]) -> Tensor:
-    out = torch.empty_like(flat["gradient"])
-    _run_scale_in_place(flat, out)
-    return out
-
-
-def _run_scale_in_place(flat: dict[str, Any], out: Tensor | None = None) -> None:
-    gradient = flat["gradient"]
-    backends.select(flat["backend"], gradient).scale(gradient, flat["upstream"], gradient if out is None else out)
+def _run_scale(flat: dict[str, Any]) -> None:
+    backends.select(flat["backend"], flat["gradient"]).scale(flat["gradient"], flat["upstream"])
 
 
 def _run_reweight(flat: dict[str, Any]) -> Tensor:
     (problem, inputs, state), update = _unflat(flat), flat["update"]
-    if update and backward_pass() != -1:
-        _refuse_inside_backward()
+    gather = _gather(problem) if update else None
     kernels: Any = backends.select(problem.backend, inputs.prediction)
-    result: Tensor = kernels.reweight(
-        problem,
-        inputs,
-        state,
-        update=update,
-        gather=_gather() if update and problem.sync and groups._default_pg is not None else None,
-    )
+    result: Tensor = kernels.reweight(problem, inputs, state, update=update, gather=gather)
     return result
 
 
@@ -283,6 +265,5 @@ def _define(name: str, run: Callable[[dict[str, Any]], Any], fake: Callable[[dic
 
 _define("diffusion_loss", _run_step, _fake_step)
 _define("diffusion_loss_backward", _run_backward, _fake_gradient)
-_define("scale_gradient", _run_scale, lambda flat: torch.empty_like(flat["gradient"]))
-_define("scale_gradient_", _run_scale_in_place, lambda flat: None)
+_define("scale_gradient_", _run_scale, lambda flat: None)
 _define("reweight", _run_reweight, lambda flat: torch.empty_like(flat["prediction"]))

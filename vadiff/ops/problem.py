@@ -4,7 +4,7 @@ Every backend is a module with four functions:
 
     step(problem, inputs, state, *, gradient, update, gather) -> Step
     backward(problem, inputs, per_sample, upstream) -> Tensor        gradient of a loss that `step` returned
-    scale(gradient, upstream, out) -> None                           out = gradient * upstream
+    scale(gradient, upstream) -> None                                gradient *= upstream, a scalar
     reweight(problem, inputs, state, *, update, gather) -> Tensor    factors of losses computed elsewhere
 
 `vadiff.ops.reference` defines what they compute. Backends do not check their inputs: `make_inputs` checks those of

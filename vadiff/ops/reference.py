@@ -327,9 +327,9 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     return _gradient(r, factor, per_sample[MASKED] != 0, inputs, problem.huber_delta, samples / r.numel())
 
 
-def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
-    """out = gradient * upstream; `upstream` is a scalar, `out` may be `gradient` itself."""
-    out.copy_(gradient.to(compute_dtype(gradient)) * upstream)
+def scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream, a scalar, in the compute dtype."""
+    gradient.copy_(gradient.to(compute_dtype(gradient)) * upstream)
 
 
 def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, gather: Gather | None) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._ranks import number_of_ranks
 from .._validation import is_number
 from ..errors import DiffusionLossWarning
 from .posterior import Augment, Draws, Posterior, References, keys_of, posterior
 from .references import Bank, DataSet, first_of_each
-from .removed import RemovedError, several_ranks
+from .removed import RemovedError
 
 _CLEAN = 60.0  # log-SNR from which no target is random, and 1/sigma² overflows some day
 _ENOUGH_TO_WARN, _LEAST_FOUND = 64, 0.9  # samples, and their share, to look for wrong references
@@ -275,7 +276,7 @@ class PosteriorMean(nn.Module):
 
     def _together(self, batch: References) -> References:
         """The batch, or with `gather` those of all ranks."""
-        if not self.gather or not several_ranks():
+        if not self.gather or number_of_ranks() == 1:
             return batch
         gathered: list[Any] = []
         for values in (batch.values, batch.keys, batch.labels, batch.valid):

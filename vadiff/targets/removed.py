@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._ranks import number_of_ranks
+
 _BINS, _LOW, _HIGH = 128, -16.0, 16.0  # of log-SNR
 _WIDTH = (_HIGH - _LOW) / _BINS
 _ENOUGH = 64.0  # draws near a level before it is judged
@@ -46,7 +48,7 @@ class RemovedError(nn.Module):
         here = (place == torch.arange(_BINS, device=place.device)[:, None]).double()  # [bins, B]
         values = torch.stack([taken.double(), torch.where(taken, variance, 0.0).double()], dim=1)
         found = here @ values
-        if self.sync and several_ranks():
+        if self.sync and number_of_ranks() > 1:
             dist.all_reduce(found)
         self.sums.view(torch.float64).add_(found.T)
 
@@ -70,8 +72,3 @@ class RemovedError(nn.Module):
         weights = torch.exp(-0.5 * ((at[:, None] - centers) / _WIDTH).square())  # [N, bins]
         draws, total = (weights @ sums.T).unbind(1)
         return draws, torch.where(draws > 0, total / draws, 0.0)
-
-
-def several_ranks() -> bool:
-    """Whether there is a default process group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from .._ranks import number_of_ranks
 from .._validation import check_log_snr, is_number
 from .base import Weighting
 from .fixed import FixedWeighting
@@ -133,6 +134,6 @@ class LossZScore(Weighting):
 def _mean(values: Tensor, counted: Tensor, sync: bool) -> Tensor:
     """Mean of the counted values, over all ranks if `sync`; 0 if none counts. Others must be 0. float64 scalar."""
     total = torch.stack([values.sum(), counted.sum().double()])
-    if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if sync and number_of_ranks() > 1:
         torch.distributed.all_reduce(total, ReduceOp.SUM)
     return total[0] / total[1].clamp(min=1.0)
