@@ -89,24 +89,25 @@ class SNRWeighting(FixedWeighting):
 
 
 @dataclass(frozen=True)
-class ConstantX0(SNRWeighting):
-    """1 on the x0 loss: the squared error of the image has the same weight at every noise level."""
+class _WithoutConstants(SNRWeighting):
+    """A weighting whose formula has no constants of its own."""
 
     prediction_type: str = "epsilon"
     sigma_data: float = 0.5
     max_weight: float = MAX_WEIGHT
+
+
+@dataclass(frozen=True)
+class ConstantX0(_WithoutConstants):
+    """1 on the x0 loss: the squared error of the image has the same weight at every noise level."""
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return torch.zeros_like(log_snr)
 
 
 @dataclass(frozen=True)
-class SNR(SNRWeighting):
+class SNR(_WithoutConstants):
     """S on the x0 loss: 1 on the epsilon loss, DDPM's simple objective (arXiv 2006.11239, eq. 14) in every form."""
-
-    prediction_type: str = "epsilon"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return log_snr
@@ -149,12 +150,8 @@ class MinSNR(SNRWeighting):
 
 
 @dataclass(frozen=True)
-class InverseSNR(SNRWeighting):
+class InverseSNR(_WithoutConstants):
     """1/S on the x0 loss, `inv_snr` of the code of Min-SNR (arXiv 2303.09556): high noise counts most."""
-
-    prediction_type: str = "epsilon"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return -log_snr
@@ -202,12 +199,8 @@ class TruncatedSNR(SNRWeighting):
 
 
 @dataclass(frozen=True)
-class EDM(SNRWeighting):
+class EDM(_WithoutConstants):
     """S + 1/sigma_data**2 on the x0 loss: 1 on the F loss (arXiv 2206.00364, table 1)."""
-
-    prediction_type: str = "epsilon"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return loss_ratio("edm", log_snr, sigma_data=self.sigma_data).log()
@@ -241,12 +234,8 @@ class P2(SNRWeighting):
 
 
 @dataclass(frozen=True)
-class Debiased(SNRWeighting):
+class Debiased(_WithoutConstants):
     """1/sqrt(S) on the epsilon loss: debiased estimation (Yu et al., arXiv 2310.08442)."""
-
-    prediction_type: str = "epsilon"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return 0.5 * log_snr
