@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -57,11 +59,13 @@ VADIFF_FN uint16_t float_to_float16(float x) {  // to nearest, ties to even
 }
 
 // n elements of `data` from `first` as C: the tensor itself where it is of that type, else converted into `buffer`.
-VADIFF_FN const float* fetch(const void* data, int dtype, int64_t first, int n, float* __restrict buffer) {
-  if (dtype == kFloat32) return static_cast<const float*>(data) + first;
-  if (dtype == kFloat64) {
-    const double* from = static_cast<const double*>(data) + first;
-    for (int i = 0; i < n; ++i) buffer[i] = float(from[i]);
+template <class C>
+VADIFF_FN const C* fetch(const void* data, int dtype, int64_t first, int n, C* __restrict buffer) {
+  constexpr bool kDouble = sizeof(C) == 8;
+  if (dtype == (kDouble ? kFloat64 : kFloat32)) return static_cast<const C*>(data) + first;
+  if (dtype == (kDouble ? kFloat32 : kFloat64)) {
+    const auto* from = static_cast<const std::conditional_t<kDouble, float, double>*>(data) + first;
+    for (int i = 0; i < n; ++i) buffer[i] = C(from[i]);
     return buffer;
   }
   const uint16_t* from = static_cast<const uint16_t*>(data) + first;
@@ -71,22 +75,11 @@ VADIFF_FN const float* fetch(const void* data, int dtype, int64_t first, int n, 
     return buffer;
   }
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  if constexpr (!kDouble)
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
   for (; i < n; ++i) buffer[i] = float16_to_float(from[i]);
-  return buffer;
-}
-
-VADIFF_FN const double* fetch(const void* data, int dtype, int64_t first, int n, double* __restrict buffer) {
-  if (dtype == kFloat64) return static_cast<const double*>(data) + first;
-  if (dtype == kFloat32) {
-    const float* from = static_cast<const float*>(data) + first;
-    for (int i = 0; i < n; ++i) buffer[i] = from[i];
-    return buffer;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + first;
-  for (int i = 0; i < n; ++i) buffer[i] = dtype == kBfloat16 ? bfloat16_to_float(from[i]) : float16_to_float(from[i]);
   return buffer;
 }
 
@@ -115,14 +108,8 @@ VADIFF_FN void stream_copy(void* to, const void* from, int64_t bytes) {
   memcpy(t, f, head);
   int64_t i = head;
   for (; i + 64 <= bytes; i += 64) {
-#if defined(__AVX__)
-    for (int j = 0; j < 64; j += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(t + i + j),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i + j)));
-#else
     for (int j = 0; j < 64; j += 16)
       _mm_stream_si128(reinterpret_cast<__m128i*>(t + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i + j)));
-#endif
   }
   memcpy(t + i, f + i, bytes - i);
 #else

@@ -165,7 +165,19 @@ void scale(const ScaleTask<C>& task, int64_t item) {
   }
 }
 
-#include "cpu_smooth.h"
+struct Lanes {
+  typedef Vector<double>::Type Type;
+  static Type load(const double* from) { return *reinterpret_cast<const Vector<double>::Unaligned*>(from); }
+  static void store(double* to, Type values) { *reinterpret_cast<Vector<double>::Unaligned*>(to) = values; }
+};
+
+void smooth(const SmoothTask& task) {
+  constexpr int kLanes = VADIFF_VECTOR / sizeof(double);
+  static_assert(kLanes <= kSmoothLanes, "the caller pads by so many bins");
+  for (int k = task.begin; k < task.end; k += kLanes)
+    smooth_bins<Lanes>(task.a + k, task.n + k, task.taps, -task.radius, task.radius, task.width, task.smoothing,
+                       task.a_smooth + k, task.n_smooth + k);
+}
 
 }  // namespace
 

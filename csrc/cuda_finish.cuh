@@ -258,7 +258,9 @@ __device__ inline void weight_table(const Update& update, double* smoothed, Shar
   double centre = 0;
   for (int k = threadIdx.x; k < size; k += kThreads) {
     double a_k = a[k], n_k = n[k];
-    if (rule.smoothing > 0) smooth_bin(k, a, n, taps, rule, bins, &a_k, &n_k);
+    if (rule.smoothing > 0)
+      smooth_bins<OneBin>(a + k, n + k, taps, max(-rule.radius, -k), min(rule.radius, size - 1 - k), bins.width,
+                          rule.smoothing, &a_k, &n_k);
     if (n[k] > 0 && mass > 0) centre += state[3 * size + k] / mass * a_k;
     smooth_a[k] = a_k;
     smooth_n[k] = n_k;

@@ -142,36 +142,45 @@ VADIFF_FN double tap_weight(int offset, const Rule& rule, const Bins& bins) {  /
   return exp(-(d * d) / (2 * rule.smoothing * rule.smoothing));
 }
 
-// Step 2: local linear fit at bin k. a, n [K]: values and counts, n = 0 where there is no value. taps [radius + 1].
-VADIFF_FN void smooth_bin(int k, const double* a, const double* n, const double* taps, const Rule& rule, const Bins& bins,
-                          double* a_smooth, double* n_smooth) {
-  int first = k - rule.radius < 0 ? 0 : k - rule.radius;
-  int last = k + rule.radius >= bins.size ? bins.size - 1 : k + rule.radius;
-  double total = 0, d_mean = 0, a_mean = 0, lowest = INFINITY, highest = -INFINITY;
-  for (int j = first; j <= last; ++j) {
-    double q = n[j] * taps[j < k ? k - j : j - k];
+struct OneBin {
+  typedef double Type;
+  VADIFF_FN double load(const double* from) { return *from; }
+  VADIFF_FN void store(double* to, double value) { *to = value; }
+};
+
+// Step 2: local linear fit at one bin, or at as many neighbours as a vector has lanes. a, n: values and counts from that bin
+// on, n = 0 where there is no value. first, last: how far it reaches. taps [radius + 1].
+template <class Lanes>
+VADIFF_FN void smooth_bins(const double* a, const double* n, const double* taps, int first, int last, double width,
+                           double smoothing, double* a_smooth, double* n_smooth) {
+  typedef typename Lanes::Type V;
+  const V zero = {}, infinity = zero + double(INFINITY);
+  // 1. q-means of distance and value, and the range of the values.
+  V total = zero, d_mean = zero, a_mean = zero, lowest = infinity, highest = -infinity;
+  for (int offset = first; offset <= last; ++offset) {
+    const V value = Lanes::load(a + offset), q = Lanes::load(n + offset) * taps[offset < 0 ? -offset : offset];
     total += q;
-    d_mean += q * ((j - k) * bins.width);
-    a_mean += q * a[j];
-    const double low = q > 0 ? a[j] : INFINITY, high = q > 0 ? a[j] : -INFINITY;  // selects, as a branch is unpredictable
+    d_mean += q * (offset * width);
+    a_mean += q * value;
+    const V low = q > zero ? value : infinity, high = q > zero ? value : -infinity;  // selects: a branch is unpredictable
     lowest = low < lowest ? low : lowest;
     highest = high > highest ? high : highest;
   }
-  *n_smooth = total;
-  *a_smooth = 0;
-  if (!(total > 0)) return;
   d_mean /= total;
   a_mean /= total;
-  double variance = 0, covariance = 0;
-  for (int j = first; j <= last; ++j) {
-    double q = n[j] * taps[j < k ? k - j : j - k];
-    double deviation = (j - k) * bins.width - d_mean;
+  // 2. q-variance and q-covariance, times the total, which cancels.
+  V variance = zero, covariance = zero;
+  for (int offset = first; offset <= last; ++offset) {
+    const V q = Lanes::load(n + offset) * taps[offset < 0 ? -offset : offset];
+    const V deviation = offset * width - d_mean;
     variance += q * deviation * deviation;
-    covariance += q * deviation * (a[j] - a_mean);
+    covariance += q * deviation * (Lanes::load(a + offset) - a_mean);
   }
-  double ridge = 32 * rule.smoothing * rule.smoothing / total;
-  double fit = a_mean - d_mean * (covariance / total) / (variance / total + ridge);
-  *a_smooth = fit < lowest ? lowest : fit > highest ? highest : fit;
+  // 3. The line through them at distance 0, within the range; 0 where nothing is in reach.
+  V fit = a_mean - d_mean * covariance / (variance + 32 * smoothing * smoothing);
+  fit = fit < lowest ? lowest : fit > highest ? highest : fit;
+  Lanes::store(a_smooth, total > zero ? fit : zero);
+  Lanes::store(n_smooth, total);
 }
 
 // Step 3: centre, clamp, shrink by confidence.

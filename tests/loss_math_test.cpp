@@ -97,14 +97,16 @@ void weights() {
   EXPECT(near(shrink(7.0, 32.0, 0.0, rule), 0.5 * log(10.0)));
   EXPECT(log_scale(0, 0) == 0 && log_scale(-1, 2) == 0 && log_scale(INFINITY, 1) == 0 && near(log_scale(4, 2), log(2.0)));
   const double value[3] = {1, 2, 3}, n[3] = {10, 0, 10}, taps[2] = {1, 0.5};
-  const Bins bins = {3, 0, 1, 1.0};
   double smooth_a, smooth_n;
-  smooth_bin(1, value, n, taps, rule, bins, &smooth_a, &smooth_n);
+  auto smooth = [&](const double* a, const double* n, int first, int last) {
+    smooth_bins<OneBin>(a, n, taps, first, last, 1.0, rule.smoothing, &smooth_a, &smooth_n);
+  };
+  smooth(value + 1, n + 1, -1, 1);
   EXPECT(near(smooth_a, 2.0) && near(smooth_n, 10.0));  // borrows from both sides alike
   const double alone[3] = {1, 0, 0}, n_alone[3] = {10, 0, 0};
-  smooth_bin(2, alone, n_alone, taps, rule, bins, &smooth_a, &smooth_n);
+  smooth(alone + 2, n_alone + 2, -1, 0);
   EXPECT(smooth_a == 0 && smooth_n == 0);  // no value in reach
-  smooth_bin(1, alone, n_alone, taps, rule, bins, &smooth_a, &smooth_n);
+  smooth(alone + 1, n_alone + 1, -1, 1);
   EXPECT(near(smooth_a, 1.0));  // one bin in reach: its value, not an extrapolation
 }
 

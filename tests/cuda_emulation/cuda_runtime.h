@@ -24,6 +24,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 
 struct dim3 {
