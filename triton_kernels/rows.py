@@ -42,20 +42,14 @@ def load_coefficient(coefficient_ptr, coefficient, sample):
 
 
 @triton.jit
-def load_residual(prediction_ptr, target_ptr, noise_ptr, a, b, c, o, m, MASKED: tl.constexpr):
-    """r = a*F + b*x0 + c*eps in float32 for elements `o`; 0 where masked out."""
-    if MASKED:
-        r = a * tl.load(prediction_ptr + o, mask=m, other=0.0).to(tl.float32)
-        if target_ptr is not None:
-            r += b * tl.load(target_ptr + o, mask=m, other=0.0).to(tl.float32)
-        if noise_ptr is not None:
-            r += c * tl.load(noise_ptr + o, mask=m, other=0.0).to(tl.float32)
-    else:
-        r = a * tl.load(prediction_ptr + o).to(tl.float32)
-        if target_ptr is not None:
-            r += b * tl.load(target_ptr + o).to(tl.float32)
-        if noise_ptr is not None:
-            r += c * tl.load(noise_ptr + o).to(tl.float32)
+def load_residual(prediction_ptr, target_ptr, noise_ptr, a, b, c, o, m):
+    """r = a*F + b*x0 + c*eps in float32 for elements `o`; 0 where masked out. m: mask, None for all of them."""
+    other: tl.constexpr = None if m is None else 0.0
+    r = a * tl.load(prediction_ptr + o, mask=m, other=other).to(tl.float32)
+    if target_ptr is not None:
+        r += b * tl.load(target_ptr + o, mask=m, other=other).to(tl.float32)
+    if noise_ptr is not None:
+        r += c * tl.load(noise_ptr + o, mask=m, other=other).to(tl.float32)
     return r
 
 
@@ -77,18 +71,15 @@ def sum_of_four(e, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, m, HUBER: tl.constexpr, MASKED: tl.constexpr):
+def store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, m, HUBER: tl.constexpr):
     """factor * (2r, or r clamped to +-delta) in the gradient's dtype; exactly 0 where masked."""
     if HUBER:
         # Without PropagateNan a NaN would become +-delta.
         slope = tl.minimum(tl.maximum(r, -huber_delta, tl.PropagateNan.ALL), huber_delta, tl.PropagateNan.ALL)
     else:
         slope = 2.0 * r
-    g = tl.where(masked, 0.0, factor * slope).to(gradient_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(gradient_ptr + o, g, mask=m)
-    else:
-        tl.store(gradient_ptr + o, g)
+    g = tl.where(masked, 0.0, factor * slope)
+    tl.store(gradient_ptr + o, g.to(gradient_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -173,17 +164,17 @@ def rows_kernel(
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
-            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, None)
             total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)  # before the store: ptxas spills otherwise
             if gradient_ptr is not None:
-                store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, True, HUBER, False)
+                store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, None, HUBER)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
-            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m)
             total += sum_of_four(element_loss(r, huber_delta, HUBER), BLOCK)
             if gradient_ptr is not None:
-                store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER, True)
+                store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER)
         tl.store(partial_ptr + item, tl.sum(total))
 
 
@@ -216,13 +207,13 @@ def backward_kernel(
         whole = start + (end - start) // BLOCK * BLOCK
         for block in range(start, whole, BLOCK):
             o = row + tl.multiple_of(block, 16) + tl.arange(0, BLOCK)
-            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, True, False)
-            store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, True, HUBER, False)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, o, None)
+            store_gradient(gradient_ptr, factor, masked, r, huber_delta, o, None, HUBER)
         if whole < end:
             o_tail = whole + tl.arange(0, BLOCK)
             m = o_tail < end
-            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m, True)
-            store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER, True)
+            r = load_residual(prediction_ptr, target_ptr, noise_ptr, a_i, b_i, c_i, row + o_tail, m)
+            store_gradient(gradient_ptr, factor, masked, r, huber_delta, row + o_tail, m, HUBER)
 
 
 @triton.jit
