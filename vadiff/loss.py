@@ -295,9 +295,7 @@ class DiffusionLoss(nn.Module):
     @property
     def bin_centers(self) -> Tensor:
         """Log-SNR in the middle of each bin. [K] float32."""
-        bins = self.statistics.bins
-        centers = bins.low + (torch.arange(bins.size, dtype=torch.float64) + 0.5) * bins.width
-        return centers.float().to(self.statistics.state.device)
+        return self.statistics.bins.centers(self.statistics.state.device)
 
     @property
     def weights(self) -> Tensor:

@@ -77,9 +77,7 @@ class AdaptiveLevels(Table):
     @property
     def bin_centers(self) -> Tensor:
         """Log-SNR in the middle of each bin. [K] float32."""
-        # Created on the device: a copy from the CPU would synchronise.
-        ks = torch.arange(self.bins.size, dtype=torch.float64, device=self.ratio.device)
-        return (self.bins.low + (ks + 0.5) * self.bins.width).float()
+        return self.bins.centers(self.ratio.device)
 
 
 def require_not_adaptive(name: str, sampler: object) -> LevelSampler:

@@ -210,15 +210,6 @@ class Mode(LevelSampler):
     def _quantile(self, u: Tensor) -> Tensor:
         return 2.0 * (self._time(1.0 - u).log() - self._time(u).log())  # 1 - f(u) = f(1 - u)
 
-    def _cdf(self, log_snr: Tensor) -> Tensor:
-        time = (-0.5 * log_snr).sigmoid()
-        low, high = torch.zeros_like(time), torch.ones_like(time)
-        for _ in range(60):  # bisection: f has no inverse in closed form
-            middle = 0.5 * (low + high)
-            below = self._time(middle) < time
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return 0.5 * (low + high)
-
     def _log_density(self, log_snr: Tensor) -> Tensor:
         time = (-0.5 * log_snr).sigmoid()
         slope = 1.0 + self.scale - 0.5 * math.pi * self.scale * (math.pi * self._cdf(log_snr)).sin()  # dt/du

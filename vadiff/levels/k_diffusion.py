@@ -120,14 +120,6 @@ class CosineInterpolated(LevelSampler):
         low, high = self._curve(self.noise_d_low, u)[0], self._curve(self.noise_d_high, u)[0]
         return -2.0 * torch.lerp(high, low, u)
 
-    def _cdf(self, log_snr: Tensor) -> Tensor:
-        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
-        for _ in range(60):  # bisection: the quantile has no inverse in closed form
-            middle = 0.5 * (low + high)
-            cleaner = self._quantile(middle) > log_snr
-            low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
-        return 0.5 * (low + high)
-
     def _log_density(self, log_snr: Tensor) -> Tensor:
         u = self._cdf(log_snr)
         (low, low_slope), (high, high_slope) = (self._curve(d, u) for d in (self.noise_d_low, self.noise_d_high))

@@ -67,8 +67,8 @@ class LevelSampler(nn.Module, ABC):
 
     Noise grows with u, so that stratified u give stratified noise levels. Nothing synchronises with the device.
 
-    A subclass defines `_quantile`, `_cdf` and `_log_density` of the whole distribution, in float64, and calls
-    `_restrict` at the end of its constructor.
+    A subclass defines `_quantile` and `_log_density` of the whole distribution, in float64, `_cdf` where it has a
+    closed form, and calls `_restrict` at the end of its constructor.
     """
 
     log_snr_range: tuple[float, float]
@@ -78,9 +78,14 @@ class LevelSampler(nn.Module, ABC):
     def _quantile(self, u: Tensor) -> Tensor:
         """Log-SNR at each u; decreasing."""
 
-    @abstractmethod
     def _cdf(self, log_snr: Tensor) -> Tensor:
-        """u at each log-SNR: the share of draws with less noise."""
+        """u at each log-SNR: the share of draws with less noise. Here by bisection."""
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            cleaner = self._quantile(middle) > log_snr
+            low, high = torch.where(cleaner, middle, low), torch.where(cleaner, high, middle)
+        return 0.5 * (low + high)
 
     @abstractmethod
     def _log_density(self, log_snr: Tensor) -> Tensor:

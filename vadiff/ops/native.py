@@ -100,7 +100,7 @@ def step(
     call.loss = loss.data_ptr()
     call.per_sample = per_sample.data_ptr()
     call.gradient = made.data_ptr()
-    _run(_native.step, call, problem, state, prediction, update, gather)
+    _run(_native.step, call, problem, state, update, gather)
     return Step(loss, per_sample, made)
 
 
@@ -140,32 +140,26 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, ga
     call = _call(_blank(problem, inputs), inputs)
     factors = loss.new_empty(loss.shape)
     call.factors = factors.data_ptr()
-    _run(_native.reweight, call, problem, state, loss, update, gather)
+    _run(_native.reweight, call, problem, state, update, gather)
     return factors
 
 
 def _run(
-    kernel: Callable[[int], None],
-    call: Call,
-    problem: Problem,
-    state: State,
-    tensor: Tensor,
-    update: bool,
-    gather: Gather | None,
+    kernel: Callable[[int], None], call: Call, problem: Problem, state: State, update: bool, gather: Gather | None
 ) -> None:
-    """Run a kernel that reads the state, and moves it with `update`, on the device of `tensor`.
+    """Run a kernel that reads the state, and moves it with `update`, on the state's device.
 
     With `gather` the kernel leaves the batch statistics to it, and those of all ranks [ranks, 4K + 5] are folded."""
     call.state = state.state.data_ptr()
     call.log_weights = state.log_weights.data_ptr()
     call.update = update
     if gather is None:
-        _workspace = _place(call, tensor)
+        _workspace = _place(call, state.state)
         kernel(ctypes.addressof(call))
         return
     batch = state.state.new_empty(4 * problem.bins.size + len(BATCH_TOTALS), dtype=torch.float64)
     call.batch = batch.data_ptr()
-    _workspace = _place(call, tensor)
+    _workspace = _place(call, state.state)
     kernel(ctypes.addressof(call))
     gathered = gather(batch)
     fold = _copy_call(_blank_of(problem))

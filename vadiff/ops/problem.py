@@ -43,6 +43,11 @@ class Bins(NamedTuple):
     def inv_width(self) -> float:
         return self.size / (self.high - self.low)
 
+    def centers(self, device: torch.device) -> Tensor:
+        """Log-SNR in the middle of each bin. [K] float32."""
+        ks = torch.arange(self.size, dtype=torch.float64, device=device)
+        return (self.low + (ks + 0.5) * self.width).float()
+
 
 class TableRule(NamedTuple):
     """Parameters of an adaptive weight table; `statistic` "" means no table (fixed weighting)."""

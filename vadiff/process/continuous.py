@@ -1,6 +1,7 @@
 """Processes in continuous time."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -43,47 +44,12 @@ class VPCosine(NoiseProcess):
         return self.s / (1.0 + self.s) * (math.pi / 2)
 
 
-@dataclass(frozen=True)
-class VPLinear(NoiseProcess):
-    """DDPM's linear beta schedule, t in [0, 1]: ln alpha = -t²(β_max - β_min)/4 - t·β_min/2.
+class _ByAlphaBar(NoiseProcess):
+    """A variance-preserving process by ln ᾱ = 2 ln alpha: alpha = √ᾱ, sigma = √(1 - ᾱ)."""
 
-    Source: Song et al., Score-based generative modeling (arXiv 2011.13456), eq. 33. The defaults are the
-    limit of DDPM's 1,000 betas from 1e-4 to 0.02.
-    """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return match(self._log_alpha(t).exp(), t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return match((-torch.expm1(2.0 * self._log_alpha(t))).sqrt(), t)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        log_alpha_bar = 2.0 * self._log_alpha(t)
-        return match(log_alpha_bar - (-torch.expm1(log_alpha_bar)).log(), t)
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        drop = nn.functional.softplus(-log_snr.double())  # -ln ᾱ = t²(β_max - β_min)/2 + t·β_min
-        root = (self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * drop).sqrt()
-        return match(2.0 * drop / (self.beta_min + root), log_snr)
-
-    def _log_alpha(self, t: Tensor) -> Tensor:
-        time = t.double()
-        return -0.25 * time.square() * (self.beta_max - self.beta_min) - 0.5 * time * self.beta_min
-
-
-@dataclass(frozen=True)
-class VPScaledLinear(NoiseProcess):
-    """Betas with evenly spaced square roots, t in [0, 1]: ln ᾱ = -∫β = -(r(t)³ - r(0)³) / 3(r(1) - r(0)), r(t) = √β(t).
-
-    Source: Rombach et al., latent diffusion (arXiv 2112.10752), whose code calls it linear; diffusers' "scaled_linear".
-    The defaults are the limit of Stable Diffusion's 1,000 betas from 8.5e-4 to 0.012.
-    """
-
-    beta_min: float = 0.85
-    beta_max: float = 12.0
+    @abstractmethod
+    def _log_alpha_bar(self, t: Tensor) -> Tensor:
+        """ln ᾱ at times t, float64."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return match((0.5 * self._log_alpha_bar(t)).exp(), t)
@@ -94,6 +60,39 @@ class VPScaledLinear(NoiseProcess):
     def log_snr(self, t: Tensor) -> Tensor:
         log_alpha_bar = self._log_alpha_bar(t)
         return match(log_alpha_bar - (-torch.expm1(log_alpha_bar)).log(), t)
+
+
+@dataclass(frozen=True)
+class VPLinear(_ByAlphaBar):
+    """DDPM's linear beta schedule, t in [0, 1]: ln ᾱ = -t²(β_max - β_min)/2 - t·β_min.
+
+    Source: Song et al., Score-based generative modeling (arXiv 2011.13456), eq. 33. The defaults are the
+    limit of DDPM's 1,000 betas from 1e-4 to 0.02.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        drop = nn.functional.softplus(-log_snr.double())  # -ln ᾱ = t²(β_max - β_min)/2 + t·β_min
+        root = (self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * drop).sqrt()
+        return match(2.0 * drop / (self.beta_min + root), log_snr)
+
+    def _log_alpha_bar(self, t: Tensor) -> Tensor:
+        time = t.double()
+        return -0.5 * time.square() * (self.beta_max - self.beta_min) - time * self.beta_min
+
+
+@dataclass(frozen=True)
+class VPScaledLinear(_ByAlphaBar):
+    """Betas with evenly spaced square roots, t in [0, 1]: ln ᾱ = -∫β = -(r(t)³ - r(0)³) / 3(r(1) - r(0)), r(t) = √β(t).
+
+    Source: Rombach et al., latent diffusion (arXiv 2112.10752), whose code calls it linear; diffusers' "scaled_linear".
+    The defaults are the limit of Stable Diffusion's 1,000 betas from 8.5e-4 to 0.012.
+    """
+
+    beta_min: float = 0.85
+    beta_max: float = 12.0
 
     def time(self, log_snr: Tensor) -> Tensor:
         drop = nn.functional.softplus(-log_snr.double())  # -ln ᾱ
