@@ -3,6 +3,8 @@
 
 #include "cpu_rows.h"
 
+#include <type_traits>
+
 #include "cpu_convert.h"
 #include "loss_math.h"
 
@@ -86,24 +88,18 @@ inline double tile(const Residual<C>& in, C delta, C factor, C* __restrict gradi
   return total;
 }
 
-template <class C, bool kTarget, bool kNoise, bool kHuber>
-inline double tile(const Residual<C>& in, C delta, C factor, C* gradient, int n) {
-  return gradient ? tile<C, kTarget, kNoise, kHuber, true>(in, delta, factor, gradient, n)
-                  : tile<C, kTarget, kNoise, kHuber, false>(in, delta, factor, gradient, n);
-}
-
-template <class C, bool kTarget, bool kNoise>
-inline double tile(const Residual<C>& in, C delta, C factor, C* gradient, int n) {
-  return delta > 0 ? tile<C, kTarget, kNoise, true>(in, delta, factor, gradient, n)
-                   : tile<C, kTarget, kNoise, false>(in, delta, factor, gradient, n);
-}
-
 template <class C>
 double tile(const Residual<C>& in, C delta, C factor, C* gradient, int n) {
-  if (in.x && in.e) return tile<C, true, true>(in, delta, factor, gradient, n);
-  if (in.x) return tile<C, true, false>(in, delta, factor, gradient, n);
-  if (in.e) return tile<C, false, true>(in, delta, factor, gradient, n);
-  return tile<C, false, false>(in, delta, factor, gradient, n);
+  const auto known = [](bool value, auto run) { return value ? run(std::true_type()) : run(std::false_type()); };
+  return known(in.x, [&](auto target) {
+    return known(in.e, [&](auto noise) {
+      return known(delta > 0, [&](auto huber) {
+        return known(gradient, [&](auto made) {
+          return tile<C, target(), noise(), huber(), made()>(in, delta, factor, gradient, n);
+        });
+      });
+    });
+  });
 }
 
 // Write a tile of values to `to`, converting where its type is another one. `values` may be `to` itself.

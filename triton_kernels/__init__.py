@@ -7,10 +7,8 @@ Runs on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,13 +40,6 @@ def _programs(device_index: int | None) -> int:
     if device_index is None:
         return PROGRAMS_PER_SM
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,7 +179,7 @@ def step(
         "masked_ptr": per_sample[MASKED], "out_ptr": None if inputs.mean else loss,
         "mean_ptr": loss if inputs.mean else None,
     }  # fmt: skip
-    with _on(device):
+    with torch.cuda.device_of(prediction):  # Triton launches on the current device
         _launch_rows(
             min(samples * splits, _programs(device.index)), partial_ptr=workspace,
             gradient_ptr=made if gradient else None, bins=problem.bins.size, scale=1.0 / prediction.numel(),
@@ -205,7 +196,7 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
     residual = _residual_arguments(problem, inputs)
     mean = upstream.dim() == 0
     items = residual["samples"] * residual["splits"]
-    with _on(prediction.device):
+    with torch.cuda.device_of(prediction):
         _launch_backward(
             min(items, _programs(prediction.device.index)), upstream_ptr=upstream, factor_ptr=per_sample[FACTOR],
             masked_ptr=per_sample[MASKED], gradient_ptr=gradient, upstream_stride=0 if mean else upstream.stride(0),
@@ -218,7 +209,7 @@ def scale(gradient: Tensor, upstream: Tensor) -> None:
     """See `vadiff.ops.reference.scale`."""
     total = gradient.numel()
     grid = min(-(-total // BLOCK), _programs(gradient.device.index))
-    with _on(gradient.device):
+    with torch.cuda.device_of(gradient):
         _launch_scale(grid, gradient_ptr=gradient, upstream_ptr=upstream, total=total, BLOCK=BLOCK)
 
 
@@ -228,6 +219,6 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool, ga
     workspace = torch.empty(2 * len(loss) + 2 * problem.bins.size, device=loss.device, dtype=torch.float64)
     factor = torch.empty_like(loss)
     out = dict.fromkeys(("ell_ptr", "slope_ptr", "masked_ptr", "out_ptr", "mean_ptr"))
-    with _on(loss.device):
+    with torch.cuda.device_of(loss):
         _settle(problem, inputs, state, workspace, {**out, "factor_ptr": factor}, 0, update, gather)
     return factor

@@ -117,17 +117,9 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) ->
 
 
 def one_layout(inputs: Inputs) -> Inputs:
-    """The inputs with prediction, target and noise in one dense layout; those that are in it already are not copied."""
+    """The inputs with prediction, target and noise in one dense layout; those that are in it already are the same."""
     prediction, target, noise = inputs[:3]
-    if prediction.is_contiguous() and noise is None and (target is None or target.is_contiguous()):
-        return inputs  # the common case, without arguments to parse
     layout = layout_of(prediction)
-    if (
-        prediction.is_contiguous(memory_format=layout)
-        and (target is None or target.is_contiguous(memory_format=layout))
-        and (noise is None or noise.is_contiguous(memory_format=layout))
-    ):
-        return inputs
     return inputs._replace(
         prediction=prediction.contiguous(memory_format=layout),
         target=None if target is None else target.contiguous(memory_format=layout),

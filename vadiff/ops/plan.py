@@ -77,7 +77,7 @@ class Plans:
         given = (*arguments, *(arguments[4] or ()))
         read = (inputs.log_snr, inputs.base_weight, inputs.sample_weight, inputs.a, inputs.b, inputs.c)
         copied = any(isinstance(value, Tensor) and all(value is not each for each in given) for value in read)
-        if copied or one_layout(inputs) is not inputs:
+        if copied or any(dense is not each for dense, each in zip(one_layout(inputs), inputs, strict=True)):
             return inputs
         if len(self._by_signature) == _MOST:
             self._by_signature.clear()

@@ -311,10 +311,14 @@ class MonotonicEDM(SNRWeighting):
         return log_snr + self._log_h(log_snr.clamp(min=peak)) - self._log_h(torch.full_like(log_snr, peak))
 
 
+@dataclass(frozen=True)
 class _SD3Weighting(SNRWeighting):
     """A weight by the noise share t of a flow, t = sigma/(alpha + sigma), as diffusers' SD3 scripts write it."""
 
-    form: str
+    form: str = "sample"
+    prediction_type: str = "flow"
+    sigma_data: float = 0.5
+    max_weight: float = MAX_WEIGHT
 
     def __post_init__(self) -> None:
         _check_form("form", self.form)
@@ -337,11 +341,6 @@ class SigmaSqrt(_SD3Weighting):
         prediction_type, sigma_data, max_weight: see `SNRWeighting`.
     """
 
-    form: str = "sample"
-    prediction_type: str = "flow"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
-
     def _log_weight(self, log_snr: Tensor) -> Tensor:
         return loss_ratio("flow", log_snr).log()  # 1/t = 1 + sqrt(S)
 
@@ -355,11 +354,6 @@ class CosMap(_SD3Weighting):
     Args:
         form, prediction_type, sigma_data, max_weight: see `SigmaSqrt`.
     """
-
-    form: str = "sample"
-    prediction_type: str = "flow"
-    sigma_data: float = 0.5
-    max_weight: float = MAX_WEIGHT
 
     def _log_weight(self, log_snr: Tensor) -> Tensor:
         t = (-0.5 * log_snr).sigmoid()
