@@ -72,8 +72,8 @@ LIBRARY = {
     },
     "sampling": {"errors", "information", "models", "pixels", "process"},
     "integrations": {
-        "_ranks", "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling", "schedulers",
-        "summary", "targets", "validation", "weighting",
+        "_ranks", "_validation", "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling",
+        "schedulers", "summary", "targets", "validation", "weighting",
     },
 }  # fmt: skip
 # The trainer may use all of the library; within it:

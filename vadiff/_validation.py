@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import numbers
 from collections.abc import Iterable
 from typing import NoReturn
@@ -64,6 +65,21 @@ def check_per_sample(
 def is_number(value: object) -> bool:
     """Whether `value` is a Python or NumPy real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+    """Check that a number is finite and in bounds; return it as a float."""
+    if not (is_number(value) and math.isfinite(value) and value > above and value >= at_least):
+        bound = f" above {above:g}" if above > -math.inf else ""
+        bound += f" of at least {at_least:g}" if at_least > -math.inf else ""
+        raise ValueError(f"{name} is {value!r}, expected a finite number{bound}")
+    return float(value)
+
+
+def require_count(name: str, value: object, lowest: int) -> None:
+    """Check that a value is an integer of at least `lowest`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {lowest}")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -202,7 +202,7 @@ def test_a_criterion_that_is_no_attribute_is_an_error_before_training(tmp_path: 
 
 @pytest.mark.parametrize("every_n_steps", [0, -1, 2.5, True])
 def test_bad_intervals_are_named(every_n_steps: Any) -> None:
-    with pytest.raises(ValueError, match=r"every_n_steps is .*, expected a positive integer"):
+    with pytest.raises(ValueError, match=r"every_n_steps is .*, expected an integer of at least 1"):
         StatisticsLogger(every_n_steps)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .._ranks import number_of_ranks
-from ..levels.sampler import require_number
+from .._validation import require_number
 from ..log_snr import from_sigma
 from ..loss import DiffusionLoss
 from ..process import loss_ratio

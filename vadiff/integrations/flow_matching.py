@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..levels.sampler import require_number
+from .._validation import require_number
 from ..log_snr import from_flow_time
 from ..loss import DiffusionLoss
 from ..process import coefficients

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._validation import require_count
 from ..extras import MissingExtraError
 from ..loss import DiffusionLoss
 from ..summary import BANDS
@@ -50,10 +51,8 @@ class StatisticsLogger(Callback):
 
     def __init__(self, every_n_steps: int | None = None, bands: int = BANDS) -> None:
         super().__init__()
-        if every_n_steps is not None and (
-            isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1
-        ):
-            raise ValueError(f"every_n_steps is {every_n_steps!r}, expected a positive integer, or None")
+        if every_n_steps is not None:
+            require_count("every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
         self.bands = bands
         self._logged_at = 0

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from ..loss import DiffusionLoss
 from ..ops.problem import TableRule
 from ..ops.reference import moments_of, weight_table
 from .fixed import LogNormal, LogUniform
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 from .table import Table
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._validation import require_count
 from .sampler import LARGEST, SMALLEST
 
 _ORDER, _PLACE = 0, 1  # streams
@@ -39,8 +40,7 @@ class EpochUniforms:
 
     def __init__(self, batch_size: int, batches: int, seed: int) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("batches", batches, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+            require_count(name, value, least)
         self.batch_size, self.batches, self.seed = batch_size, batches, seed
         self._epoch = -1
         self._parts = torch.empty(0)  # [M, B]: π_j(b) of this epoch
@@ -53,8 +53,7 @@ class EpochUniforms:
         Raises:
             ValueError: step is not an integer of at least 0.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step is {step!r}, expected an integer of at least 0")
+        require_count("step", step, 0)
         epoch, batch = divmod(step, self.batches)
         if epoch != self._epoch:
             order = torch.rand(self.batches, self.batch_size, generator=self._generator(_ORDER, epoch))

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from ..process import DiscreteVP, Flow, NoiseProcess, VPCosine, VPLinear, VPScaledLinear
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 
 EVERYWHERE = (-math.inf, math.inf)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from ..loss import DiffusionLoss
 from ..ops.reference import moments_of
 from ..process import PREDICTION_TYPES, loss_ratio
@@ -13,7 +14,7 @@ from ..weighting import GapWeighting, SNRWeighting
 from ..weighting.optimal import OptimalCurve, require_curve
 from .adaptive import AdaptiveLevels
 from .fixed import LogUniform
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 
 
 class GapLevels(AdaptiveLevels):

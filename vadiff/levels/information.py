@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._validation import is_number
+from .._validation import is_number, require_number
 from ..information import (
     BaseWeight,
     Profile,
@@ -24,7 +24,7 @@ from ..ops.reference import moments_of
 from ..regression_target import removed_error
 from .adaptive import AdaptiveLevels, require_not_adaptive
 from .fixed import LogNormal
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 
 _REACH = 1e-9  # least mass of a bin that may be tilted: the base's quantile resolves no levels in smaller ones
 _SURE = 0.5  # confidence of a bin that the pivot may be read from

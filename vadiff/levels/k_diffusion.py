@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from .fixed import EVERYWHERE
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 
 
 class SplitLogNormal(LevelSampler):

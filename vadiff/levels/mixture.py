@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from .adaptive import require_not_adaptive
 from .fixed import EVERYWHERE, UniformTime
-from .sampler import LARGEST, SMALLEST, LevelSampler, require_number
+from .sampler import LARGEST, SMALLEST, LevelSampler
 
 _REACH, _STEP = 37.5, 1 / 64  # nodes of the quantile in logit(u), which ends at 53·ln 2 = 36.7
 _FAR = 200.0  # log-SNR beyond which a level is pure noise (zero terminal SNR) or none

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from .fixed import EVERYWHERE
-from .sampler import LevelSampler, require_number
+from .sampler import LevelSampler
 
 _LEAST, _MOST = 0.25, 100.0  # a and b of Beta
 _TAIL, _STEP = 30.0, 0.01  # the table of Beta's CDF: it ends where u is about e^-30; its step in logit(t)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._validation import is_number
+from .._validation import require_count
 from ..loss import DiffusionLoss
 
 SMALLEST, LARGEST = 2.0**-54, 1.0 - 2.0**-53  # bounds of u, so that it is never 0 or 1
@@ -49,8 +49,7 @@ def uniforms(samples: int, generator: torch.Generator, *, stratified: bool = Fal
     """
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is {generator!r}, expected a torch.Generator: the same seed on every rank")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples is {samples!r}, expected a positive integer: the size of the global batch")
+    require_count("samples", samples, 1)
     u = torch.rand(samples, generator=generator, dtype=torch.float64, device=generator.device)
     if antithetic:
         half = samples // 2
@@ -159,12 +158,3 @@ def checked_uniforms(u: Tensor) -> Tensor:
     if u.dim() != 1:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (B,): one number per sample. Use u.flatten().")
     return u.double()
-
-
-def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
-    """Check that a number is finite and in bounds; return it as a float."""
-    if not (is_number(value) and math.isfinite(value) and value > above and value >= at_least):
-        bound = f" above {above:g}" if above > -math.inf else ""
-        bound += f" of at least {at_least:g}" if at_least > -math.inf else ""
-        raise ValueError(f"{name} is {value!r}, expected a finite number{bound}")
-    return float(value)

@@ -6,9 +6,10 @@ import math
 
 from torch import Tensor
 
+from .._validation import require_number
 from .adaptive import require_not_adaptive
 from .fixed import EVERYWHERE
-from .sampler import LevelSampler, NoiseLevels, require_number
+from .sampler import LevelSampler, NoiseLevels
 
 SHIFT_RULES = ("flux", "rae", "sd3")
 _SD3_PIXELS = 256**2  # of the resolution without a shift

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._validation import require_number
 from ..information import Profile
 from ..process import loss_ratio
-from .sampler import require_number
 
 _BEYOND = 12.0  # the integrals reach this far beyond the levels, in ln σ̃
 _POINTS = 8001

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._validation import require_count
 from ..targets.posterior import Draws, References, posterior
 from .gap import Batch, Denoise, Measured, ModelGap, check_measured, mean_and_its_variance, scores
-from .posterior import require_count
 
 
 @torch.no_grad()

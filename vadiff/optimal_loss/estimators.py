@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._validation import is_number
+from .._validation import require_count, require_number
 from .curve import OptimalLoss
-from .posterior import Devices, Problem, require_count
+from .posterior import Devices, Problem
 
 _DRAWS_AT_ONCE = 512  # smaller matrix products run slower
 _DRAWS_PER_SUBSET = 64  # draws that share a subset, so that their products are a GEMM
@@ -110,8 +110,7 @@ def estimate_until(
     """
     require_count("limit", limit, 1)
     for name, value in (("relative", relative), ("absolute", absolute)):
-        if not is_number(value) or not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value!r}, expected a positive finite number")
+        require_number(name, value, above=0.0)
     levels = _checked_sigmas(sigmas)
     problem = Problem(data, estimator, subset, correction, seed, chunk, device)
     return _run(problem, levels, limit, (relative, absolute * problem.total_variance), progress)

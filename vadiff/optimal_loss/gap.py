@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._validation import require_count
 from .curve import OptimalLoss
 
 Denoise = Callable[..., Tensor]
@@ -118,8 +119,7 @@ def check_measured(measured: Measured) -> None:
     if images.dim() < 2 or len(images) == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected (N, ...) with at least one image")
     for name, number in (("draws", draws), ("batch_size", batch_size)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} is {number!r}, expected a positive integer")
+        require_count(name, number, 1)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels has length {len(labels)}, expected {len(images)}: one for each image")
     if levels.dim() != 1 or len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):

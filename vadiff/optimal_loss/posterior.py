@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._validation import is_number
+from .._validation import require_count, require_number
 
 PAPER = "cdol_paper"
 ESTIMATORS = ("full", "snis", "dol", "cdol", PAPER)
@@ -250,14 +250,7 @@ def _checked_options(estimator: str, subset: int | None, correction: float | Non
     if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= samples:
         raise ValueError(f"subset is {subset!r}, expected an integer from 2 to {samples}, the size of the data set")
     c = _DEFAULT_CORRECTION.get(estimator, 1.0) * samples / size if correction is None else correction
-    if not is_number(c) or not 0 < c < math.inf:
-        raise ValueError(f"correction is {correction!r}, expected a positive finite number")
-    return size, -math.log(c) if estimator in _DEFAULT_CORRECTION else 0.0
-
-
-def require_count(name: str, value: int, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least {lowest}")
+    return size, -math.log(require_number("correction", c, above=0.0)) if estimator in _DEFAULT_CORRECTION else 0.0
 
 
 def _stream(seed: int, batch: int) -> int:

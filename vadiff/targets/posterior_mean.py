@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._ranks import number_of_ranks
-from .._validation import is_number
+from .._validation import is_number, require_count
 from ..errors import DiffusionLossWarning
 from .posterior import Augment, Draws, Posterior, References, keys_of, posterior
 from .references import Bank, DataSet, first_of_each
@@ -90,7 +90,7 @@ class PosteriorMean(nn.Module):
         if not is_number(threshold) or not 0.0 <= threshold < 1.0:
             raise ValueError(f"threshold is {threshold!r}, expected a number from 0 to below 1")
         if chunk is not None:
-            _check_count("chunk", chunk, 1)
+            require_count("chunk", chunk, 1)
         if (reference is None) == (bank is None):
             raise ValueError(
                 f"reference is {'None' if reference is None else 'given'} and bank is {bank!r}, expected one of them: "
@@ -101,7 +101,7 @@ class PosteriorMean(nn.Module):
             for name, value in (("subset", subset), ("labels", labels), ("augment", augment)):
                 if value is not None:
                     raise ValueError(f"{name} is given with a bank, expected None: a bank has what the calls give it")
-            _check_count("bank", bank, 2)
+            require_count("bank", bank, 2)
             self.source = Bank(bank)
         else:
             assert reference is not None
@@ -349,7 +349,7 @@ def _check_reference(reference: Tensor, subset: int | None, labels: Tensor | Non
     if reference.dim() < 2 or len(reference) < 2 or reference[0].numel() == 0:
         raise ValueError(f"reference has shape {tuple(reference.shape)}, expected (N, ...) with at least two samples")
     if subset is not None:
-        _check_count("subset", subset, 2)
+        require_count("subset", subset, 2)
         if subset > len(reference):
             raise ValueError(f"subset is {subset}, expected at most {len(reference)}: the size of the reference")
     if augment is not None and subset is None:
@@ -362,11 +362,6 @@ def _check_reference(reference: Tensor, subset: int | None, labels: Tensor | Non
             "conditions are different for each sample, so that no two share a posterior: posterior-mean targets do not "
             "work with them"
         )
-
-
-def _check_count(name: str, value: object, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least {lowest}")
 
 
 def _shape(value: object) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from .._ranks import number_of_ranks
-from .._validation import check_log_snr, is_number
+from .._validation import check_log_snr, require_number
 from .base import Weighting
 from .fixed import FixedWeighting
 
@@ -37,10 +37,9 @@ class _Bump(FixedWeighting):
     center: float | None = None
 
     def __post_init__(self) -> None:
-        if not is_number(self.alpha) or not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number of at least 0")
-        if self.center is not None and not (is_number(self.center) and math.isfinite(self.center)):
-            raise ValueError(f"center is {self.center!r}, expected a finite log-SNR, or None for the batch mean")
+        require_number("alpha", self.alpha, at_least=0.0)
+        if self.center is not None:
+            require_number("center", self.center)
 
     @property
     def pointwise(self) -> bool:
@@ -110,8 +109,7 @@ class LossZScore(Weighting):
     needs_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not is_number(self.alpha) or not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha!r}, expected a finite number")
+        require_number("alpha", self.alpha)
 
     @property
     def pointwise(self) -> bool:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import check_log_snr, is_number
+from .._validation import check_log_snr, require_number
 from ..ops.problem import Bins
 from ..process import PREDICTION_TYPES, loss_ratio
 from .base import Weighting
@@ -70,9 +70,7 @@ class SNRWeighting(FixedWeighting):
 
     def __post_init__(self) -> None:
         for name in (*self._positive, "sigma_data", "max_weight"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}, expected a positive finite number")
+            require_number(name, getattr(self, name), above=0.0)
         _check_form("prediction_type", self.prediction_type)
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
@@ -138,8 +136,8 @@ class MinSNR(SNRWeighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.terminal is not None and not (is_number(self.terminal) and 0 <= self.terminal < math.inf):
-            raise ValueError(f"terminal is {self.terminal!r}, expected None, 0 or a positive finite number")
+        if self.terminal is not None:
+            require_number("terminal", self.terminal, at_least=0.0)
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return log_snr.clamp(max=math.log(self.gamma))
@@ -225,8 +223,7 @@ class P2(SNRWeighting):
     _positive: ClassVar[tuple[str, ...]] = ("k",)
 
     def __post_init__(self) -> None:
-        if not is_number(self.gamma) or not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma is {self.gamma!r}, expected a finite number of at least 0")
+        require_number("gamma", self.gamma, at_least=0.0)
         super().__post_init__()
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
@@ -259,7 +256,7 @@ class Sigmoid(SNRWeighting):
     max_weight: float = MAX_WEIGHT
 
     def __post_init__(self) -> None:
-        _check_finite("bias", self.bias)
+        require_number("bias", self.bias)
         super().__post_init__()
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
@@ -288,7 +285,7 @@ class MonotonicEDM(SNRWeighting):
     _positive: ClassVar[tuple[str, ...]] = ("p_std",)
 
     def __post_init__(self) -> None:
-        _check_finite("p_mean", self.p_mean)
+        require_number("p_mean", self.p_mean)
         super().__post_init__()
 
     @property
@@ -363,11 +360,6 @@ class CosMap(_SD3Weighting):
 def _log_add(log_snr: Tensor, log_constant: float) -> Tensor:
     """ln(S + constant)."""
     return torch.logaddexp(log_snr, torch.full_like(log_snr, log_constant))
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not is_number(value) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number")
 
 
 def _check_form(name: str, value: str) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._validation import require_count
 from ..ops.problem import Bins, Inputs
 from .base import Weighting
 
@@ -43,8 +44,7 @@ class LearnedUncertainty(nn.Module, Weighting):
 
     def __init__(self, channels: int = 128, init: str = "zeros", seed: int = 0) -> None:
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels is {channels!r}, expected a positive integer")
+        require_count("channels", channels, 1)
         if init not in ("zeros", "random"):
             raise ValueError(f"init is {init!r}, expected 'zeros' or 'random'")
         generator = torch.Generator().manual_seed(seed)

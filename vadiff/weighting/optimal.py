@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .._validation import is_number
+from .._validation import require_number
 from .fixed import MAX_WEIGHT, SNRWeighting
 
 
@@ -114,11 +114,9 @@ class GapWeighting(SNRWeighting):
         require_curve(self.optimal)
         object.__setattr__(self, "_log_star", math.log(self.optimal.sigma_star()))
         for name, lowest in (("cap", 0.0), ("scale", 0.0), ("bump_mean", -math.inf)):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and lowest < value < math.inf):
-                raise ValueError(f"{name} is {value!r}, expected a finite number above {lowest:g}, or None")
-        if not is_number(self.bump) or not 0 <= self.bump < math.inf:
-            raise ValueError(f"bump is {self.bump!r}, expected a finite number of at least 0")
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), above=lowest)
+        require_number("bump", self.bump, at_least=0.0)
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         cap = 1e3 * self.optimal.elements / self.optimal.total_variance if self.cap is None else self.cap
