@@ -45,7 +45,7 @@ LIBRARY = {
     "information": {"bands", "files", "ops", "process", "regression_target"},
     "summary": {"bands", "diagnosis", "extras", "metrics_file", "regression_target", "watch"},
     "metrics_file": set(),
-    "process_defaults": {"errors", "log_snr", "process", "schedulers", "statistics", "weighting"},
+    "process_defaults": {"_validation", "errors", "log_snr", "process", "schedulers", "statistics", "weighting"},
     "loss": {
         "_validation",
         "bands",
@@ -60,8 +60,8 @@ LIBRARY = {
         "watch",
         "weighting",
     },
-    "models": {"extras", "log_snr", "process"},
-    "ema": {"errors", "files"},
+    "models": {"_validation", "extras", "log_snr", "process"},
+    "ema": {"_validation", "errors", "files"},
     "targets": {"_ranks", "_validation", "errors", "pixels"},
     "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {
@@ -70,7 +70,7 @@ LIBRARY = {
     "validation": {
         "_validation", "extras", "files", "optimal_loss", "process", "process_defaults", "schedulers", "summary",
     },
-    "sampling": {"errors", "information", "models", "pixels", "process"},
+    "sampling": {"_validation", "errors", "information", "models", "pixels", "process"},
     "integrations": {
         "_ranks", "_validation", "extras", "files", "information", "levels", "log_snr", "loss", "process", "sampling",
         "schedulers", "summary", "targets", "validation", "weighting",

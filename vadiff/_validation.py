@@ -82,6 +82,13 @@ def require_count(name: str, value: object, lowest: int) -> None:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {lowest}")
 
 
+def require_known(name: str, value: object, known: Iterable[str]) -> None:
+    """Check that a value is one of the known names; the error tells the closest one."""
+    names = list(known)
+    if value not in names:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(names)}{did_you_mean(value, names)}")
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of a message that refuses a name: the known one that is closest to it, or nothing if none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1)

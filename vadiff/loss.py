@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 from . import diagnosis
 from . import summary as live
-from ._validation import check_per_sample, check_prediction, is_number
+from ._validation import check_per_sample, check_prediction, is_number, require_known
 from .ops import autograd, backends
 from .ops.plan import Plans, with_weight
 from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_loss_inputs
@@ -116,8 +116,7 @@ class DiffusionLoss(nn.Module):
                 raise ValueError(f"huber_delta is {value!r}, expected a positive finite number")
             value = float(value)
         elif name == "loss":
-            if value not in LOSSES:
-                raise ValueError(f"loss is {value!r}, expected one of {', '.join(LOSSES)}")
+            require_known("loss", value, LOSSES)
             check_target(target_of(self), value)
         elif name == "target":
             check_target(value, self.loss)
@@ -125,7 +124,7 @@ class DiffusionLoss(nn.Module):
         elif name == "sync":
             value = bool(value)
         elif name == "backend":
-            backends.check_name(value)
+            require_known("backend", value, backends.BACKENDS)
         if name in ("loss", "huber_delta", "sync", "backend"):
             self.__dict__["_problem"] = None
         super().__setattr__(name, value)

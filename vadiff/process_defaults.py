@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import schedulers
+from ._validation import require_known
 from .errors import DiffusionLossWarning
 from .process import EDM, PREDICTION_TYPES, DiscreteVP, Flow, NoiseProcess, VPCosine, VPLinear
 from .statistics import checked_bins
@@ -37,8 +38,8 @@ def arguments_for(
     process: Any, prediction_type: str | None = None, fine_tuning: bool = False, **overrides: Any
 ) -> dict[str, Any]:
     """Arguments of `DiffusionLoss`; see `DiffusionLoss.for_process`."""
-    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+    if prediction_type is not None:
+        require_known("prediction_type", prediction_type, PREDICTION_TYPES)
     form, low, high = _form_and_range(process, prediction_type)
     width = _BIN_FINE_TUNING if fine_tuning else _BIN
     low, high = math.floor(low / width) * width, math.ceil(high / width) * width
@@ -105,8 +106,7 @@ def resolved(process: Any) -> Any:
         return process
     if process == STABLE_DIFFUSION:
         return DiscreteVP.scaled_linear()
-    if process not in _PROCESSES:
-        raise ValueError(f"process is {process!r}, expected one of {', '.join(available())}")
+    require_known("process", process, available())
     return _PROCESSES[process]
 
 

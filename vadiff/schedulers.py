@@ -146,13 +146,7 @@ def timesteps_of(scheduler: Any, log_snr: Tensor) -> Tensor:
         raise TypeError(f"log_snr is {log_snr!r}, expected a floating-point tensor: ln(alpha**2/sigma**2) per sample")
     if log_snr.dim() != 1:
         raise ValueError(f"log_snr has shape {tuple(log_snr.shape)}, expected (B,): one value per sample")
-    if _kind_of(scheduler) == _BY_ALPHA:
-        alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).cpu()
-        times = torch.arange(len(alphas_cumprod))
-        table = from_alphas_cumprod(alphas_cumprod, times).double()
-    else:
-        times = _table_of_timesteps(scheduler)
-        table = log_snr_of(scheduler, times.float()).double()
+    times, table = _table_of(scheduler)
     wanted = log_snr.detach().double().cpu()
     ends = table.clamp(-_FAR, _FAR).sort().values  # [T] rising, finite at zero terminal SNR
     low, high = ends[0] - 0.5 * (ends[1] - ends[0]), ends[-1] + 0.5 * (ends[-1] - ends[-2])
@@ -243,12 +237,7 @@ def log_snr_range_of(scheduler: Any) -> tuple[float, float]:
 
     Raises as `log_snr_of`.
     """
-    kind = _kind_of(scheduler)
-    if kind == _BY_ALPHA:
-        table = torch.as_tensor(scheduler.alphas_cumprod).cpu()
-        log_snr = from_alphas_cumprod(table, torch.arange(len(table)))
-    else:
-        log_snr = log_snr_of(scheduler, _table_of_timesteps(scheduler).float())
+    _, log_snr = _table_of(scheduler)
     finite = log_snr[log_snr.isfinite()]
     return finite.min().item(), finite.max().item()
 
@@ -289,11 +278,17 @@ def _has_flow_timesteps(scheduler: Any) -> bool:
     return in_range and torch.allclose(times, sigmas * steps, rtol=1e-3, atol=1.0)
 
 
-def _table_of_timesteps(scheduler: Any) -> Tensor:
-    times = getattr(scheduler, "timesteps", None)
-    if times is None or len(times) == 0:
+def _table_of(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """The timesteps of training and their log-SNR, on the CPU; each [T]."""
+    if _kind_of(scheduler) == _BY_ALPHA:
+        alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).cpu()
+        times = torch.arange(len(alphas_cumprod))
+        return times, from_alphas_cumprod(alphas_cumprod, times).double()
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or len(timesteps) == 0:
         raise ValueError(f"{type(scheduler).__name__} has no timesteps of training: use a scheduler that has them")
-    return torch.as_tensor(times).cpu()  # [T]
+    times = torch.as_tensor(timesteps).cpu()
+    return times, log_snr_of(scheduler, times.float()).double()
 
 
 def _option(scheduler: Any, name: str, default: Any = None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validation import require_known
 from ..errors import CheckpointError, RunError
 from .archive import read_archive, write_archive
 from .profile import gamma_from_sigma_rel, reconstruction_coefficients
@@ -34,8 +35,7 @@ class Snapshot:
 
 def write_snapshot(folder: Path, snapshot: Snapshot, precision: str) -> Path:
     """Write `<folder>/<time>.pt`, atomically; see `PowerFunctionEMA.save`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    require_known("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
     stored = [
         {name: _stored(name, value, dtype) for name, value in parameters.items()} for parameters in snapshot.parameters

@@ -249,8 +249,7 @@ def sigmas_for(
         ValueError: too few statistics, or as `vadiff.information.Profile.of_criterion` and `noise_levels`.
     """
     _require_scheduler(scheduler, "EulerDiscreteScheduler", "sigmas")
-    profile = _profile_of(criterion, scheduler, prediction_type, base_weight, sigma_data)
-    levels: list[float] = _levels_of(scheduler, steps, profile).tolist()
+    levels: list[float] = _levels_of(criterion, scheduler, steps, prediction_type, base_weight, sigma_data).tolist()
     return levels
 
 
@@ -282,8 +281,7 @@ def timesteps_for(
     last = len(scheduler.alphas_cumprod) - 1
     if steps > last + 1:
         raise ValueError(f"steps is {steps}, expected at most {last + 1}: the scheduler has no more timesteps")
-    profile = _profile_of(criterion, scheduler, prediction_type, base_weight, sigma_data)
-    sigma = _levels_of(scheduler, steps, profile)[:-1]
+    sigma = _levels_of(criterion, scheduler, steps, prediction_type, base_weight, sigma_data)[:-1]
     timesteps: list[int] = timesteps_of(scheduler, -2.0 * sigma.log()).tolist()
     for place in range(steps - 2, -1, -1):  # the lowest stays, the others make room
         timesteps[place] = max(timesteps[place], timesteps[place + 1] + 1)
@@ -293,23 +291,18 @@ def timesteps_for(
     return timesteps
 
 
-def _profile_of(
-    criterion: DiffusionLoss,
-    scheduler: Any,
-    prediction_type: str | None,
-    base_weight: BaseWeight | None,
+def _levels_of(
+    criterion: DiffusionLoss, scheduler: Any, steps: int, prediction_type: str | None, base_weight: BaseWeight | None,
     sigma_data: float,
-) -> Profile:
-    """The recorded errors, at most sigma_data², that of images or latents; EDM's formula has the scheduler's own."""
+) -> Tensor:  # fmt: skip
+    """Levels between the ends of the scheduler's own, by the recorded errors. [steps + 1] float64.
+
+    sigma_data: that of images or latents, whose square bounds the errors; EDM's formula has the scheduler's own."""
     form = _form_of(scheduler, prediction_type)
-    found = Profile.of_criterion(criterion, form, sigma_data=sigma_data_of(scheduler), base_weight=base_weight)
-    return found.bounded(sigma_data)
-
-
-def _levels_of(scheduler: Any, steps: int, profile: Profile) -> Tensor:
-    """Levels between the ends of the scheduler's own. [steps + 1] float64"""
+    profile = Profile.of_criterion(criterion, form, sigma_data=sigma_data_of(scheduler), base_weight=base_weight)
     lowest, highest = log_snr_range_of(scheduler)
-    return noise_levels(steps, math.exp(-0.5 * highest), math.exp(-0.5 * lowest), profile=profile)
+    limits = math.exp(-0.5 * highest), math.exp(-0.5 * lowest)
+    return noise_levels(steps, *limits, profile=profile.bounded(sigma_data))
 
 
 def _require_scheduler(scheduler: Any, name: str, argument: str) -> None:

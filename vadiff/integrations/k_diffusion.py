@@ -111,19 +111,13 @@ class WeightedDenoiser(nn.Module):
         """The network that the denoiser wraps."""
         return self.denoiser.inner_model
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Those of the denoiser, with its names; a learned weighting's are ``criterion.parameters()``."""
-        named: Iterator[tuple[str, nn.Parameter]] = self.denoiser.named_parameters(prefix, recurse, remove_duplicate)
-        return named
+        yield from self.denoiser.named_parameters(*args, **kwargs)
 
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """Those of the denoiser, with its names; the criterion's are ``criterion.buffers()``."""
-        named: Iterator[tuple[str, Tensor]] = self.denoiser.named_buffers(prefix, recurse, remove_duplicate)
-        return named
+        yield from self.denoiser.named_buffers(*args, **kwargs)
 
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The denoiser's D(input; sigma)."""

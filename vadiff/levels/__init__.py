@@ -7,7 +7,7 @@ levels.log_snr, levels.sigma, levels.sample_weight
 
 from typing import Any
 
-from .._validation import did_you_mean
+from .._validation import require_known
 from .adaptive import AdaptiveLevels, LossSpread, SecondMoment
 from .epoch import EpochUniforms
 from .fixed import Cauchy, CosMap, Laplace, LogitNormal, LogNormal, LogUniform, Mode, UniformTime, UniformTimesteps
@@ -101,7 +101,5 @@ def class_of(name: str) -> type[LevelSampler]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in _BY_NAME:
-        advice = did_you_mean(name, _BY_NAME)
-        raise ValueError(f"levels is {name!r}, expected one of {', '.join(available())}{advice}")
+    require_known("levels", name, available())
     return _BY_NAME[name]

@@ -67,10 +67,7 @@ class UniformTime(LevelSampler):
         return (share if self._noise_grows else 1.0 - share).clamp(0.0, 1.0)
 
     def _log_density(self, log_snr: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            at = log_snr.detach().clone().requires_grad_()
-            time = self.process.time(at)
-            (slope,) = torch.autograd.grad(time.sum(), at)
+        time, slope = _time_and_slope(self.process, log_snr)
         rounding = slope.abs() * log_snr.abs() * 2.0**-23  # of a log-SNR in float32, in time
         inside = (time >= self.t_min - rounding) & (time <= self.t_max + rounding)
         return torch.where(inside, slope.abs().log() - math.log(self.t_max - self.t_min), -math.inf)
@@ -116,9 +113,7 @@ class UniformTimesteps(LevelSampler):
         return ((self._place(log_snr) - self.t_min) / (self.t_max - self.t_min)).clamp(0.0, 1.0)
 
     def _log_density(self, log_snr: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            at = log_snr.detach().clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self.process.time(at).sum(), at)
+        _, slope = _time_and_slope(self.process, log_snr)
         share = self._place(log_snr)
         inside = (share >= self.t_min) & (share <= self.t_max)
         density = slope.abs().log() - math.log(self.process.timesteps * (self.t_max - self.t_min))
@@ -126,6 +121,15 @@ class UniformTimesteps(LevelSampler):
 
     def extra_repr(self) -> str:
         return f"{self.process}, t_min={self.t_min:g}, t_max={self.t_max:g}"
+
+
+def _time_and_slope(process: NoiseProcess, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    """The times of a process at each log-SNR, and their derivative by it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        at = log_snr.detach().clone().requires_grad_()
+        time = process.time(at)
+        (slope,) = torch.autograd.grad(time.sum(), at)
+    return time.detach(), slope
 
 
 class LogNormal(LevelSampler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._validation import require_number
+from .._validation import require_known, require_number
 from ..loss import DiffusionLoss
 from ..ops.reference import moments_of
 from ..process import PREDICTION_TYPES, loss_ratio
@@ -54,8 +54,7 @@ class GapLevels(AdaptiveLevels):
         sigma_data: float = 0.5,
     ) -> None:
         super().__init__(base or LogUniform(), bins, log_snr_range, floor, corrected=False)
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}, expected one of {', '.join(PREDICTION_TYPES)}")
+        require_known("prediction_type", prediction_type, PREDICTION_TYPES)
         require_curve(optimal)
         if weighting is not None and not isinstance(weighting, SNRWeighting):
             raise TypeError(

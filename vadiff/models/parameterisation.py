@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._validation import require_known
 from ..log_snr import from_sigma
 from ..process import (
     DiscreteVP,
@@ -145,8 +146,7 @@ def parameterisation(
     Raises:
         ValueError: an unknown name, a pair that does not belong together, or zero terminal SNR without timesteps.
     """
-    if process not in PROCESSES:
-        raise ValueError(f"process is {process!r}, expected one of {', '.join(PROCESSES)}")
+    require_known("process", process, PROCESSES)
     prediction = PREDICTIONS[process][0] if prediction is None else prediction
     if prediction not in PREDICTIONS[process]:
         raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._validation import require_known
 from . import reference
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -40,12 +41,6 @@ KEY = ENVIRONMENT_VARIABLE if variables is os.environ else os.environ.encodekey(
 logger = logging.getLogger(__name__)
 
 
-def check_name(backend: str, argument: str = "backend") -> None:
-    """Raise ValueError unless `backend` is one of BACKENDS."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{argument} is {backend!r}, expected one of {', '.join(BACKENDS)}")
-
-
 def select(backend: str, tensor: Tensor) -> ModuleType:
     """The module whose functions run a call on `tensor` (the prediction, the per-sample losses, or a gradient).
 
@@ -55,7 +50,7 @@ def select(backend: str, tensor: Tensor) -> ModuleType:
     """
     if backend == "auto" and KEY in variables:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        check_name(backend, f"the environment variable {ENVIRONMENT_VARIABLE}")
+        require_known(f"the environment variable {ENVIRONMENT_VARIABLE}", backend, BACKENDS)
     found = _chosen(backend, tensor.device, tensor.dtype)
     if isinstance(found, Obstacle):
         raise RuntimeError(f"backend {backend!r} cannot run this call: {found}") from found.__cause__

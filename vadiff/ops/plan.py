@@ -47,11 +47,8 @@ class Plans:
         prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction = arguments
         signature = (
             _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr),
-            _ABSENT if noise is None else _of_tensor(noise),
-            _ABSENT if coefficients is None else _of_coefficients(coefficients),
-            _ABSENT if base_weight is None else _of_tensor(base_weight),
-            _ABSENT if sample_weight is None else _of_tensor(sample_weight),
-            reduction if type(reduction) is str else None,
+            _of_tensor(noise), _ABSENT if coefficients is None else _of_coefficients(coefficients),
+            _of_tensor(base_weight), _of_tensor(sample_weight), reduction if type(reduction) is str else None,
         )  # fmt: skip
         plan = self._last
         if plan is None or plan.signature != signature:
@@ -94,8 +91,10 @@ def with_weight(inputs: Inputs, weight: Tensor) -> Inputs:
     return inputs._replace(weight=weight, plan=plan)
 
 
-def _of_tensor(value: Any) -> tuple[Any, ...] | None:
+def _of_tensor(value: Any) -> Any:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
+    if value is None:
+        return _ABSENT
     if type(value) not in PLAIN or value.layout is not _STRIDED or value.data_ptr() == 0 or value.is_neg():
         return None
     return value.dtype, value.shape, value.stride(), value.device, value.requires_grad

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._validation import require_count, require_number
+from .._validation import require_count, require_known, require_number
 
 PAPER = "cdol_paper"
 ESTIMATORS = ("full", "snis", "dol", "cdol", PAPER)
@@ -237,8 +237,7 @@ def _checked_data(data: Tensor) -> Tensor:
 
 def _checked_options(estimator: str, subset: int | None, correction: float | None, samples: int) -> tuple[int, float]:
     """L, and -ln C, the logit of the source."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+    require_known("estimator", estimator, ESTIMATORS)
     if estimator == "full" and subset is not None:
         raise ValueError(f"subset is {subset!r} with estimator 'full', expected None: it uses all the data")
     if estimator not in _DEFAULT_CORRECTION and correction is not None:

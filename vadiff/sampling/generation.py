@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._validation import require_known
 from ..errors import RunError
 from ..information import Profile
 from ..models import Denoiser, Parameterisation
@@ -149,8 +150,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         for name, known in (("solver", SOLVERS), ("spacing", SPACINGS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+            require_known(name, getattr(self, name), known)
         if self.solver != "heun" and self.churn is not None:
             raise ValueError(f"churn is for the solver heun, not for {self.solver}")
         if isinstance(self.label, str) and self.label not in LABELS:

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from .._validation import did_you_mean
+from .._validation import require_known
 from .adaptive import AdaptiveWeighting, LossLevel, VarianceAware
 from .base import Weighting
 from .batch import Cauchy, Gaussian, LossZScore
@@ -145,7 +145,5 @@ def class_of(name: str) -> type[Weighting]:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in _BY_NAME:
-        advice = did_you_mean(name, _BY_NAME)
-        raise ValueError(f"weighting is {name!r}, expected one of {', '.join(available())}{advice}")
+    require_known("weighting", name, available())
     return _BY_NAME[name]

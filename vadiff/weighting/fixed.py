@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._validation import check_log_snr, require_number
+from .._validation import check_log_snr, require_known, require_number
 from ..ops.problem import Bins
 from ..process import PREDICTION_TYPES, loss_ratio
 from .base import Weighting
@@ -71,7 +71,7 @@ class SNRWeighting(FixedWeighting):
     def __post_init__(self) -> None:
         for name in (*self._positive, "sigma_data", "max_weight"):
             require_number(name, getattr(self, name), above=0.0)
-        _check_form("prediction_type", self.prediction_type)
+        require_known("prediction_type", self.prediction_type, PREDICTION_TYPES)
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         """ln of the weight of the x0 loss at finite log-SNR, [B] float64."""
@@ -318,7 +318,7 @@ class _SD3Weighting(SNRWeighting):
     max_weight: float = MAX_WEIGHT
 
     def __post_init__(self) -> None:
-        _check_form("form", self.form)
+        require_known("form", self.form, PREDICTION_TYPES)
         super().__post_init__()
 
     def _log_weight(self, log_snr: Tensor) -> Tensor:
@@ -360,8 +360,3 @@ class CosMap(_SD3Weighting):
 def _log_add(log_snr: Tensor, log_constant: float) -> Tensor:
     """ln(S + constant)."""
     return torch.logaddexp(log_snr, torch.full_like(log_snr, log_constant))
-
-
-def _check_form(name: str, value: str) -> None:
-    if value not in PREDICTION_TYPES:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(PREDICTION_TYPES)}")
