@@ -131,12 +131,6 @@ void launch(void (*kernel)(Parameters...), int64_t grid, const Call& call, Argum
 // A block for each work item, so that the device hands the next one to whichever multiprocessor is free.
 int64_t blocks_for(int64_t items) { return std::min<int64_t>(items, INT32_MAX); }
 
-// Blocks for so many work items: as many as fit on the device at once.
-template <class C>
-int64_t resident(int64_t items, const Call& call) {
-  return std::min(items, multiprocessors(int(call.device)) * kBlocksPerSM<C>);
-}
-
 // Into how many runs each sample is cut. `blocks`: as many as the device holds at once.
 void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, int64_t* chunk) {
   // 1. Four rounds of blocks: they end at different times, and the last ones are a small part of all.
@@ -205,8 +199,9 @@ void backward_in(const Call& call) {
 
 template <class C>
 void scale_in(const Call& call) {
-  launch(scale_kernel<C>, resident<C>((call.elements + kStep - 1) / kStep, call), call, call.gradient,
-         int(call.prediction_dtype), call.elements, static_cast<const C*>(call.upstream));
+  const int64_t steps = (call.elements + kStep - 1) / kStep, resident = multiprocessors(int(call.device)) * kBlocksPerSM<C>;
+  launch(scale_kernel<C>, std::min(steps, resident), call, call.gradient, int(call.prediction_dtype), call.elements,
+         static_cast<const C*>(call.upstream));
 }
 
 template <class C>

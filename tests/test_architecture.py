@@ -28,7 +28,7 @@ LIBRARY = {
     "augmentation": set(),
     "betas": set(),
     "schedule_checks": {"betas", "errors"},
-    "log_snr": {"schedule_checks"},
+    "log_snr": {"ops", "schedule_checks"},
     "_validation": set(),
     "_ranks": set(),
     "regression_target": set(),
@@ -61,7 +61,7 @@ LIBRARY = {
         "weighting",
     },
     "models": {"_validation", "extras", "log_snr", "process"},
-    "ema": {"_validation", "errors", "files"},
+    "ema": {"_validation", "errors", "files", "ops"},
     "targets": {"_ranks", "_validation", "errors", "pixels"},
     "optimal_loss": {"_validation", "files", "process", "targets"},
     "levels": {

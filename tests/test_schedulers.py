@@ -215,7 +215,7 @@ def test_nothing_looks_at_values_that_are_not_on_the_cpu(name: str) -> None:
 
 
 def test_off_the_cpu_a_timestep_out_of_range_makes_its_sample_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vadiff.schedulers._on_cpu", lambda values: False)  # as values on a GPU are
+    monkeypatch.setattr("vadiff.schedulers.may_read", lambda values: False)  # as values on a GPU are
     assert log_snr_of(scheduler("euler"), torch.tensor([5.0, 1000.0, -1.0, torch.nan])).isnan().tolist() == [
         False, True, True, True,
     ]  # fmt: skip

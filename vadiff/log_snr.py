@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ops.problem import compute_dtype
 from .schedule_checks import check_schedule
 
 __all__ = ["from_alpha_sigma", "from_alphas_cumprod", "from_flow_time", "from_sigma"]
@@ -53,12 +54,12 @@ def from_sigma(sigma: Values) -> Tensor:
         )
     _require_one_per_sample("sigma", sigma)
     _require_range("sigma", sigma, 0.0, float("inf"), "sigma is a standard deviation")
-    if _may_read(sigma) and _are_timesteps(sigma):
+    if may_read(sigma) and _are_timesteps(sigma):
         raise ValueError(
             f"sigma runs over whole numbers from {sigma.min().item():g} to {sigma.max().item():g}, expected standard "
             f"deviations of noise: these look like timesteps. Use {_FROM_TIMESTEPS}."
         )
-    return (-2.0 * sigma.double().log()).to(_result_dtype(sigma))
+    return (-2.0 * sigma.double().log()).to(compute_dtype(sigma))
 
 
 def from_alpha_sigma(alpha: Values, sigma: Values) -> Tensor:
@@ -90,9 +91,9 @@ def from_alpha_sigma(alpha: Values, sigma: Values) -> Tensor:
             f"alpha has shape {tuple(alpha.shape)} on {alpha.device}, sigma {tuple(sigma.shape)} on {sigma.device}: "
             "expected the same, one value per sample."
         )
-    if _may_read(alpha) and bool(((alpha == 0) & (sigma == 0)).any()):
+    if may_read(alpha) and bool(((alpha == 0) & (sigma == 0)).any()):
         raise ValueError("alpha and sigma are both 0 for a sample, expected a sample with data or noise in it.")
-    dtype = torch.promote_types(_result_dtype(alpha), _result_dtype(sigma))
+    dtype = torch.promote_types(compute_dtype(alpha), compute_dtype(sigma))
     return (2.0 * (alpha.double().log() - sigma.double().log())).to(dtype)
 
 
@@ -136,13 +137,13 @@ def from_alphas_cumprod(alphas_cumprod: Values, timesteps: Values) -> Tensor:
             "same device. Use timesteps.to(alphas_cumprod.device)."
         )
     timesteps, size = timesteps.long(), len(alphas_cumprod)
-    if _may_read(timesteps):
+    if may_read(timesteps):
         low, high = int(timesteps.min()), int(timesteps.max())
         if low < 0 or high >= size:
             raise IndexError(
                 f"timesteps run from {low} to {high}, expected 0 to {size - 1}: alphas_cumprod has {size} entries."
             )
-    return log_snr_at(alphas_cumprod, timesteps).to(_result_dtype(alphas_cumprod))
+    return log_snr_at(alphas_cumprod, timesteps).to(compute_dtype(alphas_cumprod))
 
 
 def log_snr_at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def from_flow_time(t: Values, data_at: int = 0) -> Tensor:
     _require_range("t", t, 0.0, 1.0, "divide by num_train_timesteps if these are scheduler timesteps")
     time = t.double()
     log_t, log_rest = time.log(), torch.log1p(-time)
-    return (2.0 * (log_t - log_rest if data_at == 1 else log_rest - log_t)).to(_result_dtype(t))
+    return (2.0 * (log_t - log_rest if data_at == 1 else log_rest - log_t)).to(compute_dtype(t))
 
 
 def _are_timesteps(sigma: Tensor) -> bool:
@@ -210,10 +211,6 @@ def as_tensor(name: str, value: Values) -> Tensor:
         ) from error
 
 
-def _result_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def _require_floating(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating-point tensor. Use {name}.float().")
@@ -227,13 +224,13 @@ def _require_one_per_sample(name: str, value: Tensor) -> None:
 
 
 def _require_range(name: str, value: Tensor, low: float, high: float, hint: str) -> None:
-    if _may_read(value) and bool(((value < low) | (value > high)).any()):
+    if may_read(value) and bool(((value < low) | (value > high)).any()):
         raise ValueError(
             f"{name} runs from {value.min().item():g} to {value.max().item():g}, "
             f"expected values in [{low:g}, {high:g}]: {hint}."
         )
 
 
-def _may_read(value: Tensor) -> bool:
+def may_read(value: Tensor) -> bool:
     """Whether Python may read the values without synchronising with a GPU or branching in compiled code."""
     return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import process
-from .log_snr import Values, as_tensor, from_alphas_cumprod, from_flow_time, from_sigma, log_snr_at
+from .log_snr import Values, as_tensor, from_alphas_cumprod, from_flow_time, from_sigma, log_snr_at, may_read
 from .ops.problem import Coefficient
 from .schedule_checks import check_schedule
 
@@ -309,7 +309,7 @@ def _check_not_times(timesteps: Tensor, last: int) -> None:
 
     One or two such values may be timesteps, by chance; three are all below 1 once in 10⁹ batches.
     """
-    if not _on_cpu(timesteps) or len(timesteps) < 3 or last <= _LARGEST_UNIT:
+    if not may_read(timesteps) or len(timesteps) < 3 or last <= _LARGEST_UNIT:
         return
     if bool((timesteps <= 1).all()) and bool((timesteps >= 0).all()) and len(timesteps.unique()) >= 3:
         raise ValueError(
@@ -321,7 +321,7 @@ def _check_not_times(timesteps: Tensor, last: int) -> None:
 
 def _check_direction(scheduler: Any) -> None:
     sigmas, times = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
-    if not isinstance(sigmas, Tensor) or not isinstance(times, Tensor) or not (_on_cpu(sigmas) and _on_cpu(times)):
+    if not isinstance(sigmas, Tensor) or not isinstance(times, Tensor) or not (may_read(sigmas) and may_read(times)):
         return
     if sigmas[0] < sigmas[-1] and times[0] > times[-1]:
         raise ValueError(
@@ -343,7 +343,7 @@ def _flow_time(scheduler: Any, timesteps: Tensor) -> Tensor:
     steps = _option(scheduler, "num_train_timesteps", 1000)
     position = timesteps.double()
     outside = ~((position >= 0) & (position <= steps + 1))  # true for NaN
-    if _on_cpu(timesteps) and bool(outside.any()):
+    if may_read(timesteps) and bool(outside.any()):
         raise ValueError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {steps}: "
             "values of scheduler.timesteps, which are sigmas * num_train_timesteps."
@@ -355,7 +355,7 @@ def _interpolate_alphas(table: Tensor, timesteps: Tensor) -> Tensor:
     """λ at fractional timesteps, linear between the whole ones. [B] float32."""
     position, last = timesteps.double(), len(table) - 1
     outside = ~((position >= 0) & (position <= last))  # true for NaN
-    if _on_cpu(timesteps) and bool(outside.any()):
+    if may_read(timesteps) and bool(outside.any()):
         raise IndexError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected 0 to {last}: "
             f"alphas_cumprod has {last + 1} entries."
@@ -373,7 +373,7 @@ def _interpolate_sigmas(scheduler: Any, timesteps: Tensor) -> Tensor:
     sigmas = _to_device_of(torch.as_tensor(scheduler.sigmas), timesteps)[: len(times)].double().flip(0)  # no final 0
     position, span = timesteps.double(), times[-1] - times[0]
     outside = ~((position >= times[0] - span) & (position <= times[-1] + span))
-    if _on_cpu(timesteps) and bool(outside.any()):
+    if may_read(timesteps) and bool(outside.any()):
         raise ValueError(
             f"timesteps run from {timesteps.min().item():g} to {timesteps.max().item():g}, expected values of "
             f"scheduler.timesteps, {times[0].item():g} to {times[-1].item():g}. Use scheduler.timesteps[indices], or "
@@ -389,7 +389,3 @@ def _mix(lower: Tensor, upper: Tensor, share: Tensor) -> Tensor:
     """lower + share·(upper - lower); at share 0 and 1 exact even if the other end is infinite."""
     between = lower + share * (upper - lower)
     return torch.where(share == 0, lower, torch.where(share == 1, upper, between))
-
-
-def _on_cpu(values: Tensor) -> bool:
-    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.problem import compute_dtype
 from .profile import decay, gamma_from_sigma_rel
 from .snapshots import Snapshot, write_snapshot
 
@@ -67,7 +68,10 @@ class PowerFunctionEMA:
                 "trainable_only is true, but no parameter of the module requires a gradient: unfreeze what is trained, "
                 "or add the adapters, before the averages are made"
             )
-        self._averages = [[_average_of(parameter) for parameter in self._parameters] for _ in self._gammas]
+        self._averages = [
+            [parameter.detach().to(compute_dtype(parameter), copy=True) for parameter in self._parameters]
+            for _ in self._gammas
+        ]
         self.run = uuid.uuid4().hex
         self.time = 0.0
 
@@ -166,8 +170,3 @@ class PowerFunctionEMA:
             for name, parameter in self._module.named_parameters(remove_duplicate=False)
             if id(parameter) in places
         }
-
-
-def _average_of(parameter: nn.Parameter) -> Tensor:
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return parameter.detach().to(dtype, copy=True)

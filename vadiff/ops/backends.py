@@ -92,6 +92,10 @@ def _chosen(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
 class Obstacle(Exception):
     """Why a backend cannot run, and how to fix it; `__cause__` is the error, if there was one."""
 
+    def __init__(self, why: str, cause: Exception | None = None) -> None:
+        super().__init__(why)
+        self.__cause__ = cause
+
 
 def _usable(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType | Obstacle:
     """The backend's module if it can run a call on tensors of that device and dtype."""
@@ -178,9 +182,9 @@ def load_native() -> ModuleType | Obstacle:
         importlib.import_module("vadiff._native")  # first: only this error says that it is missing
         return importlib.import_module("vadiff.ops.native")
     except ModuleNotFoundError as error:
-        return _obstacle(f"the native kernels are not built. {native_build()}", error)
+        return Obstacle(f"the native kernels are not built. {native_build()}", error)
     except ImportError as error:
-        return _obstacle(f"the native kernels did not load ({error}). {_BUILD}", error)
+        return Obstacle(f"the native kernels did not load ({error}). {_BUILD}", error)
 
 
 @functools.cache
@@ -191,10 +195,4 @@ def _load_triton() -> ModuleType | Obstacle:
     except ImportError as error:
         missing = getattr(error, "name", None) == "triton"
         package = "triton" if missing else "--force-reinstall vadiff"
-        return _obstacle(f"the Triton kernels did not load ({error}). Install: pip install {package}", error)
-
-
-def _obstacle(message: str, cause: Exception) -> Obstacle:
-    obstacle = Obstacle(message)
-    obstacle.__cause__ = cause
-    return obstacle
+        return Obstacle(f"the Triton kernels did not load ({error}). Install: pip install {package}", error)

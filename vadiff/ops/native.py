@@ -11,6 +11,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from ctypes import c_double, c_int64
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -34,13 +35,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 STATISTICS = {"": 0, "std": 1, "mean": 2, "rms": 3}
 
 
-def _integers(names: str) -> list[tuple[str, type]]:
-    """Fields of a struct that are addresses or whole numbers."""
-    return [(name, ctypes.c_int64) for name in names.split()]
-
-
-def _floats(names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_double) for name in names.split()]
+def _named(kind: type, names: str) -> list[tuple[str, type]]:
+    """Fields of a struct: `c_double`, or `c_int64` for addresses and whole numbers."""
+    return [(name, kind) for name in names.split()]
 
 
 class ProblemFields(ctypes.Structure):
@@ -48,8 +45,9 @@ class ProblemFields(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = [
-        *_integers("bins"), *_floats("low high half_life"), *_integers("statistic"),
-        *_floats("strength smoothing log_clip prior"), *_integers("radius"), *_floats("huber_delta"),
+        *_named(c_int64, "bins"), *_named(c_double, "low high half_life"), *_named(c_int64, "statistic"),
+        *_named(c_double, "strength smoothing log_clip prior"), *_named(c_int64, "radius"),
+        *_named(c_double, "huber_delta"),
     ]  # fmt: skip
 
 
@@ -59,13 +57,13 @@ class Call(ctypes.Structure):
     __slots__ = ()  # a misspelt field raises
     _fields_ = [
         ("problem", ProblemFields),
-        *_integers("device threads stream workspace"),
-        *_integers("samples elements prediction prediction_dtype target target_dtype noise noise_dtype"),
-        *_integers("a_each b_each c_each"), *_floats("a b c"),
-        *_integers("log_snr base_weight sample_weight weight mean"),
-        *_integers("state log_weights update batch"),
-        *_integers("loss per_sample gradient factors"),
-        *_integers("upstream upstream_stride gathered ranks"),
+        *_named(c_int64, "device threads stream workspace"),
+        *_named(c_int64, "samples elements prediction prediction_dtype target target_dtype noise noise_dtype"),
+        *_named(c_int64, "a_each b_each c_each"), *_named(c_double, "a b c"),
+        *_named(c_int64, "log_snr base_weight sample_weight weight mean"),
+        *_named(c_int64, "state log_weights update batch"),
+        *_named(c_int64, "loss per_sample gradient factors"),
+        *_named(c_int64, "upstream upstream_stride gathered ranks"),
     ]  # fmt: skip
 
 
@@ -123,12 +121,11 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
 
 def scale(gradient: Tensor, upstream: Tensor) -> None:
     """See `vadiff.ops.reference.scale`."""
-    dtype = gradient.dtype
     call = _copy_call(_EMPTY)
-    call.prediction_dtype = DTYPES[dtype]
+    call.prediction_dtype = DTYPES[gradient.dtype]
     call.elements = gradient.numel()
     call.gradient = gradient.data_ptr() or _freed(gradient, "gradient")
-    call.upstream = _checked(upstream, torch.float64 if dtype is torch.float64 else torch.float32, "upstream")
+    call.upstream = _checked(upstream, compute_dtype(gradient), "upstream")
     call.threads = torch.get_num_threads()
     _place(call, gradient)
     _native.scale(ctypes.addressof(call))
@@ -153,14 +150,13 @@ def _run(
     call.state = state.state.data_ptr()
     call.log_weights = state.log_weights.data_ptr()
     call.update = update
-    if gather is None:
-        _workspace = _place(call, state.state)
-        kernel(ctypes.addressof(call))
-        return
-    batch = state.state.new_empty(4 * problem.bins.size + len(BATCH_TOTALS), dtype=torch.float64)
-    call.batch = batch.data_ptr()
+    if gather is not None:
+        batch = state.state.new_empty(4 * problem.bins.size + len(BATCH_TOTALS), dtype=torch.float64)
+        call.batch = batch.data_ptr()
     _workspace = _place(call, state.state)
     kernel(ctypes.addressof(call))
+    if gather is None:
+        return
     gathered = gather(batch)
     fold = _copy_call(_blank_of(problem))
     fold.state, fold.log_weights, fold.update = call.state, call.log_weights, True

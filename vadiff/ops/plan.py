@@ -18,7 +18,6 @@ from .problem import Inputs, Plan, make_inputs
 
 _MOST = 64  # plans of one criterion; more signatures than these come from data whose shapes are all different
 _ABSENT = "absent"
-_STRIDED = torch.strided
 
 
 class Plans:
@@ -95,7 +94,7 @@ def _of_tensor(value: Any) -> Any:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
     if value is None:
         return _ABSENT
-    if type(value) not in PLAIN or value.layout is not _STRIDED or value.data_ptr() == 0 or value.is_neg():
+    if type(value) not in PLAIN or value.layout is not torch.strided or value.data_ptr() == 0 or value.is_neg():
         return None
     return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
 

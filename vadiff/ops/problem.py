@@ -163,9 +163,9 @@ SLOPE = 2  # w*v*ell, 0 where masked: derivative of the weighted loss by u
 MASKED = 3  # 1 where u = 0 or v = 0, else 0
 
 
-def compute_dtype(prediction: Tensor) -> torch.dtype:
-    """Arithmetic of a call: float64 for a float64 prediction, else float32."""
-    return torch.float64 if prediction.dtype is torch.float64 else torch.float32
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for a float64 tensor, else float32. The prediction's is that of a call's arithmetic."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 def make_inputs(

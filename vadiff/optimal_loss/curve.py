@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,14 @@ class ConvertedLoss(NamedTuple):
     time: Tensor  # [T] float64
     loss: Tensor  # [T] float64, sum over elements
     stderr: Tensor  # [T] float64
+
+
+def checked_sigmas(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """Noise levels as [T] float64; raises ValueError unless there are some, all positive and finite."""
+    values = torch.as_tensor(sigmas, dtype=torch.float64)
+    if values.dim() != 1 or len(values) == 0 or not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"sigmas is {values.tolist()}, expected one or more noise levels, positive and finite")
+    return values
 
 
 @dataclass(frozen=True, eq=False)

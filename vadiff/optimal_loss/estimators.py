@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._validation import require_count, require_number
-from .curve import OptimalLoss
+from .curve import OptimalLoss, checked_sigmas
 from .posterior import Devices, Problem
 
 _DRAWS_AT_ONCE = 512  # smaller matrix products run slower
@@ -74,7 +74,7 @@ def estimate(
         [...]
     """
     require_count("draws", draws, 1)
-    levels = _checked_sigmas(sigmas)
+    levels = checked_sigmas(sigmas).tolist()
     return _run(Problem(data, estimator, subset, correction, seed, chunk, device), levels, draws, None, progress)
 
 
@@ -111,7 +111,7 @@ def estimate_until(
     require_count("limit", limit, 1)
     for name, value in (("relative", relative), ("absolute", absolute)):
         require_number(name, value, above=0.0)
-    levels = _checked_sigmas(sigmas)
+    levels = checked_sigmas(sigmas).tolist()
     problem = Problem(data, estimator, subset, correction, seed, chunk, device)
     return _run(problem, levels, limit, (relative, absolute * problem.total_variance), progress)
 
@@ -182,12 +182,3 @@ class _Tally:
 
     def within(self, relative: float, absolute: float) -> bool:
         return self.draws >= _LEAST_DRAWS and self.stderr <= max(relative * self.mean, absolute)
-
-
-def _checked_sigmas(sigmas: Tensor | Sequence[float]) -> list[float]:
-    values = torch.as_tensor(sigmas, dtype=torch.float64)
-    if values.dim() != 1 or len(values) == 0:
-        raise ValueError(f"sigmas has shape {tuple(values.shape)}, expected (T,): one or more noise levels")
-    if not bool(((values > 0) & values.isfinite()).all()):
-        raise ValueError("sigmas has a value that is not positive and finite, expected noise levels > 0")
-    return values.tolist()

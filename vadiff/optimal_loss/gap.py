@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import require_count
-from .curve import OptimalLoss
+from .curve import OptimalLoss, checked_sigmas
 
 Denoise = Callable[..., Tensor]
 """D(noisy [B, ...], sigma [B]) → estimate of x0 [B, ...]; called with labels [B] as third argument if given."""
@@ -122,8 +122,7 @@ def check_measured(measured: Measured) -> None:
         require_count(name, number, 1)
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels has length {len(labels)}, expected {len(images)}: one for each image")
-    if levels.dim() != 1 or len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"sigmas is {levels.tolist()}, expected one or more noise levels, positive and finite")
+    checked_sigmas(levels)
 
 
 def scores(denoise: Denoise, measured: Measured, score: Callable[[Batch], Tensor]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
+
+from ..ops.problem import compute_dtype
 
 
 class NoiseProcess(ABC):
@@ -58,7 +59,7 @@ class NoiseProcess(ABC):
 
 def match(value: Tensor, t: Tensor) -> Tensor:
     """float64 for float64 times, else float32."""
-    return value.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+    return value.to(compute_dtype(t))
 
 
 def require_direction(data_at: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
+from .._validation import is_number, require_number
 from ..ops.problem import Bins, TableRule
 from ..ops.reference import log_weight_at
 from .base import Weighting
@@ -43,20 +42,12 @@ class AdaptiveWeighting(Weighting):
     def __post_init__(self) -> None:
         if type(self) is AdaptiveWeighting:
             raise TypeError("AdaptiveWeighting has no statistic of its own: use VarianceAware or LossLevel")
-        for name, lowest, strict, finite in (
-            ("strength", -math.inf, True, True),
-            ("smoothing", 0.0, False, True),
-            ("clip", 1.0, False, False),
-            ("prior", 0.0, True, True),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            above = number and (value > lowest if strict else value >= lowest)
-            if not above or (finite and not math.isfinite(value)):
-                bound = "" if lowest == -math.inf else f" {'above' if strict else 'of at least'} {lowest:g}"
-                raise ValueError(f"{name} is {value!r}, expected a{' finite' if finite else ''} number{bound}")
-        numbers_given = (float(value) for value in (self.strength, self.smoothing, self.clip, self.prior))
-        object.__setattr__(self, "rule", TableRule(self.statistic, *numbers_given))
+        strength = require_number("strength", self.strength)
+        smoothing = require_number("smoothing", self.smoothing, at_least=0.0)
+        if not is_number(self.clip) or not self.clip >= 1.0:
+            raise ValueError(f"clip is {self.clip!r}, expected a number of at least 1")
+        prior = require_number("prior", self.prior, above=0.0)
+        object.__setattr__(self, "rule", TableRule(self.statistic, strength, smoothing, float(self.clip), prior))
 
     def weight_at(self, log_snr: Tensor, log_weights: Tensor, bins: Bins) -> Tensor:
         return log_weight_at(log_weights, log_snr, bins).exp()
