@@ -57,11 +57,10 @@ class Plans:
             if plan is None:
                 return self._first_inputs(signature, arguments)
             self._last = plan
-        a: Any = 1.0
-        b: Any = -1.0
-        c: Any = 0.0
+        terms: Any = (1.0, -1.0, 0.0)
         if coefficients is not None:
-            a, b, c = [each if isinstance(each, Tensor) else float(each) for each in coefficients]
+            terms = [each if isinstance(each, Tensor) else float(each) for each in coefficients]
+        a, b, c = terms
         return Inputs(
             prediction, target if plan.reads_target else None, noise if plan.reads_noise else None, a, b, c, log_snr,
             base_weight, sample_weight, None, plan.mean, plan,

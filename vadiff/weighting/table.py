@@ -41,8 +41,7 @@ class WeightTable(FixedWeighting):
         check_log_snr(log_snr)
         low, high = self.log_snr_range
         if log_snr.device not in self._log_weights:
-            self._log_weights[log_snr.device] = torch.tensor(
-                self.weights, dtype=torch.float32, device=log_snr.device
-            ).log()
+            table = torch.tensor(self.weights, dtype=torch.float32, device=log_snr.device)
+            self._log_weights[log_snr.device] = table.log()
         bins = Bins(len(self.weights), low, high)
         return log_weight_at(self._log_weights[log_snr.device], log_snr.float(), bins).exp()
