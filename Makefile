@@ -40,8 +40,9 @@ $(NATIVE): $(wildcard csrc/*) | $(STAMP)
 demo: install  ## train on handwritten digits with three weightings; writes runs/demo/report.html and report.png (2 minutes)
 	$(BIN)/vadiff demo --out runs/demo --overwrite
 
+# Bytecode is kept, whatever the environment says: each process that a test starts would compile vadiff anew.
 test: lint  ## lint, then all tests; those in tests/gpu skip without an NVIDIA GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(JOBS)
 
 # The interpreter is not instrumented: the sanitizers' library has to be loaded before it.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined

@@ -5,10 +5,8 @@ A new backend is one more name in BACKENDS. The native one runs twice: its CPU k
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -24,6 +22,7 @@ import cuda_source
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: has to stand before that
@@ -219,9 +218,9 @@ def usable(backend: str) -> str:
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if backend == "triton" and device_of(backend).type == "cpu":
-        _interpreter_rounds_like_a_gpu()
-        interpreter_reads_arrays_of_one_element()
-        interpreter_remembers_what_it_patches()
+        triton_interpreter.round_like_a_gpu()
+        triton_interpreter.read_arrays_of_one_element()
+        triton_interpreter.remember()
     return backend
 
 
@@ -235,56 +234,6 @@ def _native_loads() -> None:
         if isinstance(kernels.__cause__, ModuleNotFoundError) and not any(compilers):
             pytest.skip(str(kernels))
         pytest.fail(str(kernels))
-
-
-@functools.cache
-def _interpreter_rounds_like_a_gpu() -> None:
-    """Triton's interpreter truncates float32 to bfloat16; hardware rounds to nearest, ties to even."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-        if source == tl.float32 and target == tl.bfloat16:
-            return torch.from_numpy(np.array(data)).bfloat16().view(torch.uint16).numpy()
-        return convert(data, source, target, mode)
-
-    interpreter._convert_float = rounding
-
-
-@functools.cache
-def interpreter_reads_arrays_of_one_element() -> None:
-    """Triton before 3.7 calls int() on arrays of shape (1,): numpy before 2.5 warns, numpy 2.5 raises a TypeError."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, *scope: object) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = patched
-
-
-@functools.cache
-def interpreter_remembers_what_it_patches() -> None:
-    """Triton looks through all of triton.language for its functions at each call of a @triton.jit function: half of the
-    time of a kernel. They have the same names each time."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def names(package: object) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-
-    def patch(package: object, builder: object, *scope: object) -> None:
-        found = names(package)
-        if found and tl.core.is_builtin(getattr(package, found[0])):  # all or none of them are patched
-            for name in found:
-                interpreter._patch_attr(package, name, getattr(package, name), builder, *scope)
-
-    interpreter._patch_builtin = patch
 
 
 def device_of(kernels: str) -> torch.device:

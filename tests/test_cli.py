@@ -130,7 +130,7 @@ def test_demo_writes_its_report_and_prints_all_three_weightings(
 ) -> None:
     monkeypatch.setattr("vadiff.trainer.report.demo.COMPARED", 100)
     monkeypatch.setattr("vadiff.trainer.evaluation.fidelity.cache_folder", lambda: digits_cache)
-    assert main(["demo", "--steps", "60", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--steps", "4", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("constant", "loss_level", "variance_aware", "x0, all levels"))
     assert "spread of the loss" in printed

@@ -14,7 +14,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, interpreter_reads_arrays_of_one_element, interpreter_remembers_what_it_patches, usable
+import triton_interpreter
+from conftest import BACKENDS, usable
 from filelock import FileLock
 from ranks import join_two_ranks, leave_two_ranks, run_two_ranks
 
@@ -72,8 +73,8 @@ def rank_main(rank: int, folder: str, backends: list[str]) -> None:
     """What each process runs; results are saved for the tests to read."""
     os.environ["TRITON_INTERPRET"] = "1"  # gloo moves CPU tensors, also where a GPU is
     if "triton" in backends:
-        interpreter_reads_arrays_of_one_element()
-        interpreter_remembers_what_it_patches()
+        triton_interpreter.read_arrays_of_one_element()
+        triton_interpreter.remember()
     join_two_ranks(rank, folder)
     results = {}
     for backend in backends:

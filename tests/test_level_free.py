@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -252,6 +253,7 @@ def test_unbiased_while_the_loss_falls():
 def test_unbiased_when_the_loss_jumps():
     """After a jump the bins lag for a while: the level-free loss is as high as the loss at once."""
 
+    @functools.cache
     def jumping(seed: int) -> Stream:
         stream = Stream(seed)
         for call in range(440):

@@ -151,14 +151,14 @@ def _two_ranks(rank: int, folder: str, shards: str) -> None:
 
 
 def test_killed_run_leaves_no_process_and_resumes_to_the_bit(shards: Path, tmp_path: Path) -> None:
-    config = config_of(shards, workers=1, steps=10_000, schedule="constant", checkpoint_every=10, log_every=10)
+    config = config_of(shards, workers=1, steps=10_000, schedule="constant", model="edm2")
     config.save(tmp_path / "config.yaml")
     command = [sys.executable, "-m", "vadiff", "train", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "killed")],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not (tmp_path / "killed" / "checkpoints" / "step-20").exists():
+    while not (tmp_path / "killed" / "checkpoints" / "step-4").exists():
         assert process.poll() is None
         time.sleep(0.02)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -185,7 +185,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_signal_to_all_processes_of_a_run_leaves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    config = config_of(shards, workers=2, steps=10_000, schedule="constant", checkpoint_every=10_000, log_every=10)
+    config = config_of(shards, workers=2, steps=10_000, schedule="constant", checkpoint_every=10_000, model="edm2")
     config.save(tmp_path / "config.yaml")
     command = [sys.executable, "-m", "vadiff", "train", "--config", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(

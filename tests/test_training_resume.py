@@ -162,7 +162,7 @@ def nothing_finite_after(calls: int) -> Objective:
 
 
 def test_row_of_non_finite_steps_ends_the_run_between_lines_and_is_not_saved(tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, steps=40, log_every=30, checkpoint_every=1, max_skipped_steps=5)
+    config = dataclasses.replace(CONFIG, steps=12, log_every=30, checkpoint_every=1, max_skipped_steps=5)
     with pytest.raises(TrainingError, match=r"7 steps in a row .* up to step 10. .* Go on with --resume"):
         train(config, nothing_finite_after(3), out=tmp_path, progress=False)
     assert open_run(tmp_path).checkpoints() == [1, 2, 3]
@@ -172,7 +172,7 @@ def test_row_of_non_finite_steps_ends_the_run_between_lines_and_is_not_saved(tmp
     state["totals"][6] = 5.0
     save_checkpoint(tmp_path, 3, state, 3)
     gentle = dataclasses.replace(config, learning_rate=1e-3)
-    assert train(gentle, out=tmp_path, resume=True, progress=False).metrics[-1]["step"] == 40
+    assert train(gentle, out=tmp_path, resume=True, progress=False).metrics[-1]["step"] == 12
 
 
 def test_checkpoint_that_is_due_in_a_row_of_non_finite_steps_is_written_after_it(tmp_path: Path) -> None:
