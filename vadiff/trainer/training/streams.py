@@ -123,7 +123,8 @@ def own_global_state(device: torch.device, *, deterministic: bool, tf32: bool) -
     was_deterministic, was_trying = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     was_tf32, was_precision = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.use_deterministic_algorithms(was_deterministic or deterministic)
+        if deterministic:  # only then: the call imports the compiler, which takes a second
+            torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not (was_deterministic or deterministic)
         if device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = tf32
@@ -131,7 +132,8 @@ def own_global_state(device: torch.device, *, deterministic: bool, tf32: bool) -
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(was_deterministic)
+            if deterministic:
+                torch.use_deterministic_algorithms(was_deterministic)
             torch.backends.cudnn.benchmark = was_trying
             if device.type == "cuda":
                 torch.backends.cudnn.allow_tf32 = was_tf32
