@@ -17,7 +17,6 @@ from .operators import one_layout
 from .problem import Inputs, Plan, make_inputs
 
 _MOST = 64  # plans of one criterion; more signatures than these come from data whose shapes are all different
-_ABSENT = "absent"
 
 
 class Plans:
@@ -45,9 +44,10 @@ class Plans:
             return make_inputs(*arguments)
         prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction = arguments
         signature = (
-            _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr),
-            _of_tensor(noise), _ABSENT if coefficients is None else _of_coefficients(coefficients),
-            _of_tensor(base_weight), _of_tensor(sample_weight), reduction if type(reduction) is str else None,
+            _of_tensor(prediction), _of_tensor(target), _of_tensor(log_snr), noise is not None and _of_tensor(noise),
+            coefficients is not None and _of_coefficients(coefficients),
+            base_weight is not None and _of_tensor(base_weight),
+            sample_weight is not None and _of_tensor(sample_weight), reduction if type(reduction) is str else None,
         )  # fmt: skip
         plan = self._last
         if plan is None or plan.signature != signature:
@@ -89,10 +89,8 @@ def with_weight(inputs: Inputs, weight: Tensor) -> Inputs:
     return inputs._replace(weight=weight, plan=plan)
 
 
-def _of_tensor(value: Any) -> Any:
+def _of_tensor(value: Any) -> tuple[Any, ...] | None:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
-    if value is None:
-        return _ABSENT
     if type(value) not in PLAIN or value.layout is not torch.strided or value.data_ptr() == 0 or value.is_neg():
         return None
     return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
