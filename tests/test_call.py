@@ -184,6 +184,7 @@ def test_no_collective_runs_after_sync_was_turned_off(monkeypatch: pytest.Monkey
 
     distributed = SimpleNamespace(all_gather_single=all_gather)
     monkeypatch.setattr(operators, "dist", distributed)
+    monkeypatch.setattr(operators, "default_group", object)
     monkeypatch.setattr(operators, "number_of_ranks", lambda: 2)
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     criterion(prediction, target, log_snr)

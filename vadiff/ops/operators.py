@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._ranks import number_of_ranks
 from . import backends
-from ._torch import PLAIN, backward_pass, observed, plain
+from ._torch import PLAIN, backward_pass, default_group, observed, plain
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -153,7 +153,7 @@ def _gather(problem: Problem) -> Gather | None:
             "the criterion was called from inside a backward pass, where it would record the same batch twice. "
             "Activation checkpointing does this: put the criterion outside the checkpointed function"
         )
-    ranks = number_of_ranks() if problem.sync else 1
+    ranks = number_of_ranks() if problem.sync and default_group() else 1
     if ranks == 1:
         return None
     # all_gather_into_tensor, under the name it has since torch 2.13

@@ -93,7 +93,8 @@ def _of_tensor(value: Any) -> tuple[Any, ...] | None:
     """All that checks and kernels depend on but the data; None for a value that kernels cannot read as it is."""
     if type(value) not in PLAIN or value.layout is not torch.strided or value.data_ptr() == 0 or value.is_neg():
         return None
-    return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+    layout = value.is_contiguous() or value.stride()
+    return value.dtype, value.shape, layout, value.device, value.requires_grad
 
 
 def _of_coefficients(values: Any) -> tuple[Any, ...] | None:
