@@ -10,7 +10,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include "step.h"
@@ -21,6 +20,7 @@ namespace {
 constexpr int64_t kItems = 64;          // a batch is cut into at least so many items, unless
 constexpr int64_t kMinChunk = 16384;    // they would have fewer elements than this
 constexpr int64_t kForThreads = 65536;  // with fewer elements, waking threads costs more than it saves
+constexpr int64_t kCache = 32 << 20;  // what is larger has left the caches before it is read again
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kAdvisedBytes = 4 * kHugePage;  // a larger fresh buffer costs more in page faults than in arithmetic
 
@@ -53,20 +53,6 @@ void advise(void* data, int64_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
-}
-
-// Whether so many bytes leave the caches before they are read again. A virtual machine reports a cache that it shares with
-// others: at most 32 MiB of it are assumed.
-bool outgrows_caches(int64_t bytes) {
-  static const int64_t cache = [] {
-    int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
-#endif
-    const int64_t most = int64_t(32) << 20;
-    return found > 0 ? std::min(found, most) : most;
-  }();
-  return bytes > cache;
 }
 
 // Cut each sample into `splits` runs of `chunk` elements. A function of the shape only.
@@ -235,7 +221,7 @@ void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
   if (rows.gradient) {
     const int64_t bytes = samples * rows.elements * dtype_size(rows.prediction.dtype);
     advise(rows.gradient, bytes);
-    rows.stream = outgrows_caches(bytes);
+    rows.stream = bytes > kCache;
   }
   const int64_t items = samples * rows.splits;
   const ElementKernels<C>& of = kernels();

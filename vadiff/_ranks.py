@@ -2,9 +2,7 @@
 
 import torch.distributed as dist
 
-_AVAILABLE = dist.is_available()  # never changes
-
 
 def number_of_ranks() -> int:
     """Its size; 1 where none is initialised."""
-    return dist.get_world_size() if _AVAILABLE and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

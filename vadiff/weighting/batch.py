@@ -53,12 +53,10 @@ class _Bump(FixedWeighting):
         if self.alpha == 0:  # 0 times an infinite distance would be NaN
             return torch.ones_like(log_snr, dtype=torch.float32).where(~log_snr.isnan(), math.nan)
         log_snr = log_snr.double()
-        center: float | Tensor
-        if self.center is None:
+        center: float | Tensor | None = self.center
+        if center is None:
             finite = log_snr.isfinite()
             center = _mean(torch.where(finite, log_snr, 0.0), finite, sync)
-        else:
-            center = self.center
         return self._bump(self.alpha * (log_snr - center).square()).float()
 
     def _bump(self, distance: Tensor) -> Tensor:
