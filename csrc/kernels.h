@@ -16,7 +16,7 @@ void fold(const Call& call);  // merges `gathered` in the order of its rows, the
 
 // The instruction sets that are compiled in and that this processor has, the best one first.
 const RowKernels* available(int index);  // null past the last
-bool select(const char* name);           // false if this processor has none of that name
+bool select(const char* name);           // for all calls from now on. False if this processor has none of that name
 
 }  // namespace cpu
 namespace cuda {

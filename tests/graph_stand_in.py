@@ -219,7 +219,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     from vadiff.trainer.training import captured
 
     made, why_not = Captures(), captured.why_not_captured
-    monkeypatch.setattr(log_snr, "_may_read", lambda values: False)  # as on a GPU
+    monkeypatch.setattr(log_snr, "may_read", lambda values: False)  # as on a GPU
     monkeypatch.setattr(captured, "capture", made.capture)
     monkeypatch.setattr(captured, "first_wait", made.first_wait)
     monkeypatch.setattr(captured, "on_stream_of", lambda device: lambda work: work())

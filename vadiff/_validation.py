@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -67,12 +68,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def require_number(name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
-    """Check that a number is finite and in bounds; return it as a float."""
-    if not (is_number(value) and math.isfinite(value) and value > above and value >= at_least):
+def require_number(
+    name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf, otherwise: str = ""
+) -> float:
+    """Check that a number is finite and in bounds; return it as a float. otherwise: the end of the error's text."""
+    if not (is_number(value) and abs(value) <= sys.float_info.max and value > above and value >= at_least):
         bound = f" above {above:g}" if above > -math.inf else ""
         bound += f" of at least {at_least:g}" if at_least > -math.inf else ""
-        raise ValueError(f"{name} is {value!r}, expected a finite number{bound}")
+        raise ValueError(f"{name} is {value!r}, expected a finite number{bound}{otherwise}")
     return float(value)
 
 

@@ -202,7 +202,7 @@ class LogSNRStatistics(nn.Module):
                 f"{tuple(log_weights.shape)}, expected torch.int64 ({state_size(size)},) and torch.int32 ({size},): "
                 "bits of floats, which module.type(...) destroys and module.to(...) keeps. Make a new criterion"
             )
-        return State(state, log_weights)
+        return tuple.__new__(State, (state, log_weights))
 
     def extra_repr(self) -> str:
         low, high = self.bins.low, self.bins.high

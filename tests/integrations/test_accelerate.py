@@ -186,7 +186,7 @@ def test_statistics_are_logged_once_in_so_many_optimiser_steps() -> None:
     assert losses
     assert all(value > 0 for value in losses.values())
     assert values["vadiff/skipped"] == 0
-    with pytest.raises(ValueError, match="every is 0, expected an integer of at least 1"):
+    with pytest.raises(ValueError, match="every is 0, expected a positive integer"):
         log_statistics(run.accelerator, run.criterion, 4, every=0)
 
 

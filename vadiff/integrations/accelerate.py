@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .._validation import require_count
 from ..files import replacing
 from ..loss import DiffusionLoss
 
@@ -93,7 +92,8 @@ def log_statistics(accelerator: Accelerator, criterion: nn.Module, step: int, ev
     Raises:
         ValueError: every is not positive.
     """
-    require_count("every", every, 1)
+    if every < 1:
+        raise ValueError(f"every is {every!r}, expected a positive integer")
     if step % every == 0 and accelerator.sync_gradients and accelerator.is_main_process:
         unwrap(criterion).log_to(accelerator, step, **options)
 

@@ -73,9 +73,10 @@ class _Loss(torch.autograd.Function):
         problem, fused, mean = ctx.call
         by_prediction = by_base_weight = None
         saved = ctx.saved_tensors
-        if fused:
-            gradient = saved[0].clone() if graph_is_kept() else saved[0]
-            by_prediction = operators.scale(gradient, upstream, problem.backend)
+        if fused and graph_is_kept():  # for a later backward
+            by_prediction = (saved[0].float() * upstream).to(saved[0].dtype)
+        elif fused:
+            by_prediction = operators.scale(saved[0], upstream, problem.backend)
         elif ctx.needs_input_grad[0]:
             by_prediction = operators.backward(problem, _residual_inputs(ctx, saved), saved[-1], upstream)
         if ctx.needs_input_grad[1]:

@@ -101,7 +101,7 @@ def step(
     call.per_sample = per_sample.data_ptr()
     call.gradient = made.data_ptr()
     _run(_native.step, call, problem, state, update, gather)
-    return Step(loss, per_sample, made)
+    return tuple.__new__(Step, (loss, per_sample, made))
 
 
 def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Tensor) -> Tensor:

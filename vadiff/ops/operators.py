@@ -73,7 +73,7 @@ def step(
     if plan is None and not dispatched and (observed() or not plain(inputs)):
         flat = _flat(inputs, state, problem)
         return Step(*torch.ops.vadiff.diffusion_loss(**flat, gradient=gradient, update=update))
-    gather = _gather(problem) if update else None
+    gather = _begin_update(problem) if update else None
     if plan is None:
         inputs = one_layout(inputs)
     overridden = backends.KEY in backends.variables
@@ -119,6 +119,8 @@ def reweight(problem: Problem, inputs: Inputs, state: State, *, update: bool) ->
 def one_layout(inputs: Inputs) -> Inputs:
     """The inputs with prediction, target and noise in one dense layout; those that are in it already are the same."""
     prediction, target, noise = inputs[:3]
+    if prediction.is_contiguous() and noise is None and (target is None or target.is_contiguous()):
+        return inputs  # the common case, without arguments to parse
     layout = layout_of(prediction)
     return inputs._replace(
         prediction=prediction.contiguous(memory_format=layout),
@@ -143,11 +145,9 @@ def _backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Te
     return result
 
 
-def _gather(problem: Problem) -> Gather | None:
-    """How this rank's batch statistics [4K + 5] become those of all ranks [ranks, 4K + 5]; None on one rank.
-
-    Raises:
-        RuntimeError: inside a backward pass, where nothing is recorded."""
+def _begin_update(problem: Problem) -> Gather | None:
+    """Refuse to record inside a backward pass; return how this rank's batch statistics [4K + 5] become those of all
+    ranks [ranks, 4K + 5], None on one rank."""
     if backward_pass() != -1:
         raise RuntimeError(
             "the criterion was called from inside a backward pass, where it would record the same batch twice. "
@@ -225,7 +225,7 @@ def _run_scale(flat: dict[str, Any]) -> None:
 
 def _run_reweight(flat: dict[str, Any]) -> Tensor:
     (problem, inputs, state), update = _unflat(flat), flat["update"]
-    gather = _gather(problem) if update else None
+    gather = _begin_update(problem) if update else None
     kernels: Any = backends.select(problem.backend, inputs.prediction)
     result: Tensor = kernels.reweight(problem, inputs, state, update=update, gather=gather)
     return result

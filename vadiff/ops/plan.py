@@ -61,10 +61,10 @@ class Plans:
         if coefficients is not None:
             terms = [each if isinstance(each, Tensor) else float(each) for each in coefficients]
         a, b, c = terms
-        return Inputs(
+        return tuple.__new__(Inputs, (  # a quarter of the time of Inputs(...)
             prediction, target if plan.reads_target else None, noise if plan.reads_noise else None, a, b, c, log_snr,
             base_weight, sample_weight, None, plan.mean, plan,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _first_inputs(self, signature: tuple[Any, ...], arguments: tuple[Any, ...]) -> Inputs:
         """The inputs of the first call with a signature, with a plan if kernels read no copy of an argument."""

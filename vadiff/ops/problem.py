@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._validation import check_elements, check_per_sample, check_prediction, is_number, require_known
+from .._validation import check_elements, check_per_sample, check_prediction, is_number
 
 Coefficient = float | Tensor  # one number, or one per sample [B]
 Gather = Callable[[Tensor], Tensor]  # batch statistics [4K + 5] of this rank -> [ranks, 4K + 5]
@@ -199,7 +199,8 @@ def make_inputs(
         base_weight = check_per_sample("base_weight", base_weight, samples, device, dtype, differentiable=True)
     if sample_weight is not None:
         sample_weight = check_per_sample("sample_weight", sample_weight, samples, device, dtype)
-    require_known("reduction", reduction, REDUCTIONS)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     target_read = target if isinstance(b, Tensor) or b != 0.0 else None
     noise_read = noise if isinstance(c, Tensor) or c != 0.0 else None
     return Inputs(

@@ -32,8 +32,12 @@ class ConvertedLoss(NamedTuple):
 def checked_sigmas(sigmas: Tensor | Sequence[float]) -> Tensor:
     """Noise levels as [T] float64; raises ValueError unless there are some, all positive and finite."""
     values = torch.as_tensor(sigmas, dtype=torch.float64)
-    if values.dim() != 1 or len(values) == 0 or not bool(((values > 0) & values.isfinite()).all()):
-        raise ValueError(f"sigmas is {values.tolist()}, expected one or more noise levels, positive and finite")
+    if values.dim() != 1 or len(values) == 0:
+        raise ValueError(f"sigmas has shape {tuple(values.shape)}, expected (T,): one or more noise levels")
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(
+            f"sigmas is {values.tolist()}, with a value that is not positive and finite: expected levels > 0"
+        )
     return values
 
 

@@ -24,18 +24,20 @@ class EDMPreconditioning(NamedTuple):
     c_noise: Tensor
 
 
-class _Terms(NamedTuple):
+class VTerms(NamedTuple):
+    """(a, b, c) of an error of v = alpha·eps - sigma·x0: what `coefficients` gives for "v_prediction"."""
+
     a: Coefficient
     b: Coefficient
     c: Coefficient
 
 
-class VTerms(_Terms):
-    """(a, b, c) of an error of v = alpha·eps - sigma·x0: what `coefficients` gives for "v_prediction"."""
-
-
-class EDMTerms(_Terms):
+class EDMTerms(NamedTuple):
     """(a, b, c) of an error of x0 by EDM's preconditioned network: what `coefficients` gives for "edm"."""
+
+    a: Coefficient
+    b: Coefficient
+    c: Coefficient
 
 
 def edm_preconditioning(sigma: Tensor, sigma_data: float = 0.5) -> EDMPreconditioning:

@@ -39,7 +39,7 @@ class _Bump(FixedWeighting):
     def __post_init__(self) -> None:
         require_number("alpha", self.alpha, at_least=0.0)
         if self.center is not None:
-            require_number("center", self.center)
+            require_number("center", self.center, otherwise=", or None for the batch mean")
 
     @property
     def pointwise(self) -> bool:

@@ -137,7 +137,7 @@ class MinSNR(SNRWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.terminal is not None:
-            require_number("terminal", self.terminal, at_least=0.0)
+            require_number("terminal", self.terminal, at_least=0.0, otherwise=", or None")
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
         return log_snr.clamp(max=math.log(self.gamma))

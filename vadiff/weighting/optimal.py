@@ -115,7 +115,7 @@ class GapWeighting(SNRWeighting):
         object.__setattr__(self, "_log_star", math.log(self.optimal.sigma_star()))
         for name, lowest in (("cap", 0.0), ("scale", 0.0), ("bump_mean", -math.inf)):
             if getattr(self, name) is not None:
-                require_number(name, getattr(self, name), above=lowest)
+                require_number(name, getattr(self, name), above=lowest, otherwise=", or None")
         require_number("bump", self.bump, at_least=0.0)
 
     def log_x0_weight(self, log_snr: Tensor) -> Tensor:
