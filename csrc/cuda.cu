@@ -122,14 +122,11 @@ int64_t multiprocessors(int device) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, const Call& call, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid));
+  config.gridDim = dim3(unsigned(std::min<int64_t>(grid, INT32_MAX)));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(call.stream);
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
-
-// A block for each work item, so that the device hands the next one to whichever multiprocessor is free.
-int64_t blocks_for(int64_t items) { return std::min<int64_t>(items, INT32_MAX); }
 
 // Into how many runs each sample is cut. `blocks`: as many as the device holds at once.
 void split(int64_t samples, int64_t elements, int64_t blocks, int64_t* splits, int64_t* chunk) {
@@ -180,7 +177,8 @@ void step_in(const Call& call) {
   unsigned* ticket = ticket_of(update);
   const int blocks = settling_blocks(samples.count, update.update);
   const bool at_once = ticket && blocks == 1;
-  launch(forward_kernel<kDtype, kSame>, blocks_for(samples.count * rows.splits), call, rows, samples, update, by, scratch,
+  // A block for each work item, so that the device hands the next one to whichever multiprocessor is free.
+  launch(forward_kernel<kDtype, kSame>, samples.count * rows.splits, call, rows, samples, update, by, scratch,
          at_once ? ticket : nullptr);
   const Losses<C> losses = {nullptr, rows.partial, rows.elements, rows.splits};
   if (!at_once) launch(finish_kernel<C>, blocks, call, losses, samples, update, scratch, ticket);
@@ -194,7 +192,7 @@ void backward_in(const Call& call) {
   const double samples = call.mean ? double(call.samples) : 1;
   const Multiplier<C> by = {static_cast<const C*>(call.upstream), call.upstream_stride,
                             C(1 / (samples * double(rows.elements)))};
-  launch(backward_kernel<kDtype, kSame>, blocks_for(call.samples * rows.splits), call, rows, samples_of<C>(call), by);
+  launch(backward_kernel<kDtype, kSame>, call.samples * rows.splits, call, rows, samples_of<C>(call), by);
 }
 
 template <class C>

@@ -68,11 +68,6 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _statistics_block(bins: int) -> int:
-    """Samples per step of the [K, samples] comparison: 16 float64 values for each of 256 threads."""
-    return max(4096 // _power_of_2(bins), 4)
-
-
 @functools.lru_cache(maxsize=64)
 def _update_arguments(problem: Problem) -> dict[str, Any]:
     """What fold and table take, by name: numbers, then constexprs."""
@@ -140,7 +135,8 @@ def _settle(
         tiles, loss_ptr=workspace if splits else inputs.prediction, state_ptr=state.state, workspace_ptr=workspace,
         parts_ptr=parts, loss_parts_ptr=loss_parts, samples=samples, elements=inputs.prediction.numel() // samples,
         splits=splits, tile=TILE, FOLD=fold_at_once, SPLITS=split_block,
-        SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8), SAMPLES=_statistics_block(problem.bins.size),
+        SETTLE=256 if split_block <= 4 else max(1024 // split_block, 8),
+        SAMPLES=max(4096 // arguments["K"], 4),  # of [K, samples]: 16 float64 values for each of 256 threads
         **out, **_weight_arguments(problem, inputs, state), **arguments,
     )  # fmt: skip
     fold = functools.partial(
