@@ -92,9 +92,7 @@ def step(
         if prepared is None or prepared.problem is not problem:
             prepared = plan.prepared = _prepare(problem, inputs)
         call = _call(prepared.call, inputs)
-        # Those of a fused step are read before the next one, and by no backward without base weights.
-        fresh = not gradient or inputs.base_weight is not None
-        per_sample = torch.empty_like(prepared.per_sample) if fresh else prepared.per_sample
+        per_sample = torch.empty_like(prepared.per_sample)
         loss = torch.empty_like(prepared.mean if inputs.mean else prepared.losses)
     made = torch.empty_like(prediction) if gradient else prediction.new_empty(0)
     call.loss = loss.data_ptr()
