@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 
 _NUMBERS = {str(kind) for kind in (int, float, bool)} | {"int", "float", "bool"}  # as annotations say it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,7 +105,7 @@ def number_options(made: type) -> tuple[str, ...]:
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
-    if isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.layout is torch.strided:
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATS and tensor.layout is strided and not tensor.is_nested:
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
@@ -118,7 +118,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
         )
-    raise TypeError(f"{name} has layout {tensor.layout}, expected a dense tensor. Use {name}.to_dense().")
+    layout = "nested" if tensor.is_nested else tensor.layout
+    raise TypeError(f"{name} has layout {layout}, expected a dense tensor. Use {name}.to_dense().")
 
 
 def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:
