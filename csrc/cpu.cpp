@@ -230,12 +230,14 @@ void run_rows(RowsTask<C>& rows, int64_t samples, int64_t threads) {
 
 template <class C>
 void step_in(const Call& call) {
-  const Samples<C> samples = samples_of<C>(call);
+  Samples<C> samples = samples_of<C>(call);
   const Update update = update_of(call);
   RowsTask<C> rows = rows_of<C>(call);
   split(rows, samples.count);
-  // 1. What the gradient of each sample is multiplied by.
-  std::vector<C> factor(rows.gradient ? samples.count : 0);
+  // 1. The weight of each sample, and what its gradient is multiplied by.
+  std::vector<C> weight(samples.count), factor(rows.gradient ? samples.count : 0);
+  for (int64_t i = 0; i < samples.count; ++i) weight[i] = weight_of(samples, i, samples.log_snr[i], update.bins);
+  samples.weight = weight.data();  // read below, and when the samples are settled
   const C scale = C(1 / (double(samples.count) * double(rows.elements)));
   for (int64_t i = 0; rows.gradient && i < samples.count; ++i) {
     factor[i] = factor_of(samples, i, update.bins) * (rows.a_each ? rows.a_each[i] : rows.a) * scale;
