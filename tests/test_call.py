@@ -272,7 +272,7 @@ def test_a_weighting_of_one_s_own_is_checked_and_called_once(make_criterion: Mak
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", ["cast", "other bins", "short table", "other data"])
+@pytest.mark.parametrize("change", ["cast", "other bins", "short table", "other data", "no memory"])
 def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: str, training: bool) -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     criterion(prediction, target, log_snr)
@@ -282,9 +282,13 @@ def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: 
         criterion.type(torch.float64)
     elif change == "other bins":
         criterion.statistics.bins = criterion.statistics.bins._replace(size=1024)
-    else:
+    elif change == "short table":
         criterion.statistics.log_weights = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="the criterion's statistics are torch"):
+    error: tuple[type[Exception], str] = (RuntimeError, "the criterion's statistics are torch")
+    if change == "no memory":
+        criterion.statistics.log_weights.untyped_storage().resize_(0)
+        error = (TypeError, r"statistics.log_weights \(8,\) has no memory")
+    with pytest.raises(error[0], match=error[1]):
         criterion.train(training)(prediction, target, log_snr)
 
 

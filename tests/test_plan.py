@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vadiff
+from vadiff.ops import _torch, backends, reference
 from vadiff.ops import plan as plans
 from vadiff.ops.problem import make_inputs
 from vadiff.weighting import FixedWeighting
@@ -90,7 +96,7 @@ def test_a_call_after_one_that_looked_otherwise_is_as_the_first(
         for name, change_of in changes.items():
             given[name] = change_of(given[name])
         fresh = copy.deepcopy(criterion)
-        fresh.__dict__["_plans"] = SimpleNamespace(inputs=make_inputs)
+        fresh.__dict__["_plans"] = SimpleNamespace(inputs=lambda problem, state, *others: make_inputs(*others))
         results = []
         for one in (criterion, fresh):
             loss = one(**given)
@@ -113,17 +119,71 @@ def test_only_the_first_of_calls_that_look_alike_is_checked(make_criterion: Make
     assert len(checked) == 2
 
 
+def test_each_of_many_kinds_of_calls_is_checked_once(checked: list[int]) -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for _ in range(2):
+        for samples in range(1, 65):
+            criterion(torch.randn(samples, 2), torch.randn(samples, 2), torch.randn(samples))
+    assert len(checked) == 64
+    assert criterion.statistics.count.sum() > 0
+
+
+def test_a_torch_that_cannot_compare_tensors_gets_every_call_checked(
+    make_criterion: Make, checked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, unplanned = make_criterion(), make_criterion()
+    given = [arguments(planned.statistics.state.device) for _ in range(3)]
+    losses = [planned(**each) for each in given]
+    assert len(checked) == 1
+
+    def other(*tensors: Tensor) -> None:  # without the keywords of today's function
+        raise AssertionError("not called")
+
+    for substitute in (other, _torch._private("_no_such_name", lambda *_, **__: None)):
+        monkeypatch.setattr(_torch, "_guards", substitute)
+        del checked[:]
+        unplanned.statistics.reset()
+        for each, loss in zip(given, losses, strict=True):
+            assert torch.equal(unplanned(**each), loss)
+        assert len(checked) == 3
+        assert not unplanned._plans._plans
+    for mine, theirs in zip(planned.statistics.buffers(), unplanned.statistics.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_call_with_one_tensor_twice_is_checked_each_time(make_criterion: Make, checked: list[int]) -> None:
+    criterion = make_criterion()
+    for _ in range(3):
+        given, other = arguments(criterion.statistics.state.device), copy.deepcopy(criterion)
+        weight = given["base_weight"]
+        loss = criterion(**{**given, "sample_weight": weight})
+        assert torch.equal(loss, other(**{**given, "sample_weight": weight.clone()}))
+    assert not criterion._plans._plans
+    assert len(checked) == 6
+
+
 def test_data_of_ever_other_shapes_leave_no_more_than_some_plans() -> None:
     criterion = vadiff.DiffusionLoss(bins=8)
     for samples in range(1, 200):
         criterion(torch.randn(samples, 2), torch.randn(samples, 2), torch.randn(samples))
-    assert 0 < len(criterion._plans._by_signature) <= 64
+    assert 0 < len(criterion._plans._plans) <= 64
+
+
+def nested(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in prototype stage"
+        return torch.nested.nested_tensor(list(tensor.detach()))
 
 
 BAD: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "prediction is no tensor": ("prediction", lambda x: x.tolist(), "prediction is a list"),
     "prediction is integer": ("prediction", lambda x: x.detach().long(), "prediction has dtype"),
     "target is sparse": ("target", lambda x: x.to_sparse(), "target has layout"),
+    "prediction is nested": ("prediction", nested, "prediction has layout nested"),
+    "target is nested": ("target", nested, "target has layout nested"),
+    "noise is nested": ("noise", nested, "noise has layout nested"),
+    "a coefficient is nested": ("coefficients", lambda x: (1.0, nested(x[1]), -0.5), "b has layout nested"),
+    "sample_weight is nested": ("sample_weight", nested, "sample_weight has layout nested"),
     "target on meta": ("target", lambda x: x.to("meta"), "target is on meta"),
     "target with gradient": ("target", lambda x: x.requires_grad_(), "target requires grad"),
     "target of another shape": ("target", lambda x: x[:, :2], "target has shape"),
@@ -151,9 +211,9 @@ def test_a_bad_call_after_good_ones_is_refused(case: str) -> None:
     before = criterion.statistics.state.clone()
     given = arguments()
     if case == "coefficients are none":
-        given["noise"] = None
+        given = {"prediction": given["prediction"], "target": given["target"], "log_snr": given["log_snr"]}
     with pytest.raises((TypeError, ValueError), match=message):
-        criterion(**{**given, name: spoil(given[name])})
+        criterion(**{**given, name: spoil(given.get(name))})
     assert torch.equal(criterion.statistics.state, before)
     criterion(**arguments())
 
@@ -232,10 +292,29 @@ def test_a_backward_in_a_mode_of_fake_tensors_reads_no_number() -> None:
     criterion = vadiff.DiffusionLoss(bins=8)
     for _ in range(2):
         criterion(**arguments()).backward()
+    real = arguments()
+    loss = criterion(**real)
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = arguments()
         criterion(**given).backward()
+        criterion(**arguments()).backward(torch.tensor(1.0))
+        loss.backward(torch.tensor(1.0))
     assert given["prediction"].grad.shape == SHAPE
+
+
+def test_a_traced_backward_has_the_operator() -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    for _ in range(2):
+        criterion(**arguments()).backward()
+    criterion.eval()
+
+    def gradient(x: Tensor, target: Tensor, log_snr: Tensor, upstream: Tensor) -> Tensor:
+        return torch.autograd.grad(criterion(x, target, log_snr), x, upstream)[0]
+
+    given = list(arguments().values())[:3]
+    traced = make_fx(gradient, tracing_mode="real")(*given, torch.tensor(1.0))
+    assert torch.ops.vadiff.scale_gradient_.default in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(traced(*given, torch.tensor(2.0)), 2 * traced(*given, torch.tensor(1.0)))
 
 
 def test_a_criterion_keeps_no_argument_and_copies_take_no_plan() -> None:
@@ -243,12 +322,12 @@ def test_a_criterion_keeps_no_argument_and_copies_take_no_plan() -> None:
     given = arguments()
     gone = [weakref.ref(given[name]) for name in ("prediction", "target", "noise", "base_weight", "sample_weight")]
     criterion(**given).backward()
-    assert criterion._plans._last is not None
+    assert criterion._plans._plans
     del given
     gc.collect()
     assert [reference() for reference in gone] == [None] * len(gone)
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert other._plans._last is None
+        assert not other._plans._plans
         other(**arguments())
 
 
@@ -267,3 +346,28 @@ def test_what_is_reassigned_is_not_hidden_by_the_plan(make_criterion: Make) -> N
     torch.testing.assert_close(criterion(**given), expected / 2)
     criterion.backend = "reference"
     torch.testing.assert_close(criterion(**given), expected / 2)
+
+
+def test_the_environment_variable_is_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = vadiff.DiffusionLoss(bins=8)
+    monkeypatch.delenv("VADIFF_BACKEND", raising=False)
+    used: list[str] = []
+
+    def select(backend: str, tensor: Tensor) -> Any:
+        used.append(os.environ.get("VADIFF_BACKEND", backend))
+        return reference
+
+    monkeypatch.setattr(backends, "select", select)
+    for value in ("", "native", "reference", ""):
+        monkeypatch.setenv("VADIFF_BACKEND", value) if value else monkeypatch.delenv("VADIFF_BACKEND", raising=False)
+        for _ in range(2):
+            criterion(**arguments())
+    assert used == ["auto", "native", "reference"]  # each once, and the first again without asking
+
+
+@pytest.mark.parametrize("form", [numpy.float64, numpy.float32, Fraction])
+def test_numbers_of_other_types_are_read_at_each_call(form: Any) -> None:
+    criterion, given = vadiff.DiffusionLoss(bins=8).eval(), arguments()
+    for c in (0.0, -0.5, 0.0, 1.0):
+        expected = criterion(**{**given, "coefficients": (1.0, -1.0, c)})
+        assert torch.equal(criterion(**{**given, "coefficients": (form(1), form(-1), form(c))}), expected)

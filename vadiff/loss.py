@@ -14,7 +14,7 @@ from . import summary as live
 from ._validation import check_per_sample, check_prediction, is_number, require_known
 from .ops import autograd, backends
 from .ops.plan import Plans, with_weight
-from .ops.problem import ELL, Coefficient, Inputs, Problem, compute_dtype, make_loss_inputs
+from .ops.problem import ELL, Coefficient, Inputs, Problem, State, compute_dtype, make_loss_inputs
 from .process_defaults import arguments_for
 from .regression_target import RegressionTarget, check_change, check_target, problem_with_state, target_of
 from .statistics import LogSNRStatistics
@@ -203,16 +203,16 @@ class DiffusionLoss(nn.Module):
                 Also for a weighting by name whose formula depends on the form of the loss, without `coefficients`.
             RuntimeError: called from inside a backward pass (activation checkpointing around the criterion).
         """
+        statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
+        problem, state = self._current_problem(statistics), statistics.as_state()
         inputs = self._plans.inputs(
-            prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
+            problem, state, prediction, target, log_snr, noise, coefficients, base_weight, sample_weight, reduction
         )
         weighting: Weighting = self.weighting
         if coefficients is not None:
             weighting = weighting.for_call(self, coefficients)
         if weighting.needs_losses:
-            return self._weighted_by_losses(inputs)
-        statistics: Any = self._modules["statistics"]  # as an attribute it takes 0.3 µs
-        problem, state = self._current_problem(statistics), statistics.checked_state("prediction", prediction)
+            return self._weighted_by_losses(problem, inputs, state)
         records = self.training and torch.is_grad_enabled()
         weight = weighting.for_batch(inputs.log_snr, sync=problem.sync and records)
         if weight is not None:
@@ -260,10 +260,8 @@ class DiffusionLoss(nn.Module):
         self._keep(loss.detach().clone()[None], inputs, records)
         return weighted
 
-    def _weighted_by_losses(self, inputs: Inputs) -> Tensor:
+    def _weighted_by_losses(self, problem: Problem, inputs: Inputs, state: State) -> Tensor:
         """Loss of a weighting that depends on the losses of the batch: compute them, then `reweight` them."""
-        statistics = self.statistics
-        problem, state = self._current_problem(statistics), statistics.checked_state("prediction", inputs.prediction)
         u, v = inputs.base_weight, inputs.sample_weight
         unweighted = inputs._replace(sample_weight=None, mean=False)
         losses, per_sample = autograd.diffusion_loss(problem, unweighted, state, update=False)

@@ -1,9 +1,9 @@
 """Which implementation runs a call: "auto", "reference", "native" (csrc/) or "triton".
 
-An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". The
-choice is made at call time, inside the operators; a captured CUDA graph keeps its backend. "auto" takes native where it
-is built for the device, else, on CUDA devices, Triton, else the reference; a backend requested by name that cannot run
-raises, with the command that fixes it.
+An argument other than "auto" wins over the environment variable VADIFF_BACKEND, which wins over "auto". The choice is
+made at call time, and kept for calls that look alike (`vadiff.ops.plan`) and in a captured CUDA graph. "auto" takes
+native where it is built for the device, else, on CUDA devices, Triton, else the reference; a backend requested by name
+that cannot run raises, with the command that fixes it.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def step(
         loss = like.new_empty(()) if inputs.mean else like.new_empty(call.samples)
     else:
         prepared: _Prepared | None = plan.prepared
-        if prepared is None or prepared.problem is not problem:
+        if prepared is None:
             prepared = plan.prepared = _prepare(problem, inputs)
         call = _call(prepared.call, inputs)
         per_sample = torch.empty_like(prepared.per_sample)
@@ -147,8 +147,8 @@ def _run(
     """Run a kernel that reads the state, and moves it with `update`, on the state's device.
 
     With `gather` the kernel leaves the batch statistics to it, and those of all ranks [ranks, 4K + 5] are folded."""
-    call.state = state.state.data_ptr()
-    call.log_weights = state.log_weights.data_ptr()
+    call.state = state.state.data_ptr() or _freed(state.state, "statistics.state")
+    call.log_weights = state.log_weights.data_ptr() or _freed(state.log_weights, "statistics.log_weights")
     call.update = update
     if gather is not None:
         batch = state.state.new_empty(4 * problem.bins.size + len(BATCH_TOTALS), dtype=torch.float64)
@@ -197,9 +197,8 @@ def _call(blank: bytes, inputs: Inputs) -> Call:
 
 
 class _Prepared(NamedTuple):
-    """What the steps of one problem and one plan have in common."""
+    """What the steps of a plan have in common."""
 
-    problem: Problem
     call: bytes
     # Tensors like the results, because `empty_like` takes half the time of `new_empty`.
     mean: Tensor
@@ -210,7 +209,7 @@ class _Prepared(NamedTuple):
 def _prepare(problem: Problem, inputs: Inputs) -> _Prepared:
     prediction = inputs.prediction
     results = torch.empty(4, len(prediction), dtype=compute_dtype(prediction), device=prediction.device)
-    return _Prepared(problem, _blank(problem, inputs), results[0, 0], results[0], results)
+    return _Prepared(_blank(problem, inputs), results[0, 0], results[0], results)
 
 
 def _place(call: Call, tensor: Tensor) -> Tensor | None:

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._ranks import number_of_ranks
 from . import backends
-from ._torch import PLAIN, backward_pass, default_group, observed, plain
+from ._torch import PLAIN, backward_pass, default_group, dispatch_modes, observed, plain, transformed
 from .problem import Bins, Gather, Inputs, Problem, State, Step, TableRule, compute_dtype
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -76,13 +77,7 @@ def step(
     gather = _begin_update(problem) if update else None
     if plan is None:
         inputs = one_layout(inputs)
-    overridden = backends.KEY in backends.variables
-    if plan is None or overridden or plan.backend != problem.backend:
-        kernels: Any = backends.select(problem.backend, inputs.prediction)
-        if plan is not None and not overridden:
-            plan.backend, plan.kernels = problem.backend, kernels
-    else:
-        kernels = plan.kernels
+    kernels: Any = backends.select(problem.backend, inputs.prediction) if plan is None else plan.kernels
     result: Step = kernels.step(problem, inputs, state, gradient=gradient, update=update, gather=gather)
     return result
 
@@ -100,10 +95,10 @@ def backward(problem: Problem, inputs: Inputs, per_sample: Tensor, upstream: Ten
 
 def scale(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """The gradient, multiplied by upstream (a scalar) in place."""
-    seen = observed()
+    seen = dispatch_modes() or is_compiling() or transformed()  # by what takes a number for a constant; not a profiler
     if not seen and upstream.is_cpu and type(upstream) in PLAIN and upstream.item() == 1.0:
         return gradient  # reading a number takes 0.3 µs, calling a kernel 2
-    if seen or not plain((gradient, upstream)):
+    if observed() or not plain((gradient, upstream)):
         torch.ops.vadiff.scale_gradient_(gradient, upstream, backend)
     else:
         backends.select(backend, gradient).scale(gradient, upstream)

@@ -98,16 +98,16 @@ class Inputs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """What follows from the signature of a call, for all calls that have it; see `vadiff.ops.plan`.
+    """What follows from how the tensors of a call look, for all calls that look alike; see `vadiff.ops.plan`.
 
     A call has a plan only if nothing observes it and kernels can read all its tensors as they are."""
 
-    signature: tuple[Any, ...]  # dtype, shape, strides, device, requires_grad of each tensor
+    kind: tuple[Any, ...]  # the problem, and what else is no tensor: of numbers whether they are 0
+    fits: Callable[..., bool]  # whether tensors look like those of the first call
     reads_target: bool
     reads_noise: bool
     mean: bool
-    backend: str = ""  # the name that was last asked for, and its module
-    kernels: Any = None
+    kernels: Any  # module of the backend
     prepared: Any = None  # what a backend keeps for the next call
 
 
@@ -207,6 +207,28 @@ def make_inputs(
         prediction, target_read, noise_read, a, b, c, log_snr, base_weight, sample_weight,
         weight=None, mean=reduction == "mean",
     )  # fmt: skip
+
+
+def check_state(state: State, bins: Bins, name: str, tensor: Tensor) -> State:
+    """Check the buffers that a call on `tensor` reads and updates, because kernels write into them; return them.
+
+    Raises:
+        ValueError: they are on another device than `tensor`, the argument `name`.
+        RuntimeError: they have another dtype or size than the bins need.
+    """
+    moments, log_weights = state
+    if not moments.device == log_weights.device == tensor.device:
+        advice = f"Use criterion.to({str(tensor.device)!r})."
+        raise ValueError(f"{name} is on {tensor.device}, but the criterion is on {moments.device}. {advice}")
+    found = moments.dtype, log_weights.dtype, moments.numel(), log_weights.numel()
+    if found != (torch.int64, torch.int32, state_size(bins.size), bins.size):
+        raise RuntimeError(
+            f"the criterion's statistics are {moments.dtype} {tuple(moments.shape)} and {log_weights.dtype} "
+            f"{tuple(log_weights.shape)}, expected torch.int64 ({state_size(bins.size)},) and torch.int32 "
+            f"({bins.size},): bits of floats, which module.type(...) destroys and module.to(...) keeps. "
+            "Make a new criterion"
+        )
+    return state
 
 
 def make_loss_inputs(loss_per_sample: Tensor, log_snr: Tensor, sample_weight: Tensor | None) -> Inputs:
