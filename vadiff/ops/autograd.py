@@ -79,7 +79,7 @@ class _Loss(torch.autograd.Function):
             by_prediction = operators.scale(saved[0], upstream, problem.backend)
         elif ctx.needs_input_grad[0]:
             by_prediction = operators.backward(problem, _residual_inputs(ctx, saved), saved[-1], upstream)
-        if len(saved) > 1 and ctx.needs_input_grad[1]:
+        if len(saved) > 1 and ctx.needs_input_grad[1]:  # one saved tensor: no base weight
             by_base_weight = saved[-1][SLOPE] * upstream
             if mean:
                 by_base_weight = by_base_weight / by_base_weight.shape[0]

@@ -20,7 +20,7 @@ _MOST = 64  # plans of one criterion; calls that need more come from data whose 
 
 
 class Plans:
-    """The plans of a criterion. Copies start without any."""
+    """The plans of a criterion. Copies of the criterion start without any."""
 
     __slots__ = ("_plans",)
 
@@ -46,7 +46,7 @@ class Plans:
         tensors: tuple[Any, ...] = prediction, target, log_snr, *state
         terms: Any = (1.0, -1.0, 0.0)
         try:
-            nested = prediction.is_nested or target.is_nested or log_snr.is_nested
+            comparable = not (prediction.is_nested or target.is_nested or log_snr.is_nested)
             if not (noise is None and coefficients is None and base_weight is None and sample_weight is None):
                 if coefficients is not None:
                     given = coefficients if isinstance(coefficients, (tuple, list)) else ()
@@ -55,10 +55,10 @@ class Plans:
                 # Of a number only whether it is 0, as then its tensor is not read.
                 kind += tuple(each != 0.0 if type(each) is float else type(each) for each in others)
                 tensors += tuple(each for each in others if each is not None and type(each) is not float)
-                nested = nested or any(each.is_nested for each in tensors)
+                comparable = comparable and not any(each.is_nested for each in tensors)
         except AttributeError:  # one is no tensor
-            nested = True
-        if nested:  # `fits` would end the process
+            comparable = False
+        if not comparable:  # torch ends the process when it compares a nested tensor
             return _checked_inputs(problem, state, arguments)
         for plan in self._plans:
             if plan.kind == kind and plan.fits(*tensors):
