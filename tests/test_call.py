@@ -272,7 +272,7 @@ def test_a_weighting_of_one_s_own_is_checked_and_called_once(make_criterion: Mak
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", ["cast", "other bins", "short table", "other data", "no memory"])
+@pytest.mark.parametrize("change", ["cast", "other bins", "short table", "other data", "no memory", "table elsewhere"])
 def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: str, training: bool) -> None:
     criterion, (prediction, target, log_snr) = vadiff.DiffusionLoss(bins=8), batch()
     criterion(prediction, target, log_snr)
@@ -288,6 +288,9 @@ def test_statistics_that_do_not_hold_the_bits_of_their_bins_are_refused(change: 
     if change == "no memory":
         criterion.statistics.log_weights.untyped_storage().resize_(0)
         error = (TypeError, r"statistics.log_weights \(8,\) has no memory")
+    elif change == "table elsewhere":
+        criterion.statistics.log_weights = criterion.statistics.log_weights.to("meta")
+        error = (ValueError, "prediction is on cpu, but the criterion is on meta. Use criterion.to")
     with pytest.raises(error[0], match=error[1]):
         criterion.train(training)(prediction, target, log_snr)
 

@@ -125,7 +125,6 @@ def test_each_of_many_kinds_of_calls_is_checked_once(checked: list[int]) -> None
         for samples in range(1, 65):
             criterion(torch.randn(samples, 2), torch.randn(samples, 2), torch.randn(samples))
     assert len(checked) == 64
-    assert criterion.statistics.count.sum() > 0
 
 
 def test_a_torch_that_cannot_compare_tensors_gets_every_call_checked(

@@ -118,8 +118,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64. Use {name}.float()."
         )
-    layout = "nested" if tensor.is_nested else tensor.layout
-    raise TypeError(f"{name} has layout {layout}, expected a dense tensor. Use {name}.to_dense().")
+    layout, dense = ("nested", "to_padded_tensor(0.0)") if tensor.is_nested else (tensor.layout, "to_dense()")
+    raise TypeError(f"{name} has layout {layout}, expected a dense tensor. Use {name}.{dense}.")
 
 
 def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:

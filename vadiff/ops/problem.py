@@ -217,9 +217,10 @@ def check_state(state: State, bins: Bins, name: str, tensor: Tensor) -> State:
         RuntimeError: they have another dtype or size than the bins need.
     """
     moments, log_weights = state
-    if not moments.device == log_weights.device == tensor.device:
-        advice = f"Use criterion.to({str(tensor.device)!r})."
-        raise ValueError(f"{name} is on {tensor.device}, but the criterion is on {moments.device}. {advice}")
+    for buffer in state:
+        if buffer.device != tensor.device:
+            advice = f"Use criterion.to({str(tensor.device)!r})."
+            raise ValueError(f"{name} is on {tensor.device}, but the criterion is on {buffer.device}. {advice}")
     found = moments.dtype, log_weights.dtype, moments.numel(), log_weights.numel()
     if found != (torch.int64, torch.int32, state_size(bins.size), bins.size):
         raise RuntimeError(
